@@ -1,0 +1,115 @@
+"""The model card of an export, with what a reader needs to know where it came from and how to load it."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+from a3cli.checkpoint import Checkpoint
+from a3cli.work import Json
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A smaller version of `{{ base }}`, made in closed form and without training by
+[A³](https://arxiv.org/abs/2505.12942): smaller heads and a smaller MLP, the same number of matrix products.
+
+| | before | after |
+|---|---|---|
+{% for row in rows -%}
+| {{ row[0] }} | {{ row[1] }} | {{ row[2] }} |
+{% endfor %}
+Removed: {{ removed }} of the decoder's linear weights (asked: {{ asked }}).
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+No remote code. transformers 4.57 and later; {{ rope }}.
+
+## How it was made
+
+Calibrated on {{ tokens }} tokens ({{ blocks[0] }} blocks of {{ blocks[1] }}) of `{{ dataset }}`. Settings,
+versions and the hash of every file are in `a3_manifest.json`.
+
+```
+a3 calibrate {{ base }} --dataset {{ dataset }} --samples {{ blocks[0] }} --seq-len {{ blocks[1] }} --seed {{ seed }}
+a3 solve {{ solve_options }}
+a3 export OUT
+```
+"""
+
+
+def model_card(source: Checkpoint, manifest: Json) -> str:
+    """The README.md of an export, from its manifest."""
+    solution, calibration = manifest["solution"], manifest["calibration"]
+    text = calibration["request"]["text"]
+    base = source.name if source.revision else Path(source.name).name  # a local path says nothing to others
+    card = ModelCard.from_template(
+        ModelCardData(**card_metadata(source)),
+        template_str=TEMPLATE,
+        title=f"{Path(source.name).name}, {100 * solution['budget_reached']:.0f} % removed",
+        base=base,
+        rows=figures(solution),
+        removed=f"{100 * solution['budget_reached']:.2f} %",
+        asked="per component" if solution["budget_asked"] is None else f"{100 * solution['budget_asked']:g} %",
+        rope=describe_rope(solution),
+        tokens=f"{calibration['tokens']:,}",
+        blocks=calibration["blocks"],
+        dataset=text["dataset"] if "/" not in text["dataset"] else Path(text["dataset"]).name,
+        seed=text["seed"],
+        solve_options=solve_options(solution["request"]["settings"]),
+    )
+    return str(card.content).rstrip() + "\n"
+
+
+def card_metadata(source: Checkpoint) -> Json:
+    """Hub metadata: base model, and the source card's licence carried over."""
+    metadata: Json = {"library_name": "transformers", "tags": ["a3", "compressed"], "pipeline_tag": "text-generation"}
+    if source.revision:
+        metadata["base_model"] = source.name
+    readme = source.folder / "README.md"
+    if readme.is_file():
+        try:
+            found = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+        except (ValueError, OSError, HfHubHTTPError):
+            return metadata  # a card that does not parse has no licence to carry
+        for key in ("license", "license_name", "license_link", "language"):
+            if found.get(key):
+                metadata[key] = found[key]
+    return metadata
+
+
+def figures(solution: Json) -> list[tuple[str, str, str]]:
+    """The before/after rows of the card."""
+    names = {
+        "head_dim": "head_dim",
+        "intermediate_size": "intermediate_size",
+        "parameters": "parameters",
+        "kv_bytes_per_token": "KV cache, bytes a token",
+        "prefill_flops_per_token": "prefill FLOPs a token",
+    }
+    return [(label, f"{solution[key]['before']:,}", f"{solution[key]['after']:,}") for key, label in names.items()]
+
+
+def describe_rope(solution: Json) -> str:
+    if solution["head_dim"]["after"] == solution["head_dim"]["before"]:
+        return "RoPE as in the source"
+    return f"RoPE keeps {len(solution['pairs'])} of {solution['head_dim']['before'] // 2} rotated pairs"
+
+
+def solve_options(settings: Json) -> str:
+    """The command-line options that give these settings again."""
+    options = []
+    for key in ("budget", "attention_budget", "mlp_budget", "method", "head_multiple", "mlp_multiple"):
+        if settings[key] is not None:
+            options.append(f"--{key.replace('_', '-')} {settings[key]}")
+    return " ".join([*options, f"--components {','.join(settings['components'])}"])

@@ -1,0 +1,257 @@
+"""Safetensors checkpoints: found, checked, read lazily by name, written as a stream.
+
+A `Checkpoint` never holds weights: each read opens its shard, maps the tensor and lets go, so resident
+memory is what the caller keeps. A `ShardWriter` writes one tensor at a time, so a shard may be larger
+than memory.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from a3cli.errors import A3Error
+from a3cli.work import Json, hash_json, read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What is fetched from the hub, and what an export carries over beside the weights.
+METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
+# A shard's content is sampled at this many evenly spaced places for its fingerprint.
+FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lives and what it is; `bytes` is its size in its stored dtype."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+
+
+class Checkpoint:
+    """A local Hugging Face folder with safetensors weights.
+
+    `config` is the raw `config.json`, `tensors` maps names to `TensorInfo` in file order. Opening reads
+    headers only. Raises A3Error for a missing, truncated, quantised or pickle-only checkpoint.
+    """
+
+    def __init__(self, folder: Path, *, name: str | None = None, revision: str | None = None) -> None:
+        self.folder = folder
+        self.name = name or str(folder)
+        self.revision = revision
+        self.config = read_json(folder / "config.json")
+        if self.config.get("quantization_config") or self.config.get("compression_config"):
+            raise A3Error(f"{self.name} is quantised (config.json says so); a3 needs its fp32, bf16 or fp16 original")
+        self.shards = find_shards(folder, self.name)
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            for tensor, info in read_header(shard).items():
+                if tensor in self.tensors:
+                    raise A3Error(f"tensor {tensor} is in two shards of {folder}; the checkpoint is damaged")
+                self.tensors[tensor] = info
+
+    def read(self, tensor: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        """One tensor in its stored dtype. On the CPU it is a view of the mapped file: don't write to it."""
+        info = self.info(tensor)
+        with safe_open(info.file, framework="pt", device=str(device)) as shard:
+            value: torch.Tensor = shard.get_tensor(tensor)
+        return value
+
+    def info(self, tensor: str) -> TensorInfo:
+        """Raises A3Error if the checkpoint has no such tensor."""
+        if tensor not in self.tensors:
+            raise A3Error(f"{self.name} has no tensor {tensor}; is config.json of this checkpoint?")
+        return self.tensors[tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the weights have."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def parameters(self) -> int:
+        return sum(torch.Size(info.shape).numel() for info in self.tensors.values())
+
+    def bytes(self) -> int:
+        return sum(info.bytes for info in self.tensors.values())
+
+    def fingerprint(self) -> Json:
+        """What identifies the content: config, and each shard's size, header and sampled content."""
+        return {"config": hash_json(self.config), "shards": {s.name: fingerprint_shard(s) for s in self.shards}}
+
+
+def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
+    """Open a local folder, or a hub id through the hub's cache (only what a3 needs is downloaded).
+
+    Raises A3Error if there is neither, or the hub cannot be reached.
+    """
+    if Path(model).is_dir():
+        return Checkpoint(Path(model))
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise A3Error(f"model {model!r}: no such folder, and no hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *METADATA_FILES]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise A3Error(
+            f"model {model!r} is no local folder and cannot be had from the hub: {reason} "
+            "(check the name, `hf auth login` for gated models, HF_HUB_OFFLINE)"
+        ) from error
+    return Checkpoint(folder, name=model, revision=folder.name)
+
+
+def find_shards(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a checkpoint, in name order."""
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise A3Error(f"{folder / INDEX} has no weight_map; download the checkpoint again")
+        files = sorted({str(file) for file in weight_map.values()})
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise A3Error(f"{folder / INDEX} names {file!r}, which is no safetensors file of this folder")
+            if not (folder / file).is_file():
+                raise A3Error(f"{folder / file} is missing; download the checkpoint again")
+        return [folder / file for file in files]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise A3Error(f"{name} has only pickle weights (.bin), which a3 never loads; convert it to safetensors first")
+    raise A3Error(f"{name} has no {SINGLE} and no {INDEX}")
+
+
+def read_header(shard: Path) -> dict[str, TensorInfo]:
+    """Tensors of one file, in the order of their bytes. Raises A3Error if it is truncated or malformed."""
+    try:
+        with safe_open(shard, framework="pt"):  # the library's own checks: offsets, sizes, file length
+            pass
+        header = json.loads(header_bytes(shard))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise A3Error(f"{shard} is truncated or no safetensors file ({error}); download it again") from error
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise A3Error(f"{shard}: tensor {name} is {entry['dtype']}; a3 reads {', '.join(DTYPES)}, not quantised")
+        start, end = entry["data_offsets"]
+        infos[name] = TensorInfo(shard, tuple(entry["shape"]), DTYPES[entry["dtype"]], end - start)
+    return infos
+
+
+def header_bytes(shard: Path) -> bytes:
+    with shard.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def fingerprint_shard(shard: Path) -> str:
+    """SHA-256 over size, header and 16 evenly spaced samples of 64 KiB: cheap on a 140 GB checkpoint.
+
+    A flipped bit between the samples goes unnoticed here; what an export writes is hashed in full.
+    """
+    size = shard.stat().st_size
+    digest = hashlib.sha256(str(size).encode() + header_bytes(shard))
+    with shard.open("rb") as file:
+        for i in range(FINGERPRINT_SAMPLES):
+            file.seek(i * max(0, size - FINGERPRINT_BYTES) // (FINGERPRINT_SAMPLES - 1))
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
+def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
+    """Raise A3Error if a weight has a NaN or Inf. Works in slices: no temporary of the tensor's size."""
+    for part in tensor.reshape(-1).split(1 << 22):
+        if not torch.isfinite(part).all():
+            raise A3Error(f"{where}: tensor {name} has NaN or Inf values; the checkpoint is damaged")
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw little-endian bytes of a tensor, without a copy if it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor that an export will write."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
+    """Tensors in order, split so that no shard exceeds `max_bytes` (a larger tensor gets one of its own)."""
+    shards: list[list[PlannedTensor]] = []
+    size = max_bytes + 1
+    for tensor in tensors:
+        if size + tensor.bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.bytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[torch.Tensor]) -> str:
+    """Write one safetensors file, tensor by tensor; returns its SHA-256.
+
+    `values` yields the tensors in the planned order. Raises ValueError if one differs from its plan.
+    """
+    offset, header = 0, {"__metadata__": {"format": "pt"}}
+    for tensor in tensors:
+        entry: Any = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.bytes],
+        }
+        header[tensor.name] = entry
+        offset += tensor.bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in (len(encoded).to_bytes(8, "little"), encoded):
+            file.write(part)
+            digest.update(part)
+        for tensor in tensors:
+            value = next(values)
+            if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
+                raise ValueError(f"{tensor.name}: planned {tensor}, got {tuple(value.shape)} {value.dtype}")
+            data = tensor_bytes(value)
+            file.write(data)
+            digest.update(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def write_index(path: Path, shards: dict[str, list[PlannedTensor]]) -> None:
+    index = {
+        "metadata": {"total_size": sum(t.bytes for tensors in shards.values() for t in tensors)},
+        "weight_map": {t.name: shard for shard, tensors in shards.items() for t in tensors},
+    }
+    path.write_text(json.dumps(index, indent=2) + "\n", "utf-8")

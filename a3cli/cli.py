@@ -1,0 +1,270 @@
+"""The command line: each command parses, calls one library function and prints what it returns.
+
+Heavy imports stay inside the commands, so that `a3 --help` answers at once.
+"""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from a3cli import __version__
+from a3cli.errors import A3Error
+
+if TYPE_CHECKING:
+    from a3cli.settings import TextSettings
+    from a3cli.work import Work
+
+app = typer.Typer(
+    help="Smaller language models in closed form: calibrate, solve, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+WorkOption = Annotated[Path, typer.Option("--work", envvar="A3_WORK", help="Work folder, shared by the stages.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run with other settings made.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the full result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+Dataset = Annotated[
+    str,
+    typer.Option(
+        help="wikitext2, wikitext103, c4, slimpajama, a hub id[:config], or a .txt/.jsonl/.parquet file or folder."
+    ),
+]
+TextField = Annotated[str, typer.Option(help="Field of a row that holds the text.")]
+Split = Annotated[str | None, typer.Option(help="Split of a hub set.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Apply the chat template to the `messages` of each row.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens a block.")]
+BatchSize = Annotated[int, typer.Option(help="Blocks a forward.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16, float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+DEFAULT_WORK = Path("a3-work")
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Local folder or hub id of a safetensors checkpoint.")],
+    work: WorkOption = DEFAULT_WORK,
+    dataset: Dataset = "wikitext2",
+    text_field: TextField = "text",
+    split: Split = None,
+    chat: Chat = False,
+    samples: Annotated[int, typer.Option(help="Number of blocks.")] = 128,
+    seq_len: SeqLen = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the blocks' places in the text.")] = 0,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 1,
+    mlp_stats: Annotated[str, typer.Option(help="full Gram matrix, or its diagonal (enough for --method paper).")] = (
+        "full"
+    ),
+    trust_remote_code: RemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run text through the model, layer by layer, and keep each layer's statistics.
+
+    Stopped at any moment, the same command goes on at the layer where it was.
+    """
+    display = open_display(quiet=quiet)
+    from a3cli.settings import CalibrateSettings, make_settings
+
+    settings = make_settings(
+        CalibrateSettings,
+        model=model,
+        revision=revision,
+        text=text_settings(dataset, text_field, split, chat, samples, seq_len, seed),
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        mlp_stats=mlp_stats,
+        trust_remote_code=trust_remote_code,
+    )
+    from a3cli.calibrate import calibrate as run
+
+    with display.sweep_progress(quiet=quiet) as progress:
+        manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress)
+    display.print_json(manifest) if as_json else display.print_calibration(manifest)
+
+
+@app.command()
+def solve(
+    work: WorkOption = DEFAULT_WORK,
+    budget: Annotated[float | None, typer.Option(help="Fraction of the decoder's linear weights to remove.")] = None,
+    attention_budget: Annotated[float | None, typer.Option(help="Fraction of q, k, v, o to remove.")] = None,
+    mlp_budget: Annotated[float | None, typer.Option(help="Fraction of gate, up, down to remove.")] = None,
+    method: Annotated[str, typer.Option(help="paper: the published method.")] = "paper",
+    components: Annotated[str, typer.Option(help="What may be cut, of qk,ov,mlp.")] = "qk,ov,mlp",
+    head_multiple: Annotated[int, typer.Option(help="Head size is a multiple of this.")] = 8,
+    mlp_multiple: Annotated[int, typer.Option(help="MLP width is a multiple of this.")] = 64,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose head and MLP sizes for a budget and compute the projections, from the statistics alone."""
+    display = open_display(quiet=quiet)
+    from a3cli.settings import SolveSettings, make_settings
+
+    settings = make_settings(
+        SolveSettings,
+        budget=budget,
+        attention_budget=attention_budget,
+        mlp_budget=mlp_budget,
+        method=method,
+        components=tuple(part.strip() for part in components.split(",") if part.strip()),
+        head_multiple=head_multiple,
+        mlp_multiple=mlp_multiple,
+    )
+    from a3cli.solve import solve as run
+
+    manifest = run(settings, open_work(work), overwrite=overwrite)
+    display.print_json(manifest) if as_json else display.print_solution(manifest)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="Folder to write: empty or not there yet.")],
+    work: WorkOption = DEFAULT_WORK,
+    dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, like 5GB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the smaller model as a standard checkpoint that stock loaders read."""
+    display = open_display(quiet=quiet)
+    from a3cli.settings import ExportSettings, make_settings, parse_size
+
+    settings = make_settings(
+        ExportSettings, dtype=dtype, max_shard_size=parse_size(max_shard_size), overwrite=overwrite
+    )
+    from a3cli.export import export as run
+
+    manifest = run(out, settings, open_work(work))
+    display.print_json(manifest) if as_json else display.print_export(manifest, str(out))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Local folder or hub id.")],
+    dataset: Dataset = "wikitext2",
+    against: Annotated[str | None, typer.Option(help="The source, for KL and top-1 agreement.")] = None,
+    text_field: TextField = "text",
+    split: Split = None,
+    chat: Chat = False,
+    samples: Annotated[int | None, typer.Option(help="At most so many blocks (default: all).")] = None,
+    seq_len: SeqLen = 2048,
+    revision: Revision = None,
+    against_revision: Annotated[str | None, typer.Option(help="Revision of --against.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 1,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity, and with --against the distance from the source."""
+    display = open_display(quiet=quiet)
+    from a3cli.settings import EvalSettings, make_settings
+
+    settings = make_settings(
+        EvalSettings,
+        model=model,
+        revision=revision,
+        against=against,
+        against_revision=against_revision,
+        text=text_settings(dataset, text_field, split, chat, samples, seq_len, 0),
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
+    from a3cli.evaluate import evaluate as run
+
+    result = run(settings)
+    display.print_json(result) if as_json else display.print_evaluation(result)
+
+
+def text_settings(
+    dataset: str, text_field: str, split: str | None, chat: bool, samples: int | None, seq_len: int, seed: int
+) -> "TextSettings":
+    from a3cli.settings import TextSettings, make_settings
+
+    return make_settings(
+        TextSettings,
+        dataset=dataset,
+        text_field=text_field,
+        split=split,
+        chat=chat,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+    )
+
+
+def open_work(folder: Path) -> "Work":
+    from a3cli.work import Work
+
+    return Work(folder)
+
+
+def version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The group itself does nothing; it carries --version."""
+
+
+def open_display(*, quiet: bool) -> ModuleType:
+    """Our own output set up, that of the libraries underneath switched off: it would end up between ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from a3cli import display
+
+    display.set_up_logging(quiet=quiet)
+    return display
+
+
+def main() -> None:
+    """The `a3` command: our errors become one line and an exit code, bugs keep their traceback."""
+    try:
+        app()
+    except A3Error as error:
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on where it stopped", 3)
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        fail(f"{error.strerror}{where}; nothing was left half-written, mend it and run the same command again", 2)
+
+
+# Disk full, quota, file too large, no permission, read-only file system: not our bugs.
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def fail(message: str, code: int) -> None:
+    from a3cli import display
+
+    display.print_error(message)
+    sys.exit(code)

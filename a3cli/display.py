@@ -1,0 +1,137 @@
+"""What a person sees: progress on stderr, results on stdout. The only importer of `rich` beside the CLI."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Json = dict[str, Any]
+log = logging.getLogger("a3cli")
+LINE_EVERY = 10.0  # seconds between log lines within a layer, off a terminal
+
+
+def set_up_logging(*, quiet: bool = False) -> None:
+    """Our own log lines on stderr: plain when it is no terminal, warnings only when quiet."""
+    stderr = Console(stderr=True)
+    handler: logging.Handler = logging.StreamHandler()
+    if stderr.is_terminal:
+        handler = RichHandler(console=stderr, show_path=False, show_level=False, show_time=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.propagate = False
+
+
+class SweepProgress:
+    """A bar with layer, tokens/s and time left on a terminal; a line a layer elsewhere."""
+
+    def __init__(self, bar: Progress | None) -> None:
+        self.bar = bar
+        self.task: Any = None
+        self.first: int | None = None
+        self.started = self.last_line = time.monotonic()
+
+    def __call__(self, *, layer: int, layers: int, tokens: int, total_tokens: int) -> None:
+        if self.first is None:
+            self.first = layer
+            self.started = time.monotonic()
+        done = layer * total_tokens + tokens
+        # The first batch has just ended when the clock starts, so it does not count for the speed.
+        rate = (done - self.first * total_tokens) / max(time.monotonic() - self.started, 1e-3)
+        if self.bar is not None:
+            if self.task is None:
+                self.task = self.bar.add_task("", total=layers * total_tokens)
+            self.bar.update(
+                self.task, completed=done, description=f"layer {layer + 1}/{layers}", speed=f"{rate:,.0f} tokens/s"
+            )
+        elif tokens == total_tokens or time.monotonic() - self.last_line > LINE_EVERY:
+            self.last_line = time.monotonic()
+            left = (layers * total_tokens - done) / rate
+            log.info("layer %d/%d: %d/%d tokens, %s left", layer + 1, layers, tokens, total_tokens, f"{left:,.0f} s")
+
+
+@contextmanager
+def sweep_progress(*, quiet: bool) -> Iterator[SweepProgress]:
+    """Progress for one sweep, on stderr."""
+    if quiet or not sys.stderr.isatty():
+        yield SweepProgress(None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield SweepProgress(bar)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr, whatever control characters a file name may carry."""
+    line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(line)}")
+
+
+def print_json(value: Json) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def print_calibration(manifest: Json) -> None:
+    blocks, length = manifest["blocks"]
+    _print(
+        f"calibrated {len(manifest['layers'])} layers on {manifest['tokens']:,} tokens ({blocks} blocks of {length})"
+    )
+
+
+def print_solution(manifest: Json) -> None:
+    table = Table("", "before", "after", "after / before")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    names = {
+        "head_dim": "head_dim (QK and OV)",
+        "intermediate_size": "intermediate_size",
+        "parameters": "parameters",
+        "bytes": "bytes",
+        "kv_bytes_per_token": "KV cache, bytes a token",
+        "prefill_flops_per_token": f"prefill FLOPs a token at {manifest['prefill_flops_per_token']['seq_len']}",
+    }
+    for key, label in names.items():
+        before, after = manifest[key]["before"], manifest[key]["after"]
+        table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.3f}")
+    _print(table)
+    asked = manifest["budget_asked"]
+    _print(
+        f"removed {100 * manifest['budget_reached']:.2f} % of the decoder's linear weights"
+        + ("" if asked is None else f" (asked: {100 * asked:g} %)")
+    )
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in manifest["predicted_loss"].items())
+    _print(f"predicted loss, relative to the residual stream, summed over layers: {losses}")
+
+
+def print_export(manifest: Json, out: str) -> None:
+    size = sum(1 for name in manifest["files"] if name.endswith(".safetensors"))
+    _print(f"wrote {size} weight file{'s' if size > 1 else ''}; loads with stock transformers, no remote code")
+    _print(out)
+
+
+def print_evaluation(result: Json) -> None:
+    table = Table("measure", "value")
+    table.columns[1].justify = "right"
+    for key, value in result.items():
+        table.add_row(key.replace("_", " "), escape(f"{value:,.4f}" if isinstance(value, float) else str(value)))
+    _print(table)
+
+
+def _print(what: Any) -> None:
+    Console(soft_wrap=True, highlight=False).print(what)

@@ -1,0 +1,16 @@
+"""The errors that a user meets. Everything else that is raised is a bug of ours and keeps its traceback.
+
+A message is one line: what, where (layer, component, file), why, what to do.
+"""
+
+
+class A3Error(Exception):
+    """Something that the user can mend: bad input, a missing file, settings that do not fit. Exit code 2."""
+
+    exit_code = 2
+
+
+class CheckFailed(A3Error):
+    """A check that ran to its end and found its subject wanting. Exit code 1."""
+
+    exit_code = 1

@@ -1,0 +1,124 @@
+"""Perplexity the way the papers measure it, and how far a model is from its source.
+
+Text is cut into consecutive blocks of `seq_len` (the last one shorter); in each block every token but the
+first is predicted once. Perplexity is the exponential of the mean over all predicted tokens.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from a3cli.checkpoint import Checkpoint, resolve_model
+from a3cli.errors import A3Error
+from a3cli.machine import Machine, choose_machine
+from a3cli.settings import EvalSettings
+from a3cli.text import evaluation_blocks, load_tokenizer
+from a3cli.work import Json
+
+
+@torch.inference_mode()
+def evaluate(settings: EvalSettings) -> Json:
+    """Perplexity of a model; with `against`, also the source's, KL(source ‖ model) in nats and top-1 agreement.
+
+    Raises A3Error for a model that does not load whole, too little text, or a loss that is not finite.
+    """
+    checkpoint = resolve_model(settings.model, settings.revision)
+    reference = resolve_model(settings.against, settings.against_revision) if settings.against else None
+    machine = choose_machine(settings.device, settings.dtype, checkpoint.dtype)
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
+    blocks = evaluation_blocks(tokenizer, settings.text)
+    model = load_model(checkpoint, machine, settings)
+    source = load_model(reference, machine, settings) if reference else None
+
+    nll, source_nll, kl, agreed, predicted, seconds = 0.0, 0.0, 0.0, 0, 0, 0.0
+    for batch in batches(blocks, settings.batch_size):
+        started = time.perf_counter()
+        logits = model(batch.to(machine.device), use_cache=False).logits
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - started
+        source_logits = source(batch.to(machine.device), use_cache=False).logits if source is not None else None
+        for row, tokens in enumerate(batch):
+            log_p = logits[row, :-1].float().log_softmax(-1)
+            nll += negative_log_likelihood(log_p, tokens, checkpoint)
+            predicted += len(tokens) - 1
+            if source_logits is not None and reference is not None:
+                log_q = source_logits[row, :-1].float().log_softmax(-1)
+                check_vocabularies(log_p, log_q, checkpoint, reference)
+                source_nll += negative_log_likelihood(log_q, tokens, reference)
+                kl += (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64).item()
+                agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+    tokens_read = sum(len(block) for block in blocks)
+    result: Json = {
+        "model": checkpoint.name,
+        "dataset": settings.text.dataset,
+        "seq_len": settings.text.seq_len,
+        "blocks": len(blocks),
+        "tokens": tokens_read,
+        "predicted_tokens": predicted,
+        "perplexity": math.exp(nll / predicted),
+        "tokens_per_second": tokens_read / seconds,
+        "device": str(machine.device),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+    }
+    if reference is not None:
+        source_perplexity = math.exp(source_nll / predicted)
+        result |= {
+            "against": reference.name,
+            "source_perplexity": source_perplexity,
+            "perplexity_increase": result["perplexity"] - source_perplexity,
+            "kl": kl / predicted,
+            "top1_agreement": agreed / predicted,
+        }
+    return result
+
+
+def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings) -> Any:
+    """The model in stock transformers. Raises A3Error if any weight is missing or does not fit."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=machine.dtype,
+            device_map="auto" if machine.device.type == "cuda" and settings.device == "auto" else str(machine.device),
+            use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise A3Error(f"{checkpoint.name} does not load: {' '.join(str(error).split())[:500]}") from error
+    if problems := sorted([*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])]):
+        raise A3Error(f"{checkpoint.name} does not load whole: missing or misshaped {', '.join(problems[:5])}")
+    return model.eval()
+
+
+def batches(blocks: list[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    """Blocks of one length together, in order: `[B, T]`."""
+    full = [block for block in blocks if len(block) == len(blocks[0])]
+    for start in range(0, len(full), size):
+        yield torch.stack(full[start : start + size])
+    for block in blocks[len(full) :]:
+        if len(block) > 1:  # one token alone predicts nothing
+            yield block[None]
+
+
+def negative_log_likelihood(log_p: torch.Tensor, tokens: torch.Tensor, checkpoint: Checkpoint) -> float:
+    """Sum over the predicted tokens of one block. Raises A3Error if it is not finite."""
+    targets = tokens[1:].to(log_p.device)
+    total = -log_p.gather(-1, targets[:, None]).sum(dtype=torch.float64).item()
+    if not math.isfinite(total):
+        raise A3Error(f"{checkpoint.name}: the loss is not finite; use --dtype float32, or the model is damaged")
+    return total
+
+
+def check_vocabularies(log_p: torch.Tensor, log_q: torch.Tensor, model: Checkpoint, source: Checkpoint) -> None:
+    if log_p.shape != log_q.shape:
+        raise A3Error(
+            f"{model.name} and {source.name} have vocabularies of {log_p.shape[-1]} and {log_q.shape[-1]} tokens; "
+            "only models with the same tokenizer can be compared"
+        )

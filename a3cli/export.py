@@ -1,0 +1,237 @@
+"""Stage 3: source + solution → a Hugging Face folder that stock loaders read.
+
+Tensors stream from the source's shards to new ones, one at a time; what the solution does not touch is
+copied byte for byte. The folder is written beside its place and renamed at the end.
+"""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from a3cli import costs
+from a3cli.card import model_card
+from a3cli.checkpoint import (
+    INDEX,
+    METADATA_FILES,
+    Checkpoint,
+    PlannedTensor,
+    check_finite,
+    plan_shards,
+    shard_names,
+    write_index,
+    write_shard,
+)
+from a3cli.errors import A3Error
+from a3cli.families.rope import ROPE_KEYS, kept_rope_config
+from a3cli.model import Model, open_calibrated_source
+from a3cli.moments import Tensors
+from a3cli.settings import ExportSettings
+from a3cli.work import Json, Work, check_hash, check_space, hash_file, read_manifest, versions, write_json
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "a3_manifest.json"
+NOT_CARRIED = ("config.json", "README.md", MANIFEST)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What is applied: the manifest, and each layer's projections (small: they stay in memory)."""
+
+    manifest: Json
+    layers: list[Tensors]
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.manifest["head_dim"]["after"])
+
+    @property
+    def intermediate_size(self) -> int:
+        return int(self.manifest["intermediate_size"]["after"])
+
+
+def export(out: Path, settings: ExportSettings, work: Work) -> Json:
+    """Write the compressed checkpoint to `out`; returns its manifest.
+
+    Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use.
+    """
+    with work.locked():
+        calibration, solution = read_solution(work)
+        model = open_calibrated_source(work, calibration)
+        check_target(out, model.source, work, overwrite=settings.overwrite)
+        shards = plan(model, solution, settings)
+        check_space(existing_parent(out), sum(t.bytes for tensors in shards.values() for t in tensors), "export")
+        partial = out.parent / f".{out.name}.a3-partial"
+        try:
+            if partial.exists():  # of an export that was killed; the lock says that none is under way
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            manifest = write_checkpoint(partial, model, calibration, solution, shards, settings)
+            if out.exists():
+                shutil.rmtree(out)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return manifest
+
+
+def read_solution(work: Work) -> tuple[Json, Solution]:
+    """Calibration manifest and solution, checked against one another and against their files."""
+    if not work.solution_manifest.is_file():
+        raise A3Error(f"{work.folder} has no finished solution; run a3 solve first (--work names the folder)")
+    calibration = read_manifest(work.calibration_manifest, "run a3 calibrate --overwrite")
+    manifest = read_manifest(work.solution_manifest, "run a3 solve --overwrite")
+    if manifest["request"]["calibration"] != calibration["sha256"]:
+        raise A3Error(f"{work.solution} was solved from another calibration; run a3 solve --overwrite")
+    for layer, expected in enumerate(manifest["layers"]):
+        check_hash(work.layer_solution(layer), expected, "run a3 solve --overwrite")
+    return calibration, Solution(manifest, [load_file(work.layer_solution(i)) for i in range(len(manifest["layers"]))])
+
+
+def check_target(out: Path, source: Checkpoint, work: Work, *, overwrite: bool) -> None:
+    """Raise A3Error unless `out` may be written: empty or an earlier export, and apart from what is read."""
+    resolved = out.resolve()
+    for folder, name in ((source.folder.resolve(), "the source"), (work.folder.resolve(), "the work folder")):
+        if resolved == folder or folder in resolved.parents or resolved in folder.parents:
+            raise A3Error(f"{out} and {name} {folder} lie inside one another; choose another output folder")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise A3Error(f"{out} is no folder; choose another output folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise A3Error(f"{out} is not empty; use --overwrite to replace an earlier export, or another folder")
+        if not (out / MANIFEST).is_file():
+            raise A3Error(f"{out} holds something that is no a3 export; --overwrite does not replace it")
+
+
+def existing_parent(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str, list[PlannedTensor]]:
+    """Every tensor of the export in the source's order, by shard file."""
+    shape = costs.resized(
+        model.shape, head_dim=solution.head_dim, intermediate_size=solution.intermediate_size
+    ).linear_shapes()
+    planned = []
+    for name, info in model.source.tensors.items():
+        found = model.family.find_role(name)
+        role = found[1] if found else None
+        new_shape = info.shape
+        if found and role in shape:
+            new_shape = shape[role] if found[2] == "weight" else shape[role][:1]
+        dtype = info.dtype if settings.dtype == "source" else getattr(torch, settings.dtype)
+        planned.append(PlannedTensor(name, tuple(new_shape), dtype))
+    groups = plan_shards(planned, settings.max_shard_size)
+    return dict(zip(shard_names(len(groups)), groups, strict=True))
+
+
+def write_checkpoint(
+    folder: Path,
+    model: Model,
+    calibration: Json,
+    solution: Solution,
+    shards: dict[str, list[PlannedTensor]],
+    settings: ExportSettings,
+) -> Json:
+    """Weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
+    hashes = {}
+    for shard, tensors in shards.items():
+        log.info("writing %s", shard)
+        hashes[shard] = write_shard(folder / shard, tensors, (transformed(model, solution, t) for t in tensors))
+    if len(shards) > 1:
+        write_index(folder / INDEX, shards)
+    write_json(folder / "config.json", compressed_config(model, solution, settings))
+    carry_files(model.source, folder)
+    result = {
+        "source": {
+            "model": model.source.name,
+            "revision": model.source.revision,
+            "fingerprint": model.source.fingerprint(),
+        },
+        "calibration": {key: calibration[key] for key in ("request", "tokens", "blocks", "tokens_sha256", "sha256")},
+        "solution": {key: value for key, value in solution.manifest.items() if key not in ("per_layer", "layers")},
+        "dtype": settings.dtype,
+        "versions": versions(),
+    }
+    (folder / "README.md").write_text(model_card(model.source, result), "utf-8")
+    files = {p.name: hashes.get(p.name) or hash_file(p) for p in sorted(folder.iterdir())}
+    manifest = {**result, "files": files}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> torch.Tensor:
+    """One tensor as the export stores it; the source's own bytes if nothing changes it."""
+    tensor = model.source.read(planned.name)
+    found = model.family.find_role(planned.name)
+    if found is not None:
+        layer, role, _ = found
+        if role in ("q", "k", "v", "o", "gate", "up", "down"):
+            check_finite(tensor, planned.name, model.source.name)
+            tensor = apply_projection(tensor, role, solution.layers[layer], model)
+    return tensor.to(planned.dtype)
+
+
+def apply_projection(tensor: torch.Tensor, role: str, projections: Tensors, model: Model) -> torch.Tensor:
+    """A weight `[out, in]` or bias `[out]` of one role, made smaller; float64 where it is computed.
+
+    q: kept pairs, times `(r/h)^½` so that the source's softmax scale `h^-½` survives a loader that recomputes
+    it as `r^-½`. k: kept pairs. v, o: the OV maps. gate, up, down: kept channels.
+    """
+    if role in ("gate", "up", "down"):
+        channels = projections.get("channels")
+        if channels is None or (role == "down" and tensor.ndim == 1):
+            return tensor
+        return tensor[:, channels] if role == "down" else tensor[channels]
+    if "pairs" not in projections or (role == "o" and tensor.ndim == 1):
+        return tensor
+    head_dim = model.shape.head_dim
+    if role in ("q", "k"):
+        dims = torch.cat([projections["pairs"], projections["pairs"] + head_dim // 2])
+        kept = tensor.view(-1, head_dim, *tensor.shape[1:])[:, dims].flatten(0, 1)
+        return kept.double() * (len(dims) / head_dim) ** 0.5 if role == "q" else kept
+    if role == "v":
+        return map_values(tensor, projections["value_map"])
+    return map_outputs(tensor, projections["output_map"], model.shape.group)
+
+
+def map_values(tensor: torch.Tensor, value_map: torch.Tensor) -> torch.Tensor:
+    """`W_v ← W_v A`: `[K·h, d]` or bias `[K·h]`, `value_map` `[K, h, r]` → `[K·r, …]` float64."""
+    heads = tensor.view(*value_map.shape[:2], *tensor.shape[1:])
+    return torch.cat([value_map[k].mT @ heads[k].double() for k in range(len(heads))])
+
+
+def map_outputs(tensor: torch.Tensor, output_map: torch.Tensor, group: int) -> torch.Tensor:
+    """`W_o,i ← B W_o,i`: `[d, H·h]`, `output_map` `[K, r, h]` → `[d, H·r]` float64."""
+    kv_heads, _, head_dim = output_map.shape
+    heads = tensor.view(len(tensor), kv_heads * group, head_dim)
+    return torch.cat([heads[:, i].double() @ output_map[i // group].mT for i in range(kv_heads * group)], dim=1)
+
+
+def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
+    """The source's config.json with the new sizes and, if pairs were dropped, the new RoPE."""
+    config = dict(model.source.config)
+    if solution.head_dim < model.shape.head_dim:
+        config["head_dim"] = solution.head_dim
+        config = {key: value for key, value in config.items() if key not in ROPE_KEYS}
+        config.update(kept_rope_config(model.rope, solution.manifest["pairs"]))
+    config["intermediate_size"] = solution.intermediate_size
+    if settings.dtype != "source":
+        config.pop("torch_dtype", None)
+        config["dtype"] = settings.dtype
+    return config
+
+
+def carry_files(source: Checkpoint, folder: Path) -> None:
+    """Tokenizer, generation config, chat template, licence: what lies beside the weights and is not rewritten."""
+    files = {path for pattern in METADATA_FILES for path in source.folder.glob(pattern)}
+    for path in sorted(files):
+        if path.is_file() and path.name not in NOT_CARRIED and not path.name.endswith(".safetensors.index.json"):
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,124 @@
+"""Families as data: roles → module paths, and the sizes that the mathematics needs.
+
+The rest of the package asks for roles (`q`, `down`, …), never for names of modules or tensors.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from a3cli.errors import A3Error
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down", "attention_norm", "mlp_norm"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model type keeps its parts. Linear weights are `[out, in]`, rotated pairs `(p, p + h/2)`.
+
+    `modules` maps a role to the module path inside one decoder layer; q, k, v, o, gate, up and down are
+    the linear weights that a budget counts, the norms mark where the residual stream is read.
+    """
+
+    modules: dict[Role, str]
+    decoder: str = "model"
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+
+    def tensor(self, layer: int, role: Role, kind: Literal["weight", "bias"] = "weight") -> str:
+        """The checkpoint's name of one tensor."""
+        return f"{self.layers}.{layer}.{self.modules[role]}.{kind}"
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"{self.layers}.{layer}."
+
+    def find_role(self, tensor: str) -> tuple[int, Role, str] | None:
+        """(layer, role, "weight" or "bias") of a checkpoint's tensor name; None if it has no role."""
+        prefix = self.layers + "."
+        number, _, rest = tensor.removeprefix(prefix).partition(".")
+        if not tensor.startswith(prefix) or not number.isdigit():
+            return None
+        path, _, kind = rest.rpartition(".")
+        for role, module in self.modules.items():
+            if module == path:
+                return int(number), role, kind
+        return None
+
+
+LLAMA = Family(
+    modules={
+        "attention_norm": "input_layernorm",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
+)
+
+FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": LLAMA}
+
+
+def family_of(model_type: Any) -> Family:
+    """The family of a `config.model_type`. Raises A3Error listing what is supported."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise A3Error(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder: d, L, H, K, h and I of the method, and which linear layers have biases."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head, g = H / K."""
+        return self.heads // self.kv_heads
+
+    def linear_shapes(self) -> dict[Role, tuple[int, int]]:
+        """`[out, in]` of each linear weight of one layer."""
+        d, query, kv = self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        mlp = self.intermediate_size
+        return {
+            "q": (query, d),
+            "k": (kv, d),
+            "v": (kv, d),
+            "o": (d, query),
+            "gate": (mlp, d),
+            "up": (mlp, d),
+            "down": (d, mlp),
+        }
+
+
+def read_shape(config: Any) -> ModelShape:
+    """The shape that a transformers config describes. Raises A3Error if its sizes do not fit together."""
+    heads = config.num_attention_heads
+    shape = ModelShape(
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate_size=config.intermediate_size,
+        attention_bias=bool(getattr(config, "attention_bias", False)),
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+    )
+    sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)
+    if min(sizes) < 1 or shape.heads % shape.kv_heads or shape.head_dim % 2:
+        raise A3Error(
+            f"config.json: impossible sizes (heads {shape.heads}, KV heads {shape.kv_heads}, "
+            f"head_dim {shape.head_dim}, hidden {shape.hidden_size}, MLP {shape.intermediate_size}, "
+            f"layers {shape.layers})"
+        )
+    return shape

@@ -1,0 +1,134 @@
+"""RoPE as configurations describe it: read the frequencies, and write the configuration of a kept subset.
+
+A kept subset of pairs is written in the affine form where the pairs are evenly spaced (a changed theta, at
+most a linear factor: every runtime reads it), and as longrope factors otherwise. Both spellings are
+written, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5): 4.57 silently falls
+back to default RoPE when it finds only the second.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from a3cli.errors import A3Error
+from a3cli.work import Json
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotation of a source model.
+
+    `short` and `long` `[h/2]` float64 are the frequencies (radians a position) of each pair up to
+    `original_context` positions and beyond; they differ for longrope only. `attention_factor` scales cos
+    and sin. `parameters` is the configuration they were read from.
+    """
+
+    parameters: Json
+    short: torch.Tensor
+    long: torch.Tensor
+    attention_factor: float
+    context: int
+    original_context: int
+
+    @property
+    def kind(self) -> str:
+        return str(self.parameters["rope_type"])
+
+    @property
+    def theta(self) -> float:
+        return float(self.parameters["rope_theta"])
+
+
+def read_rope(config: Any) -> Rope:
+    """Read a transformers (5.x) config. Raises A3Error for a RoPE type that a subset of pairs cannot express."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = dict(config.rope_parameters or {})
+    kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise A3Error(
+            f"config.json: RoPE type {kind!r} cannot be written for a subset of pairs (its frequencies change with "
+            f"the length of the text); supported are {', '.join(ROPE_TYPES)}; remove rope_scaling from config.json "
+            "to compress the model at its original context"
+        )
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise A3Error("config.json: partial_rotary_factor other than 1 is not supported for this family")
+    original = int(parameters.get("original_max_position_embeddings", config.max_position_embeddings))
+    if kind == "default":
+        pairs = torch.arange(config.head_dim // 2, dtype=torch.float64)
+        short = long = parameters["rope_theta"] ** (-2 * pairs / config.head_dim)
+        factor = 1.0
+    else:
+        frequencies = ROPE_INIT_FUNCTIONS[kind]
+        short, factor = frequencies(config, torch.device("cpu"), seq_len=1)
+        long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1)
+    return Rope(
+        parameters={**parameters, "rope_type": kind},
+        short=short.double(),
+        long=long.double(),
+        attention_factor=float(factor),
+        context=int(config.max_position_embeddings),
+        original_context=original,
+    )
+
+
+def kept_rope_config(rope: Rope, pairs: Sequence[int]) -> Json:
+    """The config entries that give slot `j` of a smaller head the rotation of source pair `pairs[j]`."""
+    affine = affine_parameters(rope, pairs)
+    parameters = affine if affine is not None else longrope_parameters(rope, pairs)
+    return both_spellings(parameters)
+
+
+def affine_parameters(rope: Rope, pairs: Sequence[int]) -> Json | None:
+    """Evenly spaced pairs `a + s·j` as a changed theta; None where that is not exact.
+
+    `theta^(-2(a+sj)/h) = theta^(-2a/h) · (theta^(s·r/h))^(-2j/r)`, r = 2·len(pairs): a new theta, and a
+    linear factor `theta^(2a/h)`. llama3 scaling looks at each frequency, so it composes only when a = 0;
+    yarn and longrope look at the index of a pair and never compose.
+    """
+    if rope.kind not in ("default", "linear", "llama3") or not pairs:
+        return None
+    start = pairs[0]
+    step = pairs[1] - start if len(pairs) > 1 else 1
+    if list(pairs) != [start + step * j for j in range(len(pairs))] or (rope.kind == "llama3" and start > 0):
+        return None
+    h, r = 2 * len(rope.short), 2 * len(pairs)
+    parameters = {**rope.parameters, "rope_theta": rope.theta ** (step * r / h)}
+    factor = float(parameters.get("factor", 1.0)) * rope.theta ** (2 * start / h)
+    if rope.kind != "llama3" and factor != 1.0:
+        parameters.update(rope_type="linear", factor=factor)
+    return parameters
+
+
+def longrope_parameters(rope: Rope, pairs: Sequence[int]) -> Json:
+    """Any subset as longrope: `F_j = 1 / (frequency_j · theta^(2j/r))`, r = 2·len(pairs)."""
+    index = torch.tensor(pairs)
+    spacing = rope.theta ** (2 * torch.arange(len(pairs), dtype=torch.float64) / (2 * len(pairs)))
+    # Only a longrope source switches tables, at its original context; elsewhere both are the same.
+    original = rope.original_context if rope.kind == "longrope" else rope.context
+    return {
+        "rope_type": "longrope",
+        "rope_theta": rope.theta,
+        "short_factor": (1 / (rope.short[index] * spacing)).tolist(),
+        "long_factor": (1 / (rope.long[index] * spacing)).tolist(),
+        "factor": 1.0 if rope.kind != "longrope" else rope.context / original,
+        "attention_factor": rope.attention_factor,
+        "short_mscale": rope.attention_factor,
+        "long_mscale": rope.attention_factor,
+        "original_max_position_embeddings": original,
+    }
+
+
+def both_spellings(parameters: Json) -> Json:
+    """`rope_parameters` as transformers 5 reads them, and `rope_theta` + `rope_scaling` for version 4."""
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return {
+        "rope_theta": parameters["rope_theta"],
+        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
+        "rope_parameters": parameters,
+    }

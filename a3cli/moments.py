@@ -1,0 +1,111 @@
+"""Activations → running sums. Pure tensors: nothing here knows a model or a file.
+
+Sums, not means, so that statistics over different text add up exactly. Per layer, over n tokens:
+
+    q_gram [H, h, h]   Σ q_i q_iᵀ   queries, biases included, before RoPE       q_sum [H, h]
+    k_gram [K, h, h]   Σ k kᵀ       keys, likewise                              k_sum [K, h]
+    v_gram [K, h, h]   Σ v vᵀ       values                                      v_sum [K, h]
+    o_gram [Hh, Hh]    Σ o oᵀ       input of the output projection              o_sum [Hh]
+    mlp_gram [I, I]    Σ x xᵀ       input of the down projection                x_sum [I]
+    mlp_energy [I]     Σ x²         its diagonal (all there is with diagonal statistics)
+    attention_residual, mlp_residual []  Σ‖·‖² of the stream that each block's output is added to
+    tokens []
+
+Products are formed in float32 per batch and added up in float64, except the two large Gram matrices
+(`o_gram`, `mlp_gram`), which are added up in float32 and stored as the rows of their upper triangle.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+LARGE = ("o_gram", "mlp_gram")
+
+
+@dataclass
+class LayerMoments:
+    """Running sums of one layer, on the device that the activations are on."""
+
+    head_dim: int
+    full_mlp: bool
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.sums: Tensors = {}
+        self._add("tokens", torch.zeros((), dtype=torch.float64, device=self.device))
+
+    def add_heads(self, name: str, x: torch.Tensor) -> None:
+        """`q`, `k` or `v` of a batch, `[..., heads · h]`."""
+        per_head = x.reshape(-1, x.shape[-1] // self.head_dim, self.head_dim).float()
+        by_head = per_head.transpose(0, 1)  # [heads, tokens, h]
+        self._add(f"{name}_gram", by_head.mT @ by_head)
+        self._add(f"{name}_sum", per_head.sum(0))
+
+    def add_attention_output(self, o: torch.Tensor) -> None:
+        """Input of the output projection `[..., H · h]`."""
+        flat = o.reshape(-1, o.shape[-1]).float()
+        self._add_gram("o_gram", flat)
+        self._add("o_sum", flat.sum(0))
+
+    def add_mlp(self, x: torch.Tensor) -> None:
+        """Input of the down projection `[..., I]`."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        self._add("mlp_energy", flat.square().sum(0))
+        self._add("x_sum", flat.sum(0))
+        if self.full_mlp:
+            self._add_gram("mlp_gram", flat)
+
+    def add_residual(self, name: str, x: torch.Tensor) -> None:
+        """`attention_residual` or `mlp_residual` from the stream `[..., d]`; the first also counts tokens."""
+        self._add(name, x.float().square().sum())
+        if name == "attention_residual":
+            self._add("tokens", torch.tensor(x[..., 0].numel(), dtype=torch.float64, device=self.device))
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        if name in self.sums:
+            self.sums[name].add_(value)
+        else:
+            self.sums[name] = value.double()
+
+    def _add_gram(self, name: str, flat: torch.Tensor) -> None:
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=self.device)
+        self.sums[name].addmm_(flat.mT, flat)
+
+    def finished(self) -> Tensors:
+        """The sums as they are stored: on the CPU, the large ones packed. Empties this object."""
+        stored = {}
+        for name in list(self.sums):
+            value = self.sums.pop(name)
+            stored[name] = pack_upper(value) if name in LARGE else value.cpu()
+        return stored
+
+
+def pack_upper(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows of the upper triangle of `[n, n]`, one after another: `[n(n+1)/2]` on the CPU."""
+    n = len(matrix)
+    packed = torch.empty(n * (n + 1) // 2, dtype=matrix.dtype)
+    start = 0
+    for i in range(n):
+        packed[start : start + n - i] = matrix[i, i:]
+        start += n - i
+    return packed
+
+
+def unpack_upper(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """The symmetric `[n, n]` matrix of `pack_upper`."""
+    matrix = packed.new_zeros(n, n)
+    start = 0
+    for i in range(n):
+        row = packed[start : start + n - i]
+        matrix[i, i:] = row
+        matrix[i:, i] = row
+        start += n - i
+    return matrix
+
+
+def gram_blocks(o_gram: torch.Tensor, heads: int) -> torch.Tensor:
+    """The diagonal blocks `[H, h, h]` of `[Hh, Hh]`: each head's own Gram matrix."""
+    size = len(o_gram) // heads
+    return torch.stack([o_gram[i : i + size, i : i + size] for i in range(0, len(o_gram), size)])

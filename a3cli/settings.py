@@ -1,0 +1,100 @@
+"""Frozen settings of each stage. All problems of one set of settings are reported together."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from a3cli.errors import A3Error
+
+Component = Literal["qk", "ov", "mlp"]
+COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextSettings(Settings):
+    """Which text, and how many blocks of how many tokens are cut from it."""
+
+    dataset: str
+    text_field: str = "text"
+    split: str | None = None
+    chat: bool = False
+    samples: int | None = Field(default=128, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
+class CalibrateSettings(Settings):
+    model: str
+    revision: str | None = None
+    text: TextSettings
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    batch_size: int = Field(default=1, ge=1)
+    mlp_stats: Literal["full", "diagonal"] = "full"
+    trust_remote_code: bool = False
+
+
+def _not_empty(components: tuple[Component, ...]) -> tuple[Component, ...]:
+    if not components:
+        raise ValueError("name at least one of qk, ov, mlp")
+    return tuple(c for c in COMPONENTS if c in components)
+
+
+class SolveSettings(Settings):
+    budget: Fraction | None = None
+    attention_budget: Fraction | None = None
+    mlp_budget: Fraction | None = None
+    method: Literal["paper"] = "paper"
+    components: Annotated[tuple[Component, ...], AfterValidator(_not_empty)] = COMPONENTS
+    head_multiple: int = Field(default=8, ge=1)
+    mlp_multiple: int = Field(default=64, ge=1)
+    eigenvalue_floor: float = Field(default=1e-10, ge=0, lt=1)
+
+
+class ExportSettings(Settings):
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    max_shard_size: int = Field(default=5_000_000_000, ge=1)
+    overwrite: bool = False
+
+
+class EvalSettings(Settings):
+    model: str
+    revision: str | None = None
+    against: str | None = None
+    against_revision: str | None = None
+    text: TextSettings
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    batch_size: int = Field(default=1, ge=1)
+    trust_remote_code: bool = False
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def make_settings(kind: type[S], **values: Any) -> S:
+    """Build settings. Raises A3Error naming every bad value in one line."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        problems = sorted(
+            f"{'.'.join(str(part) for part in item['loc'])} = {item['input']!r}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise A3Error("bad settings: " + "; ".join(problems)) from None
+
+
+def parse_size(text: str) -> int:
+    """Bytes from '5GB', '500MB', '1.5GiB' or a plain number of bytes."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1, "": 1}
+    number = text.strip().rstrip("BGIKMbgikm")
+    unit = text.strip()[len(number) :].upper()
+    try:
+        return int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise A3Error(f"size {text!r} is not of the form 5GB, 500MB or 2GiB") from None

@@ -1,0 +1,177 @@
+"""The work folder's contract: file names, manifests, fingerprints, atomic writes, the lock.
+
+Stages meet only through these files. Every file is written beside its place and renamed, and a stage's
+manifest is written last, so a folder with a manifest is a finished stage. Nobody else builds these paths.
+
+    source.json                      which checkpoint: folder or hub id, revision, fingerprint
+    calibration/progress.json        request and finished layers of a calibration under way
+    calibration/hidden-{0,1}.bin     hidden states between layers, while under way
+    calibration/tokens.safetensors   the blocks [N, T]
+    calibration/layer-000.safetensors …   statistics
+    calibration/manifest.json        written last
+    solution/layer-000.safetensors … projections and kept indices
+    solution/manifest.json           written last
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from a3cli import __version__
+from a3cli.errors import A3Error
+
+Json = dict[str, Any]
+
+DEFAULT_WORK = Path("a3-work")
+
+
+class Work:
+    """One work folder: its paths and its lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source = folder / "source.json"
+        self.calibration = folder / "calibration"
+        self.solution = folder / "solution"
+        self.calibration_manifest = self.calibration / "manifest.json"
+        self.calibration_progress = self.calibration / "progress.json"
+        self.solution_manifest = self.solution / "manifest.json"
+        self.tokens = self.calibration / "tokens.safetensors"
+
+    def statistics(self, layer: int) -> Path:
+        return self.calibration / layer_file(layer)
+
+    def layer_solution(self, layer: int) -> Path:
+        return self.solution / layer_file(layer)
+
+    def hidden_states(self, layer: int) -> Path:
+        """The file that holds the input of `layer`; the output goes to the other of the two."""
+        return self.calibration / f"hidden-{layer % 2}.bin"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one process. The lock dies with its process, so none is ever stale."""
+        made = not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise A3Error(f"work folder {self.folder}: {error.strerror}; choose another with --work") from error
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise A3Error(
+                f"work folder {self.folder} is in use by another a3 process; wait for it, or use another --work"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            if made:
+                self._remove_if_unused()
+
+    def _remove_if_unused(self) -> None:
+        """A command that failed before its first file leaves no folder behind."""
+        if [path.name for path in self.folder.iterdir()] == [".lock"]:
+            shutil.rmtree(self.folder)
+
+
+def layer_file(layer: int) -> str:
+    return f"layer-{layer:03d}.safetensors"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the whole file, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form, as hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling to write to; it takes `path`'s place only if the block succeeds."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Json) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> Json:
+    """A JSON object from a file. Raises A3Error naming the file if it is missing or no JSON object."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise A3Error(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise A3Error(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise A3Error(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def write_manifest(path: Path, value: Json) -> Json:
+    """Write a stage's closing manifest with a hash over itself; returns what was written."""
+    sealed = {**value, "sha256": hash_json(value)}
+    write_json(path, sealed)
+    return sealed
+
+
+def read_manifest(path: Path, remedy: str) -> Json:
+    """A manifest as it was written. Raises A3Error if it is missing, malformed or altered."""
+    sealed = read_json(path)
+    if hash_json({key: value for key, value in sealed.items() if key != "sha256"}) != sealed.get("sha256"):
+        raise A3Error(f"{path} was altered after it was written; {remedy}")
+    return sealed
+
+
+def check_hash(path: Path, expected: str, remedy: str) -> None:
+    """Raise A3Error unless `path` still has the content that its manifest recorded."""
+    if not path.is_file():
+        raise A3Error(f"{path} is missing; {remedy}")
+    if hash_file(path) != expected:
+        raise A3Error(f"{path} is not the file that its manifest recorded (its hash differs); {remedy}")
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise A3Error unless the file system of `folder` has `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise A3Error(
+            f"no disk space: {what} needs {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free; "
+            "free some or choose another folder"
+        )
+
+
+def versions() -> Json:
+    """What an artifact was made with, for its manifest."""
+    packages = ("torch", "transformers", "safetensors", "tokenizers")
+    return {
+        "a3cli": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
