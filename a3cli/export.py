@@ -173,9 +173,8 @@ def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> tor
     found = model.family.find_role(planned.name)
     if found is not None:
         layer, role, _ = found
-        if role in ("q", "k", "v", "o", "gate", "up", "down"):
-            check_finite(tensor, planned.name, model.source.name)
-            tensor = apply_projection(tensor, role, solution.layers[layer], model)
+        check_finite(tensor, planned.name, model.source.name)
+        tensor = apply_projection(tensor, role, solution.layers[layer], model)
     return tensor.to(planned.dtype)
 
 
@@ -190,7 +189,7 @@ def apply_projection(tensor: torch.Tensor, role: str, projections: Tensors, mode
         if channels is None or (role == "down" and tensor.ndim == 1):
             return tensor
         return tensor[:, channels] if role == "down" else tensor[channels]
-    if "pairs" not in projections or (role == "o" and tensor.ndim == 1):
+    if "pairs" not in projections or role == "mlp_norm" or (role == "o" and tensor.ndim == 1):
         return tensor
     head_dim = model.shape.head_dim
     if role in ("q", "k"):

@@ -8,7 +8,7 @@ Sums, not means, so that statistics over different text add up exactly. Per laye
     o_gram [Hh, Hh]    Σ o oᵀ       input of the output projection              o_sum [Hh]
     mlp_gram [I, I]    Σ x xᵀ       input of the down projection                x_sum [I]
     mlp_energy [I]     Σ x²         its diagonal (all there is with diagonal statistics)
-    attention_residual, mlp_residual []  Σ‖·‖² of the stream that each block's output is added to
+    attention_residual, mlp_residual []  Σ‖·‖² of the residual stream after attention and after the MLP
     tokens []
 
 Products are formed in float32 per batch and added up in float64, except the two large Gram matrices
@@ -57,9 +57,9 @@ class LayerMoments:
             self._add_gram("mlp_gram", flat)
 
     def add_residual(self, name: str, x: torch.Tensor) -> None:
-        """`attention_residual` or `mlp_residual` from the stream `[..., d]`; the first also counts tokens."""
+        """`attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
         self._add(name, x.float().square().sum())
-        if name == "attention_residual":
+        if name == "mlp_residual":
             self._add("tokens", torch.tensor(x[..., 0].numel(), dtype=torch.float64, device=self.device))
 
     def _add(self, name: str, value: torch.Tensor) -> None:

@@ -192,16 +192,24 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
         submodule("v").register_forward_hook(outputs("v")),
         submodule("o").register_forward_pre_hook(inputs(moments.add_attention_output)),
         submodule("down").register_forward_pre_hook(inputs(moments.add_mlp)),
-        submodule("attention_norm").register_forward_pre_hook(
+        # What the MLP's norm reads is the stream with attention's output added; the layer returns the MLP's too.
+        submodule("mlp_norm").register_forward_pre_hook(
             inputs(lambda x: moments.add_residual("attention_residual", x))
         ),
-        submodule("mlp_norm").register_forward_pre_hook(inputs(lambda x: moments.add_residual("mlp_residual", x))),
+        layer.register_forward_hook(
+            lambda module, args, output: moments.add_residual("mlp_residual", hidden_states_of(output))
+        ),
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hidden_states_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A layer's output `[B, T, d]`; some families return it in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.inference_mode()
@@ -233,8 +241,7 @@ def sweep(
             for start in starts:
                 batch = source.read(start, min(batch_size, len(blocks) - start))
                 output = layer(batch.to(decoder.machine.device), **arguments[len(batch)][index])
-                hidden = output[0] if isinstance(output, tuple) else output
-                target.write(start, hidden)
+                target.write(start, hidden_states_of(output))
                 done = (start + len(batch)) * blocks.shape[1]
                 progress(layer=index, layers=decoder.shape.layers, tokens=done, total_tokens=blocks.numel())
         target.sync()

@@ -111,9 +111,16 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())  # safetensors writes its files for the owner only
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, value: Json) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from a3cli.errors import A3Error
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down", "attention_norm", "mlp_norm"]
+Role = Literal["q", "k", "v", "o", "mlp_norm", "gate", "up", "down"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Family:
     """Where a model type keeps its parts. Linear weights are `[out, in]`, rotated pairs `(p, p + h/2)`.
 
     `modules` maps a role to the module path inside one decoder layer; q, k, v, o, gate, up and down are
-    the linear weights that a budget counts, the norms mark where the residual stream is read.
+    the linear weights that a budget counts; `mlp_norm` is where the MLP reads the residual stream.
     """
 
     modules: dict[Role, str]
@@ -46,7 +46,6 @@ class Family:
 
 LLAMA = Family(
     modules={
-        "attention_norm": "input_layernorm",
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
         "v": "self_attn.v_proj",
