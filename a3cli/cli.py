@@ -8,9 +8,10 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from a3cli import __version__
 from a3cli.errors import A3Error
@@ -19,7 +20,29 @@ if TYPE_CHECKING:
     from a3cli.settings import TextSettings
     from a3cli.work import Work
 
+# Disk full, quota, file too large, no permission, read-only file system: not our bugs.
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class ErrorsToExitCodes(TyperGroup):
+    """Our errors become one line and an exit code; bugs keep their traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except A3Error as error:
+            fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            fail("interrupted; the same command goes on where it stopped", 3)
+        except OSError as error:
+            if error.errno not in MENDABLE:
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            fail(f"{error.strerror}{where}; nothing was left half-written: mend it and run the same command again", 2)
+
+
 app = typer.Typer(
+    cls=ErrorsToExitCodes,
     help="Smaller language models in closed form: calibrate, solve, export.",
     no_args_is_help=True,
     add_completion=False,
@@ -244,27 +267,13 @@ def open_display(*, quiet: bool) -> ModuleType:
     return display
 
 
-def main() -> None:
-    """The `a3` command: our errors become one line and an exit code, bugs keep their traceback."""
-    try:
-        app()
-    except A3Error as error:
-        fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on where it stopped", 3)
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        fail(f"{error.strerror}{where}; nothing was left half-written, mend it and run the same command again", 2)
-
-
-# Disk full, quota, file too large, no permission, read-only file system: not our bugs.
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     from a3cli import display
 
     display.print_error(message)
     sys.exit(code)
+
+
+def main() -> None:
+    """The `a3` command."""
+    app()

@@ -272,7 +272,7 @@ def describe_result(model: Model, settings: SolveSettings, calibration: Json, he
     item, seq_len = model.source.dtype.itemsize, calibration["blocks"][1]
     return {
         "budget_asked": settings.budget,
-        "budget_reached": 1 - costs.linear_weights(after) / costs.linear_weights(before),
+        "budget_reached": (costs.linear_weights(before) - costs.linear_weights(after)) / costs.linear_weights(before),
         "head_dim": {"before": before.head_dim, "after": head_dim},
         "intermediate_size": {"before": before.intermediate_size, "after": width},
         "parameters": {"before": model.source.parameters(), "after": model.source.parameters() - removed},

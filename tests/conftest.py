@@ -1,0 +1,164 @@
+"""Fixtures: one table of tiny random models, text and tokenizer to go with them, the real CLI in-process."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+VOCABULARY = 260
+CONTEXT = 256
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.05 * j for j in range(8)],
+    "long_factor": [1.0 + 0.5 * j for j in range(8)],
+    "original_max_position_embeddings": 64,
+    "factor": 4.0,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+# name → (config class, model class, what differs from the common sizes)
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama-mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
+    "llama-gqa": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama-gqa-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "llama-gqa-bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "llama-mha-bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "num_key_value_heads": 4}),
+    "llama-linear": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LINEAR}),
+    "llama-llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
+    "llama-yarn": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": YARN}),
+    "llama-longrope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LONGROPE}),
+    "mistral-gqa": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("shared") and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"no folder {SHARED.name} with real models beside the checkout"))
+
+
+def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """A tiny random model of the table, float32, with weights large enough that attention is far from uniform."""
+    config_class, model_class, changes = MODELS[name]
+    config = config_class(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": CONTEXT,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "rope_parameters": dict(DEFAULT),
+            **changes,
+            **overrides,
+        }
+    )
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            elif parameter.ndim == 2:
+                parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, nearly one token a byte: every text is enough text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=257, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([""], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our own source as calibration text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    sources = sorted((Path(__file__).resolve().parents[1] / "a3cli").rglob("*.py"))
+    path.write_text("\n".join(source.read_text("utf-8") for source in sources), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a model of the table with tokenizer, once for each distinct request. Don't write to the folder."""
+    made: dict[str, Path] = {}
+
+    def make(name: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+        key = json.dumps([name, str(dtype), options], sort_keys=True, default=str)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name)
+            save = {"max_shard_size": options.pop("max_shard_size", "5GB")}
+            build_model(name, **options).to(dtype).save_pretrained(folder, **save)
+            build_tokenizer().save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+@pytest.fixture
+def a3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run the real command line in this process: arguments in, exit code and output back."""
+    from a3cli.cli import main
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["a3", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

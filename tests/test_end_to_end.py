@@ -1,0 +1,246 @@
+"""The main job through the real command line, reopened with stock transformers, compared with a reference.
+
+The reference is the full-size source with the same solution applied by zeroing and projecting in place,
+written down here independently of the package's export.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import MODELS, VOCABULARY, build_tokenizer
+
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def run_chain(a3, source: Path, text: Path, folder: Path, *solve_options: object, export_options: tuple = ()) -> Path:
+    """calibrate, solve, export; the exported folder. The work folder is `folder/work`."""
+    work, out = folder / "work", folder / "out"
+    for command in (
+        ("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 80, "--batch-size", 4),
+        ("solve", *solve_options),
+        ("export", out, *export_options),
+    ):
+        outcome = a3(*command, "--work", work)
+        assert outcome.code == 0, outcome.stderr
+    return out
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """Stock transformers, no remote code; every weight of the folder is used and none is missing."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=options.pop("dtype", torch.float32), output_loading_info=True, **options
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits(model: Any, length: int = 120) -> torch.Tensor:
+    tokens = torch.randint(VOCABULARY - 3, (2, length), generator=torch.Generator().manual_seed(7))
+    return model(tokens).logits
+
+
+@torch.no_grad()
+def reference(source: Path, work: Path) -> Any:
+    """The source with dropped pairs and channels zeroed and the OV projector put into W_v."""
+    model = load(source)
+    for index, layer in enumerate(model.model.layers):
+        solution = load_file(work / "solution" / f"layer-{index:03d}.safetensors")
+        attention, mlp = layer.self_attn, layer.mlp
+        if "pairs" in solution:
+            size = attention.head_dim
+            gone = torch.ones(size, dtype=torch.bool)
+            gone[solution["pairs"]] = gone[solution["pairs"] + size // 2] = False
+            projectors = solution["value_map"] @ solution["output_map"]
+            for module in (attention.q_proj, attention.k_proj):
+                for parameter in module.parameters():
+                    parameter.view(-1, size, *parameter.shape[1:])[:, gone] = 0
+            for parameter in attention.v_proj.parameters():
+                for k, head in enumerate(parameter.view(-1, size, *parameter.shape[1:])):
+                    head.copy_((projectors[k].T @ head.double()).float())
+        if "channels" in solution:
+            gone = torch.ones(mlp.down_proj.in_features, dtype=torch.bool)
+            gone[solution["channels"]] = False
+            mlp.down_proj.weight[:, gone] = 0
+    return model
+
+
+def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    assert ((ours - theirs).norm() / theirs.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_export_equals_the_zeroed_source(name, a3, checkpoint, text_file, tmp_path):
+    source = checkpoint(name)
+    options = ("--attention-budget", 0.3, "--mlp-budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
+    out = run_chain(a3, source, text_file, tmp_path, *options)
+    config = json.loads((out / "config.json").read_text())
+    assert config["head_dim"] == 10
+    assert config["intermediate_size"] == 64
+    small = load(out)
+    expected = logits(reference(source, tmp_path / "work"))
+    assert_same_logits(logits(small), expected, 2e-4)
+    # A change of size that did nothing would pass the line above if nothing had been dropped.
+    assert (expected - logits(load(source))).norm() / expected.norm() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-longrope"])
+def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file, tmp_path):
+    out = run_chain(
+        a3, checkpoint(name), text_file, tmp_path, "--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8
+    )
+    model, tokenizer = load(out), AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer("def f(", return_tensors="pt")
+    texts = [
+        model.generate(**prompt, max_new_tokens=20, do_sample=False, use_cache=cached, pad_token_id=0)
+        for cached in (True, False)
+    ]
+    assert texts[0].tolist() == texts[1].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn"])
+def test_budget_zero_keeps_every_byte(name, a3, checkpoint, text_file, tmp_path):
+    source = checkpoint(name)
+    out = run_chain(a3, source, text_file, tmp_path, "--budget", 0)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, source))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert torch.equal(logits(load(out)), logits(load(source)))
+
+
+def test_mlp_only_leaves_everything_else_bit_identical(a3, checkpoint, text_file, tmp_path):
+    source = checkpoint("llama-gqa-bias", dtype=torch.bfloat16)
+    out = run_chain(a3, source, text_file, tmp_path, "--budget", 0.2, "--components", "mlp", "--mlp-multiple", 8)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, source))
+    changed = {key for key in theirs if ours[key].shape != theirs[key].shape or not torch.equal(ours[key], theirs[key])}
+    assert {key.split(".")[-2] for key in changed} == {"gate_proj", "up_proj", "down_proj"}
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (out, source))
+    assert {key for key in config if config[key] != before.get(key)} == {"intermediate_size"}
+
+
+def test_attention_only_leaves_the_mlp_bit_identical(a3, checkpoint, text_file, tmp_path):
+    source = checkpoint("llama-gqa")
+    out = run_chain(a3, source, text_file, tmp_path, "--budget", 0.1, "--components", "qk,ov", "--head-multiple", 2)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, source))
+    changed = {key.split(".")[-2] for key in theirs if ours[key].shape != theirs[key].shape}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs if key.split(".")[-2] not in changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sources_are_rounded_once(dtype, a3, checkpoint, text_file, tmp_path):
+    """Each exported weight is the rounding of what the same solution gives in float32."""
+    source = checkpoint("llama-gqa", dtype=dtype)
+    out = run_chain(a3, source, text_file, tmp_path, "--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
+    wide = tmp_path / "wide"
+    assert a3("export", wide, "--work", tmp_path / "work", "--dtype", "float32").code == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, wide))
+    assert {tensor.dtype for tensor in ours.values()} == {dtype}
+    assert all(torch.equal(ours[key], theirs[key].to(dtype)) for key in theirs)
+    assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_shards_in_and_out(a3, checkpoint, text_file, tmp_path):
+    whole, sharded = checkpoint("llama-gqa-tied"), checkpoint("llama-gqa-tied", max_shard_size="40KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    options = ("--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8)
+    plain = run_chain(a3, whole, text_file, tmp_path / "plain", *options)
+    split = run_chain(a3, sharded, text_file, tmp_path / "split", *options, export_options=("--max-shard-size", "30KB"))
+    index = json.loads((split / "model.safetensors.index.json").read_text())
+    assert {path.name for path in split.glob("*.safetensors")} == set(index["weight_map"].values())
+    assert "lm_head.weight" not in index["weight_map"]
+    for shard in split.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            assert all(index["weight_map"][key] == shard.name for key in file.keys())  # noqa: SIM118
+    assert torch.equal(logits(load(split)), logits(load(plain)))
+
+
+def test_same_inputs_give_the_same_bytes(a3, checkpoint, text_file, tmp_path):
+    source = checkpoint("llama-gqa")
+    options = ("--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8)
+    outs = [run_chain(a3, source, text_file, tmp_path / name, *options) for name in ("one", "two")]
+    files = [{path.name: path.read_bytes() for path in out.iterdir()} for out in outs]
+    assert files[0] == files[1]
+
+
+def test_manifest_names_every_file_by_hash(a3, checkpoint, text_file, tmp_path):
+    from a3cli.work import hash_file
+
+    out = run_chain(a3, checkpoint("llama-gqa"), text_file, tmp_path, "--budget", 0.25, "--head-multiple", 2)
+    manifest = json.loads((out / "a3_manifest.json").read_text())
+    assert manifest["files"] == {p.name: hash_file(p) for p in out.iterdir() if p.name != "a3_manifest.json"}
+
+
+def test_everything_beside_the_weights_is_carried_over(a3, checkpoint, text_file, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama-gqa"), source)
+    (source / "LICENSE").write_text("do as you like\n")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# A model\n")
+    (source / "train.py").write_text("print('not carried')\n")
+    out = run_chain(a3, source, text_file, tmp_path, "--budget", 0.25, "--mlp-multiple", 8)
+    for name in ("LICENSE", "chat_template.jinja", "tokenizer.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert not (out / "train.py").exists()
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card
+    assert "25 %" in card
+    assert str(tmp_path) not in card
+
+
+def test_reached_budget_overshoots_only_by_rounding(a3, checkpoint, text_file, tmp_path):
+    source, work = checkpoint("llama-gqa"), tmp_path / "work"
+    assert a3("calibrate", source, "--dataset", text_file, "--samples", 4, "--seq-len", 64, "--work", work).code == 0
+    total = 2 * (2 * 6 * 16 * 48 + 3 * 96 * 48)
+    for budget in (0.0, 0.1, 0.25, 0.4, 0.55):
+        solved = a3(
+            "solve",
+            "--budget",
+            budget,
+            "--work",
+            work,
+            "--head-multiple",
+            4,
+            "--mlp-multiple",
+            8,
+            "--overwrite",
+            "--json",
+        ).json
+        reached = solved["budget_reached"]
+        out = tmp_path / f"out{budget}"
+        assert a3("export", out, "--work", work).code == 0
+        weights = load_file(out / "model.safetensors")
+        kept = sum(t.numel() for key, t in weights.items() if key.split(".")[-2] in LINEAR_NAMES)
+        assert reached == pytest.approx(1 - kept / total)
+        assert budget <= reached <= budget + 8 * 3 * 48 * 2 / total
+        assert solved["parameters"]["after"] == sum(t.numel() for t in weights.values())
+        assert solved["bytes"]["after"] == sum(t.nbytes for t in weights.values())
+
+
+def test_a_finished_stage_run_again_is_a_no_op(a3, checkpoint, text_file, tmp_path):
+    source, work = checkpoint("llama-gqa"), tmp_path / "work"
+    commands = [
+        ("calibrate", source, "--dataset", text_file, "--samples", 4, "--seq-len", 64, "--json"),
+        ("solve", "--budget", 0.25, "--mlp-multiple", 8, "--json"),
+    ]
+    for command in commands:
+        first = a3(*command, "--work", work)
+        before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.name != ".lock"}
+        again = a3(*command, "--work", work)
+        assert again.json == first.json
+        assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.name != ".lock"} == before
+    assert a3("solve", "--budget", 0.3, "--work", work).code == 2
+    assert a3("solve", "--budget", 0.3, "--mlp-multiple", 8, "--work", work, "--overwrite").code == 0
+
+
+def test_tokenizer_of_the_fixtures_round_trips():
+    tokenizer = build_tokenizer()
+    assert tokenizer.decode(tokenizer("héllo\n  x")["input_ids"]) == "héllo\n  x"

@@ -1,0 +1,76 @@
+"""The written RoPE configuration gives each kept slot its source frequency, as stock transformers computes it."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from a3cli.errors import A3Error
+from a3cli.families.rope import affine_parameters, kept_rope_config, read_rope
+from tests.conftest import DEFAULT, LINEAR, LLAMA3, LONGROPE, YARN
+
+AFFINE = [[0, 1, 2], [0, 2, 4, 6], [1, 3, 5], [5, 6, 7], [4], [0, 3]]
+SCATTERED = [[0, 1, 3], [1, 2, 6, 7], [0, 1, 2, 4, 7]]
+
+
+def config(rope: dict, head_dim: int = 16) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=256,
+        rope_parameters=dict(rope),
+    )
+
+
+def tables(written: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `[length, head_dim/2]` of the stock rotary module."""
+    rotary = LlamaRotaryEmbedding(written)
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float64), torch.arange(length)[None])
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half], sin[0, :, :half]
+
+
+@pytest.mark.parametrize("length", [40, 200])  # below and above the longrope source's original context
+@pytest.mark.parametrize("pairs", AFFINE + SCATTERED, ids=str)
+@pytest.mark.parametrize("rope", [DEFAULT, LINEAR, LLAMA3, YARN, LONGROPE], ids=lambda rope: rope["rope_type"])
+def test_kept_pairs_turn_as_in_the_source(rope, pairs, length):
+    source = config(rope)
+    entries = kept_rope_config(read_rope(source), pairs)
+    for spelling in (
+        entries["rope_parameters"],
+        {**(entries["rope_scaling"] or {}), "rope_theta": entries["rope_theta"]},
+    ):
+        written = config({"rope_type": "default", **spelling}, head_dim=2 * len(pairs))
+        for ours, theirs in zip(tables(written, length), tables(source, length), strict=True):
+            # float32 frequencies: an error of 1e-7 a radian, times the position
+            torch.testing.assert_close(ours, theirs[:, pairs], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("pairs", AFFINE, ids=str)
+@pytest.mark.parametrize("rope", [DEFAULT, LINEAR], ids=lambda rope: rope["rope_type"])
+def test_evenly_spaced_pairs_need_no_longrope(rope, pairs):
+    kind = kept_rope_config(read_rope(config(rope)), pairs)["rope_parameters"]["rope_type"]
+    assert kind in ("default", "linear")
+
+
+def test_llama3_scaling_composes_only_from_the_first_pair():
+    rope = read_rope(config(LLAMA3))
+    assert affine_parameters(rope, [0, 2, 4])["rope_type"] == "llama3"
+    assert affine_parameters(rope, [1, 3, 5]) is None
+
+
+@pytest.mark.parametrize("rope", [YARN, LONGROPE], ids=lambda rope: rope["rope_type"])
+def test_index_dependent_scaling_never_composes(rope):
+    assert affine_parameters(read_rope(config(rope)), [0, 1, 2]) is None
+
+
+def test_all_pairs_of_a_default_rope_stay_default():
+    entries = kept_rope_config(read_rope(config(DEFAULT)), list(range(8)))
+    assert entries["rope_parameters"] == DEFAULT
+    assert entries["rope_scaling"] is None
+
+
+def test_dynamic_rope_is_refused():
+    with pytest.raises(A3Error, match="dynamic"):
+        read_rope(config({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}))
