@@ -57,6 +57,14 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """With the class name that transformers 4 and 5 both know; 5 alone knows the one that it writes."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = {**json.loads(path.read_text("utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     """All texts as one stream of token ids [tokens], each ended by `<|end|>`."""
     ids: list[int] = []
@@ -136,7 +144,7 @@ def main() -> None:
     train(model, stream, steps=args.steps, seed=args.seed)
     minutes = (time.monotonic() - start) / 60
     model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    save_tokenizer(tokenizer, args.out)
     figures = {
         "python": platform.python_version(),
         "modules": len(modules),

@@ -1,0 +1,39 @@
+# make demo   the main job on the model that ships here
+# make test   lint, types, import layers, tests
+# PYTHON=python3.12 make …   chooses the interpreter (3.10 to 3.13)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export TOKENIZERS_PARALLELISM = true
+
+.PHONY: demo test lint lock clean
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+# The environment is made again when what it is made from changes.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Pins for every supported Python and platform in one file; needs `uv` on the path.
+lock:
+	echo 'torch==2.13.0' | uv pip compile --universal --python-version 3.10 --no-annotate --no-header \
+		--extra dev --constraint - pyproject.toml --output-file constraints.txt
+
+clean:
+	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
