@@ -1,10 +1,11 @@
 """Stage 1: text → sweep → moments → work folder."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
@@ -14,19 +15,20 @@ from a3cli.model import describe
 from a3cli.moments import Tensors
 from a3cli.settings import CalibrateSettings
 from a3cli.sweep import Decoder, Progress, sweep
-from a3cli.text import load_tokenizer, sample_blocks, tokenizer_fingerprint
+from a3cli.text import check_fit, load_tokenizer, sample_blocks, tokenizer_fingerprint
 from a3cli.work import (
     Json,
     Work,
     check_hash,
     check_space,
+    differences,
     hash_file,
     read_json,
     read_manifest,
-    replacing,
     versions,
     write_json,
     write_manifest,
+    write_tensors,
 )
 
 log = logging.getLogger(__name__)
@@ -45,28 +47,36 @@ def calibrate(settings: CalibrateSettings, work: Work, *, overwrite: bool, progr
     request = describe_request(settings, source, machine)
     with work.locked():
         if finished := finished_manifest(work, request, overwrite=overwrite):
+            record_source(settings, source, request, work)
             return finished
-        write_json(work.source, describe_source(source, settings))
-        blocks = calibration_blocks(settings, source, work, request)
-        done = finished_layers(work)
+        resumed = work.calibration_progress.exists() and not overwrite
+        blocks, done = resume(work) if resumed else (cut_blocks(settings, source), {})
         check_space(work.folder, bytes_needed(shape, settings, machine, shape.layers - len(done)), "calibration")
 
         def finish(layer: int, sums: Tensors) -> None:
-            with replacing(work.statistics(layer)) as partial:
-                save_file(sums, partial)
-            done[layer] = hash_file(work.statistics(layer))
-            write_progress(work, request, done)
+            write_tensors(work.statistics(layer), sums)
+            sealed = hash_file(work.statistics(layer))
+            write_progress(work, request, {**done, layer: sealed})
+            done[layer] = sealed
 
-        sweep(
-            Decoder(model, machine),
-            blocks,
-            files=work.hidden_states,
-            first_layer=len(done),
-            batch_size=settings.batch_size,
-            full_mlp=settings.mlp_stats == "full",
-            finished=finish,
-            progress=progress,
-        )
+        try:
+            if not resumed:
+                begin(work, request, blocks)
+            record_source(settings, source, request, work)
+            sweep(
+                Decoder(model, machine),
+                blocks,
+                files=work.hidden_states,
+                first_layer=len(done),
+                batch_size=settings.batch_size,
+                full_mlp=settings.mlp_stats == "full",
+                finished=finish,
+                progress=progress,
+            )
+        except Exception:
+            if not resumed and not done:  # failed before its first layer: as if it had never begun
+                clear(work)
+            raise
         manifest = {
             "request": request,
             "tokens": int(blocks.numel()),
@@ -75,10 +85,10 @@ def calibrate(settings: CalibrateSettings, work: Work, *, overwrite: bool, progr
             "layers": [done[layer] for layer in range(shape.layers)],
             "versions": versions(),
         }
-        sealed = write_manifest(work.calibration_manifest, manifest)
+        written = write_manifest(work.calibration_manifest, manifest)
         for leftover in (work.hidden_states(0), work.hidden_states(1), work.calibration_progress):
             leftover.unlink(missing_ok=True)
-        return sealed
+        return written
 
 
 def describe_request(settings: CalibrateSettings, source: Checkpoint, machine: Machine) -> Json:
@@ -94,38 +104,33 @@ def describe_request(settings: CalibrateSettings, source: Checkpoint, machine: M
     }
 
 
-def describe_source(source: Checkpoint, settings: CalibrateSettings) -> Json:
+def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json, work: Work) -> None:
+    """Where the later stages find the checkpoint: it may have been moved since the calibration began."""
     local = Path(settings.model).is_dir()
-    return {
+    record = {
         "model": str(Path(settings.model).resolve()) if local else settings.model,
         "revision": source.revision,
-        "fingerprint": source.fingerprint(),
+        "fingerprint": request["source"],
     }
+    if not work.source.exists() or read_json(work.source) != record:
+        write_json(work.source, record)
 
 
 def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | None:
-    """The manifest of a finished calibration with this request; clears the folder for another if allowed.
+    """The manifest of a finished calibration with this request, if there is one.
 
-    Raises A3Error if the folder holds a calibration, finished or not, of another request.
+    Raises A3Error if the folder holds a calibration, finished or not, of another request, unless `overwrite`.
     """
-    found = None
-    if work.calibration_manifest.exists() and not overwrite:
-        found = read_manifest(work.calibration_manifest, "use --overwrite")
-    elif work.calibration_progress.exists() and not overwrite:
-        found = read_json(work.calibration_progress)
-    if found is not None:
-        if found.get("request") == request:
-            return found if "sha256" in found else None
+    finished = work.calibration_manifest.exists()
+    if overwrite or not (finished or work.calibration_progress.exists()):
+        return None
+    found = read_manifest(work.calibration_manifest if finished else work.calibration_progress, "use --overwrite")
+    if found["request"] != request:
         raise A3Error(
             f"{work.folder} holds a calibration of another request (differs in "
-            f"{', '.join(differences(found.get('request', {}), request))}); use --overwrite or another --work"
+            f"{differences(found['request'], request, 'text')}); use --overwrite or another --work"
         )
-    clear(work)
-    return None
-
-
-def differences(old: Json, new: Json) -> list[str]:
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return found if finished else None
 
 
 def clear(work: Work) -> None:
@@ -135,39 +140,42 @@ def clear(work: Work) -> None:
         for pattern in ("progress.json", "layer-*.safetensors", "hidden-*.bin", "tokens.safetensors", ".*.partial"):
             for path in folder.glob(pattern):
                 path.unlink()
-    work.calibration.mkdir(exist_ok=True)
+        with suppress(OSError):  # not there, or with something in it that is not ours
+            folder.rmdir()
+    work.source.unlink(missing_ok=True)
 
 
-def calibration_blocks(settings: CalibrateSettings, source: Checkpoint, work: Work, request: Json) -> torch.Tensor:
-    """The blocks `[N, T]`: those of an unfinished calibration, or newly cut and stored."""
-    if work.calibration_progress.exists():
-        check_hash(work.tokens, read_json(work.calibration_progress)["tokens_sha256"], "use --overwrite")
-        stored: torch.Tensor = load_file(work.tokens)["tokens"]
-        return stored
+def cut_blocks(settings: CalibrateSettings, source: Checkpoint) -> torch.Tensor:
+    """The blocks `[N, T]` of a new calibration."""
     tokenizer = load_tokenizer(source.folder, trust_remote_code=settings.trust_remote_code)
     blocks = sample_blocks(tokenizer, settings.text)
-    with replacing(work.tokens) as partial:
-        save_file({"tokens": blocks}, partial)
-    write_progress(work, request, {})
+    check_fit(blocks, source.config, source.name)
     return blocks
+
+
+def begin(work: Work, request: Json, blocks: torch.Tensor) -> None:
+    """From here on the folder holds this calibration, and no other."""
+    clear(work)
+    work.calibration.mkdir(exist_ok=True)
+    write_tensors(work.tokens, {"tokens": blocks})
+    write_progress(work, request, {})
 
 
 def write_progress(work: Work, request: Json, done: dict[int, str]) -> None:
     layers = [done[layer] for layer in range(len(done))]
-    write_json(
-        work.calibration_progress,
-        {"request": request, "tokens_sha256": hash_file(work.tokens), "layers": layers},
-    )
+    progress = {"request": request, "tokens_sha256": hash_file(work.tokens), "layers": layers}
+    write_manifest(work.calibration_progress, progress)
 
 
-def finished_layers(work: Work) -> dict[int, str]:
-    """Hash of each layer that an unfinished calibration has behind it, checked against the files."""
-    layers = read_json(work.calibration_progress)["layers"]
-    for layer, expected in enumerate(layers):
+def resume(work: Work) -> tuple[torch.Tensor, dict[int, str]]:
+    """Blocks and hash of each finished layer of an unfinished calibration, checked against its files."""
+    progress = read_manifest(work.calibration_progress, "use --overwrite")
+    check_hash(work.tokens, progress["tokens_sha256"], "use --overwrite")
+    for layer, expected in enumerate(progress["layers"]):
         check_hash(work.statistics(layer), expected, "use --overwrite")
-    if layers:
-        log.info("going on at layer %d", len(layers))
-    return dict(enumerate(layers))
+    if progress["layers"]:
+        log.info("going on at layer %d", len(progress["layers"]))
+    return load_file(work.tokens)["tokens"], dict(enumerate(progress["layers"]))
 
 
 def bytes_needed(shape: ModelShape, settings: CalibrateSettings, machine: Machine, layers: int) -> int:

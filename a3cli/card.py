@@ -103,13 +103,13 @@ def figures(solution: Json) -> list[tuple[str, str, str]]:
 def describe_rope(solution: Json) -> str:
     if solution["head_dim"]["after"] == solution["head_dim"]["before"]:
         return "RoPE as in the source"
-    return f"RoPE keeps {len(solution['pairs'])} of {solution['head_dim']['before'] // 2} rotated pairs"
+    return f"RoPE has {len(solution['rope_slots'])} rotated pairs of {solution['head_dim']['before'] // 2}"
 
 
 def solve_options(settings: Json) -> str:
     """The command-line options that give these settings again."""
     options = []
-    for key in ("budget", "attention_budget", "mlp_budget", "method", "head_multiple", "mlp_multiple"):
+    for key in ("budget", "attention_budget", "mlp_budget", "method", "head_multiple", "mlp_multiple", "ridge"):
         if settings[key] is not None:
             options.append(f"--{key.replace('_', '-')} {settings[key]}")
     return " ".join([*options, f"--components {','.join(settings['components'])}"])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from a3cli.errors import A3Error
+from a3cli.errors import A3Error, first_line
 from a3cli.work import Json, hash_json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -64,8 +64,11 @@ class Checkpoint:
     def read(self, tensor: str, device: str | torch.device = "cpu") -> torch.Tensor:
         """One tensor in its stored dtype. On the CPU it is a view of the mapped file: don't write to it."""
         info = self.info(tensor)
-        with safe_open(info.file, framework="pt", device=str(device)) as shard:
-            value: torch.Tensor = shard.get_tensor(tensor)
+        try:
+            with safe_open(info.file, framework="pt", device=str(device)) as shard:
+                value: torch.Tensor = shard.get_tensor(tensor)
+        except (SafetensorError, OSError) as error:  # it was whole when it was opened
+            raise A3Error(f"{info.file}: tensor {tensor} cannot be read ({error}); download it again") from error
         return value
 
     def info(self, tensor: str) -> TensorInfo:
@@ -103,14 +106,13 @@ def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
     if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise A3Error(f"model {model!r}: no such folder, and no hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *METADATA_FILES]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise A3Error(
-            f"model {model!r} is no local folder and cannot be had from the hub: {reason} "
+            f"model {model!r} is no local folder and cannot be had from the hub: {first_line(error)} "
             "(check the name, `hf auth login` for gated models, HF_HUB_OFFLINE)"
         ) from error
     return Checkpoint(folder, name=model, revision=folder.name)

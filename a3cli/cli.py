@@ -17,9 +17,10 @@ from a3cli import __version__
 from a3cli.errors import A3Error
 
 if TYPE_CHECKING:
-    from a3cli.settings import TextSettings
     from a3cli.work import Work
 
+# The parser's errors: typer has its own copy of click in newer versions, and gives this class no name.
+UsageError: Any = typer.BadParameter.__base__
 # Disk full, quota, file too large, no permission, read-only file system: not our bugs.
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -32,6 +33,9 @@ class ErrorsToExitCodes(TyperGroup):
             return super().invoke(ctx)
         except A3Error as error:
             fail(str(error), error.exit_code)
+        except UsageError as error:
+            command = error.ctx.command_path if error.ctx else "a3"
+            fail(f"{error.format_message()} (see {command} --help)", 2)
         except KeyboardInterrupt:
             fail("interrupted; the same command goes on where it stopped", 3)
         except OSError as error:
@@ -125,10 +129,11 @@ def solve(
     budget: Annotated[float | None, typer.Option(help="Fraction of the decoder's linear weights to remove.")] = None,
     attention_budget: Annotated[float | None, typer.Option(help="Fraction of q, k, v, o to remove.")] = None,
     mlp_budget: Annotated[float | None, typer.Option(help="Fraction of gate, up, down to remove.")] = None,
-    method: Annotated[str, typer.Option(help="paper: the published method.")] = "paper",
+    method: Annotated[str, typer.Option(help="best: bands and refits; paper: the published method.")] = "best",
     components: Annotated[str, typer.Option(help="What may be cut, of qk,ov,mlp.")] = "qk,ov,mlp",
     head_multiple: Annotated[int, typer.Option(help="Head size is a multiple of this.")] = 8,
     mlp_multiple: Annotated[int, typer.Option(help="MLP width is a multiple of this.")] = 64,
+    ridge: Annotated[float, typer.Option(help="Damping of the refits, relative to the Gram's mean diagonal.")] = 1e-6,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -146,6 +151,7 @@ def solve(
         components=tuple(part.strip() for part in components.split(",") if part.strip()),
         head_multiple=head_multiple,
         mlp_multiple=mlp_multiple,
+        ridge=ridge,
     )
     from a3cli.solve import solve as run
 
@@ -165,11 +171,9 @@ def export(
 ) -> None:
     """Write the smaller model as a standard checkpoint that stock loaders read."""
     display = open_display(quiet=quiet)
-    from a3cli.settings import ExportSettings, make_settings, parse_size
+    from a3cli.settings import ExportSettings, make_settings
 
-    settings = make_settings(
-        ExportSettings, dtype=dtype, max_shard_size=parse_size(max_shard_size), overwrite=overwrite
-    )
+    settings = make_settings(ExportSettings, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     from a3cli.export import export as run
 
     manifest = run(out, settings, open_work(work))
@@ -219,19 +223,17 @@ def evaluate(
 
 def text_settings(
     dataset: str, text_field: str, split: str | None, chat: bool, samples: int | None, seq_len: int, seed: int
-) -> "TextSettings":
-    from a3cli.settings import TextSettings, make_settings
-
-    return make_settings(
-        TextSettings,
-        dataset=dataset,
-        text_field=text_field,
-        split=split,
-        chat=chat,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-    )
+) -> dict[str, Any]:
+    """What TextSettings is made of; it is checked with the settings that it is a part of."""
+    return {
+        "dataset": dataset,
+        "text_field": text_field,
+        "split": split,
+        "chat": chat,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+    }
 
 
 def open_work(folder: Path) -> "Work":
@@ -257,14 +259,20 @@ def root(
 
 def open_display(*, quiet: bool) -> ModuleType:
     """Our own output set up, that of the libraries underneath switched off: it would end up between ours."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    silence_libraries()
     from a3cli import display
 
     display.set_up_logging(quiet=quiet)
     return display
+
+
+def silence_libraries() -> None:
+    """What they have to say of bad input is in our errors. They read this when they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def fail(message: str, code: int) -> NoReturn:

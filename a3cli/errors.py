@@ -14,3 +14,8 @@ class CheckFailed(A3Error):
     """A check that ran to its end and found its subject wanting. Exit code 1."""
 
     exit_code = 1
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

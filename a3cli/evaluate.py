@@ -15,7 +15,7 @@ from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
 from a3cli.machine import Machine, choose_machine
 from a3cli.settings import EvalSettings
-from a3cli.text import evaluation_blocks, load_tokenizer
+from a3cli.text import check_fit, evaluation_blocks, load_tokenizer
 from a3cli.work import Json
 
 
@@ -30,8 +30,11 @@ def evaluate(settings: EvalSettings) -> Json:
     machine = choose_machine(settings.device, settings.dtype, checkpoint.dtype)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
     blocks = evaluation_blocks(tokenizer, settings.text)
+    check_fit(blocks, checkpoint.config, checkpoint.name)
     model = load_model(checkpoint, machine, settings)
     source = load_model(reference, machine, settings) if reference else None
+    if source is not None and reference is not None:
+        check_vocabularies(model, source, checkpoint.name, reference.name)
 
     nll, source_nll, kl, agreed, predicted, seconds = 0.0, 0.0, 0.0, 0, 0, 0.0
     for batch in batches(blocks, settings.batch_size):
@@ -47,7 +50,6 @@ def evaluate(settings: EvalSettings) -> Json:
             predicted += len(tokens) - 1
             if source_logits is not None and reference is not None:
                 log_q = source_logits[row, :-1].float().log_softmax(-1)
-                check_vocabularies(log_p, log_q, checkpoint, reference)
                 source_nll += negative_log_likelihood(log_q, tokens, reference)
                 kl += (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64).item()
                 agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
@@ -89,11 +91,14 @@ def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings)
             trust_remote_code=settings.trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below; transformers' own error names no tensor
         )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise A3Error(f"{checkpoint.name} does not load: {' '.join(str(error).split())[:500]}") from error
-    if problems := sorted([*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])]):
-        raise A3Error(f"{checkpoint.name} does not load whole: missing or misshaped {', '.join(problems[:5])}")
+    problems = [f"{name} is missing" for name in info["missing_keys"]]
+    problems += [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    if problems:
+        raise A3Error(f"{checkpoint.name} does not load whole: {'; '.join(sorted(problems)[:5])}")
     return model.eval()
 
 
@@ -116,9 +121,10 @@ def negative_log_likelihood(log_p: torch.Tensor, tokens: torch.Tensor, checkpoin
     return total
 
 
-def check_vocabularies(log_p: torch.Tensor, log_q: torch.Tensor, model: Checkpoint, source: Checkpoint) -> None:
-    if log_p.shape != log_q.shape:
+def check_vocabularies(model: Any, source: Any, name: str, source_name: str) -> None:
+    sizes = [each.config.get_text_config().vocab_size for each in (model, source)]
+    if sizes[0] != sizes[1]:
         raise A3Error(
-            f"{model.name} and {source.name} have vocabularies of {log_p.shape[-1]} and {log_q.shape[-1]} tokens; "
+            f"{name} and {source_name} have vocabularies of {sizes[0]} and {sizes[1]} tokens; "
             "only models with the same tokenizer can be compared"
         )

@@ -6,7 +6,8 @@ copied byte for byte. The folder is written beside its place and renamed at the 
 
 import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -29,8 +30,19 @@ from a3cli.errors import A3Error
 from a3cli.families.rope import ROPE_KEYS, kept_rope_config
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
+from a3cli.projections import apply_projection
 from a3cli.settings import ExportSettings
-from a3cli.work import Json, Work, check_hash, check_space, hash_file, read_manifest, versions, write_json
+from a3cli.work import (
+    Json,
+    Work,
+    check_hash,
+    check_space,
+    hash_file,
+    read_manifest,
+    replacing_folder,
+    versions,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +50,12 @@ MANIFEST = "a3_manifest.json"
 NOT_CARRIED = ("config.json", "README.md", MANIFEST)
 
 
-@dataclass(frozen=True)
 class Solution:
-    """What is applied: the manifest, and each layer's projections (small: they stay in memory)."""
+    """What is applied: the manifest, and one layer's projections at a time."""
 
-    manifest: Json
-    layers: list[Tensors]
+    def __init__(self, manifest: Json, work: Work) -> None:
+        self.manifest = manifest
+        self.layer: Callable[[int], Tensors] = lru_cache(maxsize=1)(lambda i: load_file(work.layer_solution(i)))
 
     @property
     def head_dim(self) -> int:
@@ -65,18 +77,8 @@ def export(out: Path, settings: ExportSettings, work: Work) -> Json:
         check_target(out, model.source, work, overwrite=settings.overwrite)
         shards = plan(model, solution, settings)
         check_space(existing_parent(out), sum(t.bytes for tensors in shards.values() for t in tensors), "export")
-        partial = out.parent / f".{out.name}.a3-partial"
-        try:
-            if partial.exists():  # of an export that was killed; the lock says that none is under way
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-            manifest = write_checkpoint(partial, model, calibration, solution, shards, settings)
-            if out.exists():
-                shutil.rmtree(out)
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return manifest
+        with replacing_folder(out.resolve()) as partial:
+            return write_checkpoint(partial, model, calibration, solution, shards, settings)
 
 
 def read_solution(work: Work) -> tuple[Json, Solution]:
@@ -89,7 +91,7 @@ def read_solution(work: Work) -> tuple[Json, Solution]:
         raise A3Error(f"{work.solution} was solved from another calibration; run a3 solve --overwrite")
     for layer, expected in enumerate(manifest["layers"]):
         check_hash(work.layer_solution(layer), expected, "run a3 solve --overwrite")
-    return calibration, Solution(manifest, [load_file(work.layer_solution(i)) for i in range(len(manifest["layers"]))])
+    return calibration, Solution(manifest, work)
 
 
 def check_target(out: Path, source: Checkpoint, work: Work, *, overwrite: bool) -> None:
@@ -174,53 +176,17 @@ def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> tor
     if found is not None:
         layer, role, _ = found
         check_finite(tensor, planned.name, model.source.name)
-        tensor = apply_projection(tensor, role, solution.layers[layer], model)
+        tensor = apply_projection(tensor, role, solution.layer(layer), model.shape)
     return tensor.to(planned.dtype)
 
 
-def apply_projection(tensor: torch.Tensor, role: str, projections: Tensors, model: Model) -> torch.Tensor:
-    """A weight `[out, in]` or bias `[out]` of one role, made smaller; float64 where it is computed.
-
-    q: kept pairs, times `(r/h)^½` so that the source's softmax scale `h^-½` survives a loader that recomputes
-    it as `r^-½`. k: kept pairs. v, o: the OV maps. gate, up, down: kept channels.
-    """
-    if role in ("gate", "up", "down"):
-        channels = projections.get("channels")
-        if channels is None or (role == "down" and tensor.ndim == 1):
-            return tensor
-        return tensor[:, channels] if role == "down" else tensor[channels]
-    if "pairs" not in projections or role == "mlp_norm" or (role == "o" and tensor.ndim == 1):
-        return tensor
-    head_dim = model.shape.head_dim
-    if role in ("q", "k"):
-        dims = torch.cat([projections["pairs"], projections["pairs"] + head_dim // 2])
-        kept = tensor.view(-1, head_dim, *tensor.shape[1:])[:, dims].flatten(0, 1)
-        return kept.double() * (len(dims) / head_dim) ** 0.5 if role == "q" else kept
-    if role == "v":
-        return map_values(tensor, projections["value_map"])
-    return map_outputs(tensor, projections["output_map"], model.shape.group)
-
-
-def map_values(tensor: torch.Tensor, value_map: torch.Tensor) -> torch.Tensor:
-    """`W_v ← W_v A`: `[K·h, d]` or bias `[K·h]`, `value_map` `[K, h, r]` → `[K·r, …]` float64."""
-    heads = tensor.view(*value_map.shape[:2], *tensor.shape[1:])
-    return torch.cat([value_map[k].mT @ heads[k].double() for k in range(len(heads))])
-
-
-def map_outputs(tensor: torch.Tensor, output_map: torch.Tensor, group: int) -> torch.Tensor:
-    """`W_o,i ← B W_o,i`: `[d, H·h]`, `output_map` `[K, r, h]` → `[d, H·r]` float64."""
-    kv_heads, _, head_dim = output_map.shape
-    heads = tensor.view(len(tensor), kv_heads * group, head_dim)
-    return torch.cat([heads[:, i].double() @ output_map[i // group].mT for i in range(kv_heads * group)], dim=1)
-
-
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
-    """The source's config.json with the new sizes and, if pairs were dropped, the new RoPE."""
+    """The source's config.json with the new sizes and, if heads are smaller, the new RoPE."""
     config = dict(model.source.config)
     if solution.head_dim < model.shape.head_dim:
         config["head_dim"] = solution.head_dim
         config = {key: value for key, value in config.items() if key not in ROPE_KEYS}
-        config.update(kept_rope_config(model.rope, solution.manifest["pairs"]))
+        config.update(kept_rope_config(model.rope, solution.manifest["rope_slots"]))
     config["intermediate_size"] = solution.intermediate_size
     if settings.dtype != "source":
         config.pop("torch_dtype", None)

@@ -29,13 +29,14 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False) -> Model:
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
         shape = read_shape(config)
+        check_tensors(source, family, shape)
+        rope = read_rope(config)
     except A3Error:
         raise
     except Exception as error:  # config classes validate in many ways
         reason = " ".join(str(error).split())
         raise A3Error(f"{source.folder / 'config.json'} is not a valid configuration: {reason}") from error
-    check_tensors(source, family, shape)
-    return Model(source, family, config, shape, read_rope(config))
+    return Model(source, family, config, shape, rope)
 
 
 def check_tensors(source: Checkpoint, family: Family, shape: ModelShape) -> None:
@@ -51,7 +52,10 @@ def check_tensors(source: Checkpoint, family: Family, shape: ModelShape) -> None
 def open_calibrated_source(work: Work, calibration: Json) -> Model:
     """The checkpoint that a calibration was made from. Raises A3Error if it is no longer the same."""
     recorded = read_json(work.source)
-    source = resolve_model(str(recorded.get("model")), recorded.get("revision"))
+    try:
+        source = resolve_model(str(recorded.get("model")), recorded.get("revision"))
+    except A3Error as error:
+        raise A3Error(f"the source of {work.folder}: {error}; if it was moved, run a3 calibrate on it again") from error
     if source.fingerprint() != calibration["request"]["source"]:
         raise A3Error(f"{source.name} is not the checkpoint that {work.folder} was calibrated on; calibrate again")
     return describe(source)

@@ -9,6 +9,7 @@ Sums, not means, so that statistics over different text add up exactly. Per laye
     mlp_gram [I, I]    Σ x xᵀ       input of the down projection                x_sum [I]
     mlp_energy [I]     Σ x²         its diagonal (all there is with diagonal statistics)
     attention_residual, mlp_residual []  Σ‖·‖² of the residual stream after attention and after the MLP
+    distance [T]       attention mass by query-key distance, of sampled queries over all heads
     tokens []
 
 Products are formed in float32 per batch and added up in float64, except the two large Gram matrices
@@ -21,6 +22,7 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 LARGE = ("o_gram", "mlp_gram")
+SAMPLED_QUERIES = 8
 
 
 @dataclass
@@ -56,6 +58,12 @@ class LayerMoments:
         if self.full_mlp:
             self._add_gram("mlp_gram", flat)
 
+    def add_distances(
+        self, q: torch.Tensor, k: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
+    ) -> None:
+        """Where attention looks: queries `[B, T, H·h]` and keys `[B, T, K·h]` before RoPE; see `attention_mass`."""
+        self._add("distance", attention_mass(q, k, rotation, mask, head_dim=self.head_dim))
+
     def add_residual(self, name: str, x: torch.Tensor) -> None:
         """`attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
         self._add(name, x.float().square().sum())
@@ -80,6 +88,43 @@ class LayerMoments:
             value = self.sums.pop(name)
             stored[name] = pack_upper(value) if name in LARGE else value.cpu()
         return stored
+
+
+def attention_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    *,
+    head_dim: int,
+) -> torch.Tensor:
+    """Attention weights by distance `[T]`, summed over blocks, heads and a few evenly spaced queries a block.
+
+    q `[B, T, H·h]`, k `[B, T, K·h]` before RoPE; rotation is the layer's (cos, sin), each `[·, T, h]`, with pairs
+    `(p, p + h/2)`; mask `[B or 1, 1, T, T]` is boolean (True attends) or additive, None is causal.
+    """
+    length = q.shape[1]
+    rows = torch.linspace(0, length - 1, min(SAMPLED_QUERIES + 1, length))[1:].round().long().to(q.device)
+    cos, sin = (part.float().to(q.device) for part in rotation)
+    queries = _rotate(q[:, rows].float().unflatten(-1, (-1, head_dim)), cos[:, rows, None], sin[:, rows, None])
+    keys = _rotate(k.float().unflatten(-1, (-1, head_dim)), cos[:, :, None], sin[:, :, None])
+    keys = keys.repeat_interleave(queries.shape[2] // keys.shape[2], 2)
+    scores = torch.einsum("brhc,bthc->bhrt", queries, keys) * head_dim**-0.5
+    distance = rows[:, None] - torch.arange(length, device=q.device)
+    if mask is None:
+        scores = scores.masked_fill(distance < 0, float("-inf"))
+    elif mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
+    else:
+        scores = scores + mask[:, :, rows].float()
+    weights = scores.softmax(-1).sum((0, 1), dtype=torch.float64)
+    mass: torch.Tensor = weights.new_zeros(length)
+    return mass.index_add_(0, distance.clamp_min(0).flatten(), weights.flatten())
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 def pack_upper(matrix: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from a3cli.errors import A3Error
 
@@ -49,16 +49,30 @@ class SolveSettings(Settings):
     budget: Fraction | None = None
     attention_budget: Fraction | None = None
     mlp_budget: Fraction | None = None
-    method: Literal["paper"] = "paper"
+    method: Literal["best", "paper"] = "best"
     components: Annotated[tuple[Component, ...], AfterValidator(_not_empty)] = COMPONENTS
     head_multiple: int = Field(default=8, ge=1)
     mlp_multiple: int = Field(default=64, ge=1)
     eigenvalue_floor: float = Field(default=1e-10, ge=0, lt=1)
+    ridge: float = Field(default=1e-6, ge=0)
+
+
+def parse_size(text: int | str) -> int:
+    """Bytes from '5GB', '500MB', '1.5GiB' or a plain number of bytes."""
+    if isinstance(text, int):
+        return text
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1, "": 1}
+    number = text.strip().rstrip("BGIKMbgikm")
+    unit = text.strip()[len(number) :].upper()
+    try:
+        return int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError("not of the form 5GB, 500MB or 2GiB") from None
 
 
 class ExportSettings(Settings):
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
-    max_shard_size: int = Field(default=5_000_000_000, ge=1)
+    max_shard_size: Annotated[int, BeforeValidator(parse_size)] = Field(default=5_000_000_000, ge=1)
     overwrite: bool = False
 
 
@@ -82,19 +96,10 @@ def make_settings(kind: type[S], **values: Any) -> S:
     try:
         return kind(**values)
     except ValidationError as error:
-        problems = sorted(
-            f"{'.'.join(str(part) for part in item['loc'])} = {item['input']!r}: {item['msg']}"
-            for item in error.errors()
-        )
+        problems = sorted(f"{option_of(item['loc'])} {item['input']!r}: {item['msg']}" for item in error.errors())
         raise A3Error("bad settings: " + "; ".join(problems)) from None
 
 
-def parse_size(text: str) -> int:
-    """Bytes from '5GB', '500MB', '1.5GiB' or a plain number of bytes."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1, "": 1}
-    number = text.strip().rstrip("BGIKMbgikm")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        return int(float(number) * units[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise A3Error(f"size {text!r} is not of the form 5GB, 500MB or 2GiB") from None
+def option_of(place: tuple[int | str, ...]) -> str:
+    """The command-line option of a setting, whether alone, in a tuple or in nested settings."""
+    return "--" + [part for part in place if isinstance(part, str)][-1].replace("_", "-")

@@ -1,44 +1,30 @@
 """Stage 2: statistics + source weights → error curves → sizes → projections."""
 
 import math
-from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from a3cli import costs
 from a3cli.errors import A3Error
 from a3cli.families import ModelShape
+from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
-from a3cli.moments import Tensors, gram_blocks, unpack_upper
+from a3cli.moments import Tensors
 from a3cli.settings import SolveSettings
 from a3cli.solvers.allocate import Choice, sizes, split_budget
-from a3cli.solvers.linalg import JointDecomposition, effective_rank, tail_sums
-from a3cli.solvers.mlp import keep_channels, score_channels
-from a3cli.solvers.ov import output_gram_of, solve_ov
-from a3cli.solvers.qk import keep_pairs, score_pairs
-from a3cli.work import Json, Work, check_hash, hash_file, read_manifest, replacing, versions, write_manifest
-
-
-@dataclass(frozen=True)
-class LayerSolution:
-    """One layer at every size at once: scores and decompositions, before sizes are chosen.
-
-    `pair_scores` `[K, h/2]` in squared logits, `qk_unit` `[K]` turns them into the residual stream's relative
-    squared error, `ov_unit` and `mlp_unit` do so for the OV and MLP losses (squared residual-stream error).
-    """
-
-    pair_scores: torch.Tensor
-    ov: JointDecomposition
-    channel_scores: torch.Tensor
-    qk_unit: torch.Tensor
-    ov_unit: float
-    mlp_unit: float
-    key_rank: torch.Tensor
-    channel_rank: float
+from a3cli.work import (
+    Json,
+    Work,
+    check_hash,
+    differences,
+    hash_file,
+    read_manifest,
+    replacing_folder,
+    versions,
+    write_manifest,
+    write_tensors,
+)
 
 
 def solve(settings: SolveSettings, work: Work, *, overwrite: bool) -> Json:
@@ -55,51 +41,56 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool) -> Json:
             return finished
         model = open_calibrated_source(work, calibration)
         check_statistics(work, calibration)
-        layers = [solve_layer(model, work, layer, settings) for layer in range(model.shape.layers)]
-        pair_scores = shared_pair_scores(layers)
-        curves = [error_curves(layer, pair_scores) for layer in layers]
+        method = METHODS[settings.method](model, settings)
+        layers = range(model.shape.layers)
+        for layer in layers:
+            method.add_layer(LayerInputs(model, work, layer))
+        method.share()
+        curves = [method.curves(layer) for layer in layers]
         head_dim, width = choose_sizes(settings, model.shape, curves)
-        pairs = keep_pairs(pair_scores, head_dim // 2)
 
-        work.solution.mkdir(exist_ok=True)
-        hashes = []
-        for index, layer in enumerate(layers):
-            with replacing(work.layer_solution(index)) as partial:
-                save_file(projections(layer, model.shape, head_dim, width, pairs), partial)
-            hashes.append(hash_file(work.layer_solution(index)))
-        manifest = {
-            "request": request,
-            **describe_result(model, settings, calibration, head_dim, width),
-            "pairs": pairs.tolist(),
-            "predicted_loss": predicted_loss(curves, head_dim, width),
-            "per_layer": [
-                describe_layer(layer, curve, calibration["tokens"], settings)
-                for layer, curve in zip(layers, curves, strict=True)
-            ],
-            "layers": hashes,
-            "versions": versions(),
-        }
-        return write_manifest(work.solution_manifest, manifest)
+        with replacing_folder(work.solution) as partial:
+            hashes = []
+            for layer in layers:
+                path = partial / work.layer_solution(layer).name
+                write_tensors(path, project(method, LayerInputs(model, work, layer), head_dim, width))
+                hashes.append(hash_file(path))
+            manifest = {
+                "request": request,
+                **describe_result(model, settings, calibration, head_dim, width),
+                "rope_slots": method.rope_slots(head_dim) if head_dim < model.shape.head_dim else None,
+                "predicted_loss": predicted_loss(curves, head_dim, width),
+                "per_layer": [
+                    {**method.describe(layer), **describe_curves(model.shape, curves[layer], calibration, settings)}
+                    for layer in layers
+                ],
+                "layers": hashes,
+                "versions": versions(),
+            }
+            return write_manifest(partial / work.solution_manifest.name, manifest)
 
 
 def check_settings(settings: SolveSettings) -> None:
-    """Raise A3Error for settings that contradict one another."""
+    """Raise A3Error naming all settings that contradict one another."""
+    problems = []
     if settings.budget is None and settings.attention_budget is None and settings.mlp_budget is None:
-        raise A3Error("no budget: give --budget (or --attention-budget and --mlp-budget)")
+        problems.append("no budget: give --budget (or --attention-budget and --mlp-budget)")
     if None not in (settings.budget, settings.attention_budget, settings.mlp_budget):
-        raise A3Error("--budget, --attention-budget and --mlp-budget together contradict one another; give two at most")
+        problems.append("--budget, --attention-budget and --mlp-budget contradict one another: give two at most")
     attention = {"qk", "ov"} & set(settings.components)
     if len(attention) == 1:
-        raise A3Error(
+        problems.append(
             f"--components {','.join(settings.components)}: the stock shape has one head size for QK and OV, "
-            "so both are cut or neither; name both, or mlp alone"
+            "so both are cut or neither: name both, or mlp alone"
         )
     if settings.attention_budget and not attention:
-        raise A3Error("--attention-budget needs qk and ov among --components")
+        problems.append("--attention-budget needs qk and ov among --components")
     if settings.mlp_budget and "mlp" not in settings.components:
-        raise A3Error("--mlp-budget needs mlp among --components")
+        problems.append("--mlp-budget needs mlp among --components")
     if settings.head_multiple % 2 and attention:
-        raise A3Error(f"--head-multiple {settings.head_multiple}: RoPE turns pairs of dims, so it must be even")
+        problems.append(f"--head-multiple {settings.head_multiple}: RoPE turns pairs of dims, so it must be even")
+    if problems:
+        raise A3Error("bad settings: " + "; ".join(problems))
 
 
 def read_calibration(work: Work) -> Json:
@@ -112,10 +103,12 @@ def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | N
     """The manifest of a finished solution with this request. Raises A3Error for another unless `overwrite`."""
     if work.solution_manifest.is_file() and not overwrite:
         found = read_manifest(work.solution_manifest, "use --overwrite")
-        if found.get("request") == request:
+        if found["request"] == request:
             return found
-        raise A3Error(f"{work.solution} holds a solution with other settings; use --overwrite or another --work")
-    work.solution_manifest.unlink(missing_ok=True)
+        raise A3Error(
+            f"{work.solution} holds a solution with other settings (differs in "
+            f"{differences(found['request'], request, 'settings')}); use --overwrite or another --work"
+        )
     return None
 
 
@@ -125,76 +118,14 @@ def check_statistics(work: Work, calibration: Json) -> None:
         check_hash(work.statistics(layer), expected, "run a3 calibrate --overwrite")
 
 
-def read_means(path: Path, names: tuple[str, ...]) -> Tensors:
-    """The named sums of a statistics file over its token count; packed triangles stay packed."""
-    with safe_open(path, framework="pt") as file:
-        tokens = file.get_tensor("tokens")
-        return {name: file.get_tensor(name) / tokens.to(file.get_tensor(name).dtype) for name in names}
-
-
-def solve_layer(model: Model, work: Work, layer: int, settings: SolveSettings) -> LayerSolution:
-    """All error curves of one layer. Raises A3Error for statistics that cannot be factorised."""
-    shape, floor = model.shape, settings.eigenvalue_floor
-    names = ("q_gram", "k_gram", "v_gram", "o_gram", "mlp_energy", "attention_residual", "mlp_residual")
-    means = read_means(work.statistics(layer), names)
-    for name, value in means.items():
-        if not torch.isfinite(value).all():
-            raise A3Error(f"layer {layer}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
-    output_gram = output_gram_of(output_rows(model, layer))
-    head_outputs = gram_blocks(unpack_upper(means["o_gram"], shape.heads * shape.head_dim), shape.heads).double()
-    value_gram = head_outputs if shape.group == 1 else means["v_gram"]
-    down = model.source.read(model.family.tensor(layer, "down"))
-    effect = attention_effect(means["v_gram"], head_outputs, output_gram)
-    attention_energy, mlp_energy = means["attention_residual"].item(), means["mlp_residual"].item()
-    channel_scores = score_channels(means["mlp_energy"], down)
-    return LayerSolution(
-        pair_scores=score_pairs(means["q_gram"], means["k_gram"]),
-        ov=solve_ov(value_gram, output_gram, floor=floor),
-        channel_scores=channel_scores,
-        qk_unit=effect / (shape.head_dim * attention_energy),
-        ov_unit=1 / attention_energy,
-        mlp_unit=1 / mlp_energy,
-        key_rank=effective_rank(torch.linalg.eigvalsh(means["k_gram"])),
-        channel_rank=effective_rank(channel_scores).item(),
-    )
-
-
-def output_rows(model: Model, layer: int) -> torch.Tensor:
-    """`W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
-    weight = model.source.read(model.family.tensor(layer, "o"))
-    return weight.view(len(weight), model.shape.heads, model.shape.head_dim).permute(1, 2, 0)
-
-
-def attention_effect(v_gram: torch.Tensor, head_outputs: torch.Tensor, output_gram: torch.Tensor) -> torch.Tensor:
-    """How much a unit of score variance can move the residual stream, per KV head `[K]`.
-
-    To first order a score error δ moves head i's output by `Cov_attention(δ, v)`, so by Cauchy-Schwarz its
-    square is at most `Var(δ) · Var_attention(v W_o,i)`, and the variance of the values under the attention
-    weights is `tr W_o,iᵀ (E[v vᵀ] − E[o_i o_iᵀ]) W_o,i`. The mean over the group's heads.
-    """
-    kv_heads = len(v_gram)
-    spread = v_gram.double().repeat_interleave(len(head_outputs) // kv_heads, 0) - head_outputs
-    effect = (spread * output_gram).sum((-1, -2)).clamp_min(0)
-    return effect.view(kv_heads, -1).mean(1)
-
-
-def shared_pair_scores(layers: list[LayerSolution]) -> torch.Tensor:
-    """Total score `[h/2]` of each pair: in the stock shape all heads and layers keep the same pairs."""
-    return torch.stack([layer.pair_scores.sum(0) for layer in layers]).sum(0)
-
-
-def error_curves(layer: LayerSolution, shared_scores: torch.Tensor) -> Tensors:
-    """Loss of one layer at every size, in the residual stream's relative squared error.
-
-    `qk` `[h/2 + 1]` by pairs kept, `ov` `[h + 1]` by rank, `mlp` `[I + 1]` by channels kept.
-    """
-    order = shared_scores.argsort(descending=True, stable=True)
-    pairs = (layer.pair_scores * layer.qk_unit[:, None]).sum(0)[order]
-    return {
-        "qk": tail_sums(pairs),
-        "ov": tail_sums(layer.ov.values).sum(0) * layer.ov_unit,
-        "mlp": tail_sums(layer.channel_scores.sort(descending=True).values) * layer.mlp_unit,
-    }
+def project(method: Method, inputs: LayerInputs, head_dim: int, width: int) -> Tensors:
+    """What an export applies to one layer; a component that keeps its size has no entry."""
+    tensors: Tensors = {}
+    if head_dim < inputs.shape.head_dim:
+        tensors |= method.project_attention(inputs, head_dim)
+    if width < inputs.shape.intermediate_size:
+        tensors |= method.project_mlp(inputs, width)
+    return tensors or {"unchanged": torch.zeros(0)}
 
 
 def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Tensors]) -> tuple[int, int]:
@@ -248,22 +179,6 @@ def weights_to_remove(budget: float, weights: int) -> int:
     return math.ceil(Fraction(str(budget)) * weights)
 
 
-def projections(layer: LayerSolution, shape: ModelShape, head_dim: int, width: int, pairs: torch.Tensor) -> Tensors:
-    """What an export applies to one layer; a component that keeps its size has no entry.
-
-    `pairs` `[r/2]` kept RoPE pairs, `value_map` `[K, h, r]` and `output_map` `[K, r, h]` float64,
-    `channels` `[m]` kept MLP channels, ascending.
-    """
-    tensors: Tensors = {}
-    if head_dim < shape.head_dim:
-        tensors["pairs"] = pairs
-        tensors["value_map"] = layer.ov.shared_map[..., :head_dim].contiguous()
-        tensors["output_map"] = layer.ov.other_map[..., :head_dim].mT.contiguous()
-    if width < shape.intermediate_size:
-        tensors["channels"] = keep_channels(layer.channel_scores, width)
-    return tensors or {"unchanged": torch.zeros(0)}
-
-
 def describe_result(model: Model, settings: SolveSettings, calibration: Json, head_dim: int, width: int) -> Json:
     """Budget asked and reached, sizes, and what the compressed model costs."""
     before = model.shape
@@ -294,9 +209,9 @@ def predicted_loss(curves: list[Tensors], head_dim: int, width: int) -> Json:
     return {name: sum(curve[name][size].item() for curve in curves) for name, size in at.items()}
 
 
-def describe_layer(layer: LayerSolution, curves: Tensors, tokens: int, settings: SolveSettings) -> Json:
-    """Curves, effective ranks and damping of one layer, for the manifest."""
-    head_dim, width = layer.ov.values.shape[-1], len(layer.channel_scores)
+def describe_curves(shape: ModelShape, curves: Tensors, calibration: Json, settings: SolveSettings) -> Json:
+    """One layer's error curves, and how many tokens they rest on."""
+    head_dim, width, tokens = shape.head_dim, shape.intermediate_size, calibration["tokens"]
     kept = {
         "qk": list(range(0, head_dim + 1, 2)),
         "ov": list(range(head_dim + 1)),
@@ -307,13 +222,7 @@ def describe_layer(layer: LayerSolution, curves: Tensors, tokens: int, settings:
             name: {"size": at, "loss": significant(curves[name], [i // 2 for i in at] if name == "qk" else at)}
             for name, at in kept.items()
         },
-        "effective_rank": {
-            "qk": layer.key_rank.tolist(),
-            "ov": layer.ov.effective_rank.tolist(),
-            "mlp": layer.channel_rank,
-        },
         "tokens_per_dimension": {"head": tokens / head_dim, "mlp": tokens / width},
-        "floored_eigenvalues": {"ov": layer.ov.floored.tolist()},
     }
 
 

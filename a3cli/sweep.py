@@ -6,10 +6,11 @@ model's own `forward` says what each layer is called with (masks, position embed
 written to the other, so memory holds one layer and one batch, and a killed sweep goes on at its layer.
 """
 
+import ctypes
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
+from torch.func import functional_call
 
 from a3cli.checkpoint import check_finite, tensor_bytes
 from a3cli.errors import A3Error
@@ -25,6 +27,7 @@ from a3cli.families import Family, Role
 from a3cli.machine import Machine
 from a3cli.model import Model
 from a3cli.moments import LayerMoments, Tensors
+from a3cli.work import writing
 
 Arguments = dict[str, Any]
 
@@ -52,7 +55,7 @@ class HiddenStates:
         return self.shape[0] * self.block_bytes
 
     def create(self) -> None:
-        with self.path.open("wb") as file:
+        with writing(self.path), self.path.open("wb") as file:
             file.truncate(self.bytes)
 
     def read(self, start: int, count: int) -> torch.Tensor:
@@ -66,11 +69,11 @@ class HiddenStates:
 
     def sync(self) -> None:
         """Onto the disk, so that a power failure cannot leave a layer that looks done without its output."""
-        with self.path.open("rb") as file:
+        with writing(self.path), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
     def write(self, start: int, blocks: torch.Tensor) -> None:
-        with self.path.open("r+b") as file:
+        with writing(self.path), self.path.open("r+b") as file:
             file.seek(start * self.block_bytes)
             file.write(tensor_bytes(blocks))
 
@@ -126,24 +129,39 @@ class Decoder:
     def load(self, prefix: str, module: nn.Module) -> None:
         """Fill a meta module with the checkpoint's tensors. Raises A3Error for missing, misshaped or NaN ones."""
         for name, parameter in module.named_parameters():
-            tensor = prefix + name
-            value = self.source.read(tensor)
-            if value.shape != parameter.shape:
-                raise A3Error(
-                    f"{self.source.name}: tensor {tensor} is {list(value.shape)}, "
-                    f"config.json says {list(parameter.shape)}"
-                )
-            check_finite(value, tensor, self.source.name)
+            value = self.read(prefix + name, parameter.shape)
             set_module_tensor_to_device(module, name, self.machine.device, value=value, dtype=self.machine.dtype)
 
-    def embed(self, blocks: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
+    def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
+        """A weight in its stored dtype, mapped. Raises A3Error if it is missing, misshaped or has a NaN."""
+        value = self.source.read(tensor)
+        if value.shape != shape:
+            raise A3Error(f"{self.source.name}: tensor {tensor} is {list(value.shape)}, config.json says {list(shape)}")
+        check_finite(value, tensor, self.source.name)
+        return value
+
+    def embedding_table(self) -> torch.Tensor:
+        """The whole vocabulary's rows `[V, d]`, mapped: in the compute dtype they could outweigh all else."""
+        module = self.model.get_submodule(self.family.embedding)
+        return self.read(self.family.embedding + ".weight", module.weight.shape)
+
+    def look_up(self, blocks: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[B, T, d]` of blocks `[B, T]` by the model's own module, given only the rows it needs."""
+        module = self.model.get_submodule(self.family.embedding)
+        module.padding_idx = None  # a row of the whole table; only gradients heed it
+        tokens, rows = blocks.unique(return_inverse=True)
+        weight = table[tokens].to(self.machine.device, self.machine.dtype)
+        embeddings: torch.Tensor = functional_call(module, {"weight": weight}, rows.to(self.machine.device))
+        return embeddings
+
+    def embed(self, blocks: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """The first layer's input `[B, T, d]` for token blocks `[B, T]`, and each layer's arguments."""
         recorders = [_Recorder(layer, last=layer is self.layers[-1]) for layer in self.layers]
         originals = list(self.layers)
         try:
             for i, recorder in enumerate(recorders):
                 self.layers[i] = recorder
-            self.base(input_ids=blocks.to(self.machine.device), use_cache=False)
+            self.base(inputs_embeds=self.look_up(blocks, table), use_cache=False)
         except _Stop:
             pass
         finally:
@@ -151,16 +169,6 @@ class Decoder:
                 self.layers[i] = layer
         assert recorders[0].hidden is not None
         return recorders[0].hidden, [recorder.arguments for recorder in recorders]
-
-    @contextmanager
-    def embedding(self) -> Iterator[None]:
-        """Hold the embedding's weights for as long as tokens are embedded."""
-        module = self.model.get_submodule(self.family.embedding)
-        self.load(self.family.embedding + ".", module)
-        try:
-            yield
-        finally:
-            module.to("meta")
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -177,8 +185,20 @@ class Decoder:
 def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Iterator[None]:
     """Hook the roles of one layer so that every forward adds to its moments."""
 
+    seen: Tensors = {}
+
     def outputs(name: str) -> Callable[..., None]:
-        return lambda module, args, output: moments.add_heads(name, output)
+        def add(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+            seen[name] = output
+            moments.add_heads(name, output)
+
+        return add
+
+    def finish(_module: nn.Module, _args: Any, kwargs: Arguments, output: Any) -> None:
+        moments.add_residual("mlp_residual", hidden_states_of(output))
+        if (rotation := kwargs.get("position_embeddings")) is not None:
+            moments.add_distances(seen["q"], seen["k"], rotation, kwargs.get("attention_mask"))
+        seen.clear()
 
     def inputs(add: Callable[[torch.Tensor], None]) -> Callable[..., None]:
         return lambda module, args: add(args[0])
@@ -196,9 +216,7 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
         submodule("mlp_norm").register_forward_pre_hook(
             inputs(lambda x: moments.add_residual("attention_residual", x))
         ),
-        layer.register_forward_hook(
-            lambda module, args, output: moments.add_residual("mlp_residual", hidden_states_of(output))
-        ),
+        layer.register_forward_hook(finish, with_kwargs=True),
     ]
     try:
         yield
@@ -230,6 +248,7 @@ def sweep(
     so a sweep that died in layer i starts again with `first_layer=i`. Raises A3Error for non-finite
     activations and for damaged weights or files.
     """
+    _trim_heap()
     starts = range(0, len(blocks), batch_size)
     arguments = _embed_all(decoder, blocks, starts, batch_size, _hidden_states(decoder, blocks, files(0)), first_layer)
     for index in range(first_layer, decoder.shape.layers):
@@ -245,9 +264,14 @@ def sweep(
                 done = (start + len(batch)) * blocks.shape[1]
                 progress(layer=index, layers=decoder.shape.layers, tokens=done, total_tokens=blocks.numel())
         target.sync()
-        sums = moments.finished()
-        _check_sums(sums, index)
-        finished(index, sums)
+        finished(index, _finite(moments.finished(), index))  # bound to no name: gone before the next layer comes
+        _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system: glibc keeps the holes that each layer leaves, and they add up."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _hidden_states(decoder: Decoder, blocks: torch.Tensor, path: Path) -> HiddenStates:
@@ -264,19 +288,21 @@ def _embed_all(
     arguments: dict[int, list[Arguments]] = {}
     if first_layer == 0:
         target.create()
-    with decoder.embedding():
-        for start in starts:
-            batch = blocks[start : start + batch_size]
-            if first_layer == 0 or len(batch) not in arguments:
-                hidden, arguments[len(batch)] = decoder.embed(batch)
-                if first_layer == 0:
-                    target.write(start, hidden)
+    table = decoder.embedding_table()
+    for start in starts:
+        batch = blocks[start : start + batch_size]
+        if first_layer == 0 or len(batch) not in arguments:
+            hidden, arguments[len(batch)] = decoder.embed(batch, table)
+            if first_layer == 0:
+                target.write(start, hidden)
     return arguments
 
 
-def _check_sums(sums: Tensors, layer: int) -> None:
+def _finite(sums: Tensors, layer: int) -> Tensors:
+    """The sums themselves. Raises A3Error if one has a NaN or Inf."""
     for name, value in sorted(sums.items()):
         if not torch.isfinite(value).all():
             raise A3Error(
                 f"layer {layer}: statistics {name} have NaN or Inf values; compute in a wider type (--dtype float32)"
             )
+    return sums

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from a3cli.errors import A3Error
+from a3cli.errors import A3Error, first_line
 from a3cli.settings import TextSettings
 from a3cli.work import Json, hash_file, hash_json
 
@@ -63,6 +63,19 @@ def evaluation_blocks(tokenizer: Any, settings: TextSettings) -> list[torch.Tens
     return list(tokens.split(settings.seq_len))
 
 
+def check_fit(blocks: Iterable[torch.Tensor], config: Json, model: str) -> None:
+    """Raise A3Error if blocks are longer than the model's context, or hold tokens that it has no embedding for."""
+    context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    for block in blocks:
+        if isinstance(context, int) and len(block) > context:
+            raise A3Error(f"--seq-len {len(block)} is longer than the context of {model} ({context}); lower it")
+        if isinstance(vocabulary, int) and int(block.max()) >= vocabulary:
+            raise A3Error(
+                f"the tokenizer of {model} gives token {int(block.max())}, its vocabulary has {vocabulary}; "
+                "the tokenizer files are of another model"
+            )
+
+
 def token_stream(tokenizer: Any, settings: TextSettings, *, purpose: str) -> Iterator[int]:
     """Token ids of the whole text, with one BOS at its very beginning if the tokenizer adds one."""
     first = True
@@ -94,8 +107,9 @@ def rows(tokenizer: Any, settings: TextSettings, *, purpose: str) -> Iterator[st
             if file.suffix == ".txt":
                 yield from read_lines(file)
             else:
-                loaded = load(FORMATS[file.suffix], settings, data_files=str(file), split="train")
-                yield from documents(loaded, tokenizer, settings)
+                one = settings.model_copy(update={"dataset": str(file)})  # what an error names
+                loaded = load(FORMATS[file.suffix], one, data_files=str(file), split="train")
+                yield from documents(loaded, tokenizer, one)
     else:
         yield from documents(load_hub_dataset(settings, purpose=purpose), tokenizer, settings)
 
@@ -142,7 +156,7 @@ def load(path: str, settings: TextSettings, **options: Any) -> Iterable[Json]:
     try:
         return load_dataset(path, streaming=True, **options)  # type: ignore[no-any-return]
     except Exception as error:  # `datasets` raises what its file systems and parsers raise
-        raise A3Error(f"dataset {settings.dataset}: {_reason(error)} (HF_HUB_OFFLINE={offline()})") from error
+        raise A3Error(f"dataset {settings.dataset}: {first_line(error)} (HF_HUB_OFFLINE={offline()})") from error
 
 
 def documents(loaded: Iterable[Json], tokenizer: Any, settings: TextSettings) -> Iterator[str]:
@@ -153,7 +167,7 @@ def documents(loaded: Iterable[Json], tokenizer: Any, settings: TextSettings) ->
         try:
             row = next(iterator, None)
         except Exception as error:
-            raise A3Error(f"dataset {settings.dataset}: cannot be read: {_reason(error)}") from error
+            raise A3Error(f"dataset {settings.dataset}: cannot be read: {first_line(error)}") from error
         if row is None:
             return
         if field not in row:
@@ -163,20 +177,21 @@ def documents(loaded: Iterable[Json], tokenizer: Any, settings: TextSettings) ->
             )
         if index:
             yield SEPARATOR
-        yield render_chat(tokenizer, row[field], settings) if settings.chat else text_of(row[field], field, settings)
+        where = f"dataset {settings.dataset}, row {index + 1}"
+        yield render_chat(tokenizer, row[field], where) if settings.chat else text_of(row[field], field, where)
 
 
-def text_of(value: Any, field: str, settings: TextSettings) -> str:
+def text_of(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise A3Error(f"dataset {settings.dataset}: field {field!r} holds {type(value).__name__}, not text")
+        raise A3Error(f"{where}: field {field!r} holds {type(value).__name__}, not text (--text-field chooses another)")
     return value
 
 
-def render_chat(tokenizer: Any, messages: Any, settings: TextSettings) -> str:
+def render_chat(tokenizer: Any, messages: Any, where: str) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # templates are programs of their own
-        raise A3Error(f"dataset {settings.dataset}: the chat template failed: {_reason(error)}") from error
+        raise A3Error(f"{where}: the chat template failed: {first_line(error)}") from error
 
 
 def offline() -> str:
@@ -192,12 +207,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizer files fail in many libraries
-        raise A3Error(f"{folder}: the tokenizer does not load: {_reason(error)}") from error
+        raise A3Error(f"{folder}: the tokenizer does not load: {first_line(error)}") from error
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
     return hash_json({name: hash_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()})
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

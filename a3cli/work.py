@@ -20,11 +20,14 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from a3cli import __version__
 from a3cli.errors import A3Error
@@ -60,29 +63,21 @@ class Work:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for one process. The lock dies with its process, so none is ever stale."""
-        made = not self.folder.exists()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise A3Error(f"work folder {self.folder}: {error.strerror}; choose another with --work") from error
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise A3Error(
-                f"work folder {self.folder} is in use by another a3 process; wait for it, or use another --work"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
-            if made:
-                self._remove_if_unused()
-
-    def _remove_if_unused(self) -> None:
-        """A command that failed before its first file leaves no folder behind."""
-        if [path.name for path in self.folder.iterdir()] == [".lock"]:
-            shutil.rmtree(self.folder)
+        lock_file = self.folder / ".lock"
+        lock = FileLock(lock_file)
+        with making(self.folder):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise A3Error(
+                    f"work folder {self.folder} is in use by another a3 process; wait for it, or use another --work"
+                ) from None
+            try:
+                yield
+            finally:
+                if list(self.folder.iterdir()) == [lock_file]:
+                    lock_file.unlink()
+                lock.release()
 
 
 def layer_file(layer: int) -> str:
@@ -104,15 +99,56 @@ def hash_json(value: Any) -> str:
 
 
 @contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder; it and its new parents go again if they are empty at the end, as after an error."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the first that holds something ends it
+            for path in missing:
+                path.rmdir()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise A3Error naming `path` if it cannot be written: disk full, file too large, no permission."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise A3Error(f"{path} cannot be written: {error}; mend it or choose another folder") from error
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Yield a new sibling folder to write to; it takes `target`'s place only if the block succeeds."""
+    partial = target.with_name(f".{target.name}.a3-partial")
+    with making(target.parent), writing(target):
+        try:
+            if partial.exists():  # left by a process that was killed; the lock says that none is under way
+                shutil.rmtree(partial)
+            partial.mkdir()
+            yield partial
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to; it takes `path`'s place only if the block succeeds."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())  # safetensors writes its files for the owner only
-        partial.replace(path)
+        with writing(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.chmod(0o666 & ~_umask())  # safetensors writes its files for the owner only
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -126,6 +162,11 @@ def _umask() -> int:
 def write_json(path: Path, value: Json) -> None:
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with replacing(path) as partial:
+        save_file(tensors, partial)
 
 
 def read_json(path: Path) -> Json:
@@ -154,6 +195,12 @@ def read_manifest(path: Path, remedy: str) -> Json:
     if hash_json({key: value for key, value in sealed.items() if key != "sha256"}) != sealed.get("sha256"):
         raise A3Error(f"{path} was altered after it was written; {remedy}")
     return sealed
+
+
+def differences(old: Json, new: Json, settings: str) -> str:
+    """Names of what differs between two requests, those of their nested `settings` one by one."""
+    one, other = ({**request, **request[settings], settings: None} for request in (old, new))
+    return ", ".join(sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)))
 
 
 def check_hash(path: Path, expected: str, remedy: str) -> None:

@@ -8,6 +8,7 @@ once a model, then solve, export and eval at each budget.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("paper", "best")
 BUDGETS = (0.1, 0.25, 0.4)
 HEADER = "| model | method | removed | head_dim | MLP width | perplexity | increase | KL (nats) | top-1 | KV cache |"
 
@@ -97,14 +99,14 @@ def measure(subject: Subject, folder: Path) -> list[str]:
         work,
     )
     rows = []
-    for budget in BUDGETS:
-        solved = a3("solve", "--budget", budget, "--method", "paper", *subject.rounding, "--work", work, "--overwrite")
-        out = folder / f"{subject.name}-{budget}"
+    for method, budget in itertools.product(METHODS, BUDGETS):
+        solved = a3("solve", "--budget", budget, "--method", method, *subject.rounding, "--work", work, "--overwrite")
+        out = folder / f"{subject.name}-{method}-{budget}"
         a3("export", out, "--work", work)
         result = a3("eval", out, "--against", subject.model, "--dataset", subject.evaluation, *text)
         if not rows:
             rows.append(row(subject.name, "dense", solved, result, "before"))
-        rows.append(row(subject.name, "paper", solved, result, "after"))
+        rows.append(row(subject.name, method, solved, result, "after"))
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 

@@ -1,10 +1,10 @@
 """Train the shipped demo model: a small Llama that writes Python, from the standard library's source.
 
-    python scripts/train_demo_model.py OUT [--steps 3600] [--seed 0]
+    python scripts/train_demo_model.py OUT [--steps 1500] [--seed 0]
 
 Text: every standard-library module of the running Python except tests, tables and the evaluation
 modules (`demo_text.py`). Tokenizer: byte-level BPE trained on the same text. Writes a Hugging Face
-checkpoint (bf16 safetensors, tokenizer) and `training.json` with the run's figures. About an hour on 2
+checkpoint (bf16 safetensors, tokenizer) and `training.json` with the run's figures. About half an hour on 2
 cores.
 """
 
@@ -127,7 +127,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, *, steps: int, seed: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -1,7 +1,6 @@
 """Fixtures: one table of tiny random models, text and tokenizer to go with them, the real CLI in-process."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(2)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

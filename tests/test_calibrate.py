@@ -61,6 +61,26 @@ def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_fi
         close(stored["mlp_residual"], seen["after_mlp"].square().sum())
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-yarn", "mistral-gqa"])
+def test_attention_mass_is_that_of_the_models_own_attention(name, a3, checkpoint, text_file, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoint(name)
+    assert a3("calibrate", folder, "--dataset", text_file, *SETTINGS, "--work", tmp_path).code == 0
+    blocks = load_file(tmp_path / "calibration" / "tokens.safetensors")["tokens"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        attentions = model(blocks, output_attentions=True).attentions
+    rows = [round(79 * i / 8) for i in range(1, 9)]
+    for index, weights in enumerate(attentions):
+        expected = torch.zeros(80, dtype=torch.float64)
+        for row in rows:
+            for key in range(row + 1):
+                expected[row - key] += weights[:, :, row, key].sum()
+        stored = load_file(tmp_path / "calibration" / f"layer-{index:03d}.safetensors")
+        close(stored["distance"], expected)
+
+
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert ((ours.double() - theirs).norm() / theirs.norm()).item() < 1e-5
 
@@ -71,8 +91,13 @@ def test_diagonal_statistics_are_enough_for_the_paper(a3, checkpoint, text_file,
         work = tmp_path / kind
         source = checkpoint("llama-gqa")
         assert a3("calibrate", source, "--dataset", text_file, *SETTINGS, "--mlp-stats", kind, "--work", work).code == 0
-        assert a3("solve", "--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8, "--work", work).code == 0
+        options = ("--method", "paper", "--head-multiple", 2, "--mlp-multiple", 8)
+        assert a3("solve", "--budget", 0.25, *options, "--work", work).code == 0
         solutions.append(load_file(work / "solution" / "layer-000.safetensors"))
+    refused = a3("solve", "--budget", 0.25, "--mlp-multiple", 8, "--overwrite", "--work", tmp_path / "diagonal")
+    assert refused.code == 2
+    assert "mlp_gram" in refused.stderr
+    assert "--mlp-stats full" in refused.stderr
     assert "mlp_gram" not in load_file(tmp_path / "diagonal" / "calibration" / "layer-000.safetensors")
     assert all(torch.equal(solutions[0][key], solutions[1][key]) for key in solutions[0])
 

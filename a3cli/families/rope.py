@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from a3cli.errors import A3Error
+from a3cli.solvers.rope import frequency_at
 from a3cli.work import Json
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
@@ -77,14 +78,17 @@ def read_rope(config: Any) -> Rope:
     )
 
 
-def kept_rope_config(rope: Rope, pairs: Sequence[int]) -> Json:
-    """The config entries that give slot `j` of a smaller head the rotation of source pair `pairs[j]`."""
-    affine = affine_parameters(rope, pairs)
-    parameters = affine if affine is not None else longrope_parameters(rope, pairs)
+def kept_rope_config(rope: Rope, slots: Sequence[float]) -> Json:
+    """The config entries that give slot `j` of a smaller head the rotation of source pair `slots[j]`.
+
+    A fractional pair turns between its neighbours, by geometric interpolation of their frequencies.
+    """
+    affine = affine_parameters(rope, slots)
+    parameters = affine if affine is not None else longrope_parameters(rope, slots)
     return both_spellings(parameters)
 
 
-def affine_parameters(rope: Rope, pairs: Sequence[int]) -> Json | None:
+def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
     """Evenly spaced pairs `a + s·j` as a changed theta; None where that is not exact.
 
     `theta^(-2(a+sj)/h) = theta^(-2a/h) · (theta^(s·r/h))^(-2j/r)`, r = 2·len(pairs): a new theta, and a
@@ -105,17 +109,17 @@ def affine_parameters(rope: Rope, pairs: Sequence[int]) -> Json | None:
     return parameters
 
 
-def longrope_parameters(rope: Rope, pairs: Sequence[int]) -> Json:
-    """Any subset as longrope: `F_j = 1 / (frequency_j · theta^(2j/r))`, r = 2·len(pairs)."""
-    index = torch.tensor(pairs)
-    spacing = rope.theta ** (2 * torch.arange(len(pairs), dtype=torch.float64) / (2 * len(pairs)))
+def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
+    """Any slots as longrope: `F_j = 1 / (frequency_j · theta^(2j/r))`, r = 2·len(slots)."""
+    place = torch.tensor(slots, dtype=torch.float64)
+    spacing = rope.theta ** (torch.arange(len(slots), dtype=torch.float64) / len(slots))
     # Only a longrope source switches tables, at its original context; elsewhere both are the same.
     original = rope.original_context if rope.kind == "longrope" else rope.context
     return {
         "rope_type": "longrope",
         "rope_theta": rope.theta,
-        "short_factor": (1 / (rope.short[index] * spacing)).tolist(),
-        "long_factor": (1 / (rope.long[index] * spacing)).tolist(),
+        "short_factor": (1 / (frequency_at(rope.short, place) * spacing)).tolist(),
+        "long_factor": (1 / (frequency_at(rope.long, place) * spacing)).tolist(),
         "factor": 1.0 if rope.kind != "longrope" else rope.context / original,
         "attention_factor": rope.attention_factor,
         "short_mscale": rope.attention_factor,

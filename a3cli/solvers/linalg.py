@@ -28,7 +28,7 @@ def root_and_inverse(gram: torch.Tensor, *, floor: float) -> Root:
     """
     if not torch.isfinite(gram).all():
         raise ValueError("the Gram matrix has NaN or Inf values")
-    values, vectors = torch.linalg.eigh(_symmetric(gram.double()))
+    values, vectors = torch.linalg.eigh(_hermitian(gram))
     largest = values.amax(-1, keepdim=True)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     least = max(floor, torch.finfo(torch.float64).tiny) * largest
@@ -36,8 +36,8 @@ def root_and_inverse(gram: torch.Tensor, *, floor: float) -> Root:
     floored = (values < least) & ~dead
     values = torch.where(dead, torch.ones_like(values), torch.maximum(values, least))
     return Root(
-        root=(vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT,
-        inverse=(vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT,
+        root=(vectors * values.sqrt().unsqueeze(-2)) @ vectors.mH,
+        inverse=(vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mH,
         floored=floored.sum(-1),
         effective_rank=effective_rank(values),
     )
@@ -73,7 +73,7 @@ def decompose_jointly(shared_gram: torch.Tensor, other_gram: torch.Tensor, *, fl
     truncation to rank r is the exact minimum of the group's summed squared error.
     """
     root = root_and_inverse(shared_gram, floor=floor)
-    values, vectors = torch.linalg.eigh(_symmetric(root.root @ other_gram.double() @ root.root))
+    values, vectors = torch.linalg.eigh(_hermitian(root.root @ _wide(other_gram) @ root.root))
     vectors = vectors.flip(-1)
     return JointDecomposition(
         values=values.flip(-1).clamp_min(0),
@@ -90,5 +90,24 @@ def tail_sums(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([tails, torch.zeros_like(tails[..., :1])], -1)
 
 
-def _symmetric(matrix: torch.Tensor) -> torch.Tensor:
-    return (matrix + matrix.mT) / 2
+def _wide(matrix: torch.Tensor) -> torch.Tensor:
+    """float64, or complex128 for the complex Gram matrices of rotated pairs."""
+    return matrix.to(torch.complex128 if matrix.is_complex() else torch.float64)
+
+
+def _hermitian(matrix: torch.Tensor) -> torch.Tensor:
+    wide = _wide(matrix)
+    return (wide + wide.mH) / 2
+
+
+def solve_ridge(gram: torch.Tensor, target: torch.Tensor, *, ridge: float) -> torch.Tensor:
+    """`(gram + εI)⁻¹ target` by Cholesky, ε = `ridge` times the mean of the diagonal.
+
+    gram `[n, n]` positive semi-definite, target `[n, d]`. Raises ValueError if it cannot be factorised.
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise ValueError(f"not positive definite at row {int(failed)} of {len(gram)}")
+    return torch.cholesky_solve(target, factor)

@@ -1,0 +1,147 @@
+"""What a method is given and what it must answer: error curves at every size, and projections at the chosen one.
+
+A method sees one layer after another, then settles what all layers share (the RoPE of a stock checkpoint), and only
+then is asked for curves and projections. Losses are relative squared errors of the residual stream.
+"""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from safetensors import safe_open
+
+from a3cli.errors import A3Error
+from a3cli.model import Model
+from a3cli.moments import Tensors, gram_blocks, unpack_upper
+from a3cli.settings import SolveSettings
+from a3cli.solvers.linalg import effective_rank
+from a3cli.solvers.ov import output_gram_of
+from a3cli.work import Json, Work
+
+
+class LayerInputs:
+    """Statistics (means over tokens) and weights of one layer, read when they are asked for.
+
+    Raises A3Error for statistics that are missing or not finite.
+    """
+
+    def __init__(self, model: Model, work: Work, layer: int) -> None:
+        self.shape, self.layer = model.shape, layer
+        self._model, self._path = model, work.statistics(layer)
+
+    def mean(self, name: str) -> torch.Tensor:
+        """One sum of `moments.py` over the token count, as stored: the large ones are packed triangles."""
+        with safe_open(self._path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
+                raise A3Error(
+                    f"layer {self.layer}: the statistics have no {name}; run a3 calibrate --overwrite "
+                    "--mlp-stats full, or use --method paper"
+                )
+            value: torch.Tensor = file.get_tensor(name)
+            value = value / file.get_tensor("tokens").to(value.dtype)
+        if not torch.isfinite(value).all():
+            raise A3Error(f"layer {self.layer}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
+        return value
+
+    @cached_property
+    def o_gram(self) -> torch.Tensor:
+        """`E[o oᵀ]` `[Hh, Hh]` over all heads, float64."""
+        return unpack_upper(self.mean("o_gram"), self.shape.heads * self.shape.head_dim).double()
+
+    @cached_property
+    def head_outputs(self) -> torch.Tensor:
+        """`E[o_i o_iᵀ]` `[H, h, h]` of each head."""
+        return gram_blocks(self.o_gram, self.shape.heads)
+
+    @cached_property
+    def mlp_gram(self) -> torch.Tensor:
+        """`E[x xᵀ]` `[I, I]` float32."""
+        return unpack_upper(self.mean("mlp_gram"), self.shape.intermediate_size)
+
+    @cached_property
+    def output_weight(self) -> torch.Tensor:
+        """`W_o,i` of each head, `[H, h, d]`: a view of the output projection."""
+        return output_rows(self._model, self.layer)
+
+    @cached_property
+    def output_gram(self) -> torch.Tensor:
+        """`W_o,i W_o,iᵀ` `[H, h, h]`."""
+        return output_gram_of(self.output_weight)
+
+    @cached_property
+    def down(self) -> torch.Tensor:
+        """The down projection `[d, I]`."""
+        return self._model.source.read(self._model.family.tensor(self.layer, "down"))
+
+    @cached_property
+    def attention_unit(self) -> float:
+        """What turns squared errors of the attention output into relative ones of the stream."""
+        return 1 / self.mean("attention_residual").item()
+
+    @cached_property
+    def mlp_unit(self) -> float:
+        return 1 / self.mean("mlp_residual").item()
+
+    @cached_property
+    def score_unit(self) -> torch.Tensor:
+        """What turns squared scores (before the softmax scale) into relative errors of the stream, `[K]`."""
+        effect = attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
+        return effect * self.attention_unit / self.shape.head_dim
+
+    def key_ranks(self) -> list[float]:
+        ranks: list[float] = effective_rank(torch.linalg.eigvalsh(self.mean("k_gram"))).tolist()
+        return ranks
+
+
+def output_rows(model: Model, layer: int) -> torch.Tensor:
+    """`W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
+    weight = model.source.read(model.family.tensor(layer, "o"))
+    return weight.view(len(weight), model.shape.heads, model.shape.head_dim).permute(1, 2, 0)
+
+
+def attention_effect(v_gram: torch.Tensor, head_outputs: torch.Tensor, output_gram: torch.Tensor) -> torch.Tensor:
+    """How much a unit of score variance can move the residual stream, per KV head `[K]`.
+
+    To first order a score error δ moves head i's output by `Cov_attention(δ, v)`, so by Cauchy-Schwarz its
+    square is at most `Var(δ) · Var_attention(v W_o,i)`, and the variance of the values under the attention
+    weights is `tr W_o,iᵀ (E[v vᵀ] − E[o_i o_iᵀ]) W_o,i`. The mean over the group's heads.
+    """
+    kv_heads = len(v_gram)
+    spread = v_gram.double().repeat_interleave(len(head_outputs) // kv_heads, 0) - head_outputs
+    effect = (spread * output_gram).sum((-1, -2)).clamp_min(0)
+    return effect.view(kv_heads, -1).mean(1)
+
+
+class Method(ABC):
+    """One way to make the components smaller, in the shape that stock loaders read."""
+
+    def __init__(self, model: Model, settings: SolveSettings) -> None:
+        self.model, self.settings = model, settings
+
+    @abstractmethod
+    def add_layer(self, inputs: LayerInputs) -> None:
+        """Analyse the next layer."""
+
+    @abstractmethod
+    def share(self) -> None:
+        """Settle, at every head size, the RoPE that all layers share."""
+
+    @abstractmethod
+    def curves(self, layer: int) -> Tensors:
+        """Loss at every size: `qk` `[h/2 + 1]` by slots, `ov` `[h + 1]` by rank, `mlp` `[I + 1]` by channels."""
+
+    @abstractmethod
+    def rope_slots(self, head_dim: int) -> list[float]:
+        """The source pair that each slot of the smaller head turns like; fractional between two pairs."""
+
+    @abstractmethod
+    def project_attention(self, inputs: LayerInputs, head_dim: int) -> Tensors:
+        """What an export applies to q, k, v and o of one layer (see `projections.py`)."""
+
+    @abstractmethod
+    def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:
+        """What an export applies to gate, up and down of one layer."""
+
+    @abstractmethod
+    def describe(self, layer: int) -> Json:
+        """Effective ranks and damping of one layer, for the manifest."""

@@ -1,0 +1,89 @@
+"""The paper's method as it is published, in the stock shape: pair selection, joint OV, channel selection."""
+
+from dataclasses import dataclass
+
+import torch
+
+from a3cli.methods.base import LayerInputs, Method
+from a3cli.model import Model
+from a3cli.moments import Tensors
+from a3cli.settings import SolveSettings
+from a3cli.solvers.linalg import JointDecomposition, effective_rank, tail_sums
+from a3cli.solvers.mlp import keep_channels, score_channels
+from a3cli.solvers.ov import solve_ov
+from a3cli.solvers.qk import keep_pairs, score_pairs
+from a3cli.work import Json
+
+
+@dataclass(frozen=True)
+class PaperLayer:
+    """`pair_scores` `[K, h/2]` in squared scores, `channel_scores` `[I]`; the units bring losses together."""
+
+    pair_scores: torch.Tensor
+    ov: JointDecomposition
+    channel_scores: torch.Tensor
+    score_unit: torch.Tensor
+    attention_unit: float
+    mlp_unit: float
+    key_ranks: list[float]
+
+
+class Paper(Method):
+    def __init__(self, model: Model, settings: SolveSettings) -> None:
+        super().__init__(model, settings)
+        self.layers: list[PaperLayer] = []
+        self.shared_scores = torch.zeros(model.shape.head_dim // 2, dtype=torch.float64)
+
+    def add_layer(self, inputs: LayerInputs) -> None:
+        # The paper weighs values by attention for MHA, and not for GQA.
+        value_gram = inputs.head_outputs if inputs.shape.group == 1 else inputs.mean("v_gram")
+        self.layers.append(
+            PaperLayer(
+                pair_scores=score_pairs(inputs.mean("q_gram"), inputs.mean("k_gram")),
+                ov=solve_ov(value_gram, inputs.output_gram, floor=self.settings.eigenvalue_floor),
+                channel_scores=score_channels(inputs.mean("mlp_energy"), inputs.down),
+                score_unit=inputs.score_unit,
+                attention_unit=inputs.attention_unit,
+                mlp_unit=inputs.mlp_unit,
+                key_ranks=inputs.key_ranks(),
+            )
+        )
+
+    def share(self) -> None:
+        """All heads and layers keep the same pairs, by total score."""
+        self.shared_scores = torch.stack([layer.pair_scores.sum(0) for layer in self.layers]).sum(0)
+
+    def curves(self, layer: int) -> Tensors:
+        solved = self.layers[layer]
+        order = self.shared_scores.argsort(descending=True, stable=True)
+        return {
+            "qk": tail_sums((solved.score_unit @ solved.pair_scores)[order]),
+            "ov": tail_sums(solved.ov.values).sum(0) * solved.attention_unit,
+            "mlp": tail_sums(solved.channel_scores.sort(descending=True).values) * solved.mlp_unit,
+        }
+
+    def rope_slots(self, head_dim: int) -> list[float]:
+        slots: list[float] = keep_pairs(self.shared_scores, head_dim // 2).tolist()
+        return slots
+
+    def project_attention(self, inputs: LayerInputs, head_dim: int) -> Tensors:
+        ov = self.layers[inputs.layer].ov
+        return {
+            "pairs": keep_pairs(self.shared_scores, head_dim // 2),
+            "value_map": ov.shared_map[..., :head_dim].contiguous(),
+            "output_map": ov.other_map[..., :head_dim].mT.contiguous(),
+        }
+
+    def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:
+        return {"channels": keep_channels(self.layers[inputs.layer].channel_scores, width)}
+
+    def describe(self, layer: int) -> Json:
+        solved = self.layers[layer]
+        return {
+            "effective_rank": {
+                "qk": solved.key_ranks,
+                "ov": solved.ov.effective_rank.tolist(),
+                "mlp": effective_rank(solved.channel_scores).item(),
+            },
+            "floored_eigenvalues": {"ov": solved.ov.floored.tolist()},
+        }

@@ -1,0 +1,65 @@
+"""What a solution does to a layer's weights. Tensors in, tensors out; computed in float64 where anything is multiplied.
+
+A layer's solution has, for a head size r < h and an MLP width m < I:
+
+    pairs [r/2]               kept RoPE pairs: dims are copied          (paper), or
+    query_map, key_map [K, h, r]   W_q ← W_q · map, W_k ← W_k · map     (best)
+    value_map [K, h, r]       W_v ← W_v · map
+    output_map [K, r, h]      W_o,i ← map · W_o,i                       (paper), or
+    output_weight [d, H·r]    the refit output projection itself        (best)
+    channels [m]              kept MLP channels, ascending
+    down_weight [d, m]        the refit down projection itself          (best; else columns are copied)
+"""
+
+import torch
+
+from a3cli.families import ModelShape, Role
+from a3cli.moments import Tensors
+
+
+def apply_projection(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:
+    """A weight `[out, in]` or bias `[out]` of one role, made smaller; the tensor itself if nothing touches it."""
+    if role == "mlp_norm" or (tensor.ndim == 1 and role in ("o", "down")):
+        return tensor
+    if role in ("gate", "up", "down"):
+        return _keep_channels(tensor, role, solution) if "channels" in solution else tensor
+    if "value_map" not in solution:
+        return tensor
+    if role == "v":
+        return _map_heads(tensor, solution["value_map"])
+    if role == "o":
+        return solution["output_weight"] if "output_weight" in solution else _map_outputs(tensor, solution, shape)
+    return _keep_queries_and_keys(tensor, role, solution, shape)
+
+
+def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch.Tensor:
+    channels = solution["channels"]
+    if role == "down":
+        return solution["down_weight"] if "down_weight" in solution else tensor[:, channels]
+    return tensor[channels]
+
+
+def _keep_queries_and_keys(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:
+    """Queries are multiplied by `(r/h)^½`, so that the source's softmax scale `h^-½` survives a loader's `r^-½`."""
+    if "pairs" in solution:
+        dims = torch.cat([solution["pairs"], solution["pairs"] + shape.head_dim // 2])
+        kept = tensor.view(-1, shape.head_dim, *tensor.shape[1:])[:, dims].flatten(0, 1)
+    elif role == "q":
+        kept = _map_heads(tensor, solution["query_map"].repeat_interleave(shape.group, 0))
+    else:
+        kept = _map_heads(tensor, solution["key_map"])
+    head_dim = solution["value_map"].shape[-1]
+    return kept.double() * (head_dim / shape.head_dim) ** 0.5 if role == "q" else kept
+
+
+def _map_heads(tensor: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """`[n·h, d]` or bias `[n·h]` with maps `[n, h, r]` → `[n·r, …]`."""
+    heads = tensor.view(*maps.shape[:2], *tensor.shape[1:])
+    return torch.cat([maps[i].mT @ heads[i].double() for i in range(len(maps))])
+
+
+def _map_outputs(tensor: torch.Tensor, solution: Tensors, shape: ModelShape) -> torch.Tensor:
+    """`[d, H·h]` → `[d, H·r]`."""
+    heads = tensor.view(len(tensor), shape.heads, shape.head_dim)
+    maps = solution["output_map"]
+    return torch.cat([heads[:, i].double() @ maps[i // shape.group].mT for i in range(shape.heads)], dim=1)

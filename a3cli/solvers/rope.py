@@ -1,0 +1,223 @@
+"""A³-QK with RoPE by bands: closed form inside bands of neighbouring pairs that share one frequency.
+
+Pair p of a head is the complex number `z_p = x_p + i·x_{p+h/2}`; RoPE multiplies it by `exp(i m θ_p)` at position m,
+and the score is `Re Σ_p z^q_p conj(z^k_p) exp(i(m−n)θ_p)`. In a band of pairs that turn alike, complex linear maps
+commute with the rotation, so A³-QK applies in complex form. A band of one pair with rank 0 or 1 is the paper's CUR, one
+band of everything its theorem without RoPE. P = h/2 pairs, K KV heads.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from a3cli.solvers.linalg import JointDecomposition, decompose_jointly, tail_sums
+from a3cli.solvers.qk import sum_over_group
+
+
+@dataclass(frozen=True)
+class PairGrams:
+    """Complex Gram matrices `[K, P, P]` of one layer's queries (summed over the group) and keys.
+
+    `keys` is centred: what is constant over keys has no effect on the softmax where pairs hardly turn.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    energy: torch.Tensor  # [K, P], E|z^q_p|² E|z^k_p|², keys not centred
+
+
+@dataclass(frozen=True)
+class Band:
+    """Pairs `start … stop-1` compressed to `rank` slots that turn alike.
+
+    `slot` is the pair whose frequency they take; between two pairs it is a fraction (see `frequency_at`).
+    """
+
+    start: int
+    stop: int
+    rank: int
+    slot: float
+
+
+@dataclass(frozen=True)
+class BandCost:
+    """Loss `[L, n + 1]` of one band in each layer at each rank, and the slot (a fractional pair) it was made for."""
+
+    losses: torch.Tensor
+    slot: float
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far attention looks: weights `[D]`, summing to 1, of query-key distances `[D]`."""
+
+    delta: torch.Tensor
+    weight: torch.Tensor
+
+    def constancy(self, frequencies: torch.Tensor) -> torch.Tensor:
+        """`|E_Δ exp(iθ_pΔ)| |E_Δ exp(iθ_p'Δ)|` `[P, P]`: near 1 for pairs that hardly turn over these distances."""
+        angle = frequencies[:, None] * self.delta
+        phase = torch.complex(angle.cos() @ self.weight, angle.sin() @ self.weight).abs()
+        return phase[:, None] * phase
+
+
+def spread_distances(mass: torch.Tensor, context: int, *, far_weight: float) -> Distances:
+    """Measured attention mass `[T]` by distance, and a log-uniform share `far_weight` over 1 … context−1.
+
+    The share keeps far distances from costing nothing when calibration text was shorter than the context. Distances
+    are exact below 256 and log-spaced above.
+    """
+    near = torch.arange(min(256, max(context, len(mass))), dtype=torch.float64)
+    far = torch.logspace(8, math.log2(max(context, len(mass), 257)), 193, base=2, dtype=torch.float64).round()
+    delta = torch.cat([near, far]).unique()
+    place = torch.bucketize(torch.arange(len(mass), dtype=torch.float64), delta, right=True) - 1
+    measured = torch.zeros_like(delta).index_add_(0, place, mass.double())
+    span = torch.cat([delta[1:], delta[-1:] + 1]).clamp_min(1).log() - delta.clamp_min(1).log()
+    span[delta >= context] = 0
+    weight = (1 - far_weight) * measured / measured.sum() + far_weight * span / span.sum()
+    return Distances(delta, weight)
+
+
+def frequency_at(frequencies: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Frequencies at fractional pair indices, by geometric interpolation."""
+    below = slots.floor().long()
+    above = (below + 1).clamp_max(len(frequencies) - 1)
+    return frequencies[below].log().lerp(frequencies[above].log(), slots - below).exp()
+
+
+def pair_grams(
+    q_gram: torch.Tensor, k_gram: torch.Tensor, k_mean: torch.Tensor, constancy: torch.Tensor, *, centring: float
+) -> PairGrams:
+    """From real Gram matrices `[H, h, h]`, `[K, h, h]` and key means `[K, h]`.
+
+    The part `centring · constancy` (`[P, P]`, see `Distances`) of the mean's outer product is taken out of the keys'
+    Gram matrix.
+    """
+    queries = complex_gram(sum_over_group(q_gram, len(k_gram)))
+    raw = complex_gram(k_gram.double())
+    mean = as_pairs(k_mean.double())
+    keys = raw - centring * constancy * (mean[:, :, None] * mean[:, None, :].conj())
+    energy = queries.diagonal(dim1=-2, dim2=-1).real * raw.diagonal(dim1=-2, dim2=-1).real
+    return PairGrams(queries, keys, energy)
+
+
+def as_pairs(x: torch.Tensor) -> torch.Tensor:
+    """`[..., h]` real → `[..., P]` complex."""
+    real, imaginary = x.chunk(2, -1)
+    return torch.complex(real, imaginary)
+
+
+def complex_gram(gram: torch.Tensor) -> torch.Tensor:
+    """`E[z zᴴ]` `[..., P, P]` from the real `E[x xᵀ]` `[..., h, h]`."""
+    (a, b), (c, d) = (half.chunk(2, -1) for half in gram.chunk(2, -2))
+    return torch.complex(a + d, c - b)
+
+
+def sharing_cost(frequencies: torch.Tensor, shared: torch.Tensor, distances: Distances) -> torch.Tensor:
+    """`2 (1 − E_Δ cos((θ_p − θ)Δ))` `[B, P]`: relative squared error of turning pairs `[P]` with frequencies `[B]`."""
+    difference = (shared[:, None] - frequencies).abs()
+    return 2 * (1 - torch.cos(difference[..., None] * distances.delta) @ distances.weight)
+
+
+def band_costs(
+    grams: list[PairGrams],
+    units: list[torch.Tensor],
+    frequencies: torch.Tensor,
+    distances: Distances,
+    *,
+    longest: int,
+    floor: float,
+) -> dict[tuple[int, int], BandCost]:
+    """Cost of every band `(start, stop)` of at most `longest` consecutive pairs.
+
+    units[l] `[K]` turns layer l's squared scores into the common unit. Rank 0 loses all of the band's energy.
+    """
+    energy = torch.stack([unit @ gram.energy for gram, unit in zip(grams, units, strict=True)])
+    costs = {}
+    for start in range(len(frequencies)):
+        for stop in range(start + 1, min(start + longest, len(frequencies)) + 1):
+            band = slice(start, stop)
+            slot, shared = best_slot(frequencies, band, energy[:, band], distances)
+            losses = torch.stack(
+                [
+                    unit @ tail_sums(_decompose(gram, band, floor).values)
+                    for gram, unit in zip(grams, units, strict=True)
+                ]
+            )
+            losses[:, 1:] += shared[:, None]
+            costs[start, stop] = BandCost(losses, slot)
+    return costs
+
+
+def best_slot(
+    frequencies: torch.Tensor, band: slice, energy: torch.Tensor, distances: Distances
+) -> tuple[float, torch.Tensor]:
+    """The shared slot of a band with the least sharing cost over all layers, and each layer's cost `[L]`.
+
+    energy `[L, n]`. Tried are the band's own pairs and three points between each two.
+    """
+    count = band.stop - band.start
+    tried = torch.linspace(band.start, band.stop - 1, 4 * count - 3, dtype=torch.float64)
+    cost = energy @ sharing_cost(frequencies[band], frequency_at(frequencies, tried), distances).mT
+    best = int(cost.sum(0).argmin())
+    return tried[best].item(), cost[:, best]
+
+
+def _decompose(grams: PairGrams, band: slice, floor: float) -> JointDecomposition:
+    return decompose_jointly(grams.keys[:, band, band], grams.queries[:, band, band], floor=floor)
+
+
+def best_bands(costs: dict[tuple[int, int], BandCost], pairs: int, most: int) -> list[tuple[float, list[Band]]]:
+    """For every number of slots 0 … most: the least loss, and the bands that reach it.
+
+    A dynamic programme over (end of the last band, slots used): optimal among partitions of the pairs in consecutive
+    bands with a rank each.
+    """
+    infinity = float("inf")
+    loss = [[infinity] * (most + 1) for _ in range(pairs + 1)]
+    last: list[list[Band | None]] = [[None] * (most + 1) for _ in range(pairs + 1)]
+    loss[0][0] = 0.0
+    for (start, stop), cost in sorted(costs.items(), key=lambda item: (item[0][1], item[0][0])):
+        for rank, tail in enumerate(cost.losses.sum(0).tolist()):
+            for slots in range(rank, most + 1):
+                total = loss[start][slots - rank] + tail
+                if total < loss[stop][slots]:
+                    loss[stop][slots] = total
+                    last[stop][slots] = Band(start, stop, rank, cost.slot)
+    return [(loss[pairs][slots], _trace(last, pairs, slots)) for slots in range(most + 1)]
+
+
+def _trace(last: list[list[Band | None]], end: int, slots: int) -> list[Band]:
+    bands: list[Band] = []
+    while end > 0:
+        band = last[end][slots]
+        if band is None:
+            return []
+        bands.append(band)
+        end, slots = band.start, slots - band.rank
+    return bands[::-1]
+
+
+def solve_bands(grams: PairGrams, bands: list[Band], *, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real maps `[K, h, r]` of queries and keys, r = 2 · slots: `W_q ← W_q · query_map`, `W_k ← W_k · key_map`.
+
+    Slots follow the bands; slot j is dims `(j, j + r/2)` of the smaller head.
+    """
+    kv_heads, pairs, _ = grams.keys.shape
+    slots = sum(band.rank for band in bands)
+    maps = torch.zeros(2, kv_heads, pairs, slots, dtype=torch.complex128)
+    used = 0
+    for band in bands:
+        inside = slice(band.start, band.stop)
+        solved = _decompose(grams, inside, floor)
+        maps[0, :, inside, used : used + band.rank] = solved.other_map[..., : band.rank]
+        maps[1, :, inside, used : used + band.rank] = solved.shared_map[..., : band.rank]
+        used += band.rank
+    return real_map(maps[0]), real_map(maps[1])
+
+
+def real_map(complex_map: torch.Tensor) -> torch.Tensor:
+    """`z̃ = Mᴴ z` for `M` `[..., P, R]` as the real matrix `[..., 2P, 2R]` that multiplies row vectors of dims."""
+    a, b = complex_map.real, complex_map.imag
+    return torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)

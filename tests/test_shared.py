@@ -1,0 +1,25 @@
+"""Real trained models and real text, where the shared folder is there."""
+
+import pytest
+
+from tests.conftest import SHARED
+
+pytestmark = pytest.mark.shared
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rounding", "most"),
+    [
+        ("wikitext-llama", "wikitext2/train.txt", ("--mlp-multiple", 16), 1.25),
+        ("stories260k", "tinystories.txt", ("--head-multiple", 2, "--mlp-multiple", 4), 1.5),
+    ],
+)
+def test_a_tenth_less_costs_little(name, text, rounding, most, a3, tmp_path):
+    model, work = SHARED / "models" / name, ("--work", tmp_path / "work")
+    data = ("--dataset", SHARED / "data" / text, "--seq-len", 512, "--batch-size", 8)
+    assert a3("calibrate", model, *data, "--samples", 24, *work).code == 0
+    assert a3("solve", "--budget", 0.1, *rounding, *work).code == 0
+    assert a3("export", tmp_path / "out", *work).code == 0
+    result = a3("eval", tmp_path / "out", "--against", model, *data, "--samples", 16, "--json").json
+    assert result["perplexity"] < most * result["source_perplexity"]
+    assert result["kl"] < 0.4

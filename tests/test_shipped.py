@@ -1,0 +1,52 @@
+"""The model that ships and its text: disjoint lists, a model that knows Python, and the demo's road."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "demo" / "model"
+
+
+@pytest.fixture(scope="module")
+def demo_text():
+    spec = importlib.util.spec_from_file_location("demo_text", ROOT / "scripts" / "demo_text.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_text_lists_are_disjoint_and_complete(demo_text):
+    assert not set(demo_text.CALIBRATION) & set(demo_text.EVALUATION)
+    trained_on = set(demo_text.training_modules())
+    assert not trained_on & {demo_text.stdlib() / name for name in demo_text.EVALUATION}
+    assert len(demo_text.read_modules(demo_text.CALIBRATION)) > 500_000
+    assert len(demo_text.read_modules(demo_text.EVALUATION)) > 200_000
+
+
+def test_a_quarter_less_still_knows_python(a3, demo_text, tmp_path):
+    """Held-out perplexity of the shipped model and of the compressed one, on some blocks of the held-out modules."""
+    figures = json.loads((MODEL / "training.json").read_text())
+    demo_text.main(tmp_path)
+    work = ("--work", tmp_path / "work")
+    text = ("--dataset", tmp_path / "calibration.txt", "--samples", 32, "--seq-len", 256, "--batch-size", 8)
+    assert a3("calibrate", MODEL, *text, *work).code == 0
+    assert a3("solve", "--budget", 0.25, *work).code == 0
+    assert a3("export", tmp_path / "out", *work).code == 0
+    held_out = ("--dataset", tmp_path / "evaluation.txt", "--samples", 40, "--seq-len", 512, "--batch-size", 8)
+    result = a3("eval", tmp_path / "out", "--against", MODEL, *held_out, "--json").json
+    assert result["source_perplexity"] < figures["unigram_perplexity"] / 20
+    assert result["source_perplexity"] < result["perplexity"] < 1.4 * result["source_perplexity"]
+
+
+def test_figures_are_those_of_this_model(demo_text):
+    from a3cli.checkpoint import Checkpoint
+
+    figures = json.loads((MODEL / "training.json").read_text())
+    assert Checkpoint(MODEL).parameters() == figures["parameters"]
+    assert 1e6 < figures["parameters"] < 3e6
+    card = (MODEL / "README.md").read_text()
+    for key in ("held_out_perplexity", "unigram_perplexity"):
+        assert f"{figures[key]:.1f}" in card
