@@ -34,8 +34,6 @@ from a3cli.errors import A3Error
 
 Json = dict[str, Any]
 
-DEFAULT_WORK = Path("a3-work")
-
 
 class Work:
     """One work folder: its paths and its lock."""
@@ -124,18 +122,20 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """Yield a new sibling folder to write to; it takes `target`'s place only if the block succeeds."""
-    partial = target.with_name(f".{target.name}.a3-partial")
+    partial, replaced = (target.with_name(f".{target.name}.a3-{what}") for what in ("partial", "replaced"))
     with making(target.parent), writing(target):
+        for leftover in (partial, replaced):  # of a process that was killed; the lock says that none is under way
+            if leftover.exists():
+                shutil.rmtree(leftover)
         try:
-            if partial.exists():  # left by a process that was killed; the lock says that none is under way
-                shutil.rmtree(partial)
             partial.mkdir()
             yield partial
-            if target.exists():
-                shutil.rmtree(target)
+            if target.exists():  # moved, not removed: half removed it might still look whole
+                target.rename(replaced)
             partial.rename(target)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in (partial, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

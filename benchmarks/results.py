@@ -2,9 +2,8 @@
 
     python benchmarks/results.py SHARED [--write docs/results.md]
 
-SHARED holds `models/wikitext-llama`, `models/stories260k`, `data/wikitext2` and `data/tinystories.txt`; the demo
-model and its text come with the repository. Every figure is made by the command line itself, in one run: calibrate
-once a model, then solve, export and eval at each budget.
+SHARED holds `models/wikitext-llama`, `models/stories260k`, `data/wikitext2` and `data/tinystories.txt`. Every figure is
+made by the command line itself, in one run: calibrate once a model, then solve, export and eval at each budget.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("paper", "best")
 BUDGETS = (0.1, 0.25, 0.4)
 HEADER = "| model | method | removed | head_dim | MLP width | perplexity | increase | KL (nats) | top-1 | KV cache |"
@@ -49,10 +47,6 @@ def split_lines(text: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def subjects(shared: Path, folder: Path) -> list[Subject]:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import demo_text
-
-    demo_text.main(folder / "demo")
     wikitext = shared / "data" / "wikitext2"
     # Tiny heads and MLPs need finer steps than the defaults for a budget to be hit at all.
     fine = ("--head-multiple", "2", "--mlp-multiple", "4")
@@ -71,14 +65,6 @@ def subjects(shared: Path, folder: Path) -> list[Subject]:
             *split_lines(shared / "data" / "tinystories.txt", folder),
             64,
             fine,
-        ),
-        Subject(
-            "demo model",
-            ROOT / "demo" / "model",
-            folder / "demo" / "calibration.txt",
-            folder / "demo" / "evaluation.txt",
-            128,
-            ("--mlp-multiple", "16"),
         ),
     ]
 

@@ -78,6 +78,52 @@ def random_batch(stream: torch.Tensor, generator: torch.Generator) -> torch.Tens
     return torch.stack([stream[start : start + CONTEXT] for start in starts])
 
 
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+tags: [python, demo]
+---
+
+# The demo model
+
+A small Llama (GQA {heads}/{kv_heads} heads × {head_dim}, {layers} layers, width {hidden}, MLP {mlp}, {context}
+positions, {parameters:,} parameters, tied embeddings) that writes Python. It ships with a3 so that the tool can be
+tried without a download; it is of no other use.
+
+Trained from scratch by `scripts/train_demo_model.py` on the source of the standard library of Python {python}
+({modules} modules, {training_tokens:,} tokens of its own byte-level BPE with {vocabulary} entries; tests, tables and
+the evaluation modules left out): {steps} steps of {batch} × {context} tokens, {tokens_seen:,} tokens in all, Muon and
+AdamW, cosine schedule, seed {seed}, {minutes:.0f} minutes on two CPU cores. None of the text is part of this
+repository.
+
+| | perplexity on {held_out_tokens:,} held-out tokens |
+|---|---|
+| token frequencies alone | {unigram_perplexity:.1f} |
+| this model (bf16 weights) | {held_out_perplexity:.1f} |
+
+The held-out modules are named in `scripts/demo_text.py`. The figures are in `training.json`.
+
+    python scripts/train_demo_model.py OUT --steps {steps} --seed {seed}
+"""
+
+
+def write_card(folder: Path, figures: dict) -> None:
+    card = CARD.format(
+        **figures,
+        heads=CONFIG.num_attention_heads,
+        kv_heads=CONFIG.num_key_value_heads,
+        head_dim=CONFIG.head_dim,
+        layers=CONFIG.num_hidden_layers,
+        hidden=CONFIG.hidden_size,
+        mlp=CONFIG.intermediate_size,
+        context=CONTEXT,
+        vocabulary=VOCABULARY,
+        batch=BATCH,
+    )
+    (folder / "README.md").write_text(card, "utf-8")
+
+
 def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then cosine to zero."""
     warm_up = min(1.0, (step + 1) / WARMUP_STEPS)
@@ -159,6 +205,7 @@ def main() -> None:
         "unigram_perplexity": unigram_perplexity(stream, held_out),
     }
     (args.out / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_card(args.out, figures)
     print(json.dumps(figures, indent=1))
 
 
