@@ -61,6 +61,17 @@ def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_fi
         close(stored["mlp_residual"], seen["after_mlp"].square().sum())
 
 
+def test_fewer_tokens_than_channels_are_solved_or_refused_in_one_line(a3, checkpoint, text_file, tmp_path):
+    work = ("--work", tmp_path / "work")
+    few = ("--samples", 1, "--seq-len", 40)
+    assert a3("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *few, *work).code == 0
+    options = ("--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2)
+    for ridge in (1e-6, 1e-2):
+        outcome = a3("solve", *options, "--ridge", ridge, "--overwrite", *work)
+        assert outcome.code == 0 or "--ridge" in outcome.stderr
+    assert outcome.code == 0
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-yarn", "mistral-gqa"])
 def test_attention_mass_is_that_of_the_models_own_attention(name, a3, checkpoint, text_file, tmp_path):
     from transformers import AutoModelForCausalLM

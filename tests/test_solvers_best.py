@@ -216,6 +216,19 @@ def test_dead_and_duplicate_channels_are_taken_last_and_stay_finite():
     assert set(found.order[-2:].tolist()) <= {0, 1, 8, 9, 10, 11}
 
 
+@pytest.mark.parametrize("block", [1, 4, 16])
+def test_fewer_tokens_than_channels(block):
+    """Statistics of 40 tokens for 200 channels, accumulated in float32 and with one dominating channel."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 200, generator=generator) * torch.linspace(0.01, 1, 200)
+    x[:, 7] *= 1e3
+    found = order_channels(x.T @ x / 40, torch.randn(6, 200, generator=generator), block=block)
+    assert sorted(found.order.tolist()) == list(range(200))
+    assert torch.isfinite(found.curve).all()
+    assert (found.curve.diff() <= 0).all()
+    assert found.curve[45] < 1e-3 * found.curve[1]
+
+
 def test_bands_of_one_frequency_never_beat_the_real_theorem_by_mistake():
     """The complex maps are a subset of real ones: at equal head size their loss cannot be below the real optimum."""
     a = random_attention(2, 1, bias=False)

@@ -23,6 +23,11 @@ def keep_channels(scores: torch.Tensor, kept: int) -> torch.Tensor:
     return scores.argsort(descending=True, stable=True)[:kept].sort().values
 
 
+# A channel of which less than this share is unexplained counts as explained: statistics are accumulated in float32, and
+# with fewer tokens than channels what is left of the last ones is rounding.
+EXPLAINED = 1e-5
+
+
 @dataclass(frozen=True)
 class ChannelOrder:
     """Channels in the order in which they are worth keeping, and what is lost at each number kept.
@@ -46,16 +51,16 @@ def order_channels(gram: torch.Tensor, down_weight: torch.Tensor, *, block: int,
     residual = gram.double().clone()
     target = residual @ down_weight.double().mT
     total = (target * down_weight.double().mT).sum()
-    least = 1e-12 * residual.diagonal().max().clamp_min(torch.finfo(torch.float64).tiny)
+    least = (EXPLAINED * residual.diagonal()).clamp_min(torch.finfo(torch.float64).tiny)
     left = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     order: list[torch.Tensor] = []
     gains: list[torch.Tensor] = []
     while left.any():
-        gain = torch.where(left, target.square().sum(1) / residual.diagonal().clamp_min(least), -1.0)
+        gain = torch.where(left, _gains(residual, target, least), -1.0)
         pool = gain.argsort(descending=True, stable=True)[: min(candidates * block, int(left.sum()))]
-        taken, taken_gains = _take_greedily(residual[pool][:, pool], target[pool], min(block, len(pool)), least)
+        taken, taken_gains = _take_greedily(residual[pool][:, pool], target[pool], least[pool], min(block, len(pool)))
         chosen = pool[taken]
-        _deflate(residual, target, chosen, least)
+        _deflate(residual, target, chosen[taken_gains > 0])
         left[chosen] = False
         order.append(chosen)
         gains.append(taken_gains)
@@ -63,29 +68,34 @@ def order_channels(gram: torch.Tensor, down_weight: torch.Tensor, *, block: int,
     return ChannelOrder(torch.cat(order), curve)
 
 
+def _gains(residual: torch.Tensor, target: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """`‖T_j‖² / R_jj`, and 0 for channels that the chosen ones explain: what is left of those is rounding."""
+    energy = residual.diagonal()
+    return torch.where(energy > least, target.square().sum(1) / energy.clamp_min(least), 0.0)
+
+
 def _take_greedily(
-    residual: torch.Tensor, target: torch.Tensor, count: int, least: torch.Tensor
+    residual: torch.Tensor, target: torch.Tensor, least: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact greedy among a pool: indices `[count]` into it, and what each one gained."""
     residual, target = residual.clone(), target.clone()
     left = torch.ones(len(residual), dtype=torch.bool, device=residual.device)
     taken, gains = [], []
     for _ in range(count):
-        gain = torch.where(left, target.square().sum(1) / residual.diagonal().clamp_min(least), -1.0)
+        gain = torch.where(left, _gains(residual, target, least), -1.0)
         best = gain.argmax()
         taken.append(best)
         gains.append(gain[best])
-        _deflate(residual, target, best[None], least)
+        if gain[best] > 0:
+            _deflate(residual, target, best[None])
         left[best] = False
     return torch.stack(taken), torch.stack(gains)
 
 
-def _deflate(residual: torch.Tensor, target: torch.Tensor, chosen: torch.Tensor, least: torch.Tensor) -> None:
+def _deflate(residual: torch.Tensor, target: torch.Tensor, chosen: torch.Tensor) -> None:
     """Take out of `residual` and `target`, in place, what the chosen channels explain."""
     columns = residual[:, chosen]
-    pivot = columns[chosen]
-    pivot.diagonal().clamp_min_(least)
-    factor = torch.linalg.cholesky(pivot + least * torch.eye(len(chosen), dtype=pivot.dtype, device=pivot.device))
+    factor = torch.linalg.cholesky(columns[chosen])
     half = torch.linalg.solve_triangular(factor, columns.mT, upper=False)
     target.addmm_(half.mT, torch.linalg.solve_triangular(factor, target[chosen], upper=False), alpha=-1)
     residual.addmm_(half.mT, half, alpha=-1)
