@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import MODELS, VOCABULARY, build_tokenizer
 
+LENGTH = 120  # tokens of the compared logits, beyond the longrope source's original context
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -43,7 +44,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 @torch.inference_mode()
-def logits(model: Any, length: int = 120) -> torch.Tensor:
+def logits(model: Any, length: int = LENGTH) -> torch.Tensor:
     tokens = torch.randint(VOCABULARY - 3, (2, length), generator=torch.Generator().manual_seed(7))
     return model(tokens).logits
 
@@ -78,7 +79,7 @@ def banded_reference(source: Path, work: Path) -> Any:
     """The full-size source with each slot in a pair of its own, turning as the manifest says, and the rest zero."""
     model = load(source)
     size, slots = model.config.head_dim, json.loads((work / "solution" / "manifest.json").read_text())["rope_slots"]
-    turn_like(model.model.rotary_emb, slots)
+    model.model.rotary_emb = Turning(model.model.rotary_emb, slots, LENGTH)
     dims = [*range(len(slots)), *range(size // 2, size // 2 + len(slots))]
     for index, layer in enumerate(model.model.layers):
         solution = load_file(work / "solution" / f"layer-{index:03d}.safetensors")
@@ -95,18 +96,22 @@ def banded_reference(source: Path, work: Path) -> Any:
     return model
 
 
-def turn_like(rotary: Any, slots: list[float]) -> None:
-    """Make the first pairs of a stock rotary module turn like the given, possibly fractional, pairs."""
-    rotary(torch.zeros(1), torch.arange(200)[None])  # longrope makes its second table when it is first needed
-    for name in ("original_inv_freq", "inv_freq", "long_inv_freq"):
-        table = getattr(rotary, name, None)
-        if table is not None:
-            place = torch.arange(len(table), dtype=torch.float64)
-            logs = [float(v) for v in table.double().log()]
-            below = [min(int(slot), len(logs) - 2) for slot in slots]
-            turned = [logs[b] + (slot - b) * (logs[b + 1] - logs[b]) for slot, b in zip(slots, below, strict=True)]
-            new = torch.cat([torch.tensor(turned, dtype=torch.float64).exp(), place[len(slots) :] * 0])
-            setattr(rotary, name, new.float())
+class Turning(torch.nn.Module):
+    """In place of a stock rotary module: the first pairs turn like the given, possibly fractional, source pairs."""
+
+    def __init__(self, rotary: Any, slots: list[float], length: int) -> None:
+        super().__init__()
+        rotary(torch.zeros(1), torch.arange(length)[None])  # longrope takes the table for this length
+        logs = rotary.inv_freq.double().log().tolist()
+        below = [min(int(slot), len(logs) - 2) for slot in slots]
+        turned = [logs[b] + (slot - b) * (logs[b + 1] - logs[b]) for slot, b in zip(slots, below, strict=True)]
+        still = [0.0] * (len(logs) - len(slots))
+        self.frequencies = torch.tensor([*torch.tensor(turned, dtype=torch.float64).exp().tolist(), *still])
+        self.scaling = rotary.attention_scaling
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angle = (position_ids[..., None] * self.frequencies).repeat(1, 1, 2)
+        return angle.cos() * self.scaling, angle.sin() * self.scaling
 
 
 def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
