@@ -155,7 +155,7 @@ def write_checkpoint(
         "source": {
             "model": model.source.name,
             "revision": model.source.revision,
-            "fingerprint": model.source.fingerprint(),
+            "fingerprint": calibration["request"]["source"],  # checked when the source was opened
         },
         "calibration": {key: calibration[key] for key in ("request", "tokens", "blocks", "tokens_sha256", "sha256")},
         "solution": {key: value for key, value in solution.manifest.items() if key not in ("per_layer", "layers")},

@@ -14,7 +14,7 @@ from a3cli.errors import A3Error
 from a3cli.model import Model
 from a3cli.moments import Tensors, gram_blocks, unpack_upper
 from a3cli.settings import SolveSettings
-from a3cli.solvers.linalg import effective_rank
+from a3cli.solvers.linalg import JointDecomposition, effective_rank
 from a3cli.solvers.ov import output_gram_of
 from a3cli.work import Json, Work
 
@@ -60,8 +60,9 @@ class LayerInputs:
 
     @cached_property
     def output_weight(self) -> torch.Tensor:
-        """`W_o,i` of each head, `[H, h, d]`: a view of the output projection."""
-        return output_rows(self._model, self.layer)
+        """`W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
+        weight = self._model.source.read(self._model.family.tensor(self.layer, "o"))
+        return weight.view(len(weight), self.shape.heads, self.shape.head_dim).permute(1, 2, 0)
 
     @cached_property
     def output_gram(self) -> torch.Tensor:
@@ -93,12 +94,6 @@ class LayerInputs:
         return ranks
 
 
-def output_rows(model: Model, layer: int) -> torch.Tensor:
-    """`W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
-    weight = model.source.read(model.family.tensor(layer, "o"))
-    return weight.view(len(weight), model.shape.heads, model.shape.head_dim).permute(1, 2, 0)
-
-
 def attention_effect(v_gram: torch.Tensor, head_outputs: torch.Tensor, output_gram: torch.Tensor) -> torch.Tensor:
     """How much a unit of score variance can move the residual stream, per KV head `[K]`.
 
@@ -110,6 +105,14 @@ def attention_effect(v_gram: torch.Tensor, head_outputs: torch.Tensor, output_gr
     spread = v_gram.double().repeat_interleave(len(head_outputs) // kv_heads, 0) - head_outputs
     effect = (spread * output_gram).sum((-1, -2)).clamp_min(0)
     return effect.view(kv_heads, -1).mean(1)
+
+
+def describe_ranks(ov: JointDecomposition, key_ranks: list[float], channel_rank: float) -> Json:
+    """Effective ranks and damping of one layer, for the manifest."""
+    return {
+        "effective_rank": {"qk": key_ranks, "ov": ov.effective_rank.tolist(), "mlp": channel_rank},
+        "floored_eigenvalues": {"ov": ov.floored.tolist()},
+    }
 
 
 class Method(ABC):

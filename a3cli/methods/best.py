@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.methods.base import LayerInputs, Method
+from a3cli.methods.base import LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
 from a3cli.settings import SolveSettings
@@ -147,11 +147,4 @@ class Best(Method):
 
     def describe(self, layer: int) -> Json:
         solved = self.layers[layer]
-        return {
-            "effective_rank": {
-                "qk": solved.key_ranks,
-                "ov": solved.ov.effective_rank.tolist(),
-                "mlp": solved.channel_rank,
-            },
-            "floored_eigenvalues": {"ov": solved.ov.floored.tolist()},
-        }
+        return describe_ranks(solved.ov, solved.key_ranks, solved.channel_rank)
