@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
 from a3cli.families import ModelShape
-from a3cli.machine import Machine, choose_machine
+from a3cli.machine import Machine, choose_machine, return_freed_memory
 from a3cli.model import describe
 from a3cli.moments import Tensors
 from a3cli.settings import CalibrateSettings
@@ -40,6 +40,7 @@ def calibrate(settings: CalibrateSettings, work: Work, *, overwrite: bool, progr
     A finished calibration with the same request is returned as it is, an unfinished one goes on at the
     layer where it stopped. Raises A3Error for another request in the same folder unless `overwrite`.
     """
+    return_freed_memory()
     source = resolve_model(settings.model, settings.revision)
     model = describe(source, trust_remote_code=settings.trust_remote_code)
     shape = model.shape

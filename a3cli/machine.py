@@ -1,5 +1,7 @@
 """Where and in what precision a stage computes."""
 
+import ctypes
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -26,3 +28,13 @@ def choose_machine(device: str, dtype: str, source_dtype: torch.dtype) -> Machin
     if dtype != "auto":
         return Machine(chosen, getattr(torch, dtype))
     return Machine(chosen, torch.float32 if chosen.type == "cpu" else source_dtype)
+
+
+def return_freed_memory() -> None:
+    """From now on, make glibc give memory of more than 1 MiB back to the system as soon as it is freed.
+
+    Left alone, it keeps pieces of up to 32 MiB, and the holes that activations leave in its heap outweigh a layer.
+    """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)

@@ -53,7 +53,7 @@ class LayerMoments:
     def add_mlp(self, x: torch.Tensor) -> None:
         """Input of the down projection `[..., I]`."""
         flat = x.reshape(-1, x.shape[-1]).float()
-        self._add("mlp_energy", flat.square().sum(0))
+        self._add("mlp_energy", torch.linalg.vector_norm(flat, dim=0).square())  # no temporary of its size
         self._add("x_sum", flat.sum(0))
         if self.full_mlp:
             self._add_gram("mlp_gram", flat)

@@ -6,11 +6,10 @@ model's own `forward` says what each layer is called with (masks, position embed
 written to the other, so memory holds one layer and one batch, and a killed sweep goes on at its layer.
 """
 
-import ctypes
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -186,6 +185,10 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
     """Hook the roles of one layer so that every forward adds to its moments."""
 
     seen: Tensors = {}
+    called_with: Arguments = {}
+
+    def begin(_module: nn.Module, _args: Any, kwargs: Arguments) -> None:
+        called_with.update(kwargs)
 
     def outputs(name: str) -> Callable[..., None]:
         def add(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
@@ -194,11 +197,14 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
 
         return add
 
-    def finish(_module: nn.Module, _args: Any, kwargs: Arguments, output: Any) -> None:
+    def attended(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        moments.add_attention_output(args[0])
+        if (rotation := called_with.get("position_embeddings")) is not None:
+            moments.add_distances(seen["q"], seen["k"], rotation, called_with.get("attention_mask"))
+        seen.clear()  # before the MLP, which needs the room
+
+    def finish(_module: nn.Module, _args: Any, output: Any) -> None:
         moments.add_residual("mlp_residual", hidden_states_of(output))
-        if (rotation := kwargs.get("position_embeddings")) is not None:
-            moments.add_distances(seen["q"], seen["k"], rotation, kwargs.get("attention_mask"))
-        seen.clear()
 
     def inputs(add: Callable[[torch.Tensor], None]) -> Callable[..., None]:
         return lambda module, args: add(args[0])
@@ -207,16 +213,17 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
         return layer.get_submodule(family.modules[role])
 
     handles = [
+        layer.register_forward_pre_hook(begin, with_kwargs=True),
         submodule("q").register_forward_hook(outputs("q")),
         submodule("k").register_forward_hook(outputs("k")),
         submodule("v").register_forward_hook(outputs("v")),
-        submodule("o").register_forward_pre_hook(inputs(moments.add_attention_output)),
+        submodule("o").register_forward_pre_hook(attended),
         submodule("down").register_forward_pre_hook(inputs(moments.add_mlp)),
         # What the MLP's norm reads is the stream with attention's output added; the layer returns the MLP's too.
         submodule("mlp_norm").register_forward_pre_hook(
             inputs(lambda x: moments.add_residual("attention_residual", x))
         ),
-        layer.register_forward_hook(finish, with_kwargs=True),
+        layer.register_forward_hook(finish),
     ]
     try:
         yield
@@ -248,7 +255,6 @@ def sweep(
     so a sweep that died in layer i starts again with `first_layer=i`. Raises A3Error for non-finite
     activations and for damaged weights or files.
     """
-    _trim_heap()
     starts = range(0, len(blocks), batch_size)
     arguments = _embed_all(decoder, blocks, starts, batch_size, _hidden_states(decoder, blocks, files(0)), first_layer)
     for index in range(first_layer, decoder.shape.layers):
@@ -258,20 +264,16 @@ def sweep(
         moments = LayerMoments(decoder.shape.head_dim, full_mlp, decoder.machine.device)
         with decoder.layer(index) as layer, moments_of(layer, decoder.family, moments):
             for start in starts:
-                batch = source.read(start, min(batch_size, len(blocks) - start))
-                output = layer(batch.to(decoder.machine.device), **arguments[len(batch)][index])
-                target.write(start, hidden_states_of(output))
-                done = (start + len(batch)) * blocks.shape[1]
+                count = min(batch_size, len(blocks) - start)
+                target.write(start, _run_layer(layer, source.read(start, count), arguments[count][index], decoder))
+                done = (start + count) * blocks.shape[1]
                 progress(layer=index, layers=decoder.shape.layers, tokens=done, total_tokens=blocks.numel())
         target.sync()
         finished(index, _finite(moments.finished(), index))  # bound to no name: gone before the next layer comes
-        _trim_heap()
 
 
-def _trim_heap() -> None:
-    """Give freed memory back to the system: glibc keeps the holes that each layer leaves, and they add up."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+def _run_layer(layer: nn.Module, batch: torch.Tensor, arguments: Arguments, decoder: Decoder) -> torch.Tensor:
+    return hidden_states_of(layer(batch.to(decoder.machine.device), **arguments))
 
 
 def _hidden_states(decoder: Decoder, blocks: torch.Tensor, path: Path) -> HiddenStates:

@@ -7,6 +7,7 @@ overlap are placed in it at seeded random offsets, uniformly among all such plac
 
 import itertools
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from a3cli.work import Json, hash_file, hash_json
 
 POOL = 8
 SEPARATOR = "\n\n"
-TEXT_CHUNK = 1 << 20
+TEXT_CHUNK = 1 << 16
 # alias: (hub id, configuration, split to calibrate on, split to evaluate on)
 ALIASES = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test"),
@@ -35,7 +36,8 @@ def sample_blocks(tokenizer: Any, settings: TextSettings) -> torch.Tensor:
     """`samples` blocks `[N, T]` int64 for calibration. Raises A3Error if there is too little text."""
     assert settings.samples is not None
     wanted = settings.samples * settings.seq_len
-    stream = torch.tensor(list(itertools.islice(token_stream(tokenizer, settings, purpose="calibrate"), POOL * wanted)))
+    tokens = itertools.islice(token_stream(tokenizer, settings, purpose="calibrate"), POOL * wanted)
+    stream = torch.tensor(array("q", tokens), dtype=torch.int64)
     slack = len(stream) - wanted
     if slack < 0:
         raise A3Error(
@@ -85,7 +87,7 @@ def token_stream(tokenizer: Any, settings: TextSettings, *, purpose: str) -> Ite
 
 
 def texts(tokenizer: Any, settings: TextSettings, *, purpose: str) -> Iterator[str]:
-    """Pieces of text of about a MiB, to be tokenised one by one; rows joined by a blank line."""
+    """Pieces of text of about 64 KiB, to be tokenised one by one: encodings take some hundred times the text's size."""
     pending: list[str] = []
     size = 0
     for row in rows(tokenizer, settings, purpose=purpose):

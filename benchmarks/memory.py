@@ -6,7 +6,7 @@ in its default dtype there (float32). What counts is the process's peak resident
 touched included, less that of a process that only imports torch and transformers. The exit code is 1 if calibrate or
 export needs more than 40 % of the checkpoint's size. Takes about 8 GB of disk for a while, and cleans up.
 
-    python benchmarks/memory.py [--folder DIR] [--samples 4] [--seq-len 128] [--batch-size 1] [--method paper]
+    python benchmarks/memory.py [--folder DIR] [--samples 2] [--seq-len 2048] [--batch-size 1] [--method paper]
 
 `--method best` solves for much longer, and needs more tokens than the MLP is wide (8192) to mean anything.
 """
@@ -169,8 +169,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where to make a temporary folder (default: the system's place)")
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--method", default="paper", help="of a3 solve")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
