@@ -6,6 +6,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from a3cli.checkpoint import Checkpoint
+from a3cli.families import ModelShape
+from a3cli.model import Model
 from a3cli.work import Json
 
 TEMPLATE = """---
@@ -29,11 +31,11 @@ Removed: {{ removed }} of the decoder's linear weights (asked: {{ asked }}).
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto"{{ remote_code }})
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
-No remote code. transformers 4.57 and later; {{ rope }}.
+Loads with {{ loaders }}. {{ rope }}.
 
 ## How it was made
 
@@ -48,9 +50,22 @@ a3 export OUT
 """
 
 
-def model_card(source: Checkpoint, manifest: Json) -> str:
+def describe_loaders(config: Json) -> str:
+    """What loads an export with this config.json, in one line; docs/formats.md says how each was checked."""
+    if "per_layer_config" in config:
+        return (
+            "transformers 4.57 and 5 with trust_remote_code=True (the code is in the folder); vLLM only through its "
+            "Transformers backend, llama.cpp not at all"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        return "stock transformers 4.57 and 5, and vLLM; llama.cpp's converter drops longrope factors without a word"
+    return "stock transformers 4.57 and 5, vLLM and llama.cpp"
+
+
+def model_card(model: Model, manifest: Json) -> str:
     """The README.md of an export, from its manifest."""
-    solution, calibration = manifest["solution"], manifest["calibration"]
+    source, solution, calibration = model.source, manifest["solution"], manifest["calibration"]
     text = calibration["request"]["text"]
     base = source.name if source.revision else Path(source.name).name  # a local path says nothing to others
     card = ModelCard.from_template(
@@ -58,10 +73,12 @@ def model_card(source: Checkpoint, manifest: Json) -> str:
         template_str=TEMPLATE,
         title=f"{Path(source.name).name}, {100 * solution['budget_reached']:.0f} % removed",
         base=base,
-        rows=figures(solution),
+        rows=figures(model.shape, solution),
         removed=f"{100 * solution['budget_reached']:.2f} %",
         asked="per component" if solution["budget_asked"] is None else f"{100 * solution['budget_asked']:g} %",
-        rope=describe_rope(solution),
+        remote_code=", trust_remote_code=True" if solution["shape"] == "per-layer" else "",
+        loaders=manifest["loads_with"],
+        rope=describe_rope(model.shape, solution),
         tokens=f"{calibration['tokens']:,}",
         blocks=calibration["blocks"],
         dataset=text["dataset"] if "/" not in text["dataset"] else Path(text["dataset"]).name,
@@ -88,22 +105,39 @@ def card_metadata(source: Checkpoint) -> Json:
     return metadata
 
 
-def figures(solution: Json) -> list[tuple[str, str, str]]:
+def figures(shape: ModelShape, solution: Json) -> list[tuple[str, str, str]]:
     """The before/after rows of the card."""
-    names = {
-        "head_dim": "head_dim",
-        "intermediate_size": "intermediate_size",
+    sizes = {
+        "query and key head size": (shape.head_dim, "qk"),
+        "value head size": (shape.head_dim, "ov"),
+        "MLP width": (shape.intermediate_size, "mlp"),
+    }
+    costs = {
         "parameters": "parameters",
         "kv_bytes_per_token": "KV cache, bytes a token",
         "prefill_flops_per_token": "prefill FLOPs a token",
     }
-    return [(label, f"{solution[key]['before']:,}", f"{solution[key]['after']:,}") for key, label in names.items()]
+    return [
+        *(
+            (label, f"{full:,}", spread([each[key] for each in solution["sizes"]]))
+            for label, (full, key) in sizes.items()
+        ),
+        *((label, f"{solution[key]['before']:,}", f"{solution[key]['after']:,}") for key, label in costs.items()),
+    ]
 
 
-def describe_rope(solution: Json) -> str:
-    if solution["head_dim"]["after"] == solution["head_dim"]["before"]:
+def spread(values: list[int]) -> str:
+    """One size, or the range of a size that differs by layer, with its mean."""
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}, mean {sum(values) / len(values):,.1f}"
+
+
+def describe_rope(shape: ModelShape, solution: Json) -> str:
+    if all(sizes["qk"] == shape.head_dim for sizes in solution["sizes"]):
         return "RoPE as in the source"
-    return f"RoPE has {len(solution['rope_slots'])} rotated pairs of {solution['head_dim']['before'] // 2}"
+    if solution["shape"] == "per-layer":
+        return "Each layer has its own RoPE slots (`rope_slots` in config.json)"
+    return f"RoPE has {len(solution['rope_slots'])} rotated pairs of {shape.head_dim // 2}"
 
 
 def solve_options(settings: Json) -> str:

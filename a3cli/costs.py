@@ -1,50 +1,61 @@
-"""What a decoder of a given shape costs: weights, KV cache, FLOPs. Pure arithmetic."""
+"""What a decoder costs whose layers have given sizes: weights, KV cache, FLOPs. Pure arithmetic.
 
-from dataclasses import replace
+`sizes` has an entry for each layer; `shape.sizes` are those of the source.
+"""
 
-from a3cli.families import ModelShape
+from collections.abc import Sequence
+
+from a3cli.families import LayerSizes, ModelShape, Role
+
+ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
+MLP: tuple[Role, ...] = ("gate", "up", "down")
 
 
-def attention_weights(shape: ModelShape) -> int:
+def attention_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Weights of q, k, v and o over all layers, biases not counted."""
-    return shape.layers * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.hidden_size
+    return _weights(shape, sizes, ATTENTION)
 
 
-def mlp_weights(shape: ModelShape) -> int:
+def mlp_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Weights of gate, up and down over all layers, biases not counted."""
-    return shape.layers * 3 * shape.intermediate_size * shape.hidden_size
+    return _weights(shape, sizes, MLP)
 
 
-def linear_weights(shape: ModelShape) -> int:
+def _weights(shape: ModelShape, sizes: Sequence[LayerSizes], roles: Sequence[Role]) -> int:
+    layers = [shape.linear_shapes(size) for size in sizes]
+    return sum(layer[role][0] * layer[role][1] for layer in layers for role in roles)
+
+
+def linear_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """What a budget is a fraction of: all linear weights of the decoder layers."""
-    return attention_weights(shape) + mlp_weights(shape)
+    return attention_weights(shape, sizes) + mlp_weights(shape, sizes)
 
 
-def bias_parameters(shape: ModelShape) -> int:
+def bias_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Biases that shrink with the head or MLP width, over all layers."""
-    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim if shape.attention_bias else 0
-    mlp = 2 * shape.intermediate_size if shape.mlp_bias else 0
-    return shape.layers * (attention + mlp)
+    roles: list[Role] = [
+        *(("q", "k", "v") if shape.attention_bias else ()),
+        *(("gate", "up") if shape.mlp_bias else ()),
+    ]
+    return sum(shape.linear_shapes(size)[role][0] for size in sizes for role in roles)
 
 
-def removed_parameters(before: ModelShape, after: ModelShape) -> int:
+def removed_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Parameters that leave the checkpoint, biases included."""
-    return linear_weights(before) + bias_parameters(before) - linear_weights(after) - bias_parameters(after)
+    before, after = (linear_weights(shape, s) + bias_parameters(shape, s) for s in (shape.sizes, sizes))
+    return before - after
 
 
-def kv_bytes_per_token(shape: ModelShape, bytes_per_value: int) -> int:
-    return shape.layers * 2 * shape.kv_heads * shape.head_dim * bytes_per_value
+def kv_bytes_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int) -> int:
+    return sum(shape.kv_heads * (size.qk + size.ov) for size in sizes) * bytes_per_value
 
 
-def prefill_flops_per_token(shape: ModelShape, seq_len: int) -> int:
+def prefill_flops_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], seq_len: int) -> int:
     """FLOPs of the decoder layers for one token of a prompt of `seq_len` tokens.
 
-    Two a weight for the matrix products, and `2·T·H·h` each for `QKᵀ` and for the product with V, counted
+    Two a weight for the matrix products, `2·T·H·qk` for `QKᵀ` and `2·T·H·ov` for the product with V, counted
     without the causal half, as dense kernels compute them. Embedding, norms and output head, which a3 does
     not change, are left out.
     """
-    return 2 * linear_weights(shape) + shape.layers * 4 * seq_len * shape.heads * shape.head_dim
-
-
-def resized(shape: ModelShape, *, head_dim: int, intermediate_size: int) -> ModelShape:
-    return replace(shape, head_dim=head_dim, intermediate_size=intermediate_size)
+    attention = sum(2 * seq_len * shape.heads * (size.qk + size.ov) for size in sizes)
+    return 2 * linear_weights(shape, sizes) + attention

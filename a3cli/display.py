@@ -121,7 +121,7 @@ def print_solution(manifest: Json) -> None:
 
 def print_export(manifest: Json, out: str) -> None:
     size = sum(1 for name in manifest["files"] if name.endswith(".safetensors"))
-    _print(f"wrote {size} weight file{'s' if size > 1 else ''}; loads with stock transformers, no remote code")
+    _print(f"wrote {size} weight file{'s' if size > 1 else ''}; loads with {manifest['loads_with']}")
     _print(out)
 
 

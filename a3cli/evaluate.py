@@ -79,9 +79,14 @@ def evaluate(settings: EvalSettings) -> Json:
 
 
 def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings) -> Any:
-    """The model in stock transformers. Raises A3Error if any weight is missing or does not fit."""
+    """The model as transformers loads it. Raises A3Error if any weight is missing or does not fit."""
     from transformers import AutoModelForCausalLM
 
+    if "per_layer_config" in checkpoint.config and not settings.trust_remote_code:
+        raise A3Error(
+            f"{checkpoint.name}: its layers differ in size, and the code in its folder builds them; "
+            "use --trust-remote-code to run that code"
+        )
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,

@@ -1,7 +1,8 @@
-"""Stage 3: source + solution → a Hugging Face folder that stock loaders read.
+"""Stage 3: source + solution → a Hugging Face folder that loads as any other.
 
-Tensors stream from the source's shards to new ones, one at a time; what the solution does not touch is
-copied byte for byte. The folder is written beside its place and renamed at the end.
+In the stock shape it is a stock checkpoint; in the per-layer shape the folder also holds the code that builds layers of
+different sizes. Tensors stream from the source's shards to new ones, one at a time;
+what the solution does not touch is copied byte for byte. The folder is written beside its place and renamed at the end.
 """
 
 import logging
@@ -13,8 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from a3cli import costs
-from a3cli.card import model_card
+from a3cli.card import describe_loaders, model_card
 from a3cli.checkpoint import (
     INDEX,
     METADATA_FILES,
@@ -27,7 +27,8 @@ from a3cli.checkpoint import (
     write_shard,
 )
 from a3cli.errors import A3Error
-from a3cli.families.rope import ROPE_KEYS, kept_rope_config
+from a3cli.families import LayerSizes
+from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
 from a3cli.projections import apply_projection
@@ -47,6 +48,7 @@ from a3cli.work import (
 log = logging.getLogger(__name__)
 
 MANIFEST = "a3_manifest.json"
+MODELING = Path(__file__).parent / "modeling" / "modeling_a3_llama.py"
 NOT_CARRIED = ("config.json", "README.md", MANIFEST)
 
 
@@ -57,13 +59,11 @@ class Solution:
         self.manifest = manifest
         self.layer: Callable[[int], Tensors] = lru_cache(maxsize=1)(lambda i: load_file(work.layer_solution(i)))
 
-    @property
-    def head_dim(self) -> int:
-        return int(self.manifest["head_dim"]["after"])
+        self.sizes = [LayerSizes(**sizes) for sizes in manifest["sizes"]]
 
     @property
-    def intermediate_size(self) -> int:
-        return int(self.manifest["intermediate_size"]["after"])
+    def per_layer(self) -> bool:
+        return bool(self.manifest["shape"] == "per-layer")
 
 
 def export(out: Path, settings: ExportSettings, work: Work) -> Json:
@@ -118,16 +118,14 @@ def existing_parent(path: Path) -> Path:
 
 def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str, list[PlannedTensor]]:
     """Every tensor of the export in the source's order, by shard file."""
-    shape = costs.resized(
-        model.shape, head_dim=solution.head_dim, intermediate_size=solution.intermediate_size
-    ).linear_shapes()
+    shapes = [model.shape.linear_shapes(sizes) for sizes in solution.sizes]
     planned = []
     for name, info in model.source.tensors.items():
-        found = model.family.find_role(name)
-        role = found[1] if found else None
         new_shape = info.shape
-        if found and role in shape:
-            new_shape = shape[role] if found[2] == "weight" else shape[role][:1]
+        if found := model.family.find_role(name):
+            layer, role, kind = found
+            if role in shapes[layer]:
+                new_shape = shapes[layer][role] if kind == "weight" else shapes[layer][role][:1]
         dtype = info.dtype if settings.dtype == "source" else getattr(torch, settings.dtype)
         planned.append(PlannedTensor(name, tuple(new_shape), dtype))
     groups = plan_shards(planned, settings.max_shard_size)
@@ -149,7 +147,10 @@ def write_checkpoint(
         hashes[shard] = write_shard(folder / shard, tensors, (transformed(model, solution, t) for t in tensors))
     if len(shards) > 1:
         write_index(folder / INDEX, shards)
-    write_json(folder / "config.json", compressed_config(model, solution, settings))
+    config = compressed_config(model, solution, settings)
+    write_json(folder / "config.json", config)
+    if solution.per_layer:
+        shutil.copyfile(MODELING, folder / MODELING.name)
     carry_files(model.source, folder)
     result = {
         "source": {
@@ -160,9 +161,10 @@ def write_checkpoint(
         "calibration": {key: calibration[key] for key in ("request", "tokens", "blocks", "tokens_sha256", "sha256")},
         "solution": {key: value for key, value in solution.manifest.items() if key not in ("per_layer", "layers")},
         "dtype": settings.dtype,
+        "loads_with": describe_loaders(config),
         "versions": versions(),
     }
-    (folder / "README.md").write_text(model_card(model.source, result), "utf-8")
+    (folder / "README.md").write_text(model_card(model, result), "utf-8")
     files = {p.name: hashes.get(p.name) or hash_file(p) for p in sorted(folder.iterdir())}
     manifest = {**result, "files": files}
     write_json(folder / MANIFEST, manifest)
@@ -176,22 +178,52 @@ def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> tor
     if found is not None:
         layer, role, _ = found
         check_finite(tensor, planned.name, model.source.name)
-        tensor = apply_projection(tensor, role, solution.layer(layer), model.shape)
+        tensor = apply_projection(tensor, role, solution.layer(layer), model.shape, fold_scale=not solution.per_layer)
     return tensor.to(planned.dtype)
 
 
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
-    """The source's config.json with the new sizes and, if heads are smaller, the new RoPE."""
-    config = dict(model.source.config)
-    if solution.head_dim < model.shape.head_dim:
-        config["head_dim"] = solution.head_dim
-        config = {key: value for key, value in config.items() if key not in ROPE_KEYS}
-        config.update(kept_rope_config(model.rope, solution.manifest["rope_slots"]))
-    config["intermediate_size"] = solution.intermediate_size
+    """The source's config.json with what the solution changes."""
+    changes = per_layer_changes(model, solution) if solution.per_layer else stock_changes(model, solution)
+    gone = ROPE_KEYS if ROPE_KEYS & changes.keys() else set()
+    config = {key: value for key, value in model.source.config.items() if key not in gone} | changes
     if settings.dtype != "source":
         config.pop("torch_dtype", None)
         config["dtype"] = settings.dtype
     return config
+
+
+def stock_changes(model: Model, solution: Solution) -> Json:
+    """One head size and one MLP width for all layers and, if heads are smaller, the new RoPE."""
+    sizes = solution.sizes[0]
+    changes: Json = {"intermediate_size": sizes.mlp}
+    if sizes.qk < model.shape.head_dim:
+        changes |= {"head_dim": sizes.qk, **kept_rope_config(model.rope, solution.manifest["rope_slots"])}
+    return changes
+
+
+def per_layer_changes(model: Model, solution: Solution) -> Json:
+    """`per_layer_config`, as transformers 5 reads it, and the code that builds layers from it.
+
+    `head_dim` stays that of the source: it defines the pairs that `rope_slots` counts, and the softmax scale.
+    """
+    digits = len(str(model.shape.layers - 1))  # so that the keys are in order in the file
+    layers = {
+        str(layer).zfill(digits): {
+            "qk_head_dim": sizes.qk,
+            "v_head_dim": sizes.ov,
+            "intermediate_size": sizes.mlp,
+            "rope_slots": slots,
+        }
+        for layer, (sizes, slots) in enumerate(zip(solution.sizes, solution.manifest["rope_slots"], strict=True))
+    }
+    return {
+        "architectures": [model.family.per_layer_class],
+        "auto_map": {"AutoModelForCausalLM": f"{MODELING.stem}.{model.family.per_layer_class}"},
+        "head_dim": model.shape.head_dim,
+        "per_layer_config": layers,
+        **both_spellings(model.rope.parameters),
+    }
 
 
 def carry_files(source: Checkpoint, folder: Path) -> None:

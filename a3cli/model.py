@@ -25,6 +25,8 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False) -> Model:
     """Raises A3Error for an unknown family, a configuration that does not fit, or missing tensors."""
     from transformers import AutoConfig
 
+    if "per_layer_config" in source.config:
+        raise A3Error(f"{source.name}: its layers differ in size (a per-layer export?); compress its source instead")
     family = family_of(source.config.get("model_type"))
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)

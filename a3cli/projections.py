@@ -1,14 +1,16 @@
 """What a solution does to a layer's weights. Tensors in, tensors out; computed in float64 where anything is multiplied.
 
-A layer's solution has, for a head size r < h and an MLP width m < I:
+A layer's solution has, for a QK rank r < h, an OV rank s < h (the same in the stock shape) and an MLP width m < I:
 
     pairs [r/2]               kept RoPE pairs: dims are copied          (paper), or
     query_map, key_map [K, h, r]   W_q ← W_q · map, W_k ← W_k · map     (best)
-    value_map [K, h, r]       W_v ← W_v · map
-    output_map [K, r, h]      W_o,i ← map · W_o,i                       (paper), or
-    output_weight [d, H·r]    the refit output projection itself        (best)
+    value_map [K, h, s]       W_v ← W_v · map
+    output_map [K, s, h]      W_o,i ← map · W_o,i                       (paper), or
+    output_weight [d, H·s]    the refit output projection itself        (best)
     channels [m]              kept MLP channels, ascending
     down_weight [d, m]        the refit down projection itself          (best; else columns are copied)
+
+Each of the three groups, QK, OV and MLP, is absent where the layer keeps that component.
 """
 
 import torch
@@ -17,19 +19,27 @@ from a3cli.families import ModelShape, Role
 from a3cli.moments import Tensors
 
 
-def apply_projection(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:
-    """A weight `[out, in]` or bias `[out]` of one role, made smaller; the tensor itself if nothing touches it."""
+def apply_projection(
+    tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape, *, fold_scale: bool
+) -> torch.Tensor:
+    """A weight `[out, in]` or bias `[out]` of one role, made smaller; the tensor itself if nothing touches it.
+
+    With `fold_scale` queries are multiplied by `(r/h)^½`, so that the source's softmax scale `h^-½` survives a loader
+    that computes `r^-½` from the smaller head.
+    """
     if role == "mlp_norm" or (tensor.ndim == 1 and role in ("o", "down")):
         return tensor
     if role in ("gate", "up", "down"):
         return _keep_channels(tensor, role, solution) if "channels" in solution else tensor
+    if role in ("q", "k"):
+        kept = _keep_queries_or_keys(tensor, role, solution, shape)
+        factor = (kept.shape[0] / tensor.shape[0]) ** 0.5
+        return kept.double() * factor if fold_scale and role == "q" and factor != 1 else kept
     if "value_map" not in solution:
         return tensor
     if role == "v":
         return _map_heads(tensor, solution["value_map"])
-    if role == "o":
-        return solution["output_weight"] if "output_weight" in solution else _map_outputs(tensor, solution, shape)
-    return _keep_queries_and_keys(tensor, role, solution, shape)
+    return solution["output_weight"] if "output_weight" in solution else _map_outputs(tensor, solution, shape)
 
 
 def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch.Tensor:
@@ -39,17 +49,15 @@ def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch
     return tensor[channels]
 
 
-def _keep_queries_and_keys(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:
-    """Queries are multiplied by `(r/h)^½`, so that the source's softmax scale `h^-½` survives a loader's `r^-½`."""
+def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:
     if "pairs" in solution:
         dims = torch.cat([solution["pairs"], solution["pairs"] + shape.head_dim // 2])
-        kept = tensor.view(-1, shape.head_dim, *tensor.shape[1:])[:, dims].flatten(0, 1)
-    elif role == "q":
-        kept = _map_heads(tensor, solution["query_map"].repeat_interleave(shape.group, 0))
-    else:
-        kept = _map_heads(tensor, solution["key_map"])
-    head_dim = solution["value_map"].shape[-1]
-    return kept.double() * (head_dim / shape.head_dim) ** 0.5 if role == "q" else kept
+        return tensor.view(-1, shape.head_dim, *tensor.shape[1:])[:, dims].flatten(0, 1)
+    if "query_map" not in solution:
+        return tensor
+    return _map_heads(
+        tensor, solution["key_map"] if role == "k" else solution["query_map"].repeat_interleave(shape.group, 0)
+    )
 
 
 def _map_heads(tensor: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """Stage 2: statistics + source weights → error curves → sizes → projections."""
 
 import math
+from dataclasses import asdict
 from fractions import Fraction
 
 import torch
 
 from a3cli import costs
 from a3cli.errors import A3Error
-from a3cli.families import ModelShape
+from a3cli.families import LayerSizes, ModelShape
 from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
@@ -130,25 +131,26 @@ def project(method: Method, inputs: LayerInputs, head_dim: int, width: int) -> T
 
 def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Tensors]) -> tuple[int, int]:
     """Head size and MLP width for the budget. Raises A3Error if the rounding or the components don't allow it."""
+    attention_total, mlp_total = costs.attention_weights(shape, shape.sizes), costs.mlp_weights(shape, shape.sizes)
     total = {name: torch.stack([curve[name] for curve in curves]).sum(0) for name in curves[0]}
     attention = [
         Choice(
             r,
-            costs.attention_weights(shape) * (shape.head_dim - r) // shape.head_dim,
+            attention_total * (shape.head_dim - r) // shape.head_dim,
             (total["qk"][r // 2] + total["ov"][r]).item(),
         )
         for r in (sizes(shape.head_dim, settings.head_multiple) if "qk" in settings.components else [shape.head_dim])
     ]
     full = shape.intermediate_size
     mlp = [
-        Choice(m, costs.mlp_weights(shape) * (full - m) // full, total["mlp"][m].item())
+        Choice(m, mlp_total * (full - m) // full, total["mlp"][m].item())
         for m in (sizes(full, settings.mlp_multiple) if "mlp" in settings.components else [full])
     ]
-    needed = weights_to_remove(settings.budget or 0.0, costs.linear_weights(shape))
+    needed = weights_to_remove(settings.budget or 0.0, attention_total + mlp_total)
     if settings.attention_budget is not None:
-        attention = [least(attention, settings.attention_budget, costs.attention_weights(shape), "attention", settings)]
+        attention = [least(attention, settings.attention_budget, attention_total, "attention", settings)]
     if settings.mlp_budget is not None:
-        mlp = [least(mlp, settings.mlp_budget, costs.mlp_weights(shape), "MLP", settings)]
+        mlp = [least(mlp, settings.mlp_budget, mlp_total, "MLP", settings)]
     try:
         a, m = split_budget(attention, mlp, needed)
     except ValueError:
@@ -156,7 +158,7 @@ def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Tensor
         raise A3Error(
             f"budget {settings.budget} cannot be reached: {','.join(settings.components)} with head multiple "
             f"{settings.head_multiple} and MLP multiple {settings.mlp_multiple} remove at most "
-            f"{most / costs.linear_weights(shape):.4f}; lower the budget or the multiples"
+            f"{most / (attention_total + mlp_total):.4f}; lower the budget or the multiples"
         ) from None
     return a.size, m.size
 
@@ -181,25 +183,27 @@ def weights_to_remove(budget: float, weights: int) -> int:
 
 def describe_result(model: Model, settings: SolveSettings, calibration: Json, head_dim: int, width: int) -> Json:
     """Budget asked and reached, sizes, and what the compressed model costs."""
-    before = model.shape
-    after = costs.resized(before, head_dim=head_dim, intermediate_size=width)
-    removed = costs.removed_parameters(before, after)
+    shape, before = model.shape, model.shape.sizes
+    after = [LayerSizes(head_dim, head_dim, width)] * shape.layers
+    removed, total = costs.removed_parameters(shape, after), costs.linear_weights(shape, before)
     item, seq_len = model.source.dtype.itemsize, calibration["blocks"][1]
     return {
+        "shape": "stock",
+        "sizes": [asdict(size) for size in after],
         "budget_asked": settings.budget,
-        "budget_reached": (costs.linear_weights(before) - costs.linear_weights(after)) / costs.linear_weights(before),
-        "head_dim": {"before": before.head_dim, "after": head_dim},
-        "intermediate_size": {"before": before.intermediate_size, "after": width},
+        "budget_reached": (total - costs.linear_weights(shape, after)) / total,
+        "head_dim": {"before": shape.head_dim, "after": head_dim},
+        "intermediate_size": {"before": shape.intermediate_size, "after": width},
         "parameters": {"before": model.source.parameters(), "after": model.source.parameters() - removed},
         "bytes": {"before": model.source.bytes(), "after": model.source.bytes() - removed * item},
         "kv_bytes_per_token": {
-            "before": costs.kv_bytes_per_token(before, item),
-            "after": costs.kv_bytes_per_token(after, item),
+            "before": costs.kv_bytes_per_token(shape, before, item),
+            "after": costs.kv_bytes_per_token(shape, after, item),
         },
         "prefill_flops_per_token": {
             "seq_len": seq_len,
-            "before": costs.prefill_flops_per_token(before, seq_len),
-            "after": costs.prefill_flops_per_token(after, seq_len),
+            "before": costs.prefill_flops_per_token(shape, before, seq_len),
+            "after": costs.prefill_flops_per_token(shape, after, seq_len),
         },
     }
 

@@ -20,6 +20,7 @@ class Family:
     """
 
     modules: dict[Role, str]
+    per_layer_class: str  # in modeling/modeling_a3_llama.py
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -44,20 +45,21 @@ class Family:
         return None
 
 
-LLAMA = Family(
-    modules={
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
-        "mlp_norm": "post_attention_layernorm",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    }
-)
+LLAMA_MODULES: dict[Role, str] = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": LLAMA}
+FAMILIES: dict[str, Family] = {
+    "llama": Family(LLAMA_MODULES, per_layer_class="A3LlamaForCausalLM"),
+    "mistral": Family(LLAMA_MODULES, per_layer_class="A3MistralForCausalLM"),
+}
 
 
 def family_of(model_type: Any) -> Family:
@@ -65,6 +67,15 @@ def family_of(model_type: Any) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise A3Error(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What a solution chooses for one layer: dims of a query or key head, dims of a value head, MLP channels."""
+
+    qk: int
+    ov: int
+    mlp: int
 
 
 @dataclass(frozen=True)
@@ -85,18 +96,22 @@ class ModelShape:
         """Query heads a KV head, g = H / K."""
         return self.heads // self.kv_heads
 
-    def linear_shapes(self) -> dict[Role, tuple[int, int]]:
-        """`[out, in]` of each linear weight of one layer."""
-        d, query, kv = self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        mlp = self.intermediate_size
+    @property
+    def sizes(self) -> list[LayerSizes]:
+        """The full sizes, layer by layer."""
+        return [LayerSizes(self.head_dim, self.head_dim, self.intermediate_size)] * self.layers
+
+    def linear_shapes(self, sizes: LayerSizes | None = None) -> dict[Role, tuple[int, int]]:
+        """`[out, in]` of each linear weight of a layer of these sizes, or of a full one."""
+        d, size = self.hidden_size, sizes or self.sizes[0]
         return {
-            "q": (query, d),
-            "k": (kv, d),
-            "v": (kv, d),
-            "o": (d, query),
-            "gate": (mlp, d),
-            "up": (mlp, d),
-            "down": (d, mlp),
+            "q": (self.heads * size.qk, d),
+            "k": (self.kv_heads * size.qk, d),
+            "v": (self.kv_heads * size.ov, d),
+            "o": (d, self.heads * size.ov),
+            "gate": (size.mlp, d),
+            "up": (size.mlp, d),
+            "down": (d, size.mlp),
         }
 
 

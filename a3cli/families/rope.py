@@ -17,7 +17,7 @@ from a3cli.solvers.rope import frequency_at
 from a3cli.work import Json
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,11 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
 def both_spellings(parameters: Json) -> Json:
     """`rope_parameters` as transformers 5 reads them, and `rope_theta` + `rope_scaling` for version 4."""
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    return {
+    config: Json = {
         "rope_theta": parameters["rope_theta"],
         "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
         "rope_parameters": parameters,
     }
+    if parameters["rope_type"] == "longrope":  # where 4.57 looks for the context at which longrope switches
+        config["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
+    return config

@@ -1,0 +1,1 @@
+"""Code that travels with a per-layer export and runs there: it knows torch and transformers, nothing of a3."""

@@ -1,0 +1,241 @@
+"""Llama and Mistral whose layers differ in size: QK rank, OV rank, MLP width and RoPE slots of each layer its own.
+
+`per_layer_config` in config.json gives each layer `qk_head_dim`, `v_head_dim`, `intermediate_size` and `rope_slots`.
+Slot j of a layer, dims `(j, j + qk_head_dim/2)`, turns like pair `rope_slots[j]` of the full head; a fraction turns
+between two pairs, by geometric interpolation of their frequencies. `head_dim` stays that of the full head: it defines
+the pairs and the softmax scale. Everything else is stock transformers, 4.57 or 5.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralDecoderLayer,
+    MistralForCausalLM,
+    MistralModel,
+    MistralRMSNorm,
+)
+
+PER_LAYER = ("qk_head_dim", "v_head_dim", "intermediate_size", "rope_slots")
+
+
+def layer_config(config: Any, layer_idx: int) -> Any:
+    """The config of one layer. Raises ValueError if config.json does not describe it."""
+    found = getattr(config, "per_layer_config", None)
+    if found is None or isinstance(found, dict):  # a transformers that does not know per_layer_config keeps the dict
+        own = copy.copy(config)
+        for layer, values in (found or {}).items():
+            if int(layer) == layer_idx:
+                vars(own).update(values)
+    else:
+        own = found[layer_idx]
+    missing = [name for name in PER_LAYER if getattr(own, name, None) is None]
+    if missing:
+        raise ValueError(f"config.json: per_layer_config gives layer {layer_idx} no {', '.join(missing)}")
+    slots, last = own.rope_slots, config.head_dim // 2 - 1
+    if 2 * len(slots) != own.qk_head_dim or not all(0 <= slot <= last for slot in slots):
+        raise ValueError(
+            f"config.json: layer {layer_idx} needs {own.qk_head_dim // 2} rope_slots between 0 and {last}, has {slots}"
+        )
+    return own
+
+
+class A3RotaryEmbedding(LlamaRotaryEmbedding):
+    """cos and sin `[B, T, S]` of every slot that some layer has; each layer picks its own (see `PerLayerAttention`).
+
+    Frequencies come from the stock module, so every RoPE type works. A whole slot turns exactly like its pair.
+    """
+
+    def __init__(self, config: Any, slots: list[float]) -> None:
+        super().__init__(config)
+        self.slots = slots
+        self.register_buffer("pair", torch.zeros(len(slots), dtype=torch.long), persistent=False)
+        self.register_buffer("fraction", torch.zeros(len(slots)), persistent=False)
+        self.fill_buffers()
+
+    def fill_buffers(self) -> None:
+        self.pair.copy_(torch.tensor([int(slot) for slot in self.slots], dtype=torch.long))
+        self.fraction.copy_(torch.tensor([slot % 1 for slot in self.slots], dtype=torch.float32))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves with the model but stays float32: a frequency in bfloat16 is wrong by whole turns far away."""
+
+        def without_cast(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(without_cast, recurse)
+
+    @torch.no_grad()
+    @dynamic_rope_update  # longrope chooses its table
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        frequencies = self.inv_freq.float()
+        low, high = frequencies[self.pair], frequencies[(self.pair + 1).clamp_max(len(frequencies) - 1)]
+        turned = low * (high / low) ** self.fraction
+        angles = position_ids[..., None].float() * turned.to(x.device)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+class PerLayerAttention:
+    """Goes before a stock attention class: queries and keys of one size, values of another, both as small in the cache.
+
+    Fused kernels want one size, so for them the smaller is padded with zeros at the time of the call.
+    """
+
+    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+        super().__init__(config, layer_idx)
+        own = layer_config(config, layer_idx)
+        self.qk_head_dim, self.v_head_dim = own.qk_head_dim, own.v_head_dim
+        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, self.q_proj.bias is not None
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.qk_head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.qk_head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.v_head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=self.o_proj.bias is not None)
+        self.places = [slots.index(slot) for slot in own.rope_slots] * 2  # both halves of the head
+        self.register_buffer("slot_index", torch.zeros(self.qk_head_dim, dtype=torch.long), persistent=False)
+        self.fill_buffers()
+
+    def fill_buffers(self) -> None:
+        self.slot_index.copy_(torch.tensor(self.places, dtype=torch.long))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        cache_position: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
+        cos, sin = (table[..., self.slot_index] for table in position_embeddings)
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+
+        kernel = self.config._attn_implementation
+        if kernel != "eager":
+            width = max(self.qk_head_dim, self.v_head_dim)
+            query, key, value = pad(query, width), pad(key, width), pad(value, width)
+        output, weights = ALL_ATTENTION_FUNCTIONS.get(kernel, eager_attention_forward)(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=getattr(self.config, "sliding_window", None),
+            **kwargs,
+        )
+        output = output[..., : self.v_head_dim].reshape(*shape, -1)
+        return self.o_proj(output), weights
+
+
+def pad(heads: torch.Tensor, width: int) -> torch.Tensor:
+    """`[..., n]` → `[..., width]` with zeros."""
+    missing = width - heads.shape[-1]
+    return nn.functional.pad(heads, (0, missing)) if missing else heads
+
+
+class PerLayerWeights:
+    """Goes before a stock model class: buffers that no checkpoint holds are filled when weights are initialised."""
+
+    _no_split_modules = ("A3LlamaDecoderLayer", "A3MistralDecoderLayer")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (A3RotaryEmbedding, PerLayerAttention)):
+            module.fill_buffers()
+
+
+class PerLayerModel(PerLayerWeights):
+    """Goes before a stock decoder class: `layer_class` builds each layer from its own config."""
+
+    layer_class: Any
+    norm_class: Any
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        layers = range(config.num_hidden_layers)
+        slots = sorted({float(slot) for layer in layers for slot in layer_config(config, layer).rope_slots})
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(self.layer_class(config, layer, slots) for layer in layers)
+        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = A3RotaryEmbedding(config, slots)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class PerLayerCausalLM(PerLayerWeights):
+    """Goes before a stock causal language model class."""
+
+    model_class: Any
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class A3LlamaAttention(PerLayerAttention, LlamaAttention):
+    pass
+
+
+class A3LlamaDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+        super().__init__(layer_config(config, layer_idx), layer_idx)
+        # The model's own config, so that set_attn_implementation reaches it.
+        self.self_attn = A3LlamaAttention(config, layer_idx, slots)
+
+
+class A3LlamaModel(PerLayerModel, LlamaModel):
+    layer_class, norm_class = A3LlamaDecoderLayer, LlamaRMSNorm
+
+
+class A3LlamaForCausalLM(PerLayerCausalLM, LlamaForCausalLM):
+    model_class = A3LlamaModel
+
+
+class A3MistralAttention(PerLayerAttention, MistralAttention):
+    pass
+
+
+class A3MistralDecoderLayer(MistralDecoderLayer):
+    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+        super().__init__(layer_config(config, layer_idx), layer_idx)
+        self.self_attn = A3MistralAttention(config, layer_idx, slots)
+
+
+class A3MistralModel(PerLayerModel, MistralModel):
+    layer_class, norm_class = A3MistralDecoderLayer, MistralRMSNorm
+
+
+class A3MistralForCausalLM(PerLayerCausalLM, MistralForCausalLM):
+    model_class = A3MistralModel
+
+
+__all__ = ["A3LlamaForCausalLM", "A3MistralForCausalLM"]
