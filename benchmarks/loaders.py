@@ -3,12 +3,14 @@
     python benchmarks/loaders.py FOLDER [FOLDER ...] [--transformers 4.57.6 5.23.0] [--torch 2.13.0]
 
 For each version a clean environment with only torch and transformers in it is made in a temporary folder. Each FOLDER
-is loaded there with `AutoModelForCausalLM` (no remote code, every weight used and none missing), run on the same
-tokens and made to generate with its cache. Exit code 1 if any version disagrees with the first.
+is loaded there with `AutoModelForCausalLM` (every weight used and none missing; remote code only if the layers differ
+in size), run on the same tokens and made to generate with its cache. Exit code 1 if any version disagrees with the
+first.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,8 +18,12 @@ from pathlib import Path
 
 CHILD = """
 import json, sys, torch, transformers
+from pathlib import Path
 from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype=torch.float32, output_loading_info=True)
+per_layer = "per_layer_config" in json.loads(Path(sys.argv[1], "config.json").read_text("utf-8"))
+model, info = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], torch_dtype=torch.float32, output_loading_info=True, trust_remote_code=per_layer
+)
 assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
 model.eval()
 length = min(model.config.max_position_embeddings, 384)
@@ -42,8 +48,10 @@ def make_environment(folder: Path, torch: str, transformers: str) -> Path:
 
 
 def run(python: Path, model: Path, logits: Path) -> dict:
+    """Code that comes with a model is copied into the temporary folder, not into the user's cache."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(python.parents[2] / "modules")}
     output = subprocess.run(
-        [python, "-c", CHILD, str(model), str(logits)], check=True, stdout=subprocess.PIPE, text=True
+        [python, "-c", CHILD, str(model), str(logits)], check=True, stdout=subprocess.PIPE, text=True, env=environment
     ).stdout
     return json.loads(output.splitlines()[-1])
 

@@ -65,7 +65,7 @@ class A3RotaryEmbedding(LlamaRotaryEmbedding):
         super().__init__(config)
         self.slots = slots
         self.register_buffer("pair", torch.zeros(len(slots), dtype=torch.long), persistent=False)
-        self.register_buffer("fraction", torch.zeros(len(slots)), persistent=False)
+        self.register_buffer("fraction", torch.zeros(len(slots), dtype=torch.float32), persistent=False)
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
@@ -192,6 +192,7 @@ class PerLayerCausalLM(PerLayerWeights):
     """Goes before a stock causal language model class."""
 
     model_class: Any
+    _auto_class = "AutoModelForCausalLM"  # save_pretrained writes this file beside the weights
 
     def __init__(self, config: Any) -> None:
         PreTrainedModel.__init__(self, config)
