@@ -185,7 +185,7 @@ def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, without a copy if it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return flat.view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)

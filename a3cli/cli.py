@@ -129,7 +129,11 @@ def solve(
     budget: Annotated[float | None, typer.Option(help="Fraction of the decoder's linear weights to remove.")] = None,
     attention_budget: Annotated[float | None, typer.Option(help="Fraction of q, k, v, o to remove.")] = None,
     mlp_budget: Annotated[float | None, typer.Option(help="Fraction of gate, up, down to remove.")] = None,
-    method: Annotated[str, typer.Option(help="best: bands and refits; paper: the published method.")] = "best",
+    method: Annotated[str, typer.Option(help="best: slots and refits; paper: the published method.")] = "best",
+    shape: Annotated[
+        str, typer.Option(help="stock: one head size and MLP width; per-layer: each layer its own, needs remote code.")
+    ] = "stock",
+    context: Annotated[int | None, typer.Option(help="Longest text to serve (default: the model's limit).")] = None,
     components: Annotated[str, typer.Option(help="What may be cut, of qk,ov,mlp.")] = "qk,ov,mlp",
     head_multiple: Annotated[int, typer.Option(help="Head size is a multiple of this.")] = 8,
     mlp_multiple: Annotated[int, typer.Option(help="MLP width is a multiple of this.")] = 64,
@@ -148,6 +152,8 @@ def solve(
         attention_budget=attention_budget,
         mlp_budget=mlp_budget,
         method=method,
+        shape=shape,
+        context=context,
         components=tuple(part.strip() for part in components.split(",") if part.strip()),
         head_multiple=head_multiple,
         mlp_multiple=mlp_multiple,

@@ -95,12 +95,15 @@ def print_calibration(manifest: Json) -> None:
 
 
 def print_solution(manifest: Json) -> None:
+    from a3cli.card import spread
+
     table = Table("", "before", "after", "after / before")
     for column in table.columns[1:]:
         column.justify = "right"
+    for key, label in {"qk": "head size of QK", "ov": "head size of OV", "mlp": "MLP width"}.items():
+        before, after = manifest["full_size"][key], [sizes[key] for sizes in manifest["sizes"]]
+        table.add_row(label, f"{before:,}", spread(after), f"{sum(after) / len(after) / before:.3f}")
     names = {
-        "head_dim": "head_dim (QK and OV)",
-        "intermediate_size": "intermediate_size",
         "parameters": "parameters",
         "bytes": "bytes",
         "kv_bytes_per_token": "KV cache, bytes a token",

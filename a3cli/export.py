@@ -8,6 +8,7 @@ what the solution does not touch is copied byte for byte. The folder is written 
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -185,6 +186,8 @@ def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> tor
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
     """The source's config.json with what the solution changes."""
     changes = per_layer_changes(model, solution) if solution.per_layer else stock_changes(model, solution)
+    if solution.manifest["context"] != model.rope.context:  # lowered by --context
+        changes["max_position_embeddings"] = solution.manifest["context"]
     gone = ROPE_KEYS if ROPE_KEYS & changes.keys() else set()
     config = {key: value for key, value in model.source.config.items() if key not in gone} | changes
     if settings.dtype != "source":
@@ -198,7 +201,8 @@ def stock_changes(model: Model, solution: Solution) -> Json:
     sizes = solution.sizes[0]
     changes: Json = {"intermediate_size": sizes.mlp}
     if sizes.qk < model.shape.head_dim:
-        changes |= {"head_dim": sizes.qk, **kept_rope_config(model.rope, solution.manifest["rope_slots"])}
+        rope = replace(model.rope, context=solution.manifest["context"])
+        changes |= {"head_dim": sizes.qk, **kept_rope_config(rope, solution.manifest["rope_slots"])}
     return changes
 
 

@@ -60,6 +60,15 @@ def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, s
     )
 
 
+def head_maps(solution: Tensors, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """The query and key maps `[K, h, r]` of a layer whose QK is cut, kept pairs written as maps too."""
+    if "query_map" in solution:
+        return solution["query_map"], solution["key_map"]
+    dims = torch.cat([solution["pairs"], solution["pairs"] + shape.head_dim // 2])
+    chosen = torch.eye(shape.head_dim, dtype=torch.float64)[:, dims].expand(shape.kv_heads, -1, -1)
+    return chosen, chosen
+
+
 def _map_heads(tensor: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """`[n·h, d]` or bias `[n·h]` with maps `[n, h, r]` → `[n·r, …]`."""
     heads = tensor.view(*maps.shape[:2], *tensor.shape[1:])

@@ -50,6 +50,8 @@ class SolveSettings(Settings):
     attention_budget: Fraction | None = None
     mlp_budget: Fraction | None = None
     method: Literal["best", "paper"] = "best"
+    shape: Literal["stock", "per-layer"] = "stock"
+    context: int | None = Field(default=None, ge=2)
     components: Annotated[tuple[Component, ...], AfterValidator(_not_empty)] = COMPONENTS
     head_multiple: int = Field(default=8, ge=1)
     mlp_multiple: int = Field(default=64, ge=1)

@@ -1,7 +1,7 @@
 """Stage 2: statistics + source weights → error curves → sizes → projections."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import torch
@@ -9,11 +9,14 @@ import torch
 from a3cli import costs
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, ModelShape
-from a3cli.methods import METHODS, LayerInputs, Method
+from a3cli.methods import METHODS, Curves, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
-from a3cli.settings import SolveSettings
-from a3cli.solvers.allocate import Choice, sizes, split_budget
+from a3cli.projections import head_maps
+from a3cli.settings import COMPONENTS, Component, SolveSettings
+from a3cli.solvers.allocate import Choice, allocate
+from a3cli.solvers.rope import frequency_at
+from a3cli.solvers.slots import score_error
 from a3cli.work import (
     Json,
     Work,
@@ -41,6 +44,10 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool) -> Json:
         if finished := finished_manifest(work, request, overwrite=overwrite):
             return finished
         model = open_calibrated_source(work, calibration)
+        if settings.context is not None and settings.context > model.rope.context:
+            raise A3Error(
+                f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
+            )
         check_statistics(work, calibration)
         method = METHODS[settings.method](model, settings)
         layers = range(model.shape.layers)
@@ -48,21 +55,31 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool) -> Json:
             method.add_layer(LayerInputs(model, work, layer))
         method.share()
         curves = [method.curves(layer) for layer in layers]
-        head_dim, width = choose_sizes(settings, model.shape, curves)
+        sizes = choose_sizes(settings, model.shape, curves)
 
         with replacing_folder(work.solution) as partial:
-            hashes = []
+            hashes, errors = [], []
             for layer in layers:
+                inputs = LayerInputs(model, work, layer)
+                solution = project(method, inputs, sizes[layer])
+                errors.append(score_errors(method, inputs, solution, sizes[layer].qk))
                 path = partial / work.layer_solution(layer).name
-                write_tensors(path, project(method, LayerInputs(model, work, layer), head_dim, width))
+                write_tensors(path, solution)
                 hashes.append(hash_file(path))
             manifest = {
                 "request": request,
-                **describe_result(model, settings, calibration, head_dim, width),
-                "rope_slots": method.rope_slots(head_dim) if head_dim < model.shape.head_dim else None,
-                "predicted_loss": predicted_loss(curves, head_dim, width),
+                **describe_result(model, settings, calibration, sizes),
+                "rope_slots": describe_slots(method, sizes),
+                "context": settings.context or model.rope.context,
+                "predicted_loss": predicted_loss(curves, sizes),
+                "predicted_score_error": mean_by_distance(errors),
                 "per_layer": [
-                    {**method.describe(layer), **describe_curves(model.shape, curves[layer], calibration, settings)}
+                    {
+                        **method.describe(layer),
+                        "curves": describe_curves(curves[layer]),
+                        "score_error": errors[layer],
+                        "tokens_per_dimension": tokens_per_dimension(model.shape, calibration),
+                    }
                     for layer in layers
                 ],
                 "layers": hashes,
@@ -79,10 +96,10 @@ def check_settings(settings: SolveSettings) -> None:
     if None not in (settings.budget, settings.attention_budget, settings.mlp_budget):
         problems.append("--budget, --attention-budget and --mlp-budget contradict one another: give two at most")
     attention = {"qk", "ov"} & set(settings.components)
-    if len(attention) == 1:
+    if len(attention) == 1 and settings.shape == "stock":
         problems.append(
             f"--components {','.join(settings.components)}: the stock shape has one head size for QK and OV, "
-            "so both are cut or neither: name both, or mlp alone"
+            "so both are cut or neither: name both, or mlp alone, or use --shape per-layer"
         )
     if settings.attention_budget and not attention:
         problems.append("--attention-budget needs qk and ov among --components")
@@ -119,61 +136,85 @@ def check_statistics(work: Work, calibration: Json) -> None:
         check_hash(work.statistics(layer), expected, "run a3 calibrate --overwrite")
 
 
-def project(method: Method, inputs: LayerInputs, head_dim: int, width: int) -> Tensors:
+def project(method: Method, inputs: LayerInputs, sizes: LayerSizes) -> Tensors:
     """What an export applies to one layer; a component that keeps its size has no entry."""
     tensors: Tensors = {}
-    if head_dim < inputs.shape.head_dim:
-        tensors |= method.project_attention(inputs, head_dim)
-    if width < inputs.shape.intermediate_size:
-        tensors |= method.project_mlp(inputs, width)
+    if sizes.qk < inputs.shape.head_dim:
+        tensors |= method.project_qk(inputs, sizes.qk)
+    if sizes.ov < inputs.shape.head_dim:
+        tensors |= method.project_ov(inputs, sizes.ov)
+    if sizes.mlp < inputs.shape.intermediate_size:
+        tensors |= method.project_mlp(inputs, sizes.mlp)
     return tensors or {"unchanged": torch.zeros(0)}
 
 
-def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Tensors]) -> tuple[int, int]:
-    """Head size and MLP width for the budget. Raises A3Error if the rounding or the components don't allow it."""
-    attention_total, mlp_total = costs.attention_weights(shape, shape.sizes), costs.mlp_weights(shape, shape.sizes)
-    total = {name: torch.stack([curve[name] for curve in curves]).sum(0) for name in curves[0]}
-    attention = [
-        Choice(
-            r,
-            attention_total * (shape.head_dim - r) // shape.head_dim,
-            (total["qk"][r // 2] + total["ov"][r]).item(),
-        )
-        for r in (sizes(shape.head_dim, settings.head_multiple) if "qk" in settings.components else [shape.head_dim])
-    ]
-    full = shape.intermediate_size
-    mlp = [
-        Choice(m, mlp_total * (full - m) // full, total["mlp"][m].item())
-        for m in (sizes(full, settings.mlp_multiple) if "mlp" in settings.components else [full])
-    ]
-    needed = weights_to_remove(settings.budget or 0.0, attention_total + mlp_total)
-    if settings.attention_budget is not None:
-        attention = [least(attention, settings.attention_budget, attention_total, "attention", settings)]
-    if settings.mlp_budget is not None:
-        mlp = [least(mlp, settings.mlp_budget, mlp_total, "MLP", settings)]
+def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves]) -> list[LayerSizes]:
+    """Each layer's sizes for the budget. Raises A3Error if the rounding or the components don't allow it."""
+    attention, mlp = per_layer_items(shape, curves) if settings.shape == "per-layer" else stock_items(shape, curves)
+    weights = costs.attention_weights(shape, shape.sizes), costs.mlp_weights(shape, shape.sizes)
+    attention = keep_to_budget(attention, settings.attention_budget, weights[0], "attention", settings)
+    mlp = keep_to_budget(mlp, settings.mlp_budget, weights[1], "MLP", settings)
+    total = sum(weights)
     try:
-        a, m = split_budget(attention, mlp, needed)
+        chosen = allocate([*attention, *mlp], weights_to_remove(settings.budget or 0.0, total))
     except ValueError:
-        most = max(c.removed for c in attention) + max(c.removed for c in mlp)
+        most = sum(max(choice.removed for choice in item) for item in [*attention, *mlp])
         raise A3Error(
             f"budget {settings.budget} cannot be reached: {','.join(settings.components)} with head multiple "
             f"{settings.head_multiple} and MLP multiple {settings.mlp_multiple} remove at most "
-            f"{most / (attention_total + mlp_total):.4f}; lower the budget or the multiples"
+            f"{most / total:.4f}; lower the budget or the multiples"
         ) from None
-    return a.size, m.size
+    heads, widths = [c.size for c in chosen[: len(attention)]], [c.size for c in chosen[len(attention) :]]
+    if settings.shape == "stock":
+        return [LayerSizes(heads[0], heads[0], widths[0])] * shape.layers
+    return [LayerSizes(*sizes) for sizes in zip(heads[0::2], heads[1::2], widths, strict=True)]
 
 
-def least(choices: list[Choice], budget: float, weights: int, name: str, settings: SolveSettings) -> Choice:
-    """The choice that removes least of those that reach a component's own budget."""
-    enough = [choice for choice in choices if choice.removed >= weights_to_remove(budget, weights)]
-    if not enough:
+Items = list[list[Choice]]
+
+
+def stock_items(shape: ModelShape, curves: list[Curves]) -> tuple[Items, Items]:
+    """One head size for QK and OV of all layers, and one MLP width: an item each."""
+    total = {c: {size: sum(curve[c][size] for curve in curves) for size in curves[0][c]} for c in curves[0]}
+    heads = sorted(total["qk"].keys() & total["ov"].keys())
+    attention = [
+        Choice(r, shape.layers * removed_weights(shape, qk=r, ov=r), total["qk"][r] + total["ov"][r]) for r in heads
+    ]
+    mlp = [Choice(m, shape.layers * removed_weights(shape, mlp=m), loss) for m, loss in total["mlp"].items()]
+    return [attention], [mlp]
+
+
+def per_layer_items(shape: ModelShape, curves: list[Curves]) -> tuple[Items, Items]:
+    """QK and OV of each layer in turn, and the MLP of each layer."""
+    items: dict[Component, Items] = {
+        component: [
+            [Choice(size, removed_weights(shape, **{component: size}), loss) for size, loss in curve[component].items()]
+            for curve in curves
+        ]
+        for component in COMPONENTS
+    }
+    return [item for pair in zip(items["qk"], items["ov"], strict=True) for item in pair], items["mlp"]
+
+
+def removed_weights(shape: ModelShape, **sizes: int) -> int:
+    """Weights that leave one layer whose components `qk`, `ov` or `mlp` take these sizes."""
+    full = shape.sizes[0]
+    return costs.linear_weights(shape, [full]) - costs.linear_weights(shape, [replace(full, **sizes)])
+
+
+def keep_to_budget(items: Items, budget: float | None, weights: int, name: str, settings: SolveSettings) -> Items:
+    """With a budget of its own, what attention or the MLP chooses for it is all that is left to choose from."""
+    if budget is None:
+        return items
+    try:
+        return [[choice] for choice in allocate(items, weights_to_remove(budget, weights))]
+    except ValueError:
         multiple = settings.head_multiple if name == "attention" else settings.mlp_multiple
-        most = max(choice.removed for choice in choices) / weights
+        most = sum(max(choice.removed for choice in item) for item in items) / weights
         raise A3Error(
             f"{name} budget {budget} cannot be reached: multiples of {multiple} remove at most {most:.4f}; "
             "lower the budget or the multiple"
-        )
-    return min(enough, key=lambda choice: choice.removed)
+        ) from None
 
 
 def weights_to_remove(budget: float, weights: int) -> int:
@@ -181,55 +222,89 @@ def weights_to_remove(budget: float, weights: int) -> int:
     return math.ceil(Fraction(str(budget)) * weights)
 
 
-def describe_result(model: Model, settings: SolveSettings, calibration: Json, head_dim: int, width: int) -> Json:
+def describe_result(model: Model, settings: SolveSettings, calibration: Json, sizes: list[LayerSizes]) -> Json:
     """Budget asked and reached, sizes, and what the compressed model costs."""
     shape, before = model.shape, model.shape.sizes
-    after = [LayerSizes(head_dim, head_dim, width)] * shape.layers
-    removed, total = costs.removed_parameters(shape, after), costs.linear_weights(shape, before)
+    removed, total = costs.removed_parameters(shape, sizes), costs.linear_weights(shape, before)
     item, seq_len = model.source.dtype.itemsize, calibration["blocks"][1]
     return {
-        "shape": "stock",
-        "sizes": [asdict(size) for size in after],
+        "shape": settings.shape,
+        "full_size": asdict(before[0]),
+        "sizes": [asdict(size) for size in sizes],
+        **(stock_sizes(shape, sizes[0]) if settings.shape == "stock" else {}),
         "budget_asked": settings.budget,
-        "budget_reached": (total - costs.linear_weights(shape, after)) / total,
-        "head_dim": {"before": shape.head_dim, "after": head_dim},
-        "intermediate_size": {"before": shape.intermediate_size, "after": width},
+        "budget_reached": (total - costs.linear_weights(shape, sizes)) / total,
         "parameters": {"before": model.source.parameters(), "after": model.source.parameters() - removed},
         "bytes": {"before": model.source.bytes(), "after": model.source.bytes() - removed * item},
         "kv_bytes_per_token": {
             "before": costs.kv_bytes_per_token(shape, before, item),
-            "after": costs.kv_bytes_per_token(shape, after, item),
+            "after": costs.kv_bytes_per_token(shape, sizes, item),
         },
         "prefill_flops_per_token": {
             "seq_len": seq_len,
             "before": costs.prefill_flops_per_token(shape, before, seq_len),
-            "after": costs.prefill_flops_per_token(shape, after, seq_len),
+            "after": costs.prefill_flops_per_token(shape, sizes, seq_len),
         },
     }
 
 
-def predicted_loss(curves: list[Tensors], head_dim: int, width: int) -> Json:
-    at = {"qk": head_dim // 2, "ov": head_dim, "mlp": width}
-    return {name: sum(curve[name][size].item() for curve in curves) for name, size in at.items()}
-
-
-def describe_curves(shape: ModelShape, curves: Tensors, calibration: Json, settings: SolveSettings) -> Json:
-    """One layer's error curves, and how many tokens they rest on."""
-    head_dim, width, tokens = shape.head_dim, shape.intermediate_size, calibration["tokens"]
-    kept = {
-        "qk": list(range(0, head_dim + 1, 2)),
-        "ov": list(range(head_dim + 1)),
-        "mlp": [0, *sizes(width, settings.mlp_multiple)],  # every width would be 28673 numbers a layer
-    }
+def stock_sizes(shape: ModelShape, sizes: LayerSizes) -> Json:
+    """What config.json calls the sizes that all layers have."""
     return {
-        "curves": {
-            name: {"size": at, "loss": significant(curves[name], [i // 2 for i in at] if name == "qk" else at)}
-            for name, at in kept.items()
-        },
-        "tokens_per_dimension": {"head": tokens / head_dim, "mlp": tokens / width},
+        "head_dim": {"before": shape.head_dim, "after": sizes.qk},
+        "intermediate_size": {"before": shape.intermediate_size, "after": sizes.mlp},
     }
 
 
-def significant(curve: torch.Tensor, at: list[int]) -> list[float]:
-    """Six significant digits of a curve at some sizes: enough to choose by, and a readable manifest."""
-    return [float(f"{value:.6g}") for value in curve[at].tolist()]
+def describe_slots(method: Method, sizes: list[LayerSizes]) -> list[float] | list[list[float]] | None:
+    """The pairs that slots turn like: one list for all layers in the stock shape, one a layer otherwise."""
+    full = method.model.shape.head_dim
+    slots = [
+        method.rope_slots(layer, size.qk) if size.qk < full else [float(pair) for pair in range(full // 2)]
+        for layer, size in enumerate(sizes)
+    ]
+    if method.per_layer:
+        return slots
+    return slots[0] if sizes[0].qk < full else None
+
+
+def score_errors(method: Method, inputs: LayerInputs, solution: Tensors, rank: int) -> Json:
+    """Predicted relative error of one layer's attention scores at distances up to the context."""
+    context = method.settings.context or method.model.rope.context
+    distances = [0, *(2**i for i in range(int(math.log2(max(1, context - 1))) + 1)), context - 1]
+    if rank == inputs.shape.head_dim:
+        return {"distance": distances, "relative": [0.0] * len(distances)}
+    pairs = method.model.rope.short
+    slots = frequency_at(pairs, torch.tensor(method.rope_slots(inputs.layer, rank), dtype=torch.float64))
+    grams = inputs.mean("q_gram"), inputs.mean("k_gram")
+    maps = head_maps(solution, inputs.shape)
+    return {
+        "distance": distances,
+        "relative": [float(f"{score_error(grams, maps, pairs, slots, distance):.4g}") for distance in distances],
+    }
+
+
+def mean_by_distance(errors: list[Json]) -> Json:
+    """Root mean square over the layers."""
+    squares = torch.tensor([error["relative"] for error in errors], dtype=torch.float64).square()
+    return {"distance": errors[0]["distance"], "relative": [float(f"{v:.4g}") for v in squares.mean(0).sqrt().tolist()]}
+
+
+def predicted_loss(curves: list[Curves], sizes: list[LayerSizes]) -> Json:
+    """Summed over the layers, by component."""
+    pairs = [(curve, asdict(size)) for curve, size in zip(curves, sizes, strict=True)]
+    return {c: sum(curve[c][size[c]] for curve, size in pairs) for c in COMPONENTS}
+
+
+def describe_curves(curves: Curves) -> Json:
+    """Six significant digits of one layer's error curves: enough to choose by, and a readable manifest."""
+    return {
+        component: {"size": list(curve), "loss": [float(f"{loss:.6g}") for loss in curve.values()]}
+        for component, curve in curves.items()
+    }
+
+
+def tokens_per_dimension(shape: ModelShape, calibration: Json) -> Json:
+    """How many tokens the statistics of a head and of the MLP rest on."""
+    tokens = calibration["tokens"]
+    return {"head": tokens / shape.head_dim, "mlp": tokens / shape.intermediate_size}

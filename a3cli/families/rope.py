@@ -120,7 +120,7 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
         "rope_theta": rope.theta,
         "short_factor": (1 / (frequency_at(rope.short, place) * spacing)).tolist(),
         "long_factor": (1 / (frequency_at(rope.long, place) * spacing)).tolist(),
-        "factor": 1.0 if rope.kind != "longrope" else rope.context / original,
+        "factor": 1.0 if rope.kind != "longrope" else max(1.0, rope.context / original),
         "attention_factor": rope.attention_factor,
         "short_mscale": rope.attention_factor,
         "long_mscale": rope.attention_factor,

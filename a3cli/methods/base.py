@@ -13,10 +13,13 @@ from safetensors import safe_open
 from a3cli.errors import A3Error
 from a3cli.model import Model
 from a3cli.moments import Tensors, gram_blocks, unpack_upper
-from a3cli.settings import SolveSettings
+from a3cli.settings import Component, SolveSettings
+from a3cli.solvers.allocate import sizes
 from a3cli.solvers.linalg import JointDecomposition, effective_rank
 from a3cli.solvers.ov import output_gram_of
 from a3cli.work import Json, Work
+
+Curves = dict[Component, dict[int, float]]
 
 
 class LayerInputs:
@@ -116,10 +119,25 @@ def describe_ranks(ov: JointDecomposition, key_ranks: list[float], channel_rank:
 
 
 class Method(ABC):
-    """One way to make the components smaller, in the shape that stock loaders read."""
+    """One way to make the components smaller.
+
+    In the stock shape all layers share the RoPE slots of a head size, in the per-layer shape each has its own.
+    """
 
     def __init__(self, model: Model, settings: SolveSettings) -> None:
         self.model, self.settings = model, settings
+
+    @property
+    def per_layer(self) -> bool:
+        return self.settings.shape == "per-layer"
+
+    def sizes(self, component: Component) -> list[int]:
+        """The sizes that a component may take, ascending; the full one alone if it is not to be cut."""
+        shape = self.model.shape
+        full = shape.intermediate_size if component == "mlp" else shape.head_dim
+        if component not in self.settings.components:
+            return [full]
+        return sizes(full, self.settings.mlp_multiple if component == "mlp" else self.settings.head_multiple)
 
     @abstractmethod
     def add_layer(self, inputs: LayerInputs) -> None:
@@ -127,19 +145,23 @@ class Method(ABC):
 
     @abstractmethod
     def share(self) -> None:
-        """Settle, at every head size, the RoPE that all layers share."""
+        """Settle the RoPE slots at every head size, once all layers are known."""
 
     @abstractmethod
-    def curves(self, layer: int) -> Tensors:
-        """Loss at every size: `qk` `[h/2 + 1]` by slots, `ov` `[h + 1]` by rank, `mlp` `[I + 1]` by channels."""
+    def curves(self, layer: int) -> Curves:
+        """Loss of each component at each of its `sizes`."""
 
     @abstractmethod
-    def rope_slots(self, head_dim: int) -> list[float]:
-        """The source pair that each slot of the smaller head turns like; fractional between two pairs."""
+    def rope_slots(self, layer: int, rank: int) -> list[float]:
+        """The source pair that each slot of a head of `rank` dims turns like; fractional between two pairs."""
 
     @abstractmethod
-    def project_attention(self, inputs: LayerInputs, head_dim: int) -> Tensors:
-        """What an export applies to q, k, v and o of one layer (see `projections.py`)."""
+    def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
+        """What an export applies to q and k of one layer (see `projections.py`)."""
+
+    @abstractmethod
+    def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
+        """What an export applies to v and o of one layer."""
 
     @abstractmethod
     def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:

@@ -1,7 +1,8 @@
-"""Beyond the paper, in the stock shape: RoPE by bands, attention-weighted OV with a joint refit, MLP that is refit.
+"""Beyond the paper: RoPE by slots, attention-weighted OV with a joint refit, MLP that is refit.
 
-- QK: bands of neighbouring pairs share a frequency and are solved in closed form (`solvers/rope.py`); all layers
-  share one table of slots, each layer and KV head has its own maps.
+- QK: bands of neighbouring pairs choose the slots (`solvers/rope.py`), then every slot mixes every pair, refined by
+  alternating least squares (`solvers/slots.py`). Each layer and KV head has its own maps; the table of slots is shared
+  by all layers in the stock shape, and each layer's own in the per-layer shape.
 - OV: the mean attention-weighted Gram matrix of the group, then the output projection refit over all heads at once.
 - MLP: forward greedy selection that knows about the refit, then the refit of the down projection.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.methods.base import LayerInputs, Method, describe_ranks
+from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
 from a3cli.settings import SolveSettings
@@ -20,15 +21,16 @@ from a3cli.solvers.mlp import ChannelOrder, order_channels, refit_down
 from a3cli.solvers.ov import refit_output, solve_ov
 from a3cli.solvers.rope import (
     Band,
-    BandCost,
     Distances,
     PairGrams,
     band_costs,
+    band_maps,
     best_bands,
+    frequency_at,
     pair_grams,
-    solve_bands,
     spread_distances,
 )
+from a3cli.solvers.slots import HeadStatistics, SlotMaps, SlotProblem, head_statistics
 from a3cli.work import Json
 
 CENTRING = 0.95  # share of the constant part of a key that the softmax is trusted to ignore
@@ -51,14 +53,24 @@ class BestLayer:
     key_ranks: list[float]
     channel_rank: float
 
+    @property
+    def heads(self) -> HeadStatistics:
+        return head_statistics(self.q_gram, self.k_gram, self.k_mean)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Bands for every number of slots, and the layers that share them, with the Gram matrices they were made from."""
+
+    bands: list[list[Band]]
+    grams: dict[int, PairGrams]
+
 
 class Best(Method):
     def __init__(self, model: Model, settings: SolveSettings) -> None:
         super().__init__(model, settings)
         self.layers: list[BestLayer] = []
-        self.grams: list[PairGrams] = []
-        self.costs: dict[tuple[int, int], BandCost] = {}
-        self.bands: list[list[Band]] = []
+        self.tables: list[Table] = []  # of each layer
 
     def add_layer(self, inputs: LayerInputs) -> None:
         shape = inputs.shape
@@ -86,50 +98,76 @@ class Best(Method):
         return order_channels(inputs.mlp_gram, inputs.down, block=max(1, width // BLOCKS))
 
     def share(self) -> None:
-        """One table of slots for all layers: bands by dynamic programming over the summed costs."""
-        rope, floor = self.model.rope, self.settings.eigenvalue_floor
-        mass = torch.stack([layer.attention_mass for layer in self.layers]).sum(0)
-        distances: Distances = spread_distances(mass, rope.context, far_weight=FAR_WEIGHT)
-        constancy = distances.constancy(rope.short)
-        self.grams = [pair_grams(x.q_gram, x.k_gram, x.k_mean, constancy, centring=CENTRING) for x in self.layers]
         if "qk" not in self.settings.components:
             return
-        units = [layer.score_unit for layer in self.layers]
-        self.costs = band_costs(self.grams, units, rope.short, distances, longest=LONGEST_BAND, floor=floor)
-        pairs = len(rope.short)
-        self.bands = [bands for _, bands in best_bands(self.costs, pairs, pairs)]
+        layers = list(range(len(self.layers)))
+        if self.per_layer:
+            self.tables = [self._table([layer]) for layer in layers]
+        else:
+            self.tables = [self._table(layers)] * len(layers)
 
-    def curves(self, layer: int) -> Tensors:
+    def _table(self, layers: list[int]) -> Table:
+        """Bands that these layers share, by dynamic programming over their summed costs."""
+        pairs, floor = self.model.rope.short, self.settings.eigenvalue_floor
+        distances = self._distances(layers)
+        constancy = distances.constancy(pairs)
+        chosen = [self.layers[layer] for layer in layers]
+        grams = [pair_grams(x.q_gram, x.k_gram, x.k_mean, constancy, centring=CENTRING) for x in chosen]
+        units = [layer.score_unit for layer in chosen]
+        costs = band_costs(grams, units, pairs, distances, longest=LONGEST_BAND, floor=floor)
+        bands = [bands for _, bands in best_bands(costs, len(pairs), len(pairs))]
+        return Table(bands, dict(zip(layers, grams, strict=True)))
+
+    def _distances(self, layers: list[int]) -> Distances:
+        mass = torch.stack([self.layers[layer].attention_mass for layer in layers]).sum(0)
+        return spread_distances(mass, self.settings.context or self.model.rope.context, far_weight=FAR_WEIGHT)
+
+    def _slot_maps(self, layer: int, rank: int) -> SlotMaps:
+        """Bands give the maps to start from; the layer's own distances count."""
+        table, floor = self.tables[layer], self.settings.eigenvalue_floor
+        _, start = band_maps(table.grams[layer], table.bands[rank // 2], floor=floor)
+        slots = torch.tensor(self.rope_slots(layer, rank), dtype=torch.float64)
+        pairs = self.model.rope.short
+        problem = SlotProblem(
+            self.layers[layer].heads,
+            pairs,
+            frequency_at(pairs, slots),
+            self._distances([layer]),
+            centring=CENTRING,
+            floor=floor,
+        )
+        return problem.solve(start)
+
+    def curves(self, layer: int) -> Curves:
         solved = self.layers[layer]
-        qk = [sum(self._band_loss(layer, band) for band in bands) for bands in self.bands]
+        ov = tail_sums(solved.ov.values).sum(0) * solved.attention_unit
+        mlp = solved.channels.curve * solved.mlp_unit
         return {
-            "qk": torch.tensor(qk or [0.0] * (len(self.model.rope.short) + 1), dtype=torch.float64),
-            "ov": tail_sums(solved.ov.values).sum(0) * solved.attention_unit,
-            "mlp": solved.channels.curve * solved.mlp_unit,
+            "qk": {rank: self._score_loss(layer, rank) for rank in self.sizes("qk")},
+            "ov": {rank: ov[rank].item() for rank in self.sizes("ov")},
+            "mlp": {width: mlp[width].item() for width in self.sizes("mlp")},
         }
 
-    def _band_loss(self, layer: int, band: Band) -> float:
-        return self.costs[band.start, band.stop].losses[layer, band.rank].item()
+    def _score_loss(self, layer: int, rank: int) -> float:
+        if rank == self.model.shape.head_dim:
+            return 0.0
+        return float(self.layers[layer].score_unit @ self._slot_maps(layer, rank).loss)
 
-    def rope_slots(self, head_dim: int) -> list[float]:
-        return [band.slot for band in self.bands[head_dim // 2] for _ in range(band.rank)]
+    def rope_slots(self, layer: int, rank: int) -> list[float]:
+        return [band.slot for band in self.tables[layer].bands[rank // 2] for _ in range(band.rank)]
 
-    def project_attention(self, inputs: LayerInputs, head_dim: int) -> Tensors:
-        query_map, key_map = solve_bands(
-            self.grams[inputs.layer], self.bands[head_dim // 2], floor=self.settings.eigenvalue_floor
-        )
-        value_map = self.layers[inputs.layer].ov.shared_map[..., :head_dim].contiguous()
+    def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
+        query_map, key_map = self._slot_maps(inputs.layer, rank).real()
+        return {"query_map": query_map, "key_map": key_map}
+
+    def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
+        value_map = self.layers[inputs.layer].ov.shared_map[..., :rank].contiguous()
         weight = inputs.output_weight.flatten(0, 1)
         try:
             refit = refit_output(inputs.o_gram, weight, value_map, ridge=self.settings.ridge)
         except ValueError as error:
             raise self._singular(inputs, "OV", error) from error
-        return {
-            "query_map": query_map,
-            "key_map": key_map,
-            "value_map": value_map,
-            "output_weight": refit.mT.float().contiguous(),
-        }
+        return {"value_map": value_map, "output_weight": refit.mT.float().contiguous()}
 
     def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:
         kept = self.layers[inputs.layer].channels.order[:width].sort().values

@@ -1,10 +1,10 @@
-"""The paper's method as it is published, in the stock shape: pair selection, joint OV, channel selection."""
+"""The paper's method as it is published: pair selection (the same pairs in all heads), joint OV, channel selection."""
 
 from dataclasses import dataclass
 
 import torch
 
-from a3cli.methods.base import LayerInputs, Method, describe_ranks
+from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
 from a3cli.settings import SolveSettings
@@ -32,7 +32,7 @@ class Paper(Method):
     def __init__(self, model: Model, settings: SolveSettings) -> None:
         super().__init__(model, settings)
         self.layers: list[PaperLayer] = []
-        self.shared_scores = torch.zeros(model.shape.head_dim // 2, dtype=torch.float64)
+        self.scores: list[torch.Tensor] = []  # of pairs, for each layer: its own or those that all share
 
     def add_layer(self, inputs: LayerInputs) -> None:
         # The paper weighs values by attention for MHA, and not for GQA.
@@ -50,28 +50,34 @@ class Paper(Method):
         )
 
     def share(self) -> None:
-        """All heads and layers keep the same pairs, by total score."""
-        self.shared_scores = torch.stack([layer.pair_scores.sum(0) for layer in self.layers]).sum(0)
+        """All heads of a layer keep the same pairs, by total score; in the stock shape all layers do."""
+        own = [layer.pair_scores.sum(0) for layer in self.layers]
+        self.scores = own if self.per_layer else [torch.stack(own).sum(0)] * len(own)
 
-    def curves(self, layer: int) -> Tensors:
+    def curves(self, layer: int) -> Curves:
         solved = self.layers[layer]
-        order = self.shared_scores.argsort(descending=True, stable=True)
+        order = self.scores[layer].argsort(descending=True, stable=True)
+        qk = tail_sums((solved.score_unit @ solved.pair_scores)[order])
+        ov = tail_sums(solved.ov.values).sum(0) * solved.attention_unit
+        mlp = tail_sums(solved.channel_scores.sort(descending=True).values) * solved.mlp_unit
         return {
-            "qk": tail_sums((solved.score_unit @ solved.pair_scores)[order]),
-            "ov": tail_sums(solved.ov.values).sum(0) * solved.attention_unit,
-            "mlp": tail_sums(solved.channel_scores.sort(descending=True).values) * solved.mlp_unit,
+            "qk": {rank: qk[rank // 2].item() for rank in self.sizes("qk")},
+            "ov": {rank: ov[rank].item() for rank in self.sizes("ov")},
+            "mlp": {width: mlp[width].item() for width in self.sizes("mlp")},
         }
 
-    def rope_slots(self, head_dim: int) -> list[float]:
-        slots: list[float] = keep_pairs(self.shared_scores, head_dim // 2).tolist()
+    def rope_slots(self, layer: int, rank: int) -> list[float]:
+        slots: list[float] = keep_pairs(self.scores[layer], rank // 2).tolist()
         return slots
 
-    def project_attention(self, inputs: LayerInputs, head_dim: int) -> Tensors:
+    def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
+        return {"pairs": keep_pairs(self.scores[inputs.layer], rank // 2)}
+
+    def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
         ov = self.layers[inputs.layer].ov
         return {
-            "pairs": keep_pairs(self.shared_scores, head_dim // 2),
-            "value_map": ov.shared_map[..., :head_dim].contiguous(),
-            "output_map": ov.other_map[..., :head_dim].mT.contiguous(),
+            "value_map": ov.shared_map[..., :rank].contiguous(),
+            "output_map": ov.other_map[..., :rank].mT.contiguous(),
         }
 
     def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:

@@ -199,14 +199,10 @@ def _trace(last: list[list[Band | None]], end: int, slots: int) -> list[Band]:
     return bands[::-1]
 
 
-def solve_bands(grams: PairGrams, bands: list[Band], *, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real maps `[K, h, r]` of queries and keys, r = 2 · slots: `W_q ← W_q · query_map`, `W_k ← W_k · key_map`.
-
-    Slots follow the bands; slot j is dims `(j, j + r/2)` of the smaller head.
-    """
+def band_maps(grams: PairGrams, bands: list[Band], *, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Complex maps `[K, P, S]` of queries and keys: `z̃ = Mᴴ z`. Slots follow the bands."""
     kv_heads, pairs, _ = grams.keys.shape
-    slots = sum(band.rank for band in bands)
-    maps = torch.zeros(2, kv_heads, pairs, slots, dtype=torch.complex128)
+    maps = torch.zeros(2, kv_heads, pairs, sum(band.rank for band in bands), dtype=torch.complex128)
     used = 0
     for band in bands:
         inside = slice(band.start, band.stop)
@@ -214,7 +210,7 @@ def solve_bands(grams: PairGrams, bands: list[Band], *, floor: float) -> tuple[t
         maps[0, :, inside, used : used + band.rank] = solved.other_map[..., : band.rank]
         maps[1, :, inside, used : used + band.rank] = solved.shared_map[..., : band.rank]
         used += band.rank
-    return real_map(maps[0]), real_map(maps[1])
+    return maps[0], maps[1]
 
 
 def real_map(complex_map: torch.Tensor) -> torch.Tensor:
