@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from a3cli import costs
+from a3cli.card import describe_loaders
 from a3cli.checkpoint import Checkpoint
 from a3cli.export import export
 from a3cli.families import LayerSizes
@@ -399,6 +400,27 @@ def test_card_and_manifest_say_how_to_load(small, capsys):
     assert "modeling_a3_llama.py" in manifest["files"]
     print_export(manifest, str(small))
     assert "trust_remote_code=True" in capsys.readouterr().out
+
+
+def test_every_export_says_what_loads_it():
+    longrope = {"rope_parameters": {"rope_type": "longrope"}}
+    assert "llama.cpp" not in describe_loaders(longrope).split(";")[0]
+    assert "stock" in describe_loaders(longrope)
+    assert describe_loaders({"rope_scaling": {"type": "longrope"}}) == describe_loaders(longrope)
+    assert describe_loaders({"rope_scaling": None}) == "stock transformers 4.57 and 5, vLLM and llama.cpp"
+    assert "stock" not in describe_loaders({"per_layer_config": {}, **longrope})
+
+
+def keep_mlp(config: Json) -> None:
+    """Only attention differs by layer: the MLP width is no longer what stops a stock class."""
+    for layer in config["per_layer_config"].values():
+        layer["intermediate_size"] = config["intermediate_size"]
+
+
+@pytest.mark.parametrize("change", [lambda config: None, keep_mlp])
+def test_stock_classes_stop_with_an_error(change, small, tmp_path):
+    with pytest.raises(RuntimeError, match=r"per-layer attribute|mismatch"):
+        load(edit(small, tmp_path, change), trust_remote_code=False)
 
 
 def edit(folder: Path, tmp_path: Path, change: Any) -> Path:
