@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from a3cli import costs
 from a3cli.card import describe_loaders
@@ -294,6 +295,21 @@ def test_attention_kernels_agree_and_can_be_switched(small):
         outputs = model(tokens(), output_attentions=True, output_hidden_states=True)
     assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, LENGTH, LENGTH)] * 3
     assert len(outputs.hidden_states) == 4
+
+
+def test_fused_kernels_are_given_heads_of_one_size(small, monkeypatch):
+    """Stands in for the kernels that cannot run here, like flash attention."""
+    fused, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def kernel(module: Any, *heads: torch.Tensor, **options: Any) -> Any:
+        seen.append([part.shape[-1] for part in heads[:3]])
+        assert options["scaling"] == 0.25
+        return fused(module, *heads, **options)
+
+    expected = logits(load(small))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", kernel)
+    assert torch.equal(logits(load(small)), expected)
+    assert seen == [[14, 14, 14], [16, 16, 16], [16, 16, 16]]
 
 
 @torch.inference_mode()
