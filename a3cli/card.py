@@ -107,23 +107,21 @@ def card_metadata(source: Checkpoint) -> Json:
 
 def figures(shape: ModelShape, solution: Json) -> list[tuple[str, str, str]]:
     """The before/after rows of the card."""
-    sizes = {
-        "query and key head size": (shape.head_dim, "qk"),
-        "value head size": (shape.head_dim, "ov"),
-        "MLP width": (shape.intermediate_size, "mlp"),
-    }
-    costs = {
-        "parameters": "parameters",
-        "kv_bytes_per_token": "KV cache, bytes a token",
-        "prefill_flops_per_token": "prefill FLOPs a token",
-    }
-    return [
-        *(
-            (label, f"{full:,}", spread([each[key] for each in solution["sizes"]]))
-            for label, (full, key) in sizes.items()
-        ),
-        *((label, f"{solution[key]['before']:,}", f"{solution[key]['after']:,}") for key, label in costs.items()),
+    rows = [
+        (label, f"{full:,}", spread([sizes[key] for sizes in solution["sizes"]]))
+        for label, key, full in (
+            ("query and key head size", "qk", shape.head_dim),
+            ("value head size", "ov", shape.head_dim),
+            ("MLP width", "mlp", shape.intermediate_size),
+        )
     ]
+    for label, key in (
+        ("parameters", "parameters"),
+        ("KV cache, bytes a token", "kv_bytes_per_token"),
+        ("prefill FLOPs a token", "prefill_flops_per_token"),
+    ):
+        rows.append((label, f"{solution[key]['before']:,}", f"{solution[key]['after']:,}"))
+    return rows
 
 
 def spread(values: list[int]) -> str:

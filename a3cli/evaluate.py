@@ -27,6 +27,12 @@ def evaluate(settings: EvalSettings) -> Json:
     """
     checkpoint = resolve_model(settings.model, settings.revision)
     reference = resolve_model(settings.against, settings.against_revision) if settings.against else None
+    for each in (checkpoint, reference):
+        if each and "per_layer_config" in each.config and not settings.trust_remote_code:
+            raise A3Error(
+                f"{each.name}: its layers differ in size, and only the code in its folder builds them; "
+                "use --trust-remote-code to run that code"
+            )
     machine = choose_machine(settings.device, settings.dtype, checkpoint.dtype)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
     blocks = evaluation_blocks(tokenizer, settings.text)
@@ -82,11 +88,6 @@ def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings)
     """The model as transformers loads it. Raises A3Error if any weight is missing or does not fit."""
     from transformers import AutoModelForCausalLM
 
-    if "per_layer_config" in checkpoint.config and not settings.trust_remote_code:
-        raise A3Error(
-            f"{checkpoint.name}: its layers differ in size, and the code in its folder builds them; "
-            "use --trust-remote-code to run that code"
-        )
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,

@@ -1,8 +1,8 @@
 """Stage 3: source + solution → a Hugging Face folder that loads as any other.
 
 In the stock shape it is a stock checkpoint; in the per-layer shape the folder also holds the code that builds layers of
-different sizes. Tensors stream from the source's shards to new ones, one at a time;
-what the solution does not touch is copied byte for byte. The folder is written beside its place and renamed at the end.
+different sizes. Tensors stream from the source's shards to new ones, one at a time; what the solution does not touch is
+copied byte for byte. The folder is written beside its place and renamed at the end.
 """
 
 import logging
@@ -59,7 +59,6 @@ class Solution:
     def __init__(self, manifest: Json, work: Work) -> None:
         self.manifest = manifest
         self.layer: Callable[[int], Tensors] = lru_cache(maxsize=1)(lambda i: load_file(work.layer_solution(i)))
-
         self.sizes = [LayerSizes(**sizes) for sizes in manifest["sizes"]]
 
     @property

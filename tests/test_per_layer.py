@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from a3cli import costs
+from a3cli.card import describe_loaders
 from a3cli.checkpoint import Checkpoint
 from a3cli.export import export
 from a3cli.families import LayerSizes
@@ -295,6 +297,21 @@ def test_attention_kernels_agree_and_can_be_switched(small):
     assert len(outputs.hidden_states) == 4
 
 
+def test_fused_kernels_are_given_heads_of_one_size(small, monkeypatch):
+    """Stands in for the kernels that cannot run here, like flash attention."""
+    fused, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def kernel(module: Any, *heads: torch.Tensor, **options: Any) -> Any:
+        seen.append([part.shape[-1] for part in heads[:3]])
+        assert options["scaling"] == 0.25
+        return fused(module, *heads, **options)
+
+    expected = logits(load(small))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", kernel)
+    assert torch.equal(logits(load(small)), expected)
+    assert seen == [[14, 14, 14], [16, 16, 16], [16, 16, 16]]
+
+
 @torch.inference_mode()
 def test_cache_holds_the_small_heads(small):
     outputs = load(small)(tokens(), use_cache=True)
@@ -399,6 +416,27 @@ def test_card_and_manifest_say_how_to_load(small, capsys):
     assert "modeling_a3_llama.py" in manifest["files"]
     print_export(manifest, str(small))
     assert "trust_remote_code=True" in capsys.readouterr().out
+
+
+def test_every_export_says_what_loads_it():
+    longrope = {"rope_parameters": {"rope_type": "longrope"}}
+    assert "llama.cpp" not in describe_loaders(longrope).split(";")[0]
+    assert "stock" in describe_loaders(longrope)
+    assert describe_loaders({"rope_scaling": {"type": "longrope"}}) == describe_loaders(longrope)
+    assert describe_loaders({"rope_scaling": None}) == "stock transformers 4.57 and 5, vLLM and llama.cpp"
+    assert "stock" not in describe_loaders({"per_layer_config": {}, **longrope})
+
+
+def keep_mlp(config: Json) -> None:
+    """Only attention differs by layer: the MLP width is no longer what stops a stock class."""
+    for layer in config["per_layer_config"].values():
+        layer["intermediate_size"] = config["intermediate_size"]
+
+
+@pytest.mark.parametrize("change", [lambda config: None, keep_mlp])
+def test_stock_classes_stop_with_an_error(change, small, tmp_path):
+    with pytest.raises(RuntimeError, match=r"per-layer attribute|mismatch"):
+        load(edit(small, tmp_path, change), trust_remote_code=False)
 
 
 def edit(folder: Path, tmp_path: Path, change: Any) -> Path:

@@ -132,11 +132,12 @@ class PerLayerAttention:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
-        kernel = self.config._attn_implementation
-        if kernel != "eager":
+        attention, kernel = eager_attention_forward, self.config._attn_implementation
+        if kernel not in (None, "eager"):
+            attention = ALL_ATTENTION_FUNCTIONS[kernel]
             width = max(self.qk_head_dim, self.v_head_dim)
             query, key, value = pad(query, width), pad(key, width), pad(value, width)
-        output, weights = ALL_ATTENTION_FUNCTIONS.get(kernel, eager_attention_forward)(
+        output, weights = attention(
             self,
             query,
             key,
