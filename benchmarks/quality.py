@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -47,12 +48,12 @@ BATCH = 8
 OTHER_BLOCKS = 256
 QUICK_BLOCKS = 64
 PAPER = "a3 paper"
-# Label, and what `a3 solve` is told; {budget} is filled in.
+# Label, and what `a3 solve` is told; {budget} is filled in. Uniform cuts need finer heads to meet the budget.
 OURS = [
     (PAPER, "--budget {budget} --method paper"),
-    ("a3 paper, uniform", "--attention-budget {budget} --mlp-budget {budget} --method paper"),
+    ("a3 paper, uniform", "--attention-budget {budget} --mlp-budget {budget} --head-multiple 2 --method paper"),
     ("a3 best", "--budget {budget} --method best"),
-    ("a3 best, uniform", "--attention-budget {budget} --mlp-budget {budget} --method best"),
+    ("a3 best, uniform", "--attention-budget {budget} --mlp-budget {budget} --head-multiple 2 --method best"),
 ]
 LABELS = {
     "svd": "SVD",
@@ -65,11 +66,14 @@ LABELS = {
     "wanda_mlp": "Wanda, MLP only",
     "modegpt_mlp": "MoDeGPT, MLP only",
 }
+# Baselines whose result is an ordinary checkpoint; the others need code of their own to be loaded at their size.
+STOCK = ("magnitude_mlp", "wanda_mlp", "modegpt_mlp")
 WITHOUT_TEXT = ("svd", "magnitude", "magnitude_mlp")  # the same for every seed
 COLUMNS = (
     "model",
     "removed",
     "method",
+    "stock",
     "stored less",
     "increase",
     "relative to the paper's",
@@ -192,19 +196,17 @@ class Bench:
             for budget in self.plan.budgets:
                 for method in methods(seed):
                     key = {"model": self.subject.name, "budget": budget, "seed": seed, "method": method}
-                    if results.has(**key):
-                        continue
-                    started = time.perf_counter()
-                    try:
-                        model, removed = one.compress(method, budget)
-                    except ValueError as impossible:
-                        print(f"{self.subject.name}, {method}, {budget}: {impossible}", file=sys.stderr)
-                        continue
-                    made = time.perf_counter() - started
-                    results.add({**key, "removed": removed, **self.measure(model), "seconds": made})
-                    del model
-                    gc.collect()  # hooks of a sliced model refer to it
-                    print(summary(results.cells[-1]), file=sys.stderr, flush=True)
+                    if not results.has(**key, blocks=self.plan.blocks):
+                        results.add({**key, "blocks": self.plan.blocks, **self.cell(one, method, budget)})
+                        print(summary(results.cells[-1]), file=sys.stderr, flush=True)
+
+    def cell(self, one: "SeedRun", method: str, budget: float) -> Cell:
+        """Compress and measure; `seconds` is what compressing took, statistics included where it computed them."""
+        started = time.perf_counter()
+        model, removed = one.compress(method, budget)
+        made = time.perf_counter() - started
+        gc.collect()  # the last model: its hooks and it refer to each other
+        return {"removed": removed, **self.measure(model), "seconds": made}
 
 
 def methods(seed: int) -> list[str]:
@@ -238,7 +240,7 @@ class SeedRun:
         if method in BASELINES:
             result = BASELINES[method](self.calibration, budget)
             return result.model, result.removed
-        line = f"solve {dict(OURS)[method].format(budget=budget)} {self.subject.rounding} --overwrite"
+        line = f"solve {self.subject.rounding} {dict(OURS)[method].format(budget=budget)} --overwrite"
         solved = a3(line, "--work", self.work.folder)
         with tempfile.TemporaryDirectory(dir=self.plan.scratch) as folder:
             out = Path(folder) / "out"
@@ -256,6 +258,7 @@ def summary(cell: Cell) -> str:
 
 
 def table(cells: list[Cell]) -> str:
+    """Markdown: the dense model, then every method at each budget."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for model in unique(cell["model"] for cell in cells):
         ours = [cell for cell in cells if cell["model"] == model]
@@ -275,7 +278,7 @@ def unique(values: Any) -> list[Any]:
 
 def dense_row(model: str, cell: Cell) -> str:
     own, other = (cell[name]["source_perplexity"] for name in ("own", "other"))
-    return f"| {model} | 0 % | dense |  | {own:.2f} |  |  |  | {other:.2f} |  |"
+    return f"| {model} | 0 % | dense, perplexity | yes |  | {own:.2f} |  |  |  | {other:.2f} |  |"
 
 
 def method_row(cells: list[Cell], of_budget: list[Cell]) -> str:
@@ -285,6 +288,7 @@ def method_row(cells: list[Cell], of_budget: list[Cell]) -> str:
         first["model"],
         f"{first['budget']:.0%}".replace("%", " %"),
         LABELS.get(first["method"], first["method"]),
+        "yes" if is_stock(first["method"]) else "",
         f"{removed:.1%}".replace("%", " %"),
         spread_of([cell["own"]["perplexity_increase"] for cell in cells], "+.2f"),
         spread_of(relative(cells, of_budget), ".2f"),
@@ -294,6 +298,11 @@ def method_row(cells: list[Cell], of_budget: list[Cell]) -> str:
         spread_of([cell["other"]["kl"] for cell in cells], ".4f"),
     ]
     return "| " + " | ".join(figures) + " |"
+
+
+def is_stock(method: str) -> bool:
+    """Whether the result is an ordinary checkpoint: ours is, unless another shape was asked for."""
+    return method in STOCK or "--shape" not in dict(OURS).get(method, "--shape")
 
 
 def relative(cells: list[Cell], of_budget: list[Cell]) -> list[float]:
@@ -332,6 +341,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as temporary:
         plan = Plan(
             shared=args.shared,
@@ -351,7 +362,7 @@ def main() -> None:
         for subject in subjects(plan.shared, plan.scratch):
             if not plan.only or subject.name in plan.only:
                 Bench(subject, plan).measure_missing(results)
-    printed = table(results.cells)
+    printed = table([cell for cell in results.cells if cell["blocks"] == plan.blocks])
     print(printed)
     if args.write:
         write_between_markers(args.write, printed)
