@@ -224,6 +224,19 @@ def test_exactly_the_lowest_scores_are_dropped(name, calibration):
             assert torch.equal(weight_of(layer, role)[alive[role]], weight_of(source, role)[alive[role]])
 
 
+def test_scores(calibration):
+    """Up to a factor, since the plain ones are sums over tokens where the others are means."""
+    layer, grams, shape = calibration.model.model.layers[1], calibration.grams[1], calibration.shape
+    ours = {
+        "modegpt": (baselines.cr_scores(layer, grams, shape),),
+        "wanda_structured": vars(baselines.wanda_scores(layer, grams, shape)).values(),
+        "magnitude": vars(baselines.magnitude_scores(layer, shape)).values(),
+    }
+    for name, scores in ours.items():
+        for score, plain in zip(scores, loop_scores(name, calibration.model, calibration, 1), strict=name != "modegpt"):
+            torch.testing.assert_close(score / score.mean(), (plain / plain.mean()).double(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_what_a_smaller_checkpoint_would_store(name, calibration):
     """Nonzero weights of the simulated model are those counted."""
