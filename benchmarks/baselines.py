@@ -340,8 +340,11 @@ def nystroem(layer: Any, gram: torch.Tensor, width: int) -> None:
     linear(layer, "down").weight.data[:, kept] = refit.T.to(linear(layer, "down").weight.dtype)
 
 
-def ridge_leverage(gram: torch.Tensor, strength: float = 1e-2) -> torch.Tensor:
-    """`[C (C + λI)⁻¹]_ii` `[I]`, `λ` = `strength` times the mean of the diagonal."""
+def ridge_leverage(gram: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+    """`[C (C + λI)⁻¹]_ii` `[I]`, `λ` = `strength` times the mean of the diagonal.
+
+    Of 1e-4, 1e-2, 0.1, 1 and 10, the strengths 1 and 10 did best on wikitext-llama, by a quarter of the increase.
+    """
     ridge = strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + ridge, gram).diagonal()
 
@@ -414,22 +417,23 @@ def slice_to(calibration: Calibration, kept: int) -> Any:
 
     In the basis of the source: rotated and sliced weights see of the stream `x` only `P x`, and a shortcut takes
     what is in one norm's subspace to the next one's. So the stream becomes `P x` before each norm, `P` from the
-    stream's second moments in the model sliced so far.
+    second moments of that norm's output in the model sliced so far.
     """
     model = copy.deepcopy(calibration.model)
     fuse_norms(model)
     calls = capture_calls(model, calibration.batches)
+    eps = model.config.rms_norm_eps
     embedded = [model.model.embed_tokens(batch) for batch in calibration.batches]
-    projection = principal_projection(sum(map(gram_of, embedded)), kept)
+    projection = principal_projection(gram_of_normed(embedded, eps), kept)
     embedding = model.model.embed_tokens.weight.data
     embedding.copy_(embedding.double() @ projection)
     streams = [project(x, projection) for x in embedded]
     for index, layer in enumerate(model.model.layers):
         middle = list(run_to_second_norm(layer, streams, calls))
-        project_after_attention(layer, principal_projection(sum(map(gram_of, middle)), kept))
+        project_after_attention(layer, principal_projection(gram_of_normed(middle, eps), kept))
         streams = [layer(x, **call) for x, call in zip(streams, calls, strict=True)]
         if index + 1 < len(model.model.layers):
-            projection = principal_projection(sum(map(gram_of, streams)), kept)
+            projection = principal_projection(gram_of_normed(streams, eps), kept)
             streams = [project(x, projection) for x in streams]
             project_output(layer, projection)
     return model
@@ -449,6 +453,11 @@ def fuse(norm: Any, linears: list[Any]) -> None:
     for each in linears:
         each.weight.data.mul_(norm.weight.data)
     norm.weight.data.fill_(1)
+
+
+def gram_of_normed(streams: list[torch.Tensor], eps: float) -> torch.Tensor:
+    """`Σ y yᵀ`, `y` the output of an RMSNorm without weight."""
+    return torch.stack([gram_of(x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()) for x in streams]).sum(0)
 
 
 def principal_projection(gram: torch.Tensor, kept: int) -> torch.Tensor:
