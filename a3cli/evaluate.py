@@ -42,23 +42,15 @@ def evaluate(settings: EvalSettings) -> Json:
     if source is not None and reference is not None:
         check_vocabularies(model, source, checkpoint.name, reference.name)
 
-    nll, source_nll, kl, agreed, predicted, seconds = 0.0, 0.0, 0.0, 0, 0, 0.0
-    for batch in batches(blocks, settings.batch_size):
-        started = time.perf_counter()
-        logits = model(batch.to(machine.device), use_cache=False).logits
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - started
-        source_logits = source(batch.to(machine.device), use_cache=False).logits if source is not None else None
-        for row, tokens in enumerate(batch):
-            log_p = logits[row, :-1].float().log_softmax(-1)
-            nll += negative_log_likelihood(log_p, tokens, checkpoint)
-            predicted += len(tokens) - 1
-            if source_logits is not None and reference is not None:
-                log_q = source_logits[row, :-1].float().log_softmax(-1)
-                source_nll += negative_log_likelihood(log_q, tokens, reference)
-                kl += (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64).item()
-                agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+    measured = compare(
+        model,
+        source,
+        blocks,
+        batch_size=settings.batch_size,
+        device=machine.device,
+        name=checkpoint.name,
+        source_name=reference.name if reference else "",
+    )
     tokens_read = sum(len(block) for block in blocks)
     result: Json = {
         "model": checkpoint.name,
@@ -66,16 +58,51 @@ def evaluate(settings: EvalSettings) -> Json:
         "seq_len": settings.text.seq_len,
         "blocks": len(blocks),
         "tokens": tokens_read,
-        "predicted_tokens": predicted,
-        "perplexity": math.exp(nll / predicted),
-        "tokens_per_second": tokens_read / seconds,
+        "tokens_per_second": tokens_read / measured.pop("seconds"),
         "device": str(machine.device),
         "dtype": str(machine.dtype).removeprefix("torch."),
     }
     if reference is not None:
+        result["against"] = reference.name
+    return result | measured
+
+
+@torch.inference_mode()
+def compare(
+    model: Any,
+    source: Any | None,
+    blocks: list[torch.Tensor],
+    *,
+    batch_size: int,
+    device: torch.device,
+    name: str,
+    source_name: str,
+) -> Json:
+    """The measures of a loaded model over blocks of tokens, and the seconds its own forwards took.
+
+    Raises A3Error if a loss is not finite; the names are for its message.
+    """
+    nll, source_nll, kl, agreed, predicted, seconds = 0.0, 0.0, 0.0, 0, 0, 0.0
+    for batch in batches(blocks, batch_size):
+        started = time.perf_counter()
+        logits = model(batch.to(device), use_cache=False).logits
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - started
+        source_logits = source(batch.to(device), use_cache=False).logits if source is not None else None
+        for row, tokens in enumerate(batch):
+            log_p = logits[row, :-1].float().log_softmax(-1)
+            nll += negative_log_likelihood(log_p, tokens, name)
+            predicted += len(tokens) - 1
+            if source_logits is not None:
+                log_q = source_logits[row, :-1].float().log_softmax(-1)
+                source_nll += negative_log_likelihood(log_q, tokens, source_name)
+                kl += (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64).item()
+                agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+    result: Json = {"predicted_tokens": predicted, "perplexity": math.exp(nll / predicted), "seconds": seconds}
+    if source is not None:
         source_perplexity = math.exp(source_nll / predicted)
         result |= {
-            "against": reference.name,
             "source_perplexity": source_perplexity,
             "perplexity_increase": result["perplexity"] - source_perplexity,
             "kl": kl / predicted,
@@ -118,12 +145,12 @@ def batches(blocks: list[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
             yield block[None]
 
 
-def negative_log_likelihood(log_p: torch.Tensor, tokens: torch.Tensor, checkpoint: Checkpoint) -> float:
+def negative_log_likelihood(log_p: torch.Tensor, tokens: torch.Tensor, name: str) -> float:
     """Sum over the predicted tokens of one block. Raises A3Error if it is not finite."""
     targets = tokens[1:].to(log_p.device)
     total = -log_p.gather(-1, targets[:, None]).sum(dtype=torch.float64).item()
     if not math.isfinite(total):
-        raise A3Error(f"{checkpoint.name}: the loss is not finite; use --dtype float32, or the model is damaged")
+        raise A3Error(f"{name}: the loss is not finite; use --dtype float32, or the model is damaged")
     return total
 
 

@@ -1,0 +1,523 @@
+"""Published compression formulas on a stock Llama model in memory, to compare a3 with. Own implementations.
+
+Each takes a `Calibration` (a model in float32 and token blocks) and the fraction of the decoder's linear weights (q, k,
+v, o, gate, up, down) to remove, and returns a modified copy of the model with the number of parameters that a
+checkpoint of it would store in place of those weights. At least the fraction asked for is removed; embeddings, norms
+and output head are counted nowhere. Statistics are those of the unmodified model, except in SliceGPT, which is
+sequential. The copies keep the source's sizes: dropped structures are zeros, two factors are multiplied out, a sliced
+residual stream is a projected one. Logits are those of the smaller model up to float rounding.
+
+svd               W ≈ U_r Σ_r V_rᵀ; two factors, `r (in + out)` parameters a weight.
+svd_llm           SVD-LLM (arXiv 2403.07378), truncation-aware whitening without its later updates; counted as above.
+modegpt           MoDeGPT (arXiv 2408.09632): Nyström for the MLP, CR for QK, SVD for VO. All layers and modules lose
+                  the same share; its global allocation over layers has a temperature tuned per model and is left out.
+slicegpt          SliceGPT (arXiv 2401.15024), sequential PCA; `k` of `d` directions stay. Counted: what is left of the
+                  weights and two shortcut matrices a layer, `k × k`, the last one `k × d`.
+wanda_structured  |W| ‖x‖ (Wanda, arXiv 2306.11695) summed over structures, as Wanda-sp in FLAP (arXiv 2312.11983)
+                  does for the output and down projections. Nothing is refit.
+magnitude         The same structures by the norm of their weights.
+
+`modegpt_mlp`, `wanda_mlp` and `magnitude_mlp` take everything from the MLP and leave attention alone.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from a3cli.costs import linear_weights
+from a3cli.families import ModelShape, read_shape
+
+Grams = dict[str, torch.Tensor]
+ATTENTION = ("q", "k", "v", "o")
+MLP = ("gate", "up", "down")
+# Linear layers with the same input share a Gram matrix; the first of them gives it its name.
+INPUT_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
+RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A model that computes what the smaller one would, and how many parameters that one would store."""
+
+    model: Any
+    stored: int
+    dense: int
+
+    @property
+    def removed(self) -> float:
+        return (self.dense - self.stored) / self.dense
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What a structured method keeps: pairs and value dims per KV head, channels per layer."""
+
+    pairs: int
+    values: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of one layer's structures: `pairs` `[K, h/2]`, `values` `[K, h]`, `channels` `[I]`."""
+
+    pairs: torch.Tensor
+    values: torch.Tensor
+    channels: torch.Tensor
+
+
+class Calibration:
+    """A source model with token blocks `[N, T]`; its statistics are computed once, when first asked for."""
+
+    def __init__(self, model: Any, tokens: torch.Tensor, *, batch_size: int = 8) -> None:
+        self.model = model
+        self.tokens = tokens.to(model.device)
+        self.batch_size = batch_size
+        self.shape: ModelShape = read_shape(model.config)
+        if self.shape.attention_bias or self.shape.mlp_bias:
+            raise ValueError("the baselines know no biases in linear layers")
+
+    @property
+    def batches(self) -> tuple[torch.Tensor, ...]:
+        return self.tokens.split(self.batch_size)
+
+    @cached_property
+    @torch.no_grad()
+    def grams(self) -> list[Grams]:
+        """Of each layer `E[x xᵀ]` `[in, in]`, float64, of the inputs of q, o, gate and down."""
+        sums: list[Grams] = [{} for _ in range(self.shape.layers)]
+        hooks = [
+            linear(layer, role).register_forward_pre_hook(partial(add_gram, sums[index], role))
+            for index, layer in enumerate(self.model.model.layers)
+            for role in set(INPUT_OF.values())
+        ]
+        for batch in self.batches:
+            self.model.model(batch, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return [{role: gram / self.tokens.numel() for role, gram in layer.items()} for layer in sums]
+
+
+def add_gram(sums: Grams, role: str, _module: Any, args: tuple[torch.Tensor]) -> None:
+    sums[role] = sums.get(role, 0) + gram_of(args[0])
+
+
+def gram_of(x: torch.Tensor) -> torch.Tensor:
+    """`Σ x xᵀ` over all tokens of `[..., n]`: float64 sums of one batch's float32 product."""
+    rows = x.detach().reshape(-1, x.shape[-1]).float()
+    return (rows.T @ rows).double()
+
+
+def linear(layer: Any, role: str) -> Any:
+    return getattr(layer.self_attn if role in ATTENTION else layer.mlp, f"{role}_proj")
+
+
+def weight_of(layer: Any, role: str) -> torch.Tensor:
+    """`[out, in]`, float64."""
+    return linear(layer, role).weight.detach().double()
+
+
+def set_weight(layer: Any, role: str, value: torch.Tensor) -> None:
+    linear(layer, role).weight.data.copy_(value)
+
+
+def limit_of(shape: ModelShape, target: float) -> int:
+    """How many parameters may be stored when the fraction `target` is removed."""
+    return int((1 - target) * linear_weights(shape) + 1e-6)
+
+
+# --- two factors in place of a weight -------------------------------------------------------------------------------
+
+
+def svd(calibration: Calibration, target: float) -> Compressed:
+    return factorise(calibration, target, lambda W, _gram, rank: truncate(W, rank))
+
+
+def svd_llm(calibration: Calibration, target: float) -> Compressed:
+    return factorise(calibration, target, truncate_whitened)
+
+
+def truncate(W: torch.Tensor, rank: int) -> torch.Tensor:
+    """`U_r Σ_r V_rᵀ`, the best rank-r approximation in the Frobenius norm."""
+    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+    return (U[:, :rank] * sigma[:rank]) @ Vh[:rank]
+
+
+def truncate_whitened(W: torch.Tensor, gram: torch.Tensor, rank: int) -> torch.Tensor:
+    """`U_r Σ_r (V_rᵀ S⁻¹)`, `W S = U Σ Vᵀ`, `S Sᵀ = E[x xᵀ]`: the rank-r W' with the least `E‖W x − W' x‖²`.
+
+    The loss is the sum of the squared singular values left out. W `[out, in]`, gram `[in, in]`.
+    """
+    S = cholesky(gram)
+    return torch.linalg.solve_triangular(S, truncate(W @ S, rank), upper=False, left=False)
+
+
+def cholesky(gram: torch.Tensor) -> torch.Tensor:
+    """Lower factor. A Gram matrix that is singular to float precision gets the least ridge, in decades, that helps."""
+    scale = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for damping in (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6):
+        factor, failed = torch.linalg.cholesky_ex(gram + damping * scale)
+        if not failed:
+            return factor
+    raise ValueError("a Gram matrix is not positive definite")
+
+
+@torch.no_grad()
+def factorise(
+    calibration: Calibration, target: float, approximate: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+) -> Compressed:
+    """Every linear weight approximated at the rank that its share of the budget pays."""
+    dense = linear_weights(calibration.shape)
+    model = copy.deepcopy(calibration.model)
+    if target == 0:
+        return Compressed(model, dense, dense)
+    ranks, stored = factor_ranks(calibration.shape, target)
+    for layer, grams in zip(model.model.layers, calibration.grams, strict=True):
+        for role, rank in ranks.items():
+            set_weight(layer, role, approximate(weight_of(layer, role), grams[INPUT_OF[role]], rank))
+    return Compressed(model, stored, dense)
+
+
+def factor_ranks(shape: ModelShape, target: float) -> tuple[dict[str, int], int]:
+    """Rank of each role, `(1 − target) · out · in / (out + in)` as published, and the parameters of all factors.
+
+    Rounded down; while the budget allows, the ranks that lost most in rounding get one more.
+    """
+    exact = {role: (1 - target) * rows * cols / (rows + cols) for role, (rows, cols) in shape.linear_shapes().items()}
+    price = {role: shape.layers * sum(sizes) for role, sizes in shape.linear_shapes().items()}
+    ranks = {role: int(rank) for role, rank in exact.items()}
+    stored = sum(ranks[role] * price[role] for role in ranks)
+    for role in sorted(ranks, key=lambda role: ranks[role] - exact[role]):
+        if stored + price[role] <= limit_of(shape, target):
+            ranks[role] += 1
+            stored += price[role]
+    return ranks, stored
+
+
+# --- smaller heads and MLPs -----------------------------------------------------------------------------------------
+
+
+def wanda_structured(calibration: Calibration, target: float, *, attention: bool = True) -> Compressed:
+    return prune(calibration, target, wanda_scores, attention=attention)
+
+
+def magnitude(calibration: Calibration, target: float, *, attention: bool = True) -> Compressed:
+    return prune(calibration, target, lambda layer, _grams, shape: magnitude_scores(layer, shape), attention=attention)
+
+
+def wanda_scores(layer: Any, grams: Grams, shape: ModelShape) -> Scores:
+    """Sums of `|W_ij| ‖x_j‖`: over the columns of down and o that a channel or value dim feeds, as in Wanda-sp.
+
+    RoPE pairs feed no weight; their score is summed over the rows of q and k that make them.
+    """
+    weighted = {
+        role: weight_of(layer, role).abs() * grams[INPUT_OF[role]].diagonal().sqrt() for role in ("q", "k", "o", "down")
+    }
+    pairs = pair_sums(weighted["q"].sum(1), shape) + pair_sums(weighted["k"].sum(1), shape)
+    return Scores(pairs, value_sums(weighted["o"].sum(0), shape), weighted["down"].sum(0))
+
+
+def magnitude_scores(layer: Any, shape: ModelShape) -> Scores:
+    """Squared norm of all the weights that go with a structure."""
+    squares = {role: weight_of(layer, role).square() for role in (*ATTENTION, *MLP)}
+    return Scores(
+        pair_sums(squares["q"].sum(1), shape) + pair_sums(squares["k"].sum(1), shape),
+        value_sums(squares["o"].sum(0), shape) + value_sums(squares["v"].sum(1), shape),
+        squares["gate"].sum(1) + squares["up"].sum(1) + squares["down"].sum(0),
+    )
+
+
+def pair_sums(per_dim: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """`[heads · h]` → `[K, h/2]`, summed over the heads of a KV group and the two dims `(p, p + h/2)` of a pair."""
+    return per_dim.view(shape.kv_heads, -1, 2, shape.head_dim // 2).sum((1, 2))
+
+
+def value_sums(per_dim: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """`[heads · h]` → `[K, h]`, summed over the heads of a KV group."""
+    return per_dim.view(shape.kv_heads, -1, shape.head_dim).sum(1)
+
+
+@torch.no_grad()
+def prune(
+    calibration: Calibration,
+    target: float,
+    score: Callable[[Any, Grams, ModelShape], Scores],
+    *,
+    attention: bool,
+) -> Compressed:
+    """The structures with the lowest scores removed, the same number in each layer and KV head."""
+    shape, dense = calibration.shape, linear_weights(calibration.shape)
+    widths = widths_for(shape, target, attention=attention)
+    model = copy.deepcopy(calibration.model)
+    for layer, grams in zip(model.model.layers, calibration.grams, strict=True):
+        scores = score(layer, grams, shape)
+        keep_pairs(layer, mask_top(scores.pairs, widths.pairs))
+        keep_values(layer, mask_top(scores.values, widths.values))
+        keep_channels(layer, mask_top(scores.channels, widths.channels))
+    return Compressed(model, structured_weights(shape, widths), dense)
+
+
+def structured_weights(shape: ModelShape, widths: Widths) -> int:
+    heads = shape.heads + shape.kv_heads
+    return shape.layers * shape.hidden_size * (heads * (2 * widths.pairs + widths.values) + 3 * widths.channels)
+
+
+def widths_for(shape: ModelShape, target: float, *, attention: bool) -> Widths:
+    """Pairs and value dims rounded to nearest, then the most channels with which the budget is still reached.
+
+    Without `attention`, the MLP gives everything. Raises ValueError if it has not that much.
+    """
+    keep = 1 - target if attention else 1.0
+    pairs, values = (max(1, round(keep * size)) for size in (shape.head_dim // 2, shape.head_dim))
+    rest = limit_of(shape, target) - structured_weights(shape, Widths(pairs, values, 0))
+    channels = min(shape.intermediate_size, rest // (3 * shape.layers * shape.hidden_size))
+    if channels < 1:
+        raise ValueError(f"the MLP alone cannot give {target:.0%} of the weights")
+    return Widths(pairs, values, channels)
+
+
+def mask_top(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """True at the `count` largest of the last dimension."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True)
+
+
+def keep_pairs(layer: Any, mask: torch.Tensor) -> None:
+    """Zero the q and k rows of all pairs outside `mask` `[K, h/2]`."""
+    dims = mask.repeat(1, 2)
+    for role in ("q", "k"):
+        weight = linear(layer, role).weight.data
+        weight *= spread(dims, weight.shape[0])[:, None]
+
+
+def keep_values(layer: Any, mask: torch.Tensor) -> None:
+    """Zero the v rows and o columns of all value dims outside `mask` `[K, h]`."""
+    v, o = (linear(layer, role).weight.data for role in ("v", "o"))
+    v *= spread(mask, v.shape[0])[:, None]
+    o *= spread(mask, o.shape[1])
+
+
+def keep_channels(layer: Any, mask: torch.Tensor) -> None:
+    """Zero the gate and up rows and the down columns of all channels outside `mask` `[I]`."""
+    for role in ("gate", "up"):
+        linear(layer, role).weight.data.mul_(mask[:, None])
+    linear(layer, "down").weight.data.mul_(mask)
+
+
+def spread(mask: torch.Tensor, size: int) -> torch.Tensor:
+    """`[K, h]` repeated for each head of a group: `[size]`."""
+    return mask.repeat_interleave(size // mask.numel(), 0).flatten()
+
+
+# --- MoDeGPT --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def modegpt(calibration: Calibration, target: float, *, attention: bool = True) -> Compressed:
+    """Nyström for the MLP, CR for QK, SVD for VO, all from the unmodified model's statistics."""
+    shape, dense = calibration.shape, linear_weights(calibration.shape)
+    widths = widths_for(shape, target, attention=attention)
+    model = copy.deepcopy(calibration.model)
+    for layer, grams in zip(model.model.layers, calibration.grams, strict=True):
+        keep_pairs(layer, mask_top(cr_scores(layer, grams, shape), widths.pairs))
+        if widths.values < shape.head_dim:
+            decompose_values(layer, grams["q"], shape, widths.values)
+        if widths.channels < shape.intermediate_size:
+            nystroem(layer, grams["down"], widths.channels)
+    return Compressed(model, structured_weights(shape, widths), dense)
+
+
+def nystroem(layer: Any, gram: torch.Tensor, width: int) -> None:
+    """Keep the channels of largest ridge leverage; the down projection becomes `C_SS⁻¹ C_S: W_down` (least squares)."""
+    mask = mask_top(ridge_leverage(gram), width)
+    kept = mask.nonzero().flatten()
+    damping = RIDGE * gram.diagonal().mean() * torch.eye(width, dtype=gram.dtype, device=gram.device)
+    refit = torch.linalg.solve(gram[kept][:, kept] + damping, gram[kept] @ weight_of(layer, "down").T)
+    keep_channels(layer, mask)
+    linear(layer, "down").weight.data[:, kept] = refit.T.to(linear(layer, "down").weight.dtype)
+
+
+def ridge_leverage(gram: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+    """`[C (C + λI)⁻¹]_ii` `[I]`, `λ` = `strength` times the mean of the diagonal.
+
+    Of 1e-4, 1e-2, 0.1, 1 and 10, the strengths 1 and 10 did best on wikitext-llama, by a quarter of the increase.
+    """
+    ridge = strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + ridge, gram).diagonal()
+
+
+def cr_scores(layer: Any, grams: Grams, shape: ModelShape) -> torch.Tensor:
+    """`‖C_q^½ e_p‖ ‖C_k^½ e_p‖` `[K, h/2]`, over both dims of a pair and, for queries, over the heads of a group.
+
+    A column of `C^½` has the squared norm `C_pp`. RoPE turns a pair and does not change its energy, so the
+    moments before RoPE serve.
+    """
+    energies = [
+        pair_sums(((weight := weight_of(layer, role)) @ grams["q"] * weight).sum(1), shape) for role in ("q", "k")
+    ]
+    return (energies[0] * energies[1]).sqrt()
+
+
+def decompose_values(layer: Any, gram: torch.Tensor, shape: ModelShape, rank: int) -> None:
+    """VO by SVD per KV head: the rank-r pair with the least `‖C^½ (W_v W_o − W̃_v W̃_o)‖`, heads of a group side by side.
+
+    `C^½ W_v = U Σ Vᵀ`, `Σ Vᵀ W_o = U' Σ' V'ᵀ`; `W̃_v = C^-½ U U'_r = W_v V Σ⁻¹ U'_r`, `W̃_o = U'_rᵀ Σ Vᵀ W_o`.
+    `V` and `Σ²` are the eigenvectors and eigenvalues of `W_vᵀ C W_v`.
+    """
+    h, group = shape.head_dim, shape.group
+    v, o = linear(layer, "v").weight.data, linear(layer, "o").weight.data
+    for head in range(shape.kv_heads):
+        rows, columns = slice(head * h, (head + 1) * h), slice(head * group * h, (head + 1) * group * h)
+        W_v, W_o = v[rows].double().T, torch.cat(list(o[:, columns].double().T.split(h)), 1)
+        values, V = torch.linalg.eigh(W_v.T @ gram @ W_v)
+        sigma = values.clamp_min(1e-12 * values[-1]).sqrt()
+        U = torch.linalg.svd(sigma[:, None] * (V.T @ W_o), full_matrices=False)[0][:, :rank]
+        new_v, new_o = (V / sigma) @ U, U.T @ (sigma[:, None] * V.T) @ W_o
+        v[rows] = padded((W_v @ new_v).T, h).to(v.dtype)
+        o[:, columns] = torch.cat([padded(part, h) for part in new_o.split(shape.hidden_size, 1)]).T.to(o.dtype)
+
+
+def padded(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """Zero rows below, `rows` in all."""
+    return torch.nn.functional.pad(matrix, (0, 0, 0, rows - len(matrix)))
+
+
+# --- SliceGPT -------------------------------------------------------------------------------------------------------
+
+
+def slicegpt(calibration: Calibration, target: float) -> Compressed:
+    """The most directions with which the weights left and the shortcuts together reach the budget.
+
+    With nothing to remove nothing is sliced, and the shortcuts of full size would fold into the weights.
+    """
+    dense = linear_weights(calibration.shape)
+    d = calibration.shape.hidden_size
+    if target == 0:
+        return Compressed(slice_to(calibration, d), dense, dense)
+    limit = limit_of(calibration.shape, target)
+    kept = max(k for k in range(1, d) if sliced_weights(calibration.shape, k) <= limit)
+    return Compressed(slice_to(calibration, kept), sliced_weights(calibration.shape, kept), dense)
+
+
+def sliced_weights(shape: ModelShape, kept: int) -> int:
+    """Every linear weight has one side on the residual stream; the last down projection writes all of it, for the head.
+
+    Shortcuts: `k × k` around attention and MLP of each layer, the last one `k × d`.
+    """
+    d, last = shape.hidden_size, shape.intermediate_size + kept
+    return linear_weights(shape) // d * kept + 2 * shape.layers * kept**2 + last * (d - kept)
+
+
+@torch.no_grad()
+def slice_to(calibration: Calibration, kept: int) -> Any:
+    """Hold the residual stream in its `kept` principal directions before every norm but the last.
+
+    In the basis of the source: rotated and sliced weights see of the stream `x` only `P x`, and a shortcut takes
+    what is in one norm's subspace to the next one's. So the stream becomes `P x` before each norm, `P` from the
+    second moments of that norm's output in the model sliced so far.
+    """
+    model = copy.deepcopy(calibration.model)
+    fuse_norms(model)
+    calls = capture_calls(model, calibration.batches)
+    eps = model.config.rms_norm_eps
+    embedded = [model.model.embed_tokens(batch) for batch in calibration.batches]
+    projection = principal_projection(gram_of_normed(embedded, eps), kept)
+    embedding = model.model.embed_tokens.weight.data
+    embedding.copy_(embedding.double() @ projection)
+    streams = [project(x, projection) for x in embedded]
+    for index, layer in enumerate(model.model.layers):
+        middle = list(run_to_second_norm(layer, streams, calls))
+        project_after_attention(layer, principal_projection(gram_of_normed(middle, eps), kept))
+        streams = [layer(x, **call) for x, call in zip(streams, calls, strict=True)]
+        if index + 1 < len(model.model.layers):
+            projection = principal_projection(gram_of_normed(streams, eps), kept)
+            streams = [project(x, projection) for x in streams]
+            project_output(layer, projection)
+    return model
+
+
+def fuse_norms(model: Any) -> None:
+    """Norm weights move into the linear layers behind them, so that norms commute with rotations; unties the head."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    for layer in model.model.layers:
+        fuse(layer.input_layernorm, [linear(layer, role) for role in ("q", "k", "v")])
+        fuse(layer.post_attention_layernorm, [linear(layer, role) for role in ("gate", "up")])
+    fuse(model.model.norm, [model.lm_head])
+
+
+def fuse(norm: Any, linears: list[Any]) -> None:
+    for each in linears:
+        each.weight.data.mul_(norm.weight.data)
+    norm.weight.data.fill_(1)
+
+
+def gram_of_normed(streams: list[torch.Tensor], eps: float) -> torch.Tensor:
+    """`Σ y yᵀ`, `y` the output of an RMSNorm without weight."""
+    return torch.stack([gram_of(x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()) for x in streams]).sum(0)
+
+
+def principal_projection(gram: torch.Tensor, kept: int) -> torch.Tensor:
+    """`Q_k Q_kᵀ` `[d, d]`, `Q_k` the eigenvectors of the `kept` largest eigenvalues."""
+    Q = torch.linalg.eigh(gram).eigenvectors[:, len(gram) - kept :]
+    return Q @ Q.T
+
+
+def project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    return x @ projection.to(x.dtype)
+
+
+def capture_calls(model: Any, batches: tuple[torch.Tensor, ...]) -> list[dict[str, Any]]:
+    """With what a decoder layer is called beside the hidden states, for each batch."""
+    calls: list[dict[str, Any]] = []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    by_size = {len(batch): batch for batch in batches}
+    for batch in by_size.values():
+        model.model(batch, use_cache=False)
+    hook.remove()
+    of_size = dict(zip(by_size, calls, strict=True))
+    return [of_size[len(batch)] for batch in batches]
+
+
+def run_to_second_norm(layer: Any, streams: list[torch.Tensor], calls: list[dict[str, Any]]) -> Iterator[torch.Tensor]:
+    """The stream after attention, for each batch."""
+    seen: list[torch.Tensor] = []
+    hook = layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for x, call in zip(streams, calls, strict=True):
+        layer(x, **call)
+        yield seen.pop()
+    hook.remove()
+
+
+def project_after_attention(layer: Any, projection: torch.Tensor) -> None:
+    """The stream becomes `P (x + a)`: attention's output `a` is replaced by `P (x + a) − x`."""
+    before: list[torch.Tensor] = []
+
+    def replace(_module: Any, _args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = before.pop()
+        return (project(x + output[0], projection) - x, *output[1:])
+
+    layer.input_layernorm.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+    layer.self_attn.register_forward_hook(replace)
+
+
+def project_output(layer: Any, projection: torch.Tensor) -> None:
+    layer.register_forward_hook(lambda module, args, output: project(output, projection))
+
+
+BASELINES: dict[str, Callable[[Calibration, float], Compressed]] = {
+    "svd": svd,
+    "svd_llm": svd_llm,
+    "slicegpt": slicegpt,
+    "magnitude": magnitude,
+    "wanda_structured": wanda_structured,
+    "modegpt": modegpt,
+    "magnitude_mlp": partial(magnitude, attention=False),
+    "wanda_mlp": partial(wanda_structured, attention=False),
+    "modegpt_mlp": partial(modegpt, attention=False),
+}
