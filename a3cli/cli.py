@@ -138,6 +138,12 @@ def solve(
     head_multiple: Annotated[int, typer.Option(help="Head size is a multiple of this.")] = 8,
     mlp_multiple: Annotated[int, typer.Option(help="MLP width is a multiple of this.")] = 64,
     ridge: Annotated[float, typer.Option(help="Damping of the refits, relative to the Gram's mean diagonal.")] = 1e-6,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Sweep once more: refit each layer on what the cuts before it left.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 1,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -158,10 +164,15 @@ def solve(
         head_multiple=head_multiple,
         mlp_multiple=mlp_multiple,
         ridge=ridge,
+        sequential=sequential,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
     )
     from a3cli.solve import solve as run
 
-    manifest = run(settings, open_work(work), overwrite=overwrite)
+    with display.sweep_progress(quiet=quiet) as progress:
+        manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress)
     display.print_json(manifest) if as_json else display.print_solution(manifest)
 
 

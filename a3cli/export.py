@@ -28,7 +28,7 @@ from a3cli.checkpoint import (
     write_shard,
 )
 from a3cli.errors import A3Error
-from a3cli.families import LayerSizes
+from a3cli.families import LayerSizes, per_layer_config
 from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
@@ -210,21 +210,11 @@ def per_layer_changes(model: Model, solution: Solution) -> Json:
 
     `head_dim` stays that of the source: it defines the pairs that `rope_slots` counts, and the softmax scale.
     """
-    digits = len(str(model.shape.layers - 1))  # so that the keys are in order in the file
-    layers = {
-        str(layer).zfill(digits): {
-            "qk_head_dim": sizes.qk,
-            "v_head_dim": sizes.ov,
-            "intermediate_size": sizes.mlp,
-            "rope_slots": slots,
-        }
-        for layer, (sizes, slots) in enumerate(zip(solution.sizes, solution.manifest["rope_slots"], strict=True))
-    }
     return {
         "architectures": [model.family.per_layer_class],
         "auto_map": {"AutoModelForCausalLM": f"{MODELING.stem}.{model.family.per_layer_class}"},
         "head_dim": model.shape.head_dim,
-        "per_layer_config": layers,
+        "per_layer_config": per_layer_config(solution.sizes, solution.manifest["rope_slots"]),
         **both_spellings(model.rope.parameters),
     }
 

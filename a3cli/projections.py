@@ -10,7 +10,8 @@ A layer's solution has, for a QK rank r < h, an OV rank s < h (the same in the s
     channels [m]              kept MLP channels, ascending
     down_weight [d, m]        the refit down projection itself          (best; else columns are copied)
 
-Each of the three groups, QK, OV and MLP, is absent where the layer keeps that component.
+Each of the three groups, QK, OV and MLP, is absent where the layer keeps that component; a sequential solution has the
+refit `output_weight` and `down_weight` of every layer.
 """
 
 import torch
@@ -30,23 +31,24 @@ def apply_projection(
     if role == "mlp_norm" or (tensor.ndim == 1 and role in ("o", "down")):
         return tensor
     if role in ("gate", "up", "down"):
-        return _keep_channels(tensor, role, solution) if "channels" in solution else tensor
+        return _keep_channels(tensor, role, solution)
     if role in ("q", "k"):
         kept = _keep_queries_or_keys(tensor, role, solution, shape)
         factor = (kept.shape[0] / tensor.shape[0]) ** 0.5
         return kept.double() * factor if fold_scale and role == "q" and factor != 1 else kept
+    if role == "o" and "output_weight" in solution:
+        return solution["output_weight"]
     if "value_map" not in solution:
         return tensor
-    if role == "v":
-        return _map_heads(tensor, solution["value_map"])
-    return solution["output_weight"] if "output_weight" in solution else _map_outputs(tensor, solution, shape)
+    return _map_heads(tensor, solution["value_map"]) if role == "v" else _map_outputs(tensor, solution, shape)
 
 
 def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch.Tensor:
-    channels = solution["channels"]
-    if role == "down":
-        return solution["down_weight"] if "down_weight" in solution else tensor[:, channels]
-    return tensor[channels]
+    if role == "down" and "down_weight" in solution:
+        return solution["down_weight"]
+    if "channels" not in solution:
+        return tensor
+    return tensor[:, solution["channels"]] if role == "down" else tensor[solution["channels"]]
 
 
 def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:

@@ -57,6 +57,10 @@ class SolveSettings(Settings):
     mlp_multiple: int = Field(default=64, ge=1)
     eigenvalue_floor: float = Field(default=1e-10, ge=0, lt=1)
     ridge: float = Field(default=1e-6, ge=0)
+    sequential: bool = False
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    batch_size: int = Field(default=1, ge=1)
 
 
 def parse_size(text: int | str) -> int:

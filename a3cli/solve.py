@@ -1,26 +1,33 @@
 """Stage 2: statistics + source weights → error curves → sizes → projections."""
 
 import math
+import tempfile
 from dataclasses import asdict, replace
 from fractions import Fraction
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from a3cli import costs
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, ModelShape
+from a3cli.machine import choose_machine
 from a3cli.methods import METHODS, Curves, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
 from a3cli.projections import head_maps
+from a3cli.sequential import SmallerDecoder, refit_sequentially
 from a3cli.settings import COMPONENTS, Component, SolveSettings
 from a3cli.solvers.allocate import Choice, allocate
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import score_error
+from a3cli.sweep import Decoder, Progress
 from a3cli.work import (
     Json,
     Work,
     check_hash,
+    check_space,
     differences,
     hash_file,
     read_manifest,
@@ -31,7 +38,7 @@ from a3cli.work import (
 )
 
 
-def solve(settings: SolveSettings, work: Work, *, overwrite: bool) -> Json:
+def solve(settings: SolveSettings, work: Work, *, overwrite: bool, progress: Progress) -> Json:
     """Choose sizes for a budget and write each layer's projections; returns the manifest.
 
     Raises A3Error if the statistics are missing, altered or of another source, or if the budget cannot be
@@ -58,18 +65,20 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool) -> Json:
         sizes = choose_sizes(settings, model.shape, curves)
 
         with replacing_folder(work.solution) as partial:
-            hashes, errors = [], []
+            files = [partial / work.layer_solution(layer).name for layer in layers]
+            errors = []
             for layer in layers:
                 inputs = LayerInputs(model, work, layer)
                 solution = project(method, inputs, sizes[layer])
                 errors.append(score_errors(method, inputs, solution, sizes[layer].qk))
-                path = partial / work.layer_solution(layer).name
-                write_tensors(path, solution)
-                hashes.append(hash_file(path))
+                write_tensors(files[layer], solution)
+            slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
+            if settings.sequential:
+                correct(model, settings, work, sizes, slots, files, progress)
             manifest = {
                 "request": request,
                 **describe_result(model, settings, calibration, sizes),
-                "rope_slots": describe_slots(method, sizes),
+                "rope_slots": slots if method.per_layer else slots[0] if sizes[0].qk < model.shape.head_dim else None,
                 "context": settings.context or model.rope.context,
                 "predicted_loss": predicted_loss(curves, sizes),
                 "predicted_score_error": mean_by_distance(errors),
@@ -82,7 +91,7 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool) -> Json:
                     }
                     for layer in layers
                 ],
-                "layers": hashes,
+                "layers": [hash_file(file) for file in files],
                 "versions": versions(),
             }
             return write_manifest(partial / work.solution_manifest.name, manifest)
@@ -146,6 +155,34 @@ def project(method: Method, inputs: LayerInputs, sizes: LayerSizes) -> Tensors:
     if sizes.mlp < inputs.shape.intermediate_size:
         tensors |= method.project_mlp(inputs, sizes.mlp)
     return tensors or {"unchanged": torch.zeros(0)}
+
+
+def correct(
+    model: Model,
+    settings: SolveSettings,
+    work: Work,
+    sizes: list[LayerSizes],
+    slots: list[list[float]],
+    files: list[Path],
+    progress: Progress,
+) -> None:
+    """Refit the layers' output projections in a second sweep over the calibration's blocks; `files` are rewritten."""
+    machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
+    blocks = load_file(work.tokens)["tokens"]
+    needed = 5 * blocks.numel() * model.shape.hidden_size * machine.dtype.itemsize
+    check_space(work.folder, needed, "the sequential correction")
+    smaller = SmallerDecoder(model, machine, sizes, slots, lambda layer: load_file(files[layer]))
+    with tempfile.TemporaryDirectory(prefix=".a3-sequential-", dir=work.folder) as folder:
+        refits = refit_sequentially(
+            Decoder(model, machine),
+            smaller,
+            blocks,
+            folder=Path(folder),
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+        for layer, refit in refits:
+            write_tensors(files[layer], load_file(files[layer]) | refit)
 
 
 def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves]) -> list[LayerSizes]:
@@ -254,18 +291,6 @@ def stock_sizes(shape: ModelShape, sizes: LayerSizes) -> Json:
         "head_dim": {"before": shape.head_dim, "after": sizes.qk},
         "intermediate_size": {"before": shape.intermediate_size, "after": sizes.mlp},
     }
-
-
-def describe_slots(method: Method, sizes: list[LayerSizes]) -> list[float] | list[list[float]] | None:
-    """The pairs that slots turn like: one list for all layers in the stock shape, one a layer otherwise."""
-    full = method.model.shape.head_dim
-    slots = [
-        method.rope_slots(layer, size.qk) if size.qk < full else [float(pair) for pair in range(full // 2)]
-        for layer, size in enumerate(sizes)
-    ]
-    if method.per_layer:
-        return slots
-    return slots[0] if sizes[0].qk < full else None
 
 
 def score_errors(method: Method, inputs: LayerInputs, solution: Tensors, rank: int) -> Json:

@@ -77,8 +77,8 @@ class HiddenStates:
             file.write(tensor_bytes(blocks))
 
 
-class _Stop(Exception):
-    """Ends the model's forward once its last layer has been called."""
+class StopForward(Exception):
+    """Ends a forward once what is wanted has been seen."""
 
 
 class _Recorder(nn.Module):
@@ -106,24 +106,29 @@ class _Recorder(nn.Module):
         self.hidden = hidden
         self.arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         if self._last:
-            raise _Stop
+            raise StopForward
         return hidden
 
 
 class Decoder:
     """A model on meta whose layers are filled, run and emptied one at a time."""
 
-    def __init__(self, model: Model, machine: Machine) -> None:
-        from transformers import AutoModelForCausalLM
-
+    def __init__(self, model: Model, machine: Machine, *, config: Any = None) -> None:
         self.source, self.family, self.shape, self.machine = model.source, model.family, model.shape, machine
         with init_empty_weights(include_buffers=False):
-            empty = AutoModelForCausalLM.from_config(model.config, dtype=machine.dtype, attn_implementation="sdpa")
-        self.model = empty.eval()
-        self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers)
+            self.model = self.build(config or model.config, machine.dtype).eval()
+        layers = self.model.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        self.layers = layers
         self.base = self.model.get_submodule(self.family.decoder)
         for name, _ in self.model.named_buffers():  # rotary tables and the like
             set_module_tensor_to_device(self.model, name, machine.device)
+
+    def build(self, config: Any, dtype: torch.dtype) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        network: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return network
 
     def load(self, prefix: str, module: nn.Module) -> None:
         """Fill a meta module with the checkpoint's tensors. Raises A3Error for missing, misshaped or NaN ones."""
@@ -142,11 +147,13 @@ class Decoder:
     def embedding_table(self) -> torch.Tensor:
         """The whole vocabulary's rows `[V, d]`, mapped: in the compute dtype they could outweigh all else."""
         module = self.model.get_submodule(self.family.embedding)
+        assert isinstance(module, nn.Embedding)
         return self.read(self.family.embedding + ".weight", module.weight.shape)
 
     def look_up(self, blocks: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Embeddings `[B, T, d]` of blocks `[B, T]` by the model's own module, given only the rows it needs."""
         module = self.model.get_submodule(self.family.embedding)
+        assert isinstance(module, nn.Embedding)
         module.padding_idx = None  # a row of the whole table; only gradients heed it
         tokens, rows = blocks.unique(return_inverse=True)
         weight = table[tokens].to(self.machine.device, self.machine.dtype)
@@ -161,7 +168,7 @@ class Decoder:
             for i, recorder in enumerate(recorders):
                 self.layers[i] = recorder
             self.base(inputs_embeds=self.look_up(blocks, table), use_cache=False)
-        except _Stop:
+        except StopForward:
             pass
         finally:
             for i, layer in enumerate(originals):
@@ -256,7 +263,7 @@ def sweep(
     activations and for damaged weights or files.
     """
     starts = range(0, len(blocks), batch_size)
-    arguments = _embed_all(decoder, blocks, starts, batch_size, _hidden_states(decoder, blocks, files(0)), first_layer)
+    arguments = embed_all(decoder, blocks, starts, batch_size, _hidden_states(decoder, blocks, files(0)), first_layer)
     for index in range(first_layer, decoder.shape.layers):
         source = _hidden_states(decoder, blocks, files(index))
         target = _hidden_states(decoder, blocks, files(index + 1))
@@ -265,14 +272,14 @@ def sweep(
         with decoder.layer(index) as layer, moments_of(layer, decoder.family, moments):
             for start in starts:
                 count = min(batch_size, len(blocks) - start)
-                target.write(start, _run_layer(layer, source.read(start, count), arguments[count][index], decoder))
+                target.write(start, run_layer(layer, source.read(start, count), arguments[count][index], decoder))
                 done = (start + count) * blocks.shape[1]
                 progress(layer=index, layers=decoder.shape.layers, tokens=done, total_tokens=blocks.numel())
         target.sync()
         finished(index, _finite(moments.finished(), index))  # bound to no name: gone before the next layer comes
 
 
-def _run_layer(layer: nn.Module, batch: torch.Tensor, arguments: Arguments, decoder: Decoder) -> torch.Tensor:
+def run_layer(layer: nn.Module, batch: torch.Tensor, arguments: Arguments, decoder: Decoder) -> torch.Tensor:
     return hidden_states_of(layer(batch.to(decoder.machine.device), **arguments))
 
 
@@ -280,7 +287,7 @@ def _hidden_states(decoder: Decoder, blocks: torch.Tensor, path: Path) -> Hidden
     return HiddenStates(path, (*blocks.shape, decoder.shape.hidden_size), decoder.machine.dtype)
 
 
-def _embed_all(
+def embed_all(
     decoder: Decoder, blocks: torch.Tensor, starts: range, batch_size: int, target: HiddenStates, first_layer: int
 ) -> dict[int, list[Arguments]]:
     """Write the first layer's input; returns each layer's arguments by batch size.

@@ -3,6 +3,7 @@
 The rest of the package asks for roles (`q`, `down`, …), never for names of modules or tensors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,6 +77,20 @@ class LayerSizes:
     qk: int
     ov: int
     mlp: int
+
+
+def per_layer_config(sizes: Sequence[LayerSizes], slots: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """config.json's entry that gives each layer its sizes and RoPE slots, as transformers 5 reads it."""
+    digits = len(str(len(sizes) - 1))  # so that the keys are in order in the file
+    return {
+        str(layer).zfill(digits): {
+            "qk_head_dim": size.qk,
+            "v_head_dim": size.ov,
+            "intermediate_size": size.mlp,
+            "rope_slots": list(own),
+        }
+        for layer, (size, own) in enumerate(zip(sizes, slots, strict=True))
+    }
 
 
 @dataclass(frozen=True)

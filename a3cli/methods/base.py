@@ -19,6 +19,10 @@ from a3cli.solvers.linalg import JointDecomposition, effective_rank
 from a3cli.solvers.ov import output_gram_of
 from a3cli.work import Json, Work
 
+# Share of the bound in `attention_effect` that score errors reach. An error that knows nothing of the values reaches
+# Σ a² of the attention weights a; docs/experiments.md has what was measured.
+ATTAINED = 0.25
+
 Curves = dict[Component, dict[int, float]]
 
 
@@ -89,7 +93,7 @@ class LayerInputs:
     @cached_property
     def score_unit(self) -> torch.Tensor:
         """What turns squared scores (before the softmax scale) into relative errors of the stream, `[K]`."""
-        effect = attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
+        effect = ATTAINED * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
         return effect * self.attention_unit / self.shape.head_dim
 
     def key_ranks(self) -> list[float]:
@@ -154,6 +158,11 @@ class Method(ABC):
     @abstractmethod
     def rope_slots(self, layer: int, rank: int) -> list[float]:
         """The source pair that each slot of a head of `rank` dims turns like; fractional between two pairs."""
+
+    def slots_or_pairs(self, layer: int, rank: int) -> list[float]:
+        """The same, with all pairs where the head keeps its size."""
+        full = self.model.shape.head_dim
+        return self.rope_slots(layer, rank) if rank < full else [float(pair) for pair in range(full // 2)]
 
     @abstractmethod
     def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
