@@ -71,6 +71,12 @@ def test_all_pairs_of_a_default_rope_stay_default():
     assert entries["rope_scaling"] is None
 
 
+def test_longrope_switches_where_4_57_looks_for_it():
+    """4.57 reads the original context at the top level only, and would switch at the whole context without it."""
+    for rope, original in ((LONGROPE, 64), (DEFAULT, 256)):
+        assert kept_rope_config(read_rope(config(rope)), [0, 1, 3])["original_max_position_embeddings"] == original
+
+
 def test_dynamic_rope_is_refused():
     with pytest.raises(A3Error, match="dynamic"):
         read_rope(config({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}))
