@@ -141,7 +141,10 @@ def describe_rope(shape: ModelShape, solution: Json) -> str:
 def solve_options(settings: Json) -> str:
     """The command-line options that give these settings again."""
     options = []
-    for key in ("budget", "attention_budget", "mlp_budget", "method", "head_multiple", "mlp_multiple", "ridge"):
+    named = ("budget", "attention_budget", "mlp_budget", "method", "shape", "context", "head_multiple", "mlp_multiple")
+    for key in (*named, "ridge"):
         if settings[key] is not None:
             options.append(f"--{key.replace('_', '-')} {settings[key]}")
+    if settings["sequential"]:
+        options.append("--sequential")
     return " ".join([*options, f"--components {','.join(settings['components'])}"])

@@ -15,9 +15,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-METHODS = ("paper", "best")
+VARIANTS = {
+    "paper": ("--method", "paper"),
+    "best": (),
+    "best, sequential": ("--sequential", "--batch-size", "8"),
+    "best, per-layer": ("--shape", "per-layer"),
+    "best, per-layer, sequential": ("--shape", "per-layer", "--sequential", "--batch-size", "8"),
+}
 BUDGETS = (0.1, 0.25, 0.4)
-HEADER = "| model | method | removed | head_dim | MLP width | perplexity | increase | KL (nats) | top-1 | KV cache |"
+HEADER = (
+    "| model | method | removed | QK | OV | MLP | perplexity | increase | of the paper's "
+    "| KL (nats) | top-1 | KV cache |"
+)
 
 
 @dataclass(frozen=True)
@@ -84,35 +93,52 @@ def measure(subject: Subject, folder: Path) -> list[str]:
         "--work",
         work,
     )
-    rows = []
-    for method, budget in itertools.product(METHODS, BUDGETS):
-        solved = a3("solve", "--budget", budget, "--method", method, *subject.rounding, "--work", work, "--overwrite")
-        out = folder / f"{subject.name}-{method}-{budget}"
-        a3("export", out, "--work", work)
-        result = a3("eval", out, "--against", subject.model, "--dataset", subject.evaluation, *text)
+    rows, papers = [], {}
+    for (method, options), budget in itertools.product(VARIANTS.items(), BUDGETS):
+        solved = a3("solve", "--budget", budget, *options, *subject.rounding, "--work", work, "--overwrite")
+        out = folder / "out"
+        a3("export", out, "--work", work, "--overwrite")
+        remote = () if solved["shape"] == "stock" else ("--trust-remote-code",)
+        result = a3("eval", out, "--against", subject.model, "--dataset", subject.evaluation, *text, *remote)
         if not rows:
-            rows.append(row(subject.name, "dense", solved, result, "before"))
-        rows.append(row(subject.name, method, solved, result, "after"))
+            rows.append(dense_row(subject.name, solved, result))
+        papers.setdefault(budget, result["perplexity_increase"])
+        rows.append(row(subject.name, method, solved, result, papers[budget]))
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
-def row(name: str, method: str, solved: dict, result: dict, when: str) -> str:
-    head, width, kv = (solved[key][when] for key in ("head_dim", "intermediate_size", "kv_bytes_per_token"))
-    if when == "before":
-        measured = ["0 %", head, width, f"{result['source_perplexity']:.2f}", "", "", ""]
-    else:
-        measured = [
+def dense_row(name: str, solved: dict, result: dict) -> str:
+    full = solved["full_size"]
+    figures = [name, "dense", "0 %", *full.values(), f"{result['source_perplexity']:.2f}", "", "", "", "", "100 %"]
+    return line(figures)
+
+
+def row(name: str, method: str, solved: dict, result: dict, paper: float) -> str:
+    sizes = [span([layer[component] for layer in solved["sizes"]]) for component in ("qk", "ov", "mlp")]
+    kv = solved["kv_bytes_per_token"]
+    return line(
+        [
+            name,
+            method,
             f"{100 * solved['budget_reached']:.1f} %",
-            head,
-            width,
+            *sizes,
             f"{result['perplexity']:.2f}",
             f"+{result['perplexity_increase']:.2f}",
+            f"{result['perplexity_increase'] / paper:.2f}",
             f"{result['kl']:.4f}",
             f"{100 * result['top1_agreement']:.1f} %",
+            f"{100 * kv['after'] / kv['before']:.0f} %",
         ]
-    share = f"{100 * kv / solved['kv_bytes_per_token']['before']:.0f} %"
-    return "| " + " | ".join(map(str, [name, method, *measured, share])) + " |"
+    )
+
+
+def span(sizes: list[int]) -> str:
+    return f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)}–{max(sizes)}"
+
+
+def line(cells: list[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> None:

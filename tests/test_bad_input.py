@@ -54,7 +54,7 @@ def prepared(checkpoint, text_file, tmp_path_factory) -> Path:
     settings = make_settings(CalibrateSettings, model=str(folder / "source"), text=text)
     calibrate(settings, Work(folder / "work"), overwrite=False, progress=lambda **at: None)
     settings = make_settings(SolveSettings, budget=0.25, mlp_multiple=8, head_multiple=2)
-    solve(settings, Work(folder / "work"), overwrite=False)
+    solve(settings, Work(folder / "work"), overwrite=False, progress=lambda **at: None)
     return folder
 
 

@@ -92,6 +92,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
             "shape": "per-layer",
             "sizes": [asdict(size) for size in sizes],
             "rope_slots": slots,
+            "context": checkpoint.config["max_position_embeddings"],
             "budget_asked": 0.3,
             "budget_reached": (before - kept) / before,
             "parameters": {

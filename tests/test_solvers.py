@@ -1,13 +1,14 @@
 """The mathematics: equal to the paper's literal formulas, optimal, and as wrong as predicted, not more."""
 
 import itertools
+import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from a3cli.solvers.allocate import Choice, sizes, split_budget
+from a3cli.solvers.allocate import Choice, allocate, sizes
 from a3cli.solvers.linalg import decompose_jointly, effective_rank, root_and_inverse, tail_sums
 from a3cli.solvers.mlp import keep_channels, score_channels
 from a3cli.solvers.ov import output_gram_of, solve_ov
@@ -199,30 +200,43 @@ def test_effective_rank(spectrum, expected):
     assert effective_rank(torch.tensor(spectrum)).item() == pytest.approx(expected)
 
 
-choices = st.lists(
-    st.builds(Choice, size=st.integers(1, 50), removed=st.integers(0, 100), loss=st.floats(0, 10)),
-    min_size=1,
-    max_size=6,
-)
+@st.composite
+def items(draw):
+    """Up to four components with a full size that removes nothing; removals share no or some common divisor."""
+    unit = draw(st.sampled_from([1, 6, 64]))
+    smaller = st.builds(
+        Choice, size=st.integers(1, 50), removed=st.integers(1, 40).map(lambda n: n * unit), loss=st.floats(0, 9)
+    )
+    return [[Choice(51, 0, 0.0), *draw(st.lists(smaller, max_size=4))] for _ in range(draw(st.integers(1, 4)))]
 
 
-@given(attention=choices, mlp=choices, needed=st.integers(0, 150))
+@given(items=items(), share=st.floats(0, 1.1))
 @settings(max_examples=200, deadline=None)
-def test_split_is_the_best_of_those_that_overshoot_only_by_rounding(attention, mlp, needed):
-    allowed = [
-        (a, m)
-        for a in attention
-        for m in mlp
-        if a.removed + m.removed >= needed
-        and not any(o.removed < m.removed and a.removed + o.removed >= needed for o in mlp)
-    ]
-    if not allowed:
+def test_allocation_equals_brute_force(items, share):
+    needed = int(share * sum(max(choice.removed for choice in item) for item in items))
+    combinations = [c for c in itertools.product(*items) if sum(choice.removed for choice in c) >= needed]
+    if not combinations:
         with pytest.raises(ValueError, match="removes enough"):
-            split_budget(attention, mlp, needed)
+            allocate(items, needed)
         return
-    a, m = split_budget(attention, mlp, needed)
-    assert a.removed + m.removed >= needed
-    assert a.loss + m.loss == min(x.loss + y.loss for x, y in allowed)
+    chosen = allocate(items, needed)
+    assert all(choice in item for choice, item in zip(chosen, items, strict=True))
+    assert sum(choice.removed for choice in chosen) >= needed
+    best = min(sum(choice.loss for choice in c) for c in combinations)
+    assert sum(choice.loss for choice in chosen) == pytest.approx(best, abs=1e-12)
+
+
+def test_allocation_of_equal_losses_removes_least():
+    free = [[Choice(3, 0, 0.0), Choice(2, 5, 0.0), Choice(1, 9, 0.0)]] * 3
+    assert sum(choice.removed for choice in allocate(free, 10)) == 10
+
+
+def test_allocation_in_coarse_steps_never_removes_too_little():
+    rng = random.Random(0)
+    items = [[Choice(i, i * rng.randrange(10**9, 10**10), rng.random() * i) for i in range(9)] for _ in range(20)]
+    needed = sum(item[-1].removed for item in items) // 3
+    removed = sum(choice.removed for choice in allocate(items, needed))
+    assert needed <= removed <= 1.02 * needed
 
 
 def test_sizes_end_with_the_full_size():

@@ -14,11 +14,12 @@ from a3cli.solvers.rope import (
     Distances,
     as_pairs,
     band_costs,
+    band_maps,
     best_bands,
     complex_gram,
     pair_grams,
+    real_map,
     sharing_cost,
-    solve_bands,
 )
 from tests.literal import random_attention
 
@@ -28,6 +29,10 @@ FLOOR = 1e-14
 def grams_of(a, *, centring=0.0, constancy=None):
     constancy = torch.ones(4, 4, dtype=torch.float64) if constancy is None else constancy
     return pair_grams(a.gram(a.w_q), a.gram(a.w_k), (a.x @ a.w_k).mean(1), constancy, centring=centring)
+
+
+def solve_bands(grams, bands, *, floor):
+    return tuple(real_map(part) for part in band_maps(grams, bands, floor=floor))
 
 
 def uniform(length):

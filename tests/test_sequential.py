@@ -1,0 +1,124 @@
+"""The sequential correction equals literal ridge regressions on the finished model's own activations, and helps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from a3cli.sequential import DRIFT, RIDGE
+
+OPTIONS = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
+
+
+def chain(a3, source: Path, text: Path, folder: Path, *options: object) -> dict[str, Path]:
+    """Exports of one calibration, one-shot and corrected."""
+    work = folder / "work"
+    ran = [a3("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 60, "--work", work)]
+    outs = {"one-shot": folder / "one-shot", "corrected": folder / "corrected"}
+    for name, out in outs.items():
+        extra = ("--sequential", "--batch-size", 4) if name == "corrected" else ()
+        ran.append(a3("solve", *options, *extra, "--work", work, "--overwrite"))
+        ran.append(a3("export", out, "--work", work))
+    assert [outcome.code for outcome in ran] == [0] * 5, ran
+    return outs
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+
+
+@torch.no_grad()
+def activations(model: Any, blocks: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Per layer, flattened over tokens: its input and output, the stream after attention, the linear layers' inputs."""
+    seen: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
+
+    def keep(layer: int, name: str):
+        return lambda _m, args: seen[layer].__setitem__(name, args[0].flatten(0, 1).double())
+
+    def keep_output(layer: int):
+        def hook(_m, _a, output):
+            seen[layer]["output"] = (output[0] if isinstance(output, tuple) else output).flatten(0, 1).double()
+
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(keep(i, "input"))
+        layer.post_attention_layernorm.register_forward_pre_hook(keep(i, "middle"))
+        layer.self_attn.o_proj.register_forward_pre_hook(keep(i, "o"))
+        layer.mlp.down_proj.register_forward_pre_hook(keep(i, "down"))
+        layer.register_forward_hook(keep_output(i))
+    model.model(blocks, use_cache=False)
+    return seen
+
+
+def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    gram = x.T @ x
+    damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return start.double() + torch.linalg.solve(damped, x.T @ (target - x @ start.double().T)).T
+
+
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "llama-longrope"])
+def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):
+    source = checkpoint(name)
+    outs = chain(a3, source, text_file, tmp_path, *OPTIONS, "--shape", shape)
+    blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"]
+    one_shot, corrected = load(outs["one-shot"]), load(outs["corrected"])
+    full, small = activations(load(source), blocks), activations(corrected, blocks)
+    for f, s, before, after in zip(full, small, one_shot.model.layers, corrected.model.layers, strict=True):
+        targets = {
+            "o": f["middle"] - f["input"] + DRIFT * (f["input"] - s["input"]),
+            "down": f["output"] - f["middle"] + DRIFT * (f["middle"] - s["middle"]),
+        }
+        modules = {
+            "o": (before.self_attn.o_proj, after.self_attn.o_proj),
+            "down": (before.mlp.down_proj, after.mlp.down_proj),
+        }
+        for role, (was, now) in modules.items():
+            target = targets[role] if now.bias is None else targets[role] - now.bias.detach().double()
+            expected = ridge_regression(s[role], target, was.weight.detach())
+            difference = (now.weight - expected).norm() / expected.norm()
+            assert difference < 1e-3, role  # of float32 activations and a badly conditioned Gram matrix
+    drift = {
+        kind: (activations(model, blocks)[-1]["output"] - full[-1]["output"]).norm()
+        for kind, model in (("one-shot", one_shot), ("corrected", corrected))
+    }
+    assert drift["corrected"] < drift["one-shot"]
+
+
+def test_nothing_removed_stays_as_it_is(a3, checkpoint, text_file, tmp_path):
+    source = checkpoint("llama-gqa")
+    outs = chain(a3, source, text_file, tmp_path, "--budget", 0)
+    tokens = torch.randint(250, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, found = load(source)(tokens).logits, load(outs["corrected"])(tokens).logits
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_per_layer_solution_keeps_to_its_budget(a3, checkpoint, text_file, tmp_path):
+    """Every layer its own sizes; never less removed than asked, never a step of the largest kind more."""
+    source, work = checkpoint("llama-gqa"), tmp_path / "work"
+    assert a3("calibrate", source, "--dataset", text_file, "--samples", 6, "--seq-len", 60, "--work", work).code == 0
+    solved = a3("solve", *OPTIONS, "--shape", "per-layer", "--work", work, "--json").json
+    assert 0.3 <= solved["budget_reached"] < 0.32
+    assert len({tuple(sizes.values()) for sizes in solved["sizes"]}) > 1
+    assert a3("export", tmp_path / "out", "--work", work).code == 0
+    refused = a3("eval", tmp_path / "out", "--dataset", text_file, "--seq-len", 60, "--samples", 2)
+    assert refused.code == 2
+    assert "--trust-remote-code" in refused.stderr
+    one = ("eval", tmp_path / "out", "--against", source, "--dataset", text_file, "--seq-len", 60, "--samples", 2)
+    assert a3(*one, "--trust-remote-code", "--json").json["kl"] > 0
+
+
+def test_lower_context_is_written_and_a_longer_one_refused(a3, checkpoint, text_file, tmp_path):
+    source, work = checkpoint("llama-gqa"), tmp_path / "work"
+    assert a3("calibrate", source, "--dataset", text_file, "--samples", 6, "--seq-len", 60, "--work", work).code == 0
+    assert a3("solve", *OPTIONS, "--context", 100, "--work", work).code == 0
+    assert a3("export", tmp_path / "out", "--work", work).code == 0
+    assert load(tmp_path / "out").config.max_position_embeddings == 100
+    refused = a3("solve", *OPTIONS, "--context", 100000, "--work", work, "--overwrite")
+    assert refused.code == 2
+    assert "longer than the context" in refused.stderr
