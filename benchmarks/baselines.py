@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from a3cli.costs import linear_weights
+from a3cli import costs
 from a3cli.families import ModelShape, read_shape
 
 Grams = dict[str, torch.Tensor]
@@ -125,9 +125,14 @@ def set_weight(layer: Any, role: str, value: torch.Tensor) -> None:
     linear(layer, role).weight.data.copy_(value)
 
 
+def decoder_weights(shape: ModelShape) -> int:
+    """The decoder's linear weights at full size."""
+    return costs.linear_weights(shape, shape.sizes)
+
+
 def limit_of(shape: ModelShape, target: float) -> int:
     """How many parameters may be stored when the fraction `target` is removed."""
-    return int((1 - target) * linear_weights(shape) + 1e-6)
+    return int((1 - target) * decoder_weights(shape) + 1e-6)
 
 
 # --- two factors in place of a weight -------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ def factorise(
     calibration: Calibration, target: float, approximate: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 ) -> Compressed:
     """Every linear weight approximated at the rank that its share of the budget pays."""
-    dense = linear_weights(calibration.shape)
+    dense = decoder_weights(calibration.shape)
     model = copy.deepcopy(calibration.model)
     if target == 0:
         return Compressed(model, dense, dense)
@@ -250,7 +255,7 @@ def prune(
     attention: bool,
 ) -> Compressed:
     """The structures with the lowest scores removed, the same number in each layer and KV head."""
-    shape, dense = calibration.shape, linear_weights(calibration.shape)
+    shape, dense = calibration.shape, decoder_weights(calibration.shape)
     widths = widths_for(shape, target, attention=attention)
     model = copy.deepcopy(calibration.model)
     for layer, grams in zip(model.model.layers, calibration.grams, strict=True):
@@ -318,7 +323,7 @@ def spread(mask: torch.Tensor, size: int) -> torch.Tensor:
 @torch.no_grad()
 def modegpt(calibration: Calibration, target: float, *, attention: bool = True) -> Compressed:
     """Nyström for the MLP, CR for QK, SVD for VO, all from the unmodified model's statistics."""
-    shape, dense = calibration.shape, linear_weights(calibration.shape)
+    shape, dense = calibration.shape, decoder_weights(calibration.shape)
     widths = widths_for(shape, target, attention=attention)
     model = copy.deepcopy(calibration.model)
     for layer, grams in zip(model.model.layers, calibration.grams, strict=True):
@@ -393,7 +398,7 @@ def slicegpt(calibration: Calibration, target: float) -> Compressed:
 
     With nothing to remove nothing is sliced, and the shortcuts of full size would fold into the weights.
     """
-    dense = linear_weights(calibration.shape)
+    dense = decoder_weights(calibration.shape)
     d = calibration.shape.hidden_size
     if target == 0:
         return Compressed(slice_to(calibration, d), dense, dense)
@@ -408,7 +413,7 @@ def sliced_weights(shape: ModelShape, kept: int) -> int:
     Shortcuts: `k × k` around attention and MLP of each layer, the last one `k × d`.
     """
     d, last = shape.hidden_size, shape.intermediate_size + kept
-    return linear_weights(shape) // d * kept + 2 * shape.layers * kept**2 + last * (d - kept)
+    return decoder_weights(shape) // d * kept + 2 * shape.layers * kept**2 + last * (d - kept)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ import demo_text  # noqa: E402
 
 from a3cli.cli import app  # noqa: E402
 from a3cli.evaluate import compare  # noqa: E402
+from a3cli.export import MANIFEST  # noqa: E402
 from a3cli.settings import TextSettings  # noqa: E402
 from a3cli.text import evaluation_blocks, load_tokenizer  # noqa: E402
 from a3cli.work import Work  # noqa: E402
@@ -52,8 +53,10 @@ PAPER = "a3 paper"
 OURS = [
     (PAPER, "--budget {budget} --method paper"),
     ("a3 paper, uniform", "--attention-budget {budget} --mlp-budget {budget} --head-multiple 2 --method paper"),
-    ("a3 best", "--budget {budget} --method best"),
-    ("a3 best, uniform", "--attention-budget {budget} --mlp-budget {budget} --head-multiple 2 --method best"),
+    ("a3 best", "--budget {budget}"),
+    ("a3 best, sequential", "--budget {budget} --sequential --batch-size 8"),
+    ("a3 best, per-layer", "--budget {budget} --shape per-layer"),
+    ("a3 best, per-layer, sequential", "--budget {budget} --shape per-layer --sequential --batch-size 8"),
 ]
 LABELS = {
     "svd": "SVD",
@@ -155,7 +158,9 @@ def a3(line: str, *arguments: object) -> dict[str, Any]:
 
 
 def load(folder: Path, device: torch.device) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=str(device)).eval()
+    """A source, or an export of ours, which may hold its own code."""
+    options = {"dtype": torch.float32, "device_map": str(device), "trust_remote_code": (folder / MANIFEST).is_file()}
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 class Bench:

@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 
-from a3cli.costs import linear_weights
 from benchmarks import baselines
-from benchmarks.baselines import BASELINES, INPUT_OF, Calibration, linear, weight_of
+from benchmarks.baselines import BASELINES, INPUT_OF, Calibration, decoder_weights, linear, weight_of
 from tests.conftest import VOCABULARY, build_model
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -46,7 +45,7 @@ def test_at_least_the_asked_share_is_removed(name, target, calibration, tokens):
     before = copy.deepcopy(calibration.model.state_dict())
     result = BASELINES[name](calibration, target)
     assert target <= result.removed < target + 0.03
-    assert result.dense == linear_weights(calibration.shape)
+    assert result.dense == decoder_weights(calibration.shape)
     out = logits(result.model, tokens)
     assert out.isfinite().all()
     assert (out - logits(calibration.model, tokens)).abs().max() > 0.1
@@ -315,7 +314,7 @@ def test_slicegpt_counts_what_is_left_and_the_shortcuts(calibration):
             stored += other * (out if role == "down" else k)
         stored += k * k + k * out
     assert baselines.sliced_weights(shape, k) == stored
-    assert baselines.sliced_weights(shape, d) == linear_weights(shape) + 2 * shape.layers * d * d
+    assert baselines.sliced_weights(shape, d) == decoder_weights(shape) + 2 * shape.layers * d * d
 
 
 def test_biases_are_refused(tokens):
