@@ -177,6 +177,51 @@ def solve(
 
 
 @app.command()
+def pareto(
+    work: WorkOption = DEFAULT_WORK,
+    budgets: Annotated[str, typer.Option(help="first:last:step, or a list like 0.1,0.25,0.4.")] = "0.1:0.5:0.05",
+    plot: Annotated[Path | None, typer.Option(help="Write a plot to this .png or .svg file.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Measure each point on this text (as for eval).")] = None,
+    text_field: TextField = "text",
+    split: Split = None,
+    samples: Annotated[int | None, typer.Option(help="At most so many blocks (default: all).")] = None,
+    seq_len: SeqLen = 2048,
+    head_multiple: Annotated[int, typer.Option(help="Head size is a multiple of this.")] = 8,
+    mlp_multiple: Annotated[int, typer.Option(help="MLP width is a multiple of this.")] = 64,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Measure with the sequential correction.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 1,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Loss against size at many budgets, for every method, from one calibration."""
+    display = open_display(quiet=quiet)
+    from a3cli.settings import ParetoSettings, make_settings
+
+    settings = make_settings(
+        ParetoSettings,
+        budgets=budgets,
+        head_multiple=head_multiple,
+        mlp_multiple=mlp_multiple,
+        sequential=sequential,
+        text=dataset and text_settings(dataset, text_field, split, False, samples, seq_len, 0),
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+    )
+    from a3cli.pareto import check_plot, draw
+    from a3cli.pareto import pareto as run
+
+    check_plot(plot)
+    with display.sweep_progress(quiet=quiet) as progress:
+        result = run(settings, open_work(work), progress=progress)
+    if plot:
+        draw(result, plot)
+    display.print_json(result) if as_json else display.print_pareto(result)
+
+
+@app.command()
 def export(
     out: Annotated[Path, typer.Argument(help="Folder to write: empty or not there yet.")],
     work: WorkOption = DEFAULT_WORK,

@@ -122,6 +122,28 @@ def print_solution(manifest: Json) -> None:
     _print(f"predicted loss, relative to the residual stream, summed over layers: {losses}")
 
 
+def print_pareto(result: Json) -> None:
+    measured = any("measured" in point for point in result["points"])
+    columns = ("asked", "removed", "QK", "OV", "MLP", "KV bytes", "predicted loss")
+    table = Table("variant", *columns, *(("perplexity", "KL", "top-1") if measured else ()))
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for point in result["points"]:
+        asked = f"{100 * point['budget_asked']:g} %"
+        if "error" in point:
+            table.add_row(point["variant"], asked, "not reached")
+            continue
+        sizes = (f"{point['mean_sizes'][name]:.4g}" for name in ("qk", "ov", "mlp"))
+        figures = [f"{100 * point['budget_reached']:.2f} %", *sizes, f"{point['kv_bytes_per_token']['after']:,}"]
+        figures.append(f"{point['predicted_loss']:.4g}")
+        if "measured" in point:
+            result = point["measured"]
+            figures += [f"{result['perplexity']:.4g}", f"{result['kl']:.4f}", f"{100 * result['top1_agreement']:.1f} %"]
+        table.add_row(point["variant"], asked, *figures)
+    _print(table)
+
+
 def print_export(manifest: Json, out: str) -> None:
     size = sum(1 for name in manifest["files"] if name.endswith(".safetensors"))
     _print(f"wrote {size} weight file{'s' if size > 1 else ''}; loads with {manifest['loads_with']}")

@@ -1,5 +1,6 @@
 """Frozen settings of each stage. All problems of one set of settings are reported together."""
 
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -80,6 +81,34 @@ class ExportSettings(Settings):
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     max_shard_size: Annotated[int, BeforeValidator(parse_size)] = Field(default=5_000_000_000, ge=1)
     overwrite: bool = False
+
+
+def parse_budgets(text: Any) -> Any:
+    """`0.1:0.5:0.05` (the end included) or `0.1,0.25,0.4`, as decimal numbers."""
+    if not isinstance(text, str):
+        return text
+    try:
+        if ":" not in text:
+            return tuple(float(part) for part in text.split(","))
+        start, stop, step = (Decimal(part) for part in text.split(":"))
+        if step <= 0 or not 0 <= start <= stop < 1:
+            raise ValueError
+    except (ValueError, InvalidOperation):
+        raise ValueError("not of the form 0.1:0.5:0.05 or 0.1,0.25,0.4, with budgets from 0 up to below 1") from None
+    return tuple(float(start + i * step) for i in range(int((stop - start) / step) + 1))
+
+
+class ParetoSettings(Settings):
+    """Budgets to solve for with every method; with `text`, each result is measured on it too."""
+
+    budgets: Annotated[tuple[Fraction, ...], BeforeValidator(parse_budgets), Field(min_length=1, max_length=1000)]
+    head_multiple: int = Field(default=8, ge=1)
+    mlp_multiple: int = Field(default=64, ge=1)
+    sequential: bool = False
+    text: TextSettings | None = None
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    batch_size: int = Field(default=1, ge=1)
 
 
 class EvalSettings(Settings):

@@ -51,17 +51,9 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool, progress: Pro
         if finished := finished_manifest(work, request, overwrite=overwrite):
             return finished
         model = open_calibrated_source(work, calibration)
-        if settings.context is not None and settings.context > model.rope.context:
-            raise A3Error(
-                f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
-            )
         check_statistics(work, calibration)
-        method = METHODS[settings.method](model, settings)
+        method, curves = analyse(settings, model, work)
         layers = range(model.shape.layers)
-        for layer in layers:
-            method.add_layer(LayerInputs(model, work, layer))
-        method.share()
-        curves = [method.curves(layer) for layer in layers]
         sizes = choose_sizes(settings, model.shape, curves)
 
         with replacing_folder(work.solution) as partial:
@@ -95,6 +87,19 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool, progress: Pro
                 "versions": versions(),
             }
             return write_manifest(partial / work.solution_manifest.name, manifest)
+
+
+def analyse(settings: SolveSettings, model: Model, work: Work) -> tuple[Method, list[Curves]]:
+    """All layers seen by the method, and their error curves: whatever the budget, this is done once."""
+    if settings.context is not None and settings.context > model.rope.context:
+        raise A3Error(
+            f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
+        )
+    method = METHODS[settings.method](model, settings)
+    for layer in range(model.shape.layers):
+        method.add_layer(LayerInputs(model, work, layer))
+    method.share()
+    return method, [method.curves(layer) for layer in range(model.shape.layers)]
 
 
 def check_settings(settings: SolveSettings) -> None:

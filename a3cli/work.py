@@ -48,6 +48,13 @@ class Work:
         self.solution_manifest = self.solution / "manifest.json"
         self.tokens = self.calibration / "tokens.safetensors"
 
+    def with_solution(self, folder: Path) -> "Work":
+        """The same statistics under the same lock, and another solution."""
+        other = Work(self.folder)
+        other.solution = folder
+        other.solution_manifest = folder / self.solution_manifest.name
+        return other
+
     def statistics(self, layer: int) -> Path:
         return self.calibration / layer_file(layer)
 

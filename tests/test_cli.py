@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("calibrate", "solve", "export", "eval")
+COMMANDS = ("calibrate", "solve", "pareto", "export", "eval")
 
 
 def test_help_and_version_import_nothing_heavy():

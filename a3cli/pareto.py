@@ -1,0 +1,153 @@
+"""One calibration → loss against size, for every method at many budgets: predicted, and measured where text is given.
+
+Error curves are made once for each method; each budget is then only an allocation. Measuring solves, exports and
+evaluates in a temporary folder inside the work folder; the solution that is there is left alone.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from a3cli import costs
+from a3cli.errors import A3Error
+from a3cli.evaluate import evaluate
+from a3cli.export import export
+from a3cli.families import LayerSizes
+from a3cli.methods import Curves
+from a3cli.model import Model, open_calibrated_source
+from a3cli.settings import EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
+from a3cli.solve import (
+    analyse,
+    check_settings,
+    check_statistics,
+    choose_sizes,
+    describe_result,
+    predicted_loss,
+    read_calibration,
+    solve,
+)
+from a3cli.sweep import Progress
+from a3cli.work import Json, Work, read_json, replacing
+
+log = logging.getLogger(__name__)
+
+VARIANTS = {
+    "paper": {"method": "paper", "shape": "stock"},
+    "best": {"method": "best", "shape": "stock"},
+    "best, per-layer": {"method": "best", "shape": "per-layer"},
+}
+UNIT = "predicted loss, relative to the residual stream"
+
+
+def pareto(settings: ParetoSettings, work: Work, *, progress: Progress) -> Json:
+    """Every variant at every budget; returns the points. A budget that a variant cannot reach has an `error`.
+
+    Raises A3Error if the statistics are missing, altered or of another source, or if no point can be reached.
+    """
+    calibration = read_calibration(work)
+    with work.locked():
+        model = open_calibrated_source(work, calibration)
+        check_statistics(work, calibration)
+        points = []
+        for name, variant in VARIANTS.items():
+            log.info("error curves: %s", name)
+            base = settings_of(settings, variant, settings.budgets[0])
+            check_settings(base)
+            _, curves = analyse(base, model, work)
+            for budget in settings.budgets:
+                chosen = settings_of(settings, variant, budget)
+                points.append({"variant": name, **point(chosen, model, calibration, curves)})
+    if all("error" in each for each in points):
+        raise A3Error(points[0]["error"])
+    if settings.text:
+        for each in points:
+            if "error" not in each:
+                solved = settings_of(settings, VARIANTS[each["variant"]], each["budget_asked"])
+                each["measured"] = measure(solved, settings.text, work, progress)
+    return {"model": model.source.name, "calibration": calibration["sha256"], "points": points}
+
+
+def settings_of(settings: ParetoSettings, variant: dict[str, str], budget: float) -> SolveSettings:
+    shared = ("head_multiple", "mlp_multiple", "sequential", "device", "dtype", "batch_size")
+    return SolveSettings.model_validate(
+        {"budget": budget, **variant, **{name: getattr(settings, name) for name in shared}}
+    )
+
+
+def point(settings: SolveSettings, model: Model, calibration: Json, curves: list[Curves]) -> Json:
+    """Sizes, costs and predicted loss at one budget."""
+    try:
+        sizes = choose_sizes(settings, model.shape, curves)
+    except A3Error as error:
+        return {"budget_asked": settings.budget, "error": str(error)}
+    wanted = ("budget_asked", "budget_reached", "parameters", "bytes", "kv_bytes_per_token", "sizes")
+    described = describe_result(model, settings, calibration, sizes)
+    return {
+        **{key: described[key] for key in wanted},
+        "decoder_weights_left": costs.linear_weights(model.shape, sizes),
+        "predicted_loss": sum(predicted_loss(curves, sizes).values()),
+        "mean_sizes": mean_sizes(sizes),
+    }
+
+
+def mean_sizes(sizes: list[LayerSizes]) -> Json:
+    return {name: sum(getattr(size, name) for size in sizes) / len(sizes) for name in ("qk", "ov", "mlp")}
+
+
+def measure(settings: SolveSettings, text: TextSettings, work: Work, progress: Progress) -> Json:
+    """Perplexity, KL and agreement of one point, solved and exported in folders that are gone afterwards."""
+    source = read_json(work.source)
+    log.info("measuring %s, %s, at %g", settings.method, settings.shape, settings.budget)
+    # An export lies apart from the work folder, always.
+    with (
+        tempfile.TemporaryDirectory(prefix=".a3-pareto-", dir=work.folder) as folder,
+        tempfile.TemporaryDirectory(prefix="a3-pareto-") as out,
+    ):
+        scratch = work.with_solution(Path(folder) / "solution")
+        solve(settings, scratch, overwrite=True, progress=progress)
+        export(Path(out) / "export", ExportSettings(), scratch)
+        result = evaluate(
+            EvalSettings(
+                model=str(Path(out) / "export"),
+                against=source["model"],
+                against_revision=source["revision"],
+                text=text,
+                device=settings.device,
+                dtype=settings.dtype,
+                batch_size=settings.batch_size,
+                trust_remote_code=settings.shape == "per-layer",  # the code is our own
+            )
+        )
+    wanted = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
+    return {key: result[key] for key in wanted}
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise A3Error for a file that no plot can be written to, before any work begins."""
+    if path and path.suffix not in (".png", ".svg"):
+        raise A3Error(f"--plot {path}: the name must end in .png or .svg")
+    if path and not path.parent.is_dir():
+        raise A3Error(f"--plot {path}: there is no folder {path.parent}")
+
+
+def draw(result: Json, path: Path) -> None:
+    """Loss against the share of the decoder's weights removed, one line a variant, as PNG or SVG by the name's end."""
+    from matplotlib.figure import Figure
+
+    reached = [each for each in result["points"] if "error" not in each]
+    panels: dict[str, Callable[[Json], float]] = {UNIT: lambda each: each["predicted_loss"]}
+    if any("measured" in each for each in reached):
+        panels["KL(source ‖ compressed), nats a token"] = lambda each: each["measured"]["kl"]
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    for axes, (label, loss) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name in VARIANTS:
+            of_variant = [each for each in reached if each["variant"] == name]
+            axes.plot([100 * p["budget_reached"] for p in of_variant], [loss(p) for p in of_variant], "o-", label=name)
+        axes.set(xlabel="decoder weights removed, %", ylabel=label, yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with replacing(path) as partial:
+        figure.savefig(
+            partial, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
+        )
