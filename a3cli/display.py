@@ -126,7 +126,6 @@ def print_pareto(result: Json) -> None:
     measured = any("measured" in point for point in result["points"])
     columns = ("asked", "removed", "QK", "OV", "MLP", "KV bytes", "predicted loss")
     table = Table("variant", *columns, *(("perplexity", "KL", "top-1") if measured else ()))
-    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for point in result["points"]:
@@ -159,4 +158,5 @@ def print_evaluation(result: Json) -> None:
 
 
 def _print(what: Any) -> None:
-    Console(soft_wrap=True, highlight=False).print(what)
+    wide = None if sys.stdout.isatty() else 160  # a log has no width: tables stay whole
+    Console(soft_wrap=True, highlight=False, width=wide).print(what)
