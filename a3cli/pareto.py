@@ -5,8 +5,9 @@ evaluates in a temporary folder inside the work folder; the solution that is the
 """
 
 import logging
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from a3cli import costs
@@ -58,13 +59,13 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress) -> Json:
             for budget in settings.budgets:
                 chosen = settings_of(settings, variant, budget)
                 points.append({"variant": name, **point(chosen, model, calibration, curves)})
-    if all("error" in each for each in points):
-        raise A3Error(points[0]["error"])
-    if settings.text:
-        for each in points:
-            if "error" not in each:
-                solved = settings_of(settings, VARIANTS[each["variant"]], each["budget_asked"])
-                each["measured"] = measure(solved, settings.text, work, progress)
+        if all("error" in each for each in points):
+            raise A3Error(points[0]["error"])
+        if settings.text:
+            for each in points:
+                if "error" not in each:
+                    solved = settings_of(settings, VARIANTS[each["variant"]], each["budget_asked"])
+                    each["measured"] = measure(solved, settings.text, work, progress)
     return {"model": model.source.name, "calibration": calibration["sha256"], "points": points}
 
 
@@ -99,17 +100,13 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, progress: P
     """Perplexity, KL and agreement of one point, solved and exported in folders that are gone afterwards."""
     source = read_json(work.source)
     log.info("measuring %s, %s, at %g", settings.method, settings.shape, settings.budget)
-    # An export lies apart from the work folder, always.
-    with (
-        tempfile.TemporaryDirectory(prefix=".a3-pareto-", dir=work.folder) as folder,
-        tempfile.TemporaryDirectory(prefix="a3-pareto-") as out,
-    ):
-        scratch = work.with_solution(Path(folder) / "solution")
-        solve(settings, scratch, overwrite=True, progress=progress)
-        export(Path(out) / "export", ExportSettings(), scratch)
+    with making_scratch(work.scratch):
+        borrowed, out = work.borrowed_by(work.scratch / "work"), work.scratch / "export"
+        solve(settings, borrowed, overwrite=True, progress=progress)
+        export(out, ExportSettings(), borrowed)
         result = evaluate(
             EvalSettings(
-                model=str(Path(out) / "export"),
+                model=str(out),
                 against=source["model"],
                 against_revision=source["revision"],
                 text=text,
@@ -121,6 +118,17 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, progress: P
         )
     wanted = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
     return {key: result[key] for key in wanted}
+
+
+@contextmanager
+def making_scratch(folder: Path) -> Iterator[None]:
+    """An empty folder that is gone afterwards. What a killed process left there goes first: the lock is held."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_plot(path: Path | None) -> None:

@@ -1,7 +1,7 @@
 """Stage 2: statistics + source weights → error curves → sizes → projections."""
 
 import math
-import tempfile
+import shutil
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -177,17 +177,14 @@ def correct(
     needed = 5 * blocks.numel() * model.shape.hidden_size * machine.dtype.itemsize
     check_space(work.folder, needed, "the sequential correction")
     smaller = SmallerDecoder(model, machine, sizes, slots, lambda layer: load_file(files[layer]))
-    with tempfile.TemporaryDirectory(prefix=".a3-sequential-", dir=work.folder) as folder:
-        refits = refit_sequentially(
-            Decoder(model, machine),
-            smaller,
-            blocks,
-            folder=Path(folder),
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
-        for layer, refit in refits:
-            write_tensors(files[layer], load_file(files[layer]) | refit)
+    streams = files[0].parent / "streams"  # in the unfinished solution: it goes with it if this is killed
+    streams.mkdir()
+    refits = refit_sequentially(
+        Decoder(model, machine), smaller, blocks, folder=streams, batch_size=settings.batch_size, progress=progress
+    )
+    for layer, refit in refits:
+        write_tensors(files[layer], load_file(files[layer]) | refit)
+    shutil.rmtree(streams)
 
 
 def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves]) -> list[LayerSizes]:

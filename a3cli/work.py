@@ -47,12 +47,13 @@ class Work:
         self.calibration_progress = self.calibration / "progress.json"
         self.solution_manifest = self.solution / "manifest.json"
         self.tokens = self.calibration / "tokens.safetensors"
+        self.scratch = folder / ".scratch"  # gone when the command ends, or else when the next one begins
 
-    def with_solution(self, folder: Path) -> "Work":
-        """The same statistics under the same lock, and another solution."""
-        other = Work(self.folder)
-        other.solution = folder
-        other.solution_manifest = folder / self.solution_manifest.name
+    def borrowed_by(self, folder: Path) -> "Work":
+        """A work folder of its own lock and solution that reads this one's calibration."""
+        other = Work(folder)
+        other.source, other.calibration, other.tokens = self.source, self.calibration, self.tokens
+        other.calibration_manifest, other.calibration_progress = self.calibration_manifest, self.calibration_progress
         return other
 
     def statistics(self, layer: int) -> Path:
