@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from recall_task import accuracy_by_distance, answer_queries, make_batch, to_text  # noqa: E402
 
-VARIANTS = ("paper", "best")  # the first is what the others are held against
+VARIANTS = ("paper", "best", "best --shape per-layer")  # the first is what the others are held against
 SIZES = (
     "--budget 0.1",
     "--budget 0.25",
@@ -44,6 +44,7 @@ CONTEXT, SHORTEST_ASKED = 1024, 8
 CALIBRATION_SEED, TEST_SEED = 2**41, 2**42  # none of training's
 POSITIONS = (1, 32, 64, 128, 256, 384, 512)  # of the predicted token: where buckets begin, and the end of the last
 SIGMAS = 3
+SCORE_ERROR = "predicted score error, %"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def load(model: Path) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    own_code = (model / "a3_manifest.json").is_file()  # an export of ours may hold its own
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=own_code).eval()
 
 
 def compress(work: Path, out: Path, options: Sequence[object]) -> dict:
@@ -138,7 +140,7 @@ def recall_rows(model: Path, folder: Path, args: argparse.Namespace) -> tuple[li
 def recall_header(distances: torch.Tensor) -> list[str]:
     longest = int(distances.max())
     buckets = [f"{low}–{min(2 * low - 1, longest)}" for low in asked_buckets(distances)]
-    columns = ["model", "size", "head_dim", "MLP width", "filler loss", *buckets, "phase error"]
+    columns = ["model", "size", "QK / OV / MLP", "filler loss", *buckets, SCORE_ERROR]
     return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
 
 
@@ -150,16 +152,26 @@ def asked_buckets(distances: torch.Tensor) -> dict[int, tuple[int, int]]:
 def recall_row(name: str, size: str, solved: dict | None, recall: Recall, distances: torch.Tensor) -> str:
     accuracy = accuracy_by_distance(recall.hits, distances)
     cells = [name, f"`{size}`" if size else ""]
-    cells += [str(solved[key]["after"]) for key in ("head_dim", "intermediate_size")] if solved else ["", ""]
-    cells += [f"{recall.filler_loss:.3f}"]
+    cells += [sizes(solved), f"{recall.filler_loss:.3f}"]
     cells += [f"{100 * right / asked:.1f}" for low, (right, asked) in accuracy.items() if low >= SHORTEST_ASKED]
-    return "| " + " | ".join([*cells, phase_error(solved)]) + " |"
+    return "| " + " | ".join([*cells, score_error(solved)]) + " |"
 
 
-def phase_error(solved: dict | None) -> str:
-    """What the solution predicts for the angle at the far end of the context, where its manifest says so."""
-    found = {key: value for key, value in (solved or {}).items() if "phase" in key}
-    return ", ".join(f"{value:.3g}" if isinstance(value, float) else json.dumps(value) for value in found.values())
+def sizes(solved: dict | None) -> str:
+    """Mean sizes over the layers."""
+    if solved is None:
+        return ""
+    layers = solved["sizes"]
+    return " / ".join(f"{sum(layer[name] for layer in layers) / len(layers):.3g}" for name in ("qk", "ov", "mlp"))
+
+
+def score_error(solved: dict | None) -> str:
+    """What the solution predicts for the scores next to a query, at 64 positions and at the end of the context."""
+    if solved is None:
+        return ""
+    predicted = solved["predicted_score_error"]
+    at = dict(zip(predicted["distance"], predicted["relative"], strict=True))
+    return " / ".join(f"{100 * at[distance]:.1f}" for distance in (1, 64, max(at)))
 
 
 def worse_than_first(measured: list[tuple[str, torch.Tensor]], distances: torch.Tensor, size: str) -> list[str]:
@@ -206,9 +218,9 @@ def position_rows(shared: Path, folder: Path, args: argparse.Namespace) -> tuple
     blocks = text_blocks(model, data / "test.txt", args.blocks)
     dense = bucket_means(loss_by_position(load(model), blocks))
     columns = [f"{a}–{b - 1}" for a, b in itertools.pairwise(POSITIONS)]
-    columns = ["model", "size", "head_dim", "MLP width", *columns, "last − first", "phase error"]
+    columns = ["model", "size", "QK / OV / MLP", *columns, "last − first", SCORE_ERROR]
     rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    rows.append("| dense | | | | " + " | ".join(f"{x:.3f}" for x in dense.mean(0).tolist()) + " | | |")
+    rows.append("| dense | | | " + " | ".join(f"{x:.3f}" for x in dense.mean(0).tolist()) + " | | |")
     flags = []
     for size in args.text_sizes:
         of_size = []
@@ -234,10 +246,10 @@ def text_blocks(model: Path, text: Path, most: int) -> torch.Tensor:
 
 
 def position_row(name: str, size: str, solved: dict, increase: torch.Tensor) -> str:
-    cells = [name, f"`{size}`", *(str(solved[key]["after"]) for key in ("head_dim", "intermediate_size"))]
+    cells = [name, f"`{size}`", sizes(solved)]
     cells += [f"+{x:.4f}" if x >= 0 else f"{x:.4f}" for x in increase.mean(0).tolist()]
     mean, error = mean_and_error(growth(increase))
-    return "| " + " | ".join([*cells, f"{mean:+.4f} ± {error:.4f}", phase_error(solved)]) + " |"
+    return "| " + " | ".join([*cells, f"{mean:+.4f} ± {error:.4f}", score_error(solved)]) + " |"
 
 
 def growth(increase: torch.Tensor) -> torch.Tensor:
