@@ -131,6 +131,7 @@ class Streams:
         self.full_in, self.full_out = self._file(f"source-{now}"), self._file(f"source-{then}")
         self.small_in, self.small_out = self._file(f"smaller-{now}"), self._file(f"smaller-{then}")
 
+    @torch.inference_mode()
     def begin(
         self, source: Decoder, smaller: Decoder, batch_size: int
     ) -> tuple[dict[int, list[Arguments]], dict[int, list[Arguments]]]:
