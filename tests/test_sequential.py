@@ -105,6 +105,11 @@ def test_per_layer_solution_keeps_to_its_budget(a3, checkpoint, text_file, tmp_p
     solved = a3("solve", *OPTIONS, "--shape", "per-layer", "--work", work, "--json").json
     assert 0.3 <= solved["budget_reached"] < 0.32
     assert len({tuple(sizes.values()) for sizes in solved["sizes"]}) > 1
+    own = ("--attention-budget", 0.5, "--mlp-budget", 0, "--head-multiple", 2, "--shape", "per-layer")
+    parts = a3("solve", *own, "--work", work, "--json", "--overwrite").json
+    assert {sizes["mlp"] for sizes in parts["sizes"]} == {96}
+    attention = [sizes["qk"] + sizes["ov"] for sizes in parts["sizes"]]
+    assert sum(attention) <= 0.5 * len(attention) * 32
     assert a3("export", tmp_path / "out", "--work", work).code == 0
     refused = a3("eval", tmp_path / "out", "--dataset", text_file, "--seq-len", 60, "--samples", 2)
     assert refused.code == 2

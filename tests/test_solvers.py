@@ -202,12 +202,15 @@ def test_effective_rank(spectrum, expected):
 
 @st.composite
 def items(draw):
-    """Up to four components with a full size that removes nothing; removals share no or some common divisor."""
+    """Up to four components whose fullest size may itself remove something; removals share no or some divisor."""
     unit = draw(st.sampled_from([1, 6, 64]))
-    smaller = st.builds(
-        Choice, size=st.integers(1, 50), removed=st.integers(1, 40).map(lambda n: n * unit), loss=st.floats(0, 9)
-    )
-    return [[Choice(51, 0, 0.0), *draw(st.lists(smaller, max_size=4))] for _ in range(draw(st.integers(1, 4)))]
+    steps, losses = st.integers(1, 40), st.floats(0, 9)
+    made = []
+    for _ in range(draw(st.integers(1, 4))):
+        least = draw(st.sampled_from([0, 0, 7, 90]))
+        smaller = st.builds(lambda n, loss, low=least: Choice(1, (low + n) * unit, loss), steps, losses)
+        made.append([Choice(51, least * unit, 0.0), *draw(st.lists(smaller, max_size=4))])
+    return made
 
 
 @given(items=items(), share=st.floats(0, 1.1))

@@ -22,23 +22,31 @@ def allocate(items: Sequence[Sequence[Choice]], needed: int) -> list[Choice]:
     """One choice of each item, so that at least `needed` weights go at the least total loss.
 
     An exact knapsack by dynamic programming over the weights removed, in units of their greatest common divisor. (Where
-    that makes more than `FINEST` steps, removals are rounded down to a coarser unit: still never too few.) Among equal
-    losses the smaller removal wins. Raises ValueError if all items together cannot remove `needed`.
+    that makes more than `FINEST` steps, removals are rounded down to a coarser unit: still never too few.) In each item
+    the choice that removes least must also lose least. Among equal losses the smaller removal wins. Raises ValueError
+    if all items together cannot remove `needed`.
     """
-    unit = math.gcd(*(choice.removed for item in items for choice in item)) or 1
-    unit = max(unit, -(-needed // FINEST))
-    target = -(-needed // unit)
-    if sum(max(choice.removed // unit for choice in item) for item in items) < target:
+    least = [min(choice.removed for choice in item) for item in items]  # is removed in any case
+    target = max(0, needed - sum(least))
+    extra = [[choice.removed - low for choice in item] for item, low in zip(items, least, strict=True)]
+    unit = max(math.gcd(*(removed for item in extra for removed in item)), -(-target // FINEST), 1)
+    target = -(-target // unit)
+    steps = [[removed // unit for removed in item] for item in extra]
+    if sum(map(max, steps)) < target:
         raise ValueError("no choice removes enough")
-    # One item may jump over the target by its whole removal.
-    states = target + max(choice.removed // unit for item in items for choice in item) + 1
-    loss = torch.full((states,), float("inf"), dtype=torch.float64)
+    # One item may jump over the target by its whole removal; jumping further never pays.
+    loss = torch.full((target + max(map(max, steps)) + 1,), float("inf"), dtype=torch.float64)
     loss[0] = 0
     chosen = []
-    for item in items:
-        loss, which = _add_item(loss, [choice.removed // unit for choice in item], [choice.loss for choice in item])
+    for item, item_steps in zip(items, steps, strict=True):
+        loss, which = _add_item(loss, item_steps, [choice.loss for choice in item])
         chosen.append(which)
-    return _trace(items, chosen, target + int(loss[target:].argmin()), unit)
+    state, found = target + int(loss[target:].argmin()), []
+    for item, item_steps, which in reversed(list(zip(items, steps, chosen, strict=True))):
+        index = int(which[state])
+        found.append(item[index])
+        state -= item_steps[index]
+    return found[::-1]
 
 
 def _add_item(loss: torch.Tensor, steps: list[int], losses: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,15 +58,6 @@ def _add_item(loss: torch.Tensor, steps: list[int], losses: list[float]) -> tupl
         which[step:].masked_fill_(reached < best_there, index)
         torch.minimum(best_there, reached, out=best_there)
     return best, which
-
-
-def _trace(items: Sequence[Sequence[Choice]], chosen: list[torch.Tensor], state: int, unit: int) -> list[Choice]:
-    found = []
-    for item, which in zip(reversed(items), reversed(chosen), strict=True):
-        choice = item[int(which[state])]
-        found.append(choice)
-        state -= choice.removed // unit
-    return found[::-1]
 
 
 def sizes(full: int, multiple: int) -> list[int]:
