@@ -70,6 +70,8 @@ SeqLen = Annotated[int, typer.Option(help="Tokens a block.")]
 BatchSize = Annotated[int, typer.Option(help="Blocks a forward.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16, float16.")]
+HeadMultiple = Annotated[int, typer.Option(help="Head size is a multiple of this.")]
+MlpMultiple = Annotated[int, typer.Option(help="MLP width is a multiple of this.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 DEFAULT_WORK = Path("a3-work")
@@ -135,8 +137,8 @@ def solve(
     ] = "stock",
     context: Annotated[int | None, typer.Option(help="Longest text to serve (default: the model's limit).")] = None,
     components: Annotated[str, typer.Option(help="What may be cut, of qk,ov,mlp.")] = "qk,ov,mlp",
-    head_multiple: Annotated[int, typer.Option(help="Head size is a multiple of this.")] = 8,
-    mlp_multiple: Annotated[int, typer.Option(help="MLP width is a multiple of this.")] = 64,
+    head_multiple: HeadMultiple = 8,
+    mlp_multiple: MlpMultiple = 64,
     ridge: Annotated[float, typer.Option(help="Damping of the refits, relative to the Gram's mean diagonal.")] = 1e-6,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Sweep once more: refit each layer on what the cuts before it left.")
@@ -186,8 +188,8 @@ def pareto(
     split: Split = None,
     samples: Annotated[int | None, typer.Option(help="At most so many blocks (default: all).")] = None,
     seq_len: SeqLen = 2048,
-    head_multiple: Annotated[int, typer.Option(help="Head size is a multiple of this.")] = 8,
-    mlp_multiple: Annotated[int, typer.Option(help="MLP width is a multiple of this.")] = 64,
+    head_multiple: HeadMultiple = 8,
+    mlp_multiple: MlpMultiple = 64,
     sequential: Annotated[bool, typer.Option("--sequential", help="Measure with the sequential correction.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",

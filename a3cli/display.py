@@ -137,8 +137,8 @@ def print_pareto(result: Json) -> None:
         figures = [f"{100 * point['budget_reached']:.2f} %", *sizes, f"{point['kv_bytes_per_token']['after']:,}"]
         figures.append(f"{point['predicted_loss']:.4g}")
         if "measured" in point:
-            result = point["measured"]
-            figures += [f"{result['perplexity']:.4g}", f"{result['kl']:.4f}", f"{100 * result['top1_agreement']:.1f} %"]
+            found = point["measured"]
+            figures += [f"{found['perplexity']:.4g}", f"{found['kl']:.4f}", f"{100 * found['top1_agreement']:.1f} %"]
         table.add_row(point["variant"], asked, *figures)
     _print(table)
 

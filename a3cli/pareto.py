@@ -1,6 +1,6 @@
 """One calibration → loss against size, for every method at many budgets: predicted, and measured where text is given.
 
-Error curves are made once for each method; each budget is then only an allocation. Measuring solves, exports and
+Error curves are made once for each method; each budget is then only an allocation. Measuring projects, exports and
 evaluates in a temporary folder inside the work folder; the solution that is there is left alone.
 """
 
@@ -26,7 +26,7 @@ from a3cli.solve import (
     describe_result,
     predicted_loss,
     read_calibration,
-    solve,
+    write_solution,
 )
 from a3cli.sweep import Progress
 from a3cli.work import Json, Work, read_json, replacing
@@ -55,17 +55,18 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress) -> Json:
             log.info("error curves: %s", name)
             base = settings_of(settings, variant, settings.budgets[0])
             check_settings(base)
-            _, curves = analyse(base, model, work)
+            method, curves = analyse(base, model, work)
             for budget in settings.budgets:
                 chosen = settings_of(settings, variant, budget)
-                points.append({"variant": name, **point(chosen, model, calibration, curves)})
+                found = {"variant": name, **point(chosen, model, calibration, curves)}
+                if settings.text and "error" not in found:
+                    with making_scratch(work.scratch):
+                        borrowed = work.borrowed_by(work.scratch / "work")
+                        write_solution(chosen, borrowed, calibration, method, curves, progress)
+                        found["measured"] = measure(chosen, settings.text, borrowed, work.scratch / "export")
+                points.append(found)
         if all("error" in each for each in points):
             raise A3Error(points[0]["error"])
-        if settings.text:
-            for each in points:
-                if "error" not in each:
-                    solved = settings_of(settings, VARIANTS[each["variant"]], each["budget_asked"])
-                    each["measured"] = measure(solved, settings.text, work, progress)
     return {"model": model.source.name, "calibration": calibration["sha256"], "points": points}
 
 
@@ -96,26 +97,23 @@ def mean_sizes(sizes: list[LayerSizes]) -> Json:
     return {name: sum(getattr(size, name) for size in sizes) / len(sizes) for name in ("qk", "ov", "mlp")}
 
 
-def measure(settings: SolveSettings, text: TextSettings, work: Work, progress: Progress) -> Json:
-    """Perplexity, KL and agreement of one point, solved and exported in folders that are gone afterwards."""
+def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) -> Json:
+    """Perplexity, KL and agreement of the solution in `work`, exported to `out`."""
     source = read_json(work.source)
     log.info("measuring %s, %s, at %g", settings.method, settings.shape, settings.budget)
-    with making_scratch(work.scratch):
-        borrowed, out = work.borrowed_by(work.scratch / "work"), work.scratch / "export"
-        solve(settings, borrowed, overwrite=True, progress=progress)
-        export(out, ExportSettings(), borrowed)
-        result = evaluate(
-            EvalSettings(
-                model=str(out),
-                against=source["model"],
-                against_revision=source["revision"],
-                text=text,
-                device=settings.device,
-                dtype=settings.dtype,
-                batch_size=settings.batch_size,
-                trust_remote_code=settings.shape == "per-layer",  # the code is our own
-            )
+    export(out, ExportSettings(), work)
+    result = evaluate(
+        EvalSettings(
+            model=str(out),
+            against=source["model"],
+            against_revision=source["revision"],
+            text=text,
+            device=settings.device,
+            dtype=settings.dtype,
+            batch_size=settings.batch_size,
+            trust_remote_code=settings.shape == "per-layer",  # the code is our own
         )
+    )
     wanted = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
     return {key: result[key] for key in wanted}
 

@@ -8,7 +8,7 @@ one-shot weights, so that few tokens do not over-fit. Weights are read once; mem
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class SmallerDecoder(Decoder):
         slots: Sequence[Sequence[float]],
         solution: Callable[[int], Tensors],
     ) -> None:
-        self._original, self._solution = model, solution
+        self._solution = solution
         config = copy.deepcopy(model.config)
         config.per_layer_config = per_layer_config(sizes, slots)
         super().__init__(model, machine, config=config)
@@ -50,7 +50,7 @@ class SmallerDecoder(Decoder):
     def build(self, config: object, dtype: torch.dtype) -> nn.Module:
         from a3cli.modeling import modeling_a3_llama
 
-        kind = getattr(modeling_a3_llama, self._original.family.per_layer_class)
+        kind = getattr(modeling_a3_llama, self.family.per_layer_class)
         network: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
         return network
 
@@ -59,10 +59,10 @@ class SmallerDecoder(Decoder):
         if found is None:
             return super().read(tensor, shape)
         layer, role, kind = found
-        full = self._original.shape.linear_shapes().get(role)
+        full = self.shape.linear_shapes().get(role)
         original = shape if full is None else torch.Size(full if kind == "weight" else full[:1])
         value = super().read(tensor, original)
-        return apply_projection(value, role, self._solution(layer), self._original.shape, fold_scale=False)
+        return apply_projection(value, role, self._solution(layer), self.shape, fold_scale=False)
 
 
 @dataclass
@@ -209,11 +209,7 @@ class _Layer:
             sums.add(seen.pop(), without_bias(linear, out - middle + DRIFT * (middle - middles.pop())))
 
     def _run_small(self, start: int, count: int) -> torch.Tensor:
-        arguments = self.calls[1][count][self.index]
-        try:
-            return run_layer(self.small, self._small_in(start, count), arguments, self.decoder)
-        except StopForward:
-            return torch.empty(0)
+        return run_layer(self.small, self._small_in(start, count), self.calls[1][count][self.index], self.decoder)
 
     def _small_in(self, start: int, count: int) -> torch.Tensor:
         return self._read(self.streams.small_in, start, count)
@@ -243,7 +239,7 @@ def without_bias(linear: nn.Linear, target: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def inputs_of(module: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
-    """Collect what a module is given; with `stop`, end the forward there."""
+    """Collect what a module is given; with `stop`, the forward, and with it the block, ends there."""
     seen: list[torch.Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -253,6 +249,7 @@ def inputs_of(module: nn.Module, *, stop: bool = False) -> Iterator[list[torch.T
 
     handle = module.register_forward_pre_hook(keep)
     try:
-        yield seen
+        with suppress(StopForward):
+            yield seen
     finally:
         handle.remove()

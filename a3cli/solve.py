@@ -47,46 +47,57 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool, progress: Pro
     check_settings(settings)
     calibration = read_calibration(work)
     with work.locked():
-        request = {"settings": settings.model_dump(mode="json"), "calibration": calibration["sha256"]}
-        if finished := finished_manifest(work, request, overwrite=overwrite):
+        if finished := finished_manifest(work, describe_request(settings, calibration), overwrite=overwrite):
             return finished
         model = open_calibrated_source(work, calibration)
         check_statistics(work, calibration)
         method, curves = analyse(settings, model, work)
-        layers = range(model.shape.layers)
-        sizes = choose_sizes(settings, model.shape, curves)
+        return write_solution(settings, work, calibration, method, curves, progress)
 
-        with replacing_folder(work.solution) as partial:
-            files = [partial / work.layer_solution(layer).name for layer in layers]
-            errors = []
-            for layer in layers:
-                inputs = LayerInputs(model, work, layer)
-                solution = project(method, inputs, sizes[layer])
-                errors.append(score_errors(method, inputs, solution, sizes[layer].qk))
-                write_tensors(files[layer], solution)
-            slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
-            if settings.sequential:
-                correct(model, settings, work, sizes, slots, files, progress)
-            manifest = {
-                "request": request,
-                **describe_result(model, settings, calibration, sizes),
-                "rope_slots": slots if method.per_layer else slots[0] if sizes[0].qk < model.shape.head_dim else None,
-                "context": settings.context or model.rope.context,
-                "predicted_loss": predicted_loss(curves, sizes),
-                "predicted_score_error": mean_by_distance(errors),
-                "per_layer": [
-                    {
-                        **method.describe(layer),
-                        "curves": describe_curves(curves[layer]),
-                        "score_error": errors[layer],
-                        "tokens_per_dimension": tokens_per_dimension(model.shape, calibration),
-                    }
-                    for layer in layers
-                ],
-                "layers": [hash_file(file) for file in files],
-                "versions": versions(),
-            }
-            return write_manifest(partial / work.solution_manifest.name, manifest)
+
+def describe_request(settings: SolveSettings, calibration: Json) -> Json:
+    """Everything that a solution depends on."""
+    return {"settings": settings.model_dump(mode="json"), "calibration": calibration["sha256"]}
+
+
+def write_solution(
+    settings: SolveSettings, work: Work, calibration: Json, method: Method, curves: list[Curves], progress: Progress
+) -> Json:
+    """Choose sizes from an analysis that is done, and write each layer's projections; returns the manifest."""
+    model = method.model
+    layers = range(model.shape.layers)
+    sizes = choose_sizes(settings, model.shape, curves)
+    with replacing_folder(work.solution) as partial:
+        files = [partial / work.layer_solution(layer).name for layer in layers]
+        errors = []
+        for layer in layers:
+            inputs = LayerInputs(model, work, layer)
+            solution = project(method, inputs, sizes[layer])
+            errors.append(score_errors(method, inputs, solution, sizes[layer].qk))
+            write_tensors(files[layer], solution)
+        slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
+        if settings.sequential:
+            correct(model, settings, work, sizes, slots, files, progress)
+        manifest = {
+            "request": describe_request(settings, calibration),
+            **describe_result(model, settings, calibration, sizes),
+            "rope_slots": slots if method.per_layer else slots[0] if sizes[0].qk < model.shape.head_dim else None,
+            "context": settings.context or model.rope.context,
+            "predicted_loss": predicted_loss(curves, sizes),
+            "predicted_score_error": mean_by_distance(errors),
+            "per_layer": [
+                {
+                    **method.describe(layer),
+                    "curves": describe_curves(curves[layer]),
+                    "score_error": errors[layer],
+                    "tokens_per_dimension": tokens_per_dimension(model.shape, calibration),
+                }
+                for layer in layers
+            ],
+            "layers": [hash_file(file) for file in files],
+            "versions": versions(),
+        }
+        return write_manifest(partial / work.solution_manifest.name, manifest)
 
 
 def analyse(settings: SolveSettings, model: Model, work: Work) -> tuple[Method, list[Curves]]:

@@ -12,7 +12,6 @@ Exit code 1 if a variant is worse than the paper's method at any distance by mor
 
 import argparse
 import itertools
-import json
 import math
 import shlex
 import subprocess
@@ -26,9 +25,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from recall_task import accuracy_by_distance, answer_queries, make_batch, to_text  # noqa: E402
+
+from benchmarks.results import a3, write_between  # noqa: E402
 
 VARIANTS = ("paper", "best", "best --shape per-layer")  # the first is what the others are held against
 SIZES = (
@@ -65,11 +66,6 @@ class Recall:
 
     hits: torch.Tensor
     filler_loss: float
-
-
-def a3(*arguments: object) -> dict:
-    command = [sys.executable, "-m", "a3cli", *map(str, arguments), "--json", "--quiet"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def load(model: Path) -> Any:
@@ -275,14 +271,6 @@ def growing_faster(measured: list[tuple[str, torch.Tensor]], size: str) -> list[
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def write_between(path: Path, table: str) -> None:
-    """Replace what stands between the markers."""
-    start, end = "<!-- long range -->\n", "\n<!-- end of long range -->"
-    text = path.read_text("utf-8")
-    before, after = text.split(start)[0], text.split(end)[1]
-    path.write_text(f"{before}{start}{table}{end}{after}", "utf-8")
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a recall model that is trained already")
@@ -313,7 +301,7 @@ def main() -> None:
     print(tables)
     print("\n".join(failures) or "no variant is worse than the first at any distance or position", file=sys.stderr)
     if args.write:
-        write_between(args.write, tables)
+        write_between(args.write, "long range", tables)
     sys.exit(1 if failures else 0)
 
 

@@ -40,7 +40,7 @@ from a3cli.settings import TextSettings  # noqa: E402
 from a3cli.text import evaluation_blocks, load_tokenizer  # noqa: E402
 from a3cli.work import Work  # noqa: E402
 from benchmarks.baselines import BASELINES, Calibration  # noqa: E402
-from benchmarks.results import split_lines  # noqa: E402
+from benchmarks.results import split_lines, write_between  # noqa: E402
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4)
 SEEDS = (0, 1, 2)
@@ -324,13 +324,6 @@ def spread_of(values: list[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    start, end = "<!-- quality -->\n", "\n<!-- end of quality -->"
-    whole = path.read_text("utf-8")
-    before, after = whole.split(start)[0], whole.split(end)[1]
-    path.write_text(f"{before}{start}{text}{end}{after}", "utf-8")
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path)
@@ -370,7 +363,7 @@ def main() -> None:
     printed = table([cell for cell in results.cells if cell["blocks"] == plan.blocks])
     print(printed)
     if args.write:
-        write_between_markers(args.write, printed)
+        write_between(args.write, "quality", printed)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,14 @@ def line(cells: list[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers `<!-- name -->` and `<!-- end of name -->`."""
+    start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    whole = path.read_text("utf-8")
+    before, after = whole.split(start)[0], whole.split(end)[1]
+    path.write_text(f"{before}{start}{text}{end}{after}", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path)
@@ -151,10 +159,7 @@ def main() -> None:
     table = "\n".join([HEADER, "|" + "---|" * HEADER.count(" |"), *rows])
     print(table)
     if args.write:
-        text = args.write.read_text("utf-8")
-        start, end = "<!-- table -->\n", "\n<!-- end of table -->"
-        before, after = text.split(start)[0], text.split(end)[1]
-        args.write.write_text(f"{before}{start}{table}{end}{after}", "utf-8")
+        write_between(args.write, "table", table)
 
 
 if __name__ == "__main__":

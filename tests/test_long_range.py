@@ -155,5 +155,5 @@ def test_growth_with_position_is_flagged(long_range):
 def test_tables_go_between_the_markers(long_range, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- long range -->\nold\n<!-- end of long range -->\nafter\n")
-    long_range.write_between(page, "| new |")
+    long_range.write_between(page, "long range", "| new |")
     assert page.read_text() == "before\n\n<!-- long range -->\n| new |\n<!-- end of long range -->\nafter\n"

@@ -67,7 +67,7 @@ def test_table(tmp_path):
     cells += [made_up("svd_llm", seed, 1.0 + 3 * seed) for seed in (0, 1)] + [made_up("svd", 0, 6.0)]
     document = tmp_path / "results.md"
     document.write_text("before\n<!-- quality -->\nold\n<!-- end of quality -->\nafter\n", "utf-8")
-    quality.write_between_markers(document, quality.table(cells))
+    quality.write_between(document, "quality", quality.table(cells))
     lines = document.read_text("utf-8").splitlines()
     assert [lines[0], lines[1], lines[-2], lines[-1]] == [
         "before",

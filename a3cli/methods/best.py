@@ -8,6 +8,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -53,7 +54,7 @@ class BestLayer:
     key_ranks: list[float]
     channel_rank: float
 
-    @property
+    @cached_property
     def heads(self) -> HeadStatistics:
         return head_statistics(self.q_gram, self.k_gram, self.k_mean)
 
