@@ -72,6 +72,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU, the checkpoint's on GPU), float32, bfloat16, float16.")]
 HeadMultiple = Annotated[int, typer.Option(help="Head size is a multiple of this.")]
 MlpMultiple = Annotated[int, typer.Option(help="MLP width is a multiple of this.")]
+Sensitivity = Annotated[
+    str, typer.Option(help="What a loss counts for: residual (predicted, free) or probe (KL measured in one sweep).")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 DEFAULT_WORK = Path("a3-work")
@@ -140,9 +143,15 @@ def solve(
     head_multiple: HeadMultiple = 8,
     mlp_multiple: MlpMultiple = 64,
     ridge: Annotated[float, typer.Option(help="Damping of the refits, relative to the Gram's mean diagonal.")] = 1e-6,
+    sensitivity: Sensitivity = "residual",
+    probe_blocks: Annotated[int, typer.Option(help="Calibration blocks that probes are measured on.")] = 8,
+    probe_points: Annotated[int, typer.Option(help="Sizes probed of each component of each layer.")] = 4,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Sweep once more: refit each layer on what the cuts before it left.")
     ] = False,
+    refit_rounds: Annotated[
+        int, typer.Option(help="Gauss-Newton rounds for gate and up in --sequential; 0 refits output projections only.")
+    ] = 2,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 1,
@@ -166,7 +175,11 @@ def solve(
         head_multiple=head_multiple,
         mlp_multiple=mlp_multiple,
         ridge=ridge,
+        sensitivity=sensitivity,
+        probe_blocks=probe_blocks,
+        probe_points=probe_points,
         sequential=sequential,
+        refit_rounds=refit_rounds,
         device=device,
         dtype=dtype,
         batch_size=batch_size,
@@ -190,6 +203,7 @@ def pareto(
     seq_len: SeqLen = 2048,
     head_multiple: HeadMultiple = 8,
     mlp_multiple: MlpMultiple = 64,
+    sensitivity: Sensitivity = "residual",
     sequential: Annotated[bool, typer.Option("--sequential", help="Measure with the sequential correction.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -206,6 +220,7 @@ def pareto(
         budgets=budgets,
         head_multiple=head_multiple,
         mlp_multiple=mlp_multiple,
+        sensitivity=sensitivity,
         sequential=sequential,
         text=dataset and text_settings(dataset, text_field, split, False, samples, seq_len, 0),
         device=device,

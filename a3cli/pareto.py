@@ -55,7 +55,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress) -> Json:
             log.info("error curves: %s", name)
             base = settings_of(settings, variant, settings.budgets[0])
             check_settings(base)
-            method, curves = analyse(base, model, work)
+            method, curves = analyse(base, model, work, calibration, progress)
             for budget in settings.budgets:
                 chosen = settings_of(settings, variant, budget)
                 found = {"variant": name, **point(chosen, model, calibration, curves)}
@@ -71,7 +71,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress) -> Json:
 
 
 def settings_of(settings: ParetoSettings, variant: dict[str, str], budget: float) -> SolveSettings:
-    shared = ("head_multiple", "mlp_multiple", "sequential", "device", "dtype", "batch_size")
+    shared = ("head_multiple", "mlp_multiple", "sensitivity", "sequential", "device", "dtype", "batch_size")
     return SolveSettings.model_validate(
         {"budget": budget, **variant, **{name: getattr(settings, name) for name in shared}}
     )

@@ -9,9 +9,10 @@ A layer's solution has, for a QK rank r < h, an OV rank s < h (the same in the s
     output_weight [d, H·s]    the refit output projection itself        (best)
     channels [m]              kept MLP channels, ascending
     down_weight [d, m]        the refit down projection itself          (best; else columns are copied)
+    down_bias [d]             its bias with what the dropped channels were on average, where the MLP has biases   (best)
 
 Each of the three groups, QK, OV and MLP, is absent where the layer keeps that component; a sequential solution has the
-refit `output_weight` and `down_weight` of every layer.
+refit `output_weight` and `down_weight` of every layer, and `gate_weight` and `up_weight` `[m, d]`.
 """
 
 import torch
@@ -29,7 +30,7 @@ def apply_projection(
     that computes `r^-½` from the smaller head.
     """
     if role == "mlp_norm" or (tensor.ndim == 1 and role in ("o", "down")):
-        return tensor
+        return solution.get(f"{role}_bias", tensor)
     if role in ("gate", "up", "down"):
         return _keep_channels(tensor, role, solution)
     if role in ("q", "k"):
@@ -44,8 +45,8 @@ def apply_projection(
 
 
 def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch.Tensor:
-    if role == "down" and "down_weight" in solution:
-        return solution["down_weight"]
+    if tensor.ndim == 2 and f"{role}_weight" in solution:
+        return solution[f"{role}_weight"]
     if "channels" not in solution:
         return tensor
     return tensor[:, solution["channels"]] if role == "down" else tensor[solution["channels"]]

@@ -3,66 +3,39 @@
 A second sweep runs the source and the smaller model side by side over the calibration blocks. In each layer the output
 projection, then the down projection, are fitted by least squares on the smaller model's own activations to what the
 source's layer puts out, plus half of the drift that has built up in the residual stream. The ridge pulls towards the
-one-shot weights, so that few tokens do not over-fit. Weights are read once; memory holds one layer of both models.
+one-shot weights, so that few tokens do not over-fit. Then the MLP's gate and up projections are fitted to the same
+target by Gauss-Newton steps (`solvers/gauss_newton.py`), each followed by another fit of the down projection.
+Weights are read once; memory holds one layer of both models.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from a3cli.errors import A3Error
-from a3cli.families import LayerSizes, Role, per_layer_config
-from a3cli.machine import Machine
-from a3cli.model import Model
+from a3cli.families import Role
 from a3cli.moments import Tensors
-from a3cli.projections import apply_projection
+from a3cli.smaller import SmallerDecoder
+from a3cli.solvers.gauss_newton import gauss_newton_step
 from a3cli.solvers.linalg import solve_ridge
 from a3cli.sweep import Arguments, Decoder, HiddenStates, Progress, StopForward, embed_all, run_layer
 
 DRIFT = 0.5  # share of the stream's drift that each refit is asked to take back; 0.5 was better than 0 and 1
 RIDGE = 1e-2  # towards the one-shot weights, relative to the mean diagonal of the activations' Gram matrix
-
-
-class SmallerDecoder(Decoder):
-    """The model that a solution makes, its layers projected when they are read.
-
-    It is built in the per-layer shape whatever will be exported: one way to run it, and no scale folded into queries.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        machine: Machine,
-        sizes: Sequence[LayerSizes],
-        slots: Sequence[Sequence[float]],
-        solution: Callable[[int], Tensors],
-    ) -> None:
-        self._solution = solution
-        config = copy.deepcopy(model.config)
-        config.per_layer_config = per_layer_config(sizes, slots)
-        super().__init__(model, machine, config=config)
-
-    def build(self, config: object, dtype: torch.dtype) -> nn.Module:
-        from a3cli.modeling import modeling_a3_llama
-
-        kind = getattr(modeling_a3_llama, self.family.per_layer_class)
-        network: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
-        return network
-
-    def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
-        found = self.family.find_role(tensor)
-        if found is None:
-            return super().read(tensor, shape)
-        layer, role, kind = found
-        full = self.shape.linear_shapes().get(role)
-        original = shape if full is None else torch.Size(full if kind == "weight" else full[:1])
-        value = super().read(tensor, original)
-        return apply_projection(value, role, self._solution(layer), self.shape, fold_scale=False)
+DAMPING = 1e-3  # of a Gauss-Newton step, relative to the problem's own curvature
+ITERATIONS = 8  # of conjugate gradients in one; a second step gains more than further iterations of the first
+REFIT_NAMES: dict[Role, str] = {
+    "o": "output_weight",
+    "gate": "gate_weight",
+    "up": "up_weight",
+    "down": "down_weight",
+}
+HALVINGS = 3  # of a step that does not lower the error, before it is given up
 
 
 @dataclass
@@ -71,9 +44,11 @@ class LeastSquares:
 
     gram: torch.Tensor | None = None
     cross: torch.Tensor | None = None
+    energy: float = 0.0
 
     def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
         x, target = (part.reshape(-1, part.shape[-1]).float() for part in (x, target))
+        self.energy += target.square().sum(dtype=torch.float64).item()
         if self.gram is None or self.cross is None:
             self.gram, self.cross = x.mT @ x, x.mT @ target
         else:
@@ -87,6 +62,13 @@ class LeastSquares:
         gram, start = self.gram.double(), weight.double().mT
         return (start + solve_ridge(gram, self.cross.double() - gram @ start, ridge=RIDGE)).mT
 
+    def error(self, weight: torch.Tensor) -> float:
+        """`Σ ‖x Wᵀ − t‖²` of a weight `[d, m]`."""
+        assert self.gram is not None
+        assert self.cross is not None
+        wide = weight.double().mT
+        return self.energy + (wide * (self.gram.double() @ wide - 2 * self.cross.double())).sum().item()
+
 
 def refit_sequentially(
     source: Decoder,
@@ -95,9 +77,11 @@ def refit_sequentially(
     *,
     folder: Path,
     batch_size: int,
+    rounds: int,
     progress: Progress,
 ) -> Iterator[tuple[int, Tensors]]:
-    """Each layer's refit `output_weight` `[d, H·s]` and `down_weight` `[d, m]`, float32, in order.
+    """Each layer's refit `output_weight` `[d, H·s]`, `down_weight` `[d, m]` and, with `rounds` of Gauss-Newton,
+    `gate_weight` and `up_weight` `[m, d]`, float32, in order.
 
     `folder` takes the hidden-state files. Raises A3Error where a fit fails or activations are not finite.
     """
@@ -106,19 +90,19 @@ def refit_sequentially(
     for index in range(source.shape.layers):
         streams.at(index)
         with source.layer(index) as full, smaller.layer(index) as small:
-            step = _Layer(source, full, small, streams, calls, index, batch_size)
-            refit = step.refit()
+            refit = _Layer(source, full, small, streams, calls, index, batch_size).refit(rounds)
         progress(layer=index, layers=source.shape.layers, tokens=blocks.numel(), total_tokens=blocks.numel())
         yield index, refit
 
 
 class Streams:
-    """Hidden states of both models and of the source's middle, after attention, for all blocks."""
+    """For all blocks: hidden states of both models, the source's after attention, and what the MLP is fitted on."""
 
     def __init__(self, folder: Path, decoder: Decoder, blocks: torch.Tensor) -> None:
         self._folder, self._decoder, self.blocks = folder, decoder, blocks
-        self.middle = self._file("middle")
-        self.middle.create()
+        self.middle, self.mlp_in, self.mlp_target = (self._file(name) for name in ("middle", "mlp-in", "mlp-target"))
+        for stream in (self.middle, self.mlp_in, self.mlp_target):
+            stream.create()
         self.at(0)
 
     def _file(self, name: str) -> HiddenStates:
@@ -161,16 +145,66 @@ class _Layer:
         self.decoder, self.full, self.small, self.streams, self.index = decoder, full, small, streams, index
         self.calls, self.batch_size = calls, batch_size
 
-    @torch.inference_mode()
-    def refit(self) -> Tensors:
-        output = self._fit("o", self._fit_attention)
-        down = self._fit("down", self._fit_mlp)
+    @torch.no_grad()  # not inference mode: Gauss-Newton takes derivatives
+    def refit(self, rounds: int) -> Tensors:
+        self._fit("o", self._fit_attention)
+        error = self._fit("down", self._fit_mlp)
+        for _ in range(rounds):
+            error = self._improve_inputs(error)
         for start, count in self._batches():
             self.streams.small_out.write(start, self._run_small(start, count))
-        return {"output_weight": output, "down_weight": down}
+        refit: list[Role] = ["o", "down", *(self._mlp_inputs if rounds else ())]
+        return {REFIT_NAMES[role]: self._linear(role).weight.float().cpu().clone() for role in refit}
 
-    def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> torch.Tensor:
-        """Collect, solve, and put the new weight in the smaller layer."""
+    def _improve_inputs(self, error: float) -> float:
+        """One Gauss-Newton step of gate and up, and a new fit of down; as before if the error does not fall."""
+        linears = [self._linear(role) for role in (*self._mlp_inputs, "down")]
+        before = [linear.weight.clone() for linear in linears]
+        step = self._gauss_newton_step()
+        for halving in range(HALVINGS):
+            for linear, old, change in zip(linears, before, step, strict=False):  # down has no step
+                linear.weight.copy_(old + 0.5**halving * change)
+            linears[-1].weight.copy_(before[-1])
+            reached = self._fit("down", self._fit_down_again)
+            if reached < error:
+                return reached
+        for linear, old in zip(linears, before, strict=True):
+            linear.weight.copy_(old)
+        return error
+
+    def _gauss_newton_step(self) -> torch.Tensor:
+        """Steps of the weights `[n, m, d]` of the linear layers that read the MLP's input."""
+        linears = [self._linear(role) for role in self._mlp_inputs]
+        weights = torch.stack([linear.weight for linear in linears]).float()
+        biases = torch.stack(
+            [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
+        ).float()
+
+        def block(before: torch.Tensor) -> torch.Tensor:
+            with outputs_given(linears, before.to(linears[0].weight.dtype).unbind(1)):
+                outputs: torch.Tensor = self._mlp(before)  # its input goes nowhere
+            return outputs.float()
+
+        return gauss_newton_step(block, weights, biases, self._mlp_batches, damping=DAMPING, iterations=ITERATIONS)
+
+    def _mlp_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs of the smaller MLP and what it is to put out, `[tokens, d]`."""
+        for start, count in self._batches():
+            x, target = (self._read(each, start, count) for each in (self.streams.mlp_in, self.streams.mlp_target))
+            yield x.flatten(0, 1).float(), target.flatten(0, 1).float()
+
+    @property
+    def _mlp(self) -> nn.Module:
+        """What holds the MLP's linear layers."""
+        return self.small.get_submodule(self.decoder.family.modules["down"].rpartition(".")[0])
+
+    @property
+    def _mlp_inputs(self) -> tuple[Role, ...]:
+        roles: tuple[Role, ...] = ("gate", "up")
+        return tuple(role for role in roles if role in self.decoder.family.modules)
+
+    def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> float:
+        """Collect, solve, and put the new weight in the smaller layer; returns the squared error that is left."""
         sums = LeastSquares()
         collect(sums)
         linear = self._linear(role)
@@ -184,7 +218,7 @@ class _Layer:
         if not torch.isfinite(weight).all():
             raise A3Error(f"layer {self.index}: activations are not finite; compute in a wider type (--dtype float32)")
         linear.weight.copy_(weight)
-        return weight.float().cpu().contiguous()
+        return sums.error(linear.weight)
 
     def _fit_attention(self, sums: LeastSquares) -> None:
         linear = self._linear("o")
@@ -204,9 +238,24 @@ class _Layer:
         for start, count in self._batches():
             middle = self._read(self.streams.middle, start, count)
             out = self._read(self.streams.full_out, start, count)
-            with inputs_of(self._module(self.small, "mlp_norm")) as middles, inputs_of(linear, stop=True) as seen:
+            with (
+                inputs_of(self._module(self.small, "mlp_norm")) as middles,
+                inputs_of(self._linear("up")) as inputs,
+                inputs_of(linear, stop=True) as seen,
+            ):
                 self._run_small(start, count)
-            sums.add(seen.pop(), without_bias(linear, out - middle + DRIFT * (middle - middles.pop())))
+            target = out - middle + DRIFT * (middle - middles.pop())
+            self.streams.mlp_in.write(start, inputs.pop())
+            self.streams.mlp_target.write(start, target)
+            sums.add(seen.pop(), without_bias(linear, target))
+
+    def _fit_down_again(self, sums: LeastSquares) -> None:
+        """On what `_fit_mlp` has written, with the gate and up projections of now."""
+        linear = self._linear("down")
+        for start, count in self._batches():
+            with inputs_of(linear, stop=True) as seen:
+                self._mlp(self._read(self.streams.mlp_in, start, count))
+            sums.add(seen.pop(), without_bias(linear, self._read(self.streams.mlp_target, start, count)))
 
     def _run_small(self, start: int, count: int) -> torch.Tensor:
         return run_layer(self.small, self._small_in(start, count), self.calls[1][count][self.index], self.decoder)
@@ -229,6 +278,22 @@ class _Layer:
         linear = self._module(self.small, role)
         assert isinstance(linear, nn.Linear)
         return linear
+
+
+@contextmanager
+def outputs_given(linears: Sequence[nn.Linear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let linear layers put out these tensors, whatever they are given."""
+    try:
+        for linear, output in zip(linears, outputs, strict=True):
+            linear.forward = partial(_given, output)  # type: ignore[method-assign]
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def _given(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
+    return output
 
 
 def without_bias(linear: nn.Linear, target: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,11 @@ class SolveSettings(Settings):
     mlp_multiple: int = Field(default=64, ge=1)
     eigenvalue_floor: float = Field(default=1e-10, ge=0, lt=1)
     ridge: float = Field(default=1e-6, ge=0)
+    sensitivity: Literal["residual", "probe"] = "residual"
+    probe_blocks: int = Field(default=8, ge=1)
+    probe_points: int = Field(default=4, ge=1)
     sequential: bool = False
+    refit_rounds: int = Field(default=2, ge=0)
     device: str = "auto"
     dtype: Dtype = "auto"
     batch_size: int = Field(default=1, ge=1)
@@ -104,6 +108,7 @@ class ParetoSettings(Settings):
     budgets: Annotated[tuple[Fraction, ...], BeforeValidator(parse_budgets), Field(min_length=1, max_length=1000)]
     head_multiple: int = Field(default=8, ge=1)
     mlp_multiple: int = Field(default=64, ge=1)
+    sensitivity: Literal["residual", "probe"] = "residual"
     sequential: bool = False
     text: TextSettings | None = None
     device: str = "auto"

@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import asdict, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from a3cli.machine import choose_machine
 from a3cli.methods import METHODS, Curves, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
+from a3cli.probe import probe, weigh
 from a3cli.projections import head_maps
-from a3cli.sequential import SmallerDecoder, refit_sequentially
+from a3cli.sequential import refit_sequentially
 from a3cli.settings import COMPONENTS, Component, SolveSettings
+from a3cli.smaller import Cut, SmallerDecoder
 from a3cli.solvers.allocate import Choice, allocate
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import score_error
@@ -51,7 +54,7 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool, progress: Pro
             return finished
         model = open_calibrated_source(work, calibration)
         check_statistics(work, calibration)
-        method, curves = analyse(settings, model, work)
+        method, curves = analyse(settings, model, work, calibration, progress)
         return write_solution(settings, work, calibration, method, curves, progress)
 
 
@@ -67,12 +70,13 @@ def write_solution(
     model = method.model
     layers = range(model.shape.layers)
     sizes = choose_sizes(settings, model.shape, curves)
+    method.settle(sizes)
     with replacing_folder(work.solution) as partial:
         files = [partial / work.layer_solution(layer).name for layer in layers]
         errors = []
         for layer in layers:
             inputs = LayerInputs(model, work, layer)
-            solution = project(method, inputs, sizes[layer])
+            solution = method.project(inputs, sizes[layer])
             errors.append(score_errors(method, inputs, solution, sizes[layer].qk))
             write_tensors(files[layer], solution)
         slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
@@ -100,7 +104,9 @@ def write_solution(
         return write_manifest(partial / work.solution_manifest.name, manifest)
 
 
-def analyse(settings: SolveSettings, model: Model, work: Work) -> tuple[Method, list[Curves]]:
+def analyse(
+    settings: SolveSettings, model: Model, work: Work, calibration: Json, progress: Progress
+) -> tuple[Method, list[Curves]]:
     """All layers seen by the method, and their error curves: whatever the budget, this is done once."""
     if settings.context is not None and settings.context > model.rope.context:
         raise A3Error(
@@ -110,7 +116,10 @@ def analyse(settings: SolveSettings, model: Model, work: Work) -> tuple[Method, 
     for layer in range(model.shape.layers):
         method.add_layer(LayerInputs(model, work, layer))
     method.share()
-    return method, [method.curves(layer) for layer in range(model.shape.layers)]
+    curves = [method.curves(layer) for layer in range(model.shape.layers)]
+    if settings.sensitivity == "probe":
+        curves = weigh(curves, probe(method, curves, work, calibration, progress))
+    return method, curves
 
 
 def check_settings(settings: SolveSettings) -> None:
@@ -161,18 +170,6 @@ def check_statistics(work: Work, calibration: Json) -> None:
         check_hash(work.statistics(layer), expected, "run a3 calibrate --overwrite")
 
 
-def project(method: Method, inputs: LayerInputs, sizes: LayerSizes) -> Tensors:
-    """What an export applies to one layer; a component that keeps its size has no entry."""
-    tensors: Tensors = {}
-    if sizes.qk < inputs.shape.head_dim:
-        tensors |= method.project_qk(inputs, sizes.qk)
-    if sizes.ov < inputs.shape.head_dim:
-        tensors |= method.project_ov(inputs, sizes.ov)
-    if sizes.mlp < inputs.shape.intermediate_size:
-        tensors |= method.project_mlp(inputs, sizes.mlp)
-    return tensors or {"unchanged": torch.zeros(0)}
-
-
 def correct(
     model: Model,
     settings: SolveSettings,
@@ -185,13 +182,23 @@ def correct(
     """Refit the layers' output projections in a second sweep over the calibration's blocks; `files` are rewritten."""
     machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
     blocks = load_file(work.tokens)["tokens"]
-    needed = 5 * blocks.numel() * model.shape.hidden_size * machine.dtype.itemsize
+    needed = 7 * blocks.numel() * model.shape.hidden_size * machine.dtype.itemsize
     check_space(work.folder, needed, "the sequential correction")
-    smaller = SmallerDecoder(model, machine, sizes, slots, lambda layer: load_file(files[layer]))
+    cuts = [
+        Cut(layer, size, own, partial(load_file, file))
+        for layer, (size, own, file) in enumerate(zip(sizes, slots, files, strict=True))
+    ]
+    smaller = SmallerDecoder(model, machine, cuts)
     streams = files[0].parent / "streams"  # in the unfinished solution: it goes with it if this is killed
     streams.mkdir()
     refits = refit_sequentially(
-        Decoder(model, machine), smaller, blocks, folder=streams, batch_size=settings.batch_size, progress=progress
+        Decoder(model, machine),
+        smaller,
+        blocks,
+        folder=streams,
+        batch_size=settings.batch_size,
+        rounds=settings.refit_rounds,
+        progress=progress,
     )
     for layer, refit in refits:
         write_tensors(files[layer], load_file(files[layer]) | refit)

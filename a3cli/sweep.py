@@ -180,11 +180,34 @@ class Decoder:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Hold one layer's weights."""
         module = self.layers[index]
-        self.load(self.family.layer_prefix(index), module)
+        self.load(self.source_prefix(index), module)
         try:
             yield module
         finally:
             module.to("meta")
+
+    def source_prefix(self, index: int) -> str:
+        """What the checkpoint's names of this layer's tensors begin with."""
+        return self.family.layer_prefix(index)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Hold what comes after the layers; yields hidden states `[B, T, d]` → logits `[B, T, V]`."""
+        embedding = self.family.embedding + ".weight"
+        every = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        names = [name for name in every if name != embedding and not name.startswith(self.family.layers + ".")]
+        for name in names:
+            stored = name if name in self.source.tensors else embedding  # tied
+            value = self.read(stored, self.model.get_parameter(name).shape)
+            set_module_tensor_to_device(self.model, name, self.machine.device, value=value, dtype=self.machine.dtype)
+        parent, _, attribute = self.family.layers.rpartition(".")
+        setattr(self.model.get_submodule(parent), attribute, nn.ModuleList())
+        try:
+            yield lambda hidden: self.model(inputs_embeds=hidden.to(self.machine.device), use_cache=False).logits
+        finally:
+            setattr(self.model.get_submodule(parent), attribute, self.layers)
+            for name in names:
+                set_module_tensor_to_device(self.model, name, "meta")
 
 
 @contextmanager

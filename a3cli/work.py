@@ -11,6 +11,8 @@ manifest is written last, so a folder with a manifest is a finished stage. Nobod
     calibration/manifest.json        written last
     solution/layer-000.safetensors … projections and kept indices
     solution/manifest.json           written last
+    probes/best-stock.json …         measured sensitivities of a method and shape
+    probes/progress.json, streams-{0,1}.bin   while they are measured
 """
 
 import hashlib
@@ -47,6 +49,7 @@ class Work:
         self.calibration_progress = self.calibration / "progress.json"
         self.solution_manifest = self.solution / "manifest.json"
         self.tokens = self.calibration / "tokens.safetensors"
+        self.probes = folder / "probes"
         self.scratch = folder / ".scratch"  # gone when the command ends, or else when the next one begins
 
     def borrowed_by(self, folder: Path) -> "Work":
@@ -54,6 +57,7 @@ class Work:
         other = Work(folder)
         other.source, other.calibration, other.tokens = self.source, self.calibration, self.tokens
         other.calibration_manifest, other.calibration_progress = self.calibration_manifest, self.calibration_progress
+        other.probes = self.probes
         return other
 
     def statistics(self, layer: int) -> Path:

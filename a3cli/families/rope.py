@@ -109,6 +109,26 @@ def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
     return parameters
 
 
+def evenly_spaced(rope: Rope, slots: Sequence[float]) -> list[list[float]]:
+    """Evenly spaced slots near the given ones that `affine_parameters` can write: candidates, best guess first.
+
+    The straight line nearest to the slots, and all pairs' span; from pair 0 where scaling composes only there.
+    """
+    if len(slots) < 2:
+        return []
+    last, count = len(rope.short) - 1, len(slots)
+    places = torch.arange(count, dtype=torch.float64)
+    wanted = torch.tensor(sorted(slots), dtype=torch.float64)
+    centred = places - places.mean()
+    step = float((centred * wanted).sum() / centred.square().sum())
+    start = min(max(float(wanted.mean() - step * places.mean()), 0.0), last - step * (count - 1))
+    lines = [(start, step), (0.0, last / (count - 1))]
+    if rope.kind == "llama3":
+        lines = [(0.0, float((places * wanted).sum() / places.square().sum())), lines[1]]
+    spaced = [[a + s * j for j in range(count)] for a, s in lines]
+    return [line for line in spaced if line[0] >= 0 and line[-1] <= last and affine_parameters(rope, line) is not None]
+
+
 def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
     """Any slots as longrope: `F_j = 1 / (frequency_j · theta^(2j/r))`, r = 2·len(slots)."""
     place = torch.tensor(slots, dtype=torch.float64)

@@ -5,12 +5,14 @@ then is asked for curves and projections. Losses are relative squared errors of 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from safetensors import safe_open
 
 from a3cli.errors import A3Error
+from a3cli.families import LayerSizes
 from a3cli.model import Model
 from a3cli.moments import Tensors, gram_blocks, unpack_upper
 from a3cli.settings import Component, SolveSettings
@@ -66,6 +68,11 @@ class LayerInputs:
         return unpack_upper(self.mean("mlp_gram"), self.shape.intermediate_size)
 
     @cached_property
+    def mlp_mean(self) -> torch.Tensor:
+        """`E[x]` `[I]`."""
+        return self.mean("x_sum")
+
+    @cached_property
     def output_weight(self) -> torch.Tensor:
         """`W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
         weight = self._model.source.read(self._model.family.tensor(self.layer, "o"))
@@ -80,6 +87,11 @@ class LayerInputs:
     def down(self) -> torch.Tensor:
         """The down projection `[d, I]`."""
         return self._model.source.read(self._model.family.tensor(self.layer, "down"))
+
+    @cached_property
+    def down_bias(self) -> torch.Tensor:
+        """The down projection's bias `[d]`, for models whose MLP has biases."""
+        return self._model.source.read(self._model.family.tensor(self.layer, "down", "bias"))
 
     @cached_property
     def attention_unit(self) -> float:
@@ -152,6 +164,10 @@ class Method(ABC):
         """Settle the RoPE slots at every head size, once all layers are known."""
 
     @abstractmethod
+    def settle(self, sizes: Sequence[LayerSizes]) -> None:
+        """A last word on RoPE slots, once each layer's sizes are chosen."""
+
+    @abstractmethod
     def curves(self, layer: int) -> Curves:
         """Loss of each component at each of its `sizes`."""
 
@@ -164,9 +180,20 @@ class Method(ABC):
         full = self.model.shape.head_dim
         return self.rope_slots(layer, rank) if rank < full else [float(pair) for pair in range(full // 2)]
 
+    def project(self, inputs: LayerInputs, sizes: LayerSizes) -> Tensors:
+        """What an export applies to one layer (see `projections.py`); a component that keeps its size has no entry."""
+        tensors: Tensors = {}
+        if sizes.qk < inputs.shape.head_dim:
+            tensors |= self.project_qk(inputs, sizes.qk)
+        if sizes.ov < inputs.shape.head_dim:
+            tensors |= self.project_ov(inputs, sizes.ov)
+        if sizes.mlp < inputs.shape.intermediate_size:
+            tensors |= self.project_mlp(inputs, sizes.mlp)
+        return tensors or {"unchanged": torch.zeros(0)}
+
     @abstractmethod
     def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
-        """What an export applies to q and k of one layer (see `projections.py`)."""
+        """What an export applies to q and k of one layer."""
 
     @abstractmethod
     def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:

@@ -7,12 +7,15 @@
 - MLP: forward greedy selection that knows about the refit, then the refit of the down projection.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from a3cli.errors import A3Error
+from a3cli.families import LayerSizes
+from a3cli.families.rope import evenly_spaced
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
@@ -37,7 +40,16 @@ from a3cli.work import Json
 CENTRING = 0.95  # share of the constant part of a key that the softmax is trusted to ignore
 LONGEST_BAND = 16  # pairs; longer bands never won, and cost grows with the square
 FAR_WEIGHT = 0.05  # weight of distances up to the whole context beside those that calibration saw
+AFFINE_COST = 0.01  # how much more predicted loss evenly spaced slots may have and still be preferred
 BLOCKS = 256  # greedy selection takes the MLP's channels in so many blocks
+
+
+def fitted_gram(inputs: LayerInputs) -> torch.Tensor:
+    """What the down projection is fitted by, `[I, I]`: about the mean where a bias can absorb that."""
+    if not inputs.shape.mlp_bias:
+        return inputs.mlp_gram
+    mean = inputs.mlp_mean.float()
+    return torch.addr(inputs.mlp_gram, mean, mean, alpha=-1)
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Best(Method):
         super().__init__(model, settings)
         self.layers: list[BestLayer] = []
         self.tables: list[Table] = []  # of each layer
+        self.affine: dict[int, list[float]] = {}  # slots that took the place of a shared table's, by rank
 
     def add_layer(self, inputs: LayerInputs) -> None:
         shape = inputs.shape
@@ -96,7 +109,7 @@ class Best(Method):
         width = inputs.shape.intermediate_size
         if "mlp" not in self.settings.components:
             return ChannelOrder(torch.arange(width), torch.zeros(width + 1, dtype=torch.float64))
-        return order_channels(inputs.mlp_gram, inputs.down, block=max(1, width // BLOCKS))
+        return order_channels(fitted_gram(inputs), inputs.down, block=max(1, width // BLOCKS))
 
     def share(self) -> None:
         if "qk" not in self.settings.components:
@@ -123,16 +136,32 @@ class Best(Method):
         mass = torch.stack([self.layers[layer].attention_mass for layer in layers]).sum(0)
         return spread_distances(mass, self.settings.context or self.model.rope.context, far_weight=FAR_WEIGHT)
 
-    def _slot_maps(self, layer: int, rank: int) -> SlotMaps:
-        """Bands give the maps to start from; the layer's own distances count."""
+    def settle(self, sizes: Sequence[LayerSizes]) -> None:
+        """In the stock shape, evenly spaced slots if they cost next to nothing: every runtime reads them."""
+        rank = sizes[0].qk
+        if self.per_layer or rank == self.model.shape.head_dim or rank in self.affine:
+            return
+        layers = range(len(self.layers))
+        allowed = (1 + AFFINE_COST) * sum(self._score_loss(layer, rank) for layer in layers)
+        for slots in evenly_spaced(self.model.rope, self.rope_slots(0, rank)):
+            loss = 0.0
+            for layer in layers:
+                loss += self._loss_of(layer, self._slot_maps(layer, rank, slots))
+                if loss > allowed:
+                    break
+            else:
+                self.affine[rank] = slots
+                return
+
+    def _slot_maps(self, layer: int, rank: int, slots: list[float] | None = None) -> SlotMaps:
+        """Bands give the maps to start from, and the slots unless others are given; the layer's own distances count."""
         table, floor = self.tables[layer], self.settings.eigenvalue_floor
         _, start = band_maps(table.grams[layer], table.bands[rank // 2], floor=floor)
-        slots = torch.tensor(self.rope_slots(layer, rank), dtype=torch.float64)
         pairs = self.model.rope.short
         problem = SlotProblem(
             self.layers[layer].heads,
             pairs,
-            frequency_at(pairs, slots),
+            frequency_at(pairs, torch.tensor(slots or self.rope_slots(layer, rank), dtype=torch.float64)),
             self._distances([layer]),
             centring=CENTRING,
             floor=floor,
@@ -152,9 +181,14 @@ class Best(Method):
     def _score_loss(self, layer: int, rank: int) -> float:
         if rank == self.model.shape.head_dim:
             return 0.0
-        return float(self.layers[layer].score_unit @ self._slot_maps(layer, rank).loss)
+        return self._loss_of(layer, self._slot_maps(layer, rank))
+
+    def _loss_of(self, layer: int, maps: SlotMaps) -> float:
+        return float(self.layers[layer].score_unit @ maps.loss)
 
     def rope_slots(self, layer: int, rank: int) -> list[float]:
+        if rank in self.affine:
+            return self.affine[rank]
         return [band.slot for band in self.tables[layer].bands[rank // 2] for _ in range(band.rank)]
 
     def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
@@ -173,10 +207,15 @@ class Best(Method):
     def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:
         kept = self.layers[inputs.layer].channels.order[:width].sort().values
         try:
-            refit = refit_down(inputs.mlp_gram, inputs.down, kept, ridge=self.settings.ridge)
+            refit = refit_down(fitted_gram(inputs), inputs.down, kept, ridge=self.settings.ridge)
         except ValueError as error:
             raise self._singular(inputs, "MLP", error) from error
-        return {"channels": kept, "down_weight": refit.float().contiguous()}
+        tensors = {"channels": kept, "down_weight": refit.float().contiguous()}
+        if inputs.shape.mlp_bias:
+            mean = inputs.mlp_mean.double()
+            bias = inputs.down_bias.double() + inputs.down.double() @ mean - refit @ mean[kept]
+            tensors["down_bias"] = bias.float()
+        return tensors
 
     def _singular(self, inputs: LayerInputs, component: str, error: Exception) -> A3Error:
         return A3Error(

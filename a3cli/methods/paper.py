@@ -1,9 +1,11 @@
 """The paper's method as it is published: pair selection (the same pairs in all heads), joint OV, channel selection."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from a3cli.families import LayerSizes
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
@@ -53,6 +55,9 @@ class Paper(Method):
         """All heads of a layer keep the same pairs, by total score; in the stock shape all layers do."""
         own = [layer.pair_scores.sum(0) for layer in self.layers]
         self.scores = own if self.per_layer else [torch.stack(own).sum(0)] * len(own)
+
+    def settle(self, sizes: Sequence[LayerSizes]) -> None:
+        """Nothing: kept pairs stay where they are."""
 
     def curves(self, layer: int) -> Curves:
         solved = self.layers[layer]

@@ -1,0 +1,102 @@
+"""Least squares for linear layers that something nonlinear follows: Gauss-Newton, by conjugate gradients.
+
+Of a block `f` (what follows the layers) only its derivatives are used: `f(x Wᵀ + b)` is linearised in W, the linear
+least-squares problem is solved by preconditioned conjugate gradients, and nothing larger than W is ever formed. Each
+iteration costs about two forwards of the block over all tokens. n layers of m outputs read the same d inputs.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.func import jvp, vjp
+
+Block = Callable[[torch.Tensor], torch.Tensor]
+Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def gauss_newton_step(
+    block: Block,
+    weights: torch.Tensor,
+    biases: torch.Tensor,
+    batches: Batches,
+    *,
+    damping: float,
+    iterations: int,
+) -> torch.Tensor:
+    """The step `[n, m, d]` towards `argmin_δ Σ ‖t − f(z) − J δ‖² + damping · ‖δ‖²_P` from weights `[n, m, d]`.
+
+    block maps pre-activations `z` `[tokens, n, m]` to outputs `[tokens, k]`, token by token; `batches()` yields inputs
+    `[tokens, d]` and targets `[tokens, k]`, the same each time. The metric `P = diag(s) ⊗ E[x xᵀ]`, `s` `[n, m]` the
+    energy of the outputs' derivative by each pre-activation, stands for JᵀJ row by row: it damps and preconditions.
+    """
+    gram, rows, right = _first_pass(block, weights, biases, batches)
+    inverse = torch.linalg.inv(gram.double()).to(weights.dtype)
+
+    def metric(step: torch.Tensor) -> torch.Tensor:
+        return rows[..., None] * (step @ gram)
+
+    def normal(step: torch.Tensor) -> torch.Tensor:
+        total = damping * metric(step)
+        for x, _ in batches():
+            before = pre_activations(x, weights, biases)
+            moved = jvp(block, (before,), (pre_activations(x, step, torch.zeros_like(biases)),))[1]
+            total += _as_weights(vjp(block, before)[1](moved)[0], x)
+        return total
+
+    return conjugate_gradients(normal, right, lambda r: r / rows[..., None] @ inverse, iterations=iterations)
+
+
+def pre_activations(x: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
+    """`x Wᵀ + b`, `[tokens, n, m]`."""
+    return torch.stack([x @ weight.mT + bias for weight, bias in zip(weights, biases, strict=True)], 1)
+
+
+def _as_weights(by_pre_activations: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Derivatives by pre-activations `[tokens, n, m]` as derivatives by weights `[n, m, d]`."""
+    return torch.stack([part.mT @ x for part in by_pre_activations.unbind(1)])
+
+
+def _first_pass(
+    block: Block, weights: torch.Tensor, biases: torch.Tensor, batches: Batches
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`E[x xᵀ]` slightly damped, the energies `s`, and `Jᵀ(t − f)`.
+
+    s is estimated with random signs for the outputs: `E_r (∂(rᵀf)/∂z)² = Σ_k (∂f_k/∂z)²`, averaged over all tokens.
+    """
+    generator = torch.Generator(weights.device).manual_seed(0)
+    gram = weights.new_zeros(weights.shape[2], weights.shape[2])
+    rows, right, tokens = torch.zeros_like(biases), torch.zeros_like(weights), 0
+    for x, target in batches():
+        outputs, pull = vjp(block, pre_activations(x, weights, biases))[:2]
+        signs = torch.randint(2, outputs.shape, generator=generator, device=outputs.device) * 2 - 1
+        rows += pull(signs.to(outputs.dtype))[0].square().sum(0)
+        right += _as_weights(pull(target - outputs)[0], x)
+        gram.addmm_(x.mT, x)
+        tokens += len(x)
+    gram /= tokens
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+    return gram, rows.clamp_min(1e-6 * rows.mean()), right
+
+
+def conjugate_gradients(
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    right: torch.Tensor,
+    precondition: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    iterations: int,
+) -> torch.Tensor:
+    """`iterations` steps from zero towards the solution of `operator(v) = right`, positive definite."""
+    solution, residual = torch.zeros_like(right), right.clone()
+    direction = conditioned = precondition(residual)
+    product = (residual * conditioned).sum()
+    for _ in range(iterations):
+        if product <= 0:  # solved, or nothing to solve
+            break
+        moved = operator(direction)
+        length = product / (direction * moved).sum()
+        solution += length * direction
+        residual -= length * moved
+        conditioned = precondition(residual)
+        last, product = product, (residual * conditioned).sum()
+        direction = conditioned + product / last * direction
+    return solution

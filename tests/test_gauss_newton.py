@@ -1,0 +1,87 @@
+"""Gauss-Newton steps equal dense least squares on the literal Jacobian."""
+
+import pytest
+import torch
+from torch.func import jacrev
+
+from a3cli.solvers.gauss_newton import conjugate_gradients, gauss_newton_step, pre_activations
+
+
+@pytest.fixture
+def problem():
+    """A gated MLP of 5 channels on 6 inputs and 4 outputs, 300 tokens in two batches, float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    x, target, down = draw(300, 6), draw(300, 4), draw(4, 5)
+
+    def block(z: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.silu(z[:, 0]) * z[:, 1]) @ down.mT
+
+    return block, draw(2, 5, 6), draw(2, 5), x, target
+
+
+def batches_of(x: torch.Tensor, target: torch.Tensor):
+    return lambda: [(x[:120], target[:120]), (x[120:], target[120:])]
+
+
+def test_undamped_step_is_the_least_squares_solution(problem):
+    block, weights, biases, x, target = problem
+    step = gauss_newton_step(block, weights, biases, batches_of(x, target), damping=0.0, iterations=200)
+    jacobian = jacrev(lambda w: block(pre_activations(x, w, biases)))(weights).reshape(target.numel(), -1)
+    residual = (target - block(pre_activations(x, weights, biases))).reshape(-1, 1)
+    literal = torch.linalg.lstsq(jacobian, residual).solution.view_as(weights)
+    torch.testing.assert_close(step, literal, rtol=1e-6, atol=1e-8)
+
+
+def test_few_iterations_lower_the_error(problem):
+    block, weights, biases, x, _ = problem
+    reachable = weights + 0.05 * torch.randn(
+        weights.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    target = block(pre_activations(x, reachable, biases))
+
+    def error(w: torch.Tensor) -> float:
+        return (target - block(pre_activations(x, w, biases))).square().sum().item()
+
+    reached = weights
+    errors = [error(reached)]
+    for _ in range(3):
+        reached = reached + gauss_newton_step(block, reached, biases, batches_of(x, target), damping=1e-3, iterations=8)
+        errors.append(error(reached))
+    assert errors[1] < 0.1 * errors[0]
+    assert errors[3] < 1e-3 * errors[0]
+
+
+def test_damping_shortens_the_step(problem):
+    block, weights, biases, x, target = problem
+    lengths = [
+        gauss_newton_step(block, weights, biases, batches_of(x, target), damping=damping, iterations=100).norm().item()
+        for damping in (0.0, 0.1, 10.0)
+    ]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_dead_channels_do_not_move(problem):
+    """A channel that nothing reads has no derivative: its row stays finite and still."""
+    _, weights, biases, x, target = problem
+    down = torch.zeros(4, 5, dtype=torch.float64)
+    down[:, :4] = 1.0
+
+    def block(z: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.silu(z[:, 0]) * z[:, 1]) @ down.mT
+
+    step = gauss_newton_step(block, weights, biases, batches_of(x, target), damping=1e-3, iterations=8)
+    assert torch.isfinite(step).all()
+    assert (step[:, 4] == 0).all()
+
+
+def test_conjugate_gradients_solve_a_dense_system():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(12, 12, dtype=torch.float64, generator=generator)
+    matrix, right = root @ root.mT + torch.eye(12), torch.randn(12, dtype=torch.float64, generator=generator)
+    found = conjugate_gradients(lambda v: matrix @ v, right, lambda r: r / matrix.diagonal(), iterations=40)
+    torch.testing.assert_close(found, torch.linalg.solve(matrix, right))
+    assert (conjugate_gradients(lambda v: matrix @ v, torch.zeros_like(right), lambda r: r, iterations=5) == 0).all()
