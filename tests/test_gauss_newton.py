@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.func import jacrev
 
-from a3cli.solvers.gauss_newton import conjugate_gradients, gauss_newton_step, pre_activations
+from a3cli.solvers.gauss_newton import gauss_newton_step, pre_activations
+from a3cli.solvers.linalg import conjugate_gradients
 
 
 @pytest.fixture

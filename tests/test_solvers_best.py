@@ -7,7 +7,7 @@ import torch
 
 from a3cli.solvers.linalg import tail_sums
 from a3cli.solvers.mlp import keep_channels, order_channels, refit_down, score_channels
-from a3cli.solvers.ov import output_gram_of, refit_output, solve_ov
+from a3cli.solvers.ov import output_gram_of, refine_values, refit_output, solve_ov
 from a3cli.solvers.qk import solve_qk
 from a3cli.solvers.rope import (
     Band,
@@ -162,6 +162,30 @@ def test_output_refit_is_least_squares_over_all_heads(heads, kv_heads):
     plain = torch.cat([solved.other_map[i // a.group, :, :rank].T @ a.w_o[i] for i in range(heads)])
     target = o @ weight
     assert (target - small @ refit).square().sum() <= (target - small @ plain).square().sum()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_refined_value_maps_only_improve_and_end_at_a_minimum(heads, kv_heads):
+    a = random_attention(heads, kv_heads, bias=False)
+    o = torch.cat(list(a.mixed @ a.w_v.repeat_interleave(a.group, 0)), 1)
+    weight, gram = a.w_o.flatten(0, 1), o.T @ o / len(o)
+    solved = solve_ov(a.output_gram().unflatten(0, (kv_heads, -1)).mean(1), output_gram_of(a.w_o), floor=FLOOR)
+    start = solved.shared_map[..., :5]
+
+    def error(maps):
+        small = torch.cat([o[:, i * 8 : i * 8 + 8] @ maps[i // a.group] for i in range(heads)], 1)
+        target = o @ weight
+        return (target - small @ torch.linalg.lstsq(small, target).solution).square().sum() / len(o)
+
+    errors = [error(refine_values(gram, weight, start, ridge=0, rounds=rounds)) for rounds in (0, 1, 2, 3)]
+    assert errors[0] == pytest.approx(error(start))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < errors[0]
+    best = refine_values(gram, weight, start, ridge=0, rounds=300).requires_grad_()
+    (gradient,) = torch.autograd.grad(error(best), best)
+    start = start.clone().requires_grad_()
+    (at_start,) = torch.autograd.grad(error(start), start)
+    assert gradient.norm() < 0.05 * at_start.norm()
 
 
 def correlated(channels: int, seed: int = 0):

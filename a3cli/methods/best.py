@@ -3,7 +3,8 @@
 - QK: bands of neighbouring pairs choose the slots (`solvers/rope.py`), then every slot mixes every pair, refined by
   alternating least squares (`solvers/slots.py`). Each layer and KV head has its own maps; the table of slots is shared
   by all layers in the stock shape, and each layer's own in the per-layer shape.
-- OV: the mean attention-weighted Gram matrix of the group, then the output projection refit over all heads at once.
+- OV: the mean attention-weighted Gram matrix of the group; then value maps and the output projection are fitted over
+  all heads at once, by alternating least squares.
 - MLP: forward greedy selection that knows about the refit, then the refit of the down projection.
 """
 
@@ -22,7 +23,7 @@ from a3cli.moments import Tensors
 from a3cli.settings import SolveSettings
 from a3cli.solvers.linalg import JointDecomposition, effective_rank, tail_sums
 from a3cli.solvers.mlp import ChannelOrder, order_channels, refit_down
-from a3cli.solvers.ov import refit_output, solve_ov
+from a3cli.solvers.ov import refine_values, refit_output, solve_ov
 from a3cli.solvers.rope import (
     Band,
     Distances,
@@ -41,6 +42,7 @@ CENTRING = 0.95  # share of the constant part of a key that the softmax is trust
 LONGEST_BAND = 16  # pairs; longer bands never won, and cost grows with the square
 FAR_WEIGHT = 0.05  # weight of distances up to the whole context beside those that calibration saw
 AFFINE_COST = 0.01  # how much more predicted loss evenly spaced slots may have and still be preferred
+VALUE_ROUNDS = 3  # of refining the value maps over all heads
 BLOCKS = 256  # greedy selection takes the MLP's channels in so many blocks
 
 
@@ -197,9 +199,10 @@ class Best(Method):
 
     def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
         value_map = self.layers[inputs.layer].ov.shared_map[..., :rank].contiguous()
-        weight = inputs.output_weight.flatten(0, 1)
+        weight, ridge = inputs.output_weight.flatten(0, 1), self.settings.ridge
         try:
-            refit = refit_output(inputs.o_gram, weight, value_map, ridge=self.settings.ridge)
+            value_map = refine_values(inputs.o_gram, weight, value_map, ridge=ridge, rounds=VALUE_ROUNDS)
+            refit = refit_output(inputs.o_gram, weight, value_map, ridge=ridge)
         except ValueError as error:
             raise self._singular(inputs, "OV", error) from error
         return {"value_map": value_map, "output_weight": refit.mT.float().contiguous()}

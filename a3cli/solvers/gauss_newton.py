@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.func import jvp, vjp
 
+from a3cli.solvers.linalg import conjugate_gradients
+
 Block = Callable[[torch.Tensor], torch.Tensor]
 Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
@@ -76,27 +78,3 @@ def _first_pass(
     gram /= tokens
     gram.diagonal().add_(1e-3 * gram.diagonal().mean())
     return gram, rows.clamp_min(1e-6 * rows.mean()), right
-
-
-def conjugate_gradients(
-    operator: Callable[[torch.Tensor], torch.Tensor],
-    right: torch.Tensor,
-    precondition: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    iterations: int,
-) -> torch.Tensor:
-    """`iterations` steps from zero towards the solution of `operator(v) = right`, positive definite."""
-    solution, residual = torch.zeros_like(right), right.clone()
-    direction = conditioned = precondition(residual)
-    product = (residual * conditioned).sum()
-    for _ in range(iterations):
-        if product <= 0:  # solved, or nothing to solve
-            break
-        moved = operator(direction)
-        length = product / (direction * moved).sum()
-        solution += length * direction
-        residual -= length * moved
-        conditioned = precondition(residual)
-        last, product = product, (residual * conditioned).sum()
-        direction = conditioned + product / last * direction
-    return solution

@@ -1,5 +1,6 @@
 """Square roots of Gram matrices and the joint decomposition that QK and OV share. float64 throughout."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -111,3 +112,27 @@ def solve_ridge(gram: torch.Tensor, target: torch.Tensor, *, ridge: float) -> to
     if failed:
         raise ValueError(f"not positive definite at row {int(failed)} of {len(gram)}")
     return torch.cholesky_solve(target, factor)
+
+
+def conjugate_gradients(
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    right: torch.Tensor,
+    precondition: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    iterations: int,
+) -> torch.Tensor:
+    """`iterations` steps from zero towards the solution of `operator(v) = right`, positive definite."""
+    solution, residual = torch.zeros_like(right), right.clone()
+    direction = conditioned = precondition(residual)
+    product = (residual * conditioned).sum()
+    for _ in range(iterations):
+        if product <= 0:  # solved, or nothing to solve
+            break
+        moved = operator(direction)
+        length = product / (direction * moved).sum()
+        solution += length * direction
+        residual -= length * moved
+        conditioned = precondition(residual)
+        last, product = product, (residual * conditioned).sum()
+        direction = conditioned + product / last * direction
+    return solution
