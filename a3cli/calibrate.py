@@ -1,7 +1,7 @@
 """Stage 1: text → sweep → moments → work folder."""
 
 import logging
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -10,11 +10,14 @@ from safetensors.torch import load_file
 from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
 from a3cli.families import ModelShape
-from a3cli.machine import Machine, choose_machine, return_freed_memory
-from a3cli.model import describe
+from a3cli.hidden import States, StatesInMemory, StatesOnDisk
+from a3cli.machine import Machine, choose_machine, free_memory, return_freed_memory
+from a3cli.memory import choose_batch_size
+from a3cli.model import Model, describe
 from a3cli.moments import Tensors
+from a3cli.processes import Processes
 from a3cli.settings import CalibrateSettings
-from a3cli.sweep import Decoder, Progress, sweep
+from a3cli.sweep import Decoder, Progress, Sweep
 from a3cli.text import check_fit, load_tokenizer, sample_blocks, tokenizer_fingerprint
 from a3cli.work import (
     Json,
@@ -34,60 +37,163 @@ from a3cli.work import (
 log = logging.getLogger(__name__)
 
 
-def calibrate(settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress) -> Json:
+def calibrate(
+    settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress, processes: Processes | None = None
+) -> Json:
     """Make the statistics of every decoder layer; returns the manifest.
 
     A finished calibration with the same request is returned as it is, an unfinished one goes on at the
-    layer where it stopped. Raises A3Error for another request in the same folder unless `overwrite`.
+    layer where it stopped. Several processes call this alike; the main one alone writes, hidden states apart.
+    Raises A3Error for another request in the same folder unless `overwrite`.
     """
     return_freed_memory()
+    processes = processes or Processes()
+    model, machine = processes.main_first(lambda: open_model(settings))
+    request = describe_request(settings, model.source, machine)
+    with ExitStack() as held:
+        processes.from_main(lambda: held.enter_context(work.locked()))
+        finished = processes.from_main(lambda: finished_manifest(work, request, overwrite=overwrite))
+        if finished is None:
+            return Calibration(settings, work, model, machine, request).run(processes, progress, overwrite=overwrite)
+        processes.from_main(lambda: record_source(settings, model.source, request, work))
+        return finished
+
+
+def open_model(settings: CalibrateSettings) -> tuple[Model, Machine]:
     source = resolve_model(settings.model, settings.revision)
     model = describe(source, trust_remote_code=settings.trust_remote_code)
-    shape = model.shape
-    machine = choose_machine(settings.device, settings.dtype, source.dtype)
-    request = describe_request(settings, source, machine)
-    with work.locked():
-        if finished := finished_manifest(work, request, overwrite=overwrite):
-            record_source(settings, source, request, work)
-            return finished
-        resumed = work.calibration_progress.exists() and not overwrite
-        blocks, done = resume(work) if resumed else (cut_blocks(settings, source), {})
-        check_space(work.folder, bytes_needed(shape, settings, machine, shape.layers - len(done)), "calibration")
+    return model, choose_machine(settings.device, settings.dtype, source.dtype, devices=settings.devices)
 
-        def finish(layer: int, sums: Tensors) -> None:
-            write_tensors(work.statistics(layer), sums)
-            sealed = hash_file(work.statistics(layer))
-            write_progress(work, request, {**done, layer: sealed})
-            done[layer] = sealed
 
+class Calibration:
+    """One calibration under way, in one process of several."""
+
+    def __init__(self, settings: CalibrateSettings, work: Work, model: Model, machine: Machine, request: Json) -> None:
+        self.settings, self.work, self.model, self.machine = settings, work, model, machine
+        self.full_mlp = settings.mlp_stats == "full"
+        # Finished layers' hashes and how each was made, as in progress.json: only the main process keeps it up.
+        self.done: Json = {"request": request, "layers": [], "made_with": []}
+
+    def run(self, processes: Processes, progress: Progress, *, overwrite: bool) -> Json:
+        """From text, or from where it stopped, to the manifest."""
+        fitting = self._fitting_batch(processes)
+        resumed = processes.from_main(lambda: self.work.calibration_progress.exists() and not overwrite)
+        blocks, first = processes.from_main(lambda: self._resume() if resumed else self._cut(fitting))
+        batch_size = processes.from_main(lambda: int(self.done["batch_size"]))
         try:
             if not resumed:
-                begin(work, request, blocks)
-            record_source(settings, source, request, work)
-            sweep(
-                Decoder(model, machine),
+                processes.from_main(lambda: self._begin(blocks))
+            processes.from_main(
+                lambda: record_source(self.settings, self.model.source, self.done["request"], self.work)
+            )
+            with processes.together():
+                states = self._states(blocks, processes)
+            sweep = Sweep(
+                Decoder(self.model, self.machine),
                 blocks,
-                files=work.hidden_states,
-                first_layer=len(done),
-                batch_size=settings.batch_size,
-                full_mlp=settings.mlp_stats == "full",
-                finished=finish,
+                states,
+                processes,
+                batch_size,
+                adapt=self.settings.batch_size is None,
+                full_mlp=self.full_mlp,
+                finished=lambda layer, sums: self._finish(layer, sums, processes.count, sweep.batch_size),
                 progress=progress,
             )
+            sweep.run(first)
         except Exception:
-            if not resumed and not done:  # failed before its first layer: as if it had never begun
-                clear(work)
+            if processes.main and not resumed and not self.done["layers"]:  # as if it had never begun
+                clear(self.work)
             raise
+        return processes.from_main(lambda: self._close(blocks))
+
+    def _fitting_batch(self, processes: Processes) -> int:
+        """Blocks a batch that fit in every process; checked even when the user names a number."""
+        blocks, seq_len = self.settings.text.samples, self.settings.text.seq_len
+        assert blocks is not None
+        with processes.together():
+            fitting = choose_batch_size(self.model.shape, self.machine, seq_len, blocks, full_mlp=self.full_mlp)
+        return self.settings.batch_size or min(processes.gather(fitting))
+
+    def _cut(self, batch_size: int) -> tuple[torch.Tensor, int]:
+        """The blocks `[N, T]` of a new calibration, and that no layer is finished."""
+        source = self.model.source
+        tokenizer = load_tokenizer(source.folder, trust_remote_code=self.settings.trust_remote_code)
+        blocks = sample_blocks(tokenizer, self.settings.text)
+        check_fit(blocks, source.config, source.name)
+        self.done["batch_size"] = batch_size
+        self._check_space()
+        return blocks, 0
+
+    def _resume(self) -> tuple[torch.Tensor, int]:
+        """Blocks and number of finished layers of an unfinished calibration, checked against its files."""
+        sealed = read_manifest(self.work.calibration_progress, "use --overwrite")
+        self.done = {key: value for key, value in sealed.items() if key != "sha256"}
+        check_hash(self.work.tokens, self.done["tokens_sha256"], "use --overwrite")
+        for layer, expected in enumerate(self.done["layers"]):
+            check_hash(self.work.statistics(layer), expected, "use --overwrite")
+        if self.done["layers"]:
+            log.info("going on at layer %d", len(self.done["layers"]))
+        self._check_space()
+        return load_file(self.work.tokens)["tokens"], len(self.done["layers"])
+
+    def _check_space(self) -> None:
+        layers = self.model.shape.layers - len(self.done["layers"])
+        needed = bytes_needed(self.model.shape, self.settings, self.machine, layers)
+        there = sum(path.stat().st_blocks * 512 for path in self.work.calibration.glob("hidden-*.bin"))
+        check_space(self.work.folder, needed - there, "calibration")
+
+    def _begin(self, blocks: torch.Tensor) -> None:
+        """From here on the folder holds this calibration, and no other."""
+        clear(self.work)
+        self.work.calibration.mkdir(exist_ok=True)
+        write_tensors(self.work.tokens, {"tokens": blocks})
+        self.done["tokens_sha256"] = hash_file(self.work.tokens)
+        write_manifest(self.work.calibration_progress, self.done)
+
+    def _states(self, blocks: torch.Tensor, processes: Processes) -> States:
+        """Where this process's hidden states lie. Raises A3Error if they cannot be where they are wanted."""
+        share = processes.share(len(blocks))
+        width, dtype = self.model.shape.hidden_size, self.machine.dtype
+        if self.settings.hidden_states == "memory":
+            needed, free = len(share) * blocks.shape[1] * width * dtype.itemsize, free_memory(torch.device("cpu"))
+            if needed > free:
+                raise A3Error(
+                    f"--hidden-states memory: {needed / 1e9:.2f} GB for the hidden states of {len(share)} blocks, "
+                    f"{free / 1e9:.2f} GB can be had; use --hidden-states disk"
+                )
+            return StatesInMemory((len(share), blocks.shape[1], width), dtype)
+        if not self.work.tokens.is_file():
+            raise A3Error(
+                f"{self.work.tokens} is not there for process {processes.rank}: all nodes must share the work folder; "
+                "use one that they share, or --hidden-states memory"
+            )
+        shape = (len(blocks), blocks.shape[1], width)
+        return StatesOnDisk(self.work.hidden_states, self.work.coming_hidden_states, shape, dtype, share.start)
+
+    def _finish(self, layer: int, sums: Tensors, processes: int, batch_size: int) -> None:
+        write_tensors(self.work.statistics(layer), sums)
+        made_with = {"processes": processes, "batch_size": batch_size}
+        done = {
+            **self.done,
+            "batch_size": batch_size,
+            "layers": [*self.done["layers"], hash_file(self.work.statistics(layer))],
+            "made_with": [*self.done["made_with"], made_with],
+        }
+        write_manifest(self.work.calibration_progress, done)
+        self.done = done
+
+    def _close(self, blocks: torch.Tensor) -> Json:
         manifest = {
-            "request": request,
+            "request": self.done["request"],
             "tokens": int(blocks.numel()),
             "blocks": list(blocks.shape),
-            "tokens_sha256": hash_file(work.tokens),
-            "layers": [done[layer] for layer in range(shape.layers)],
+            "tokens_sha256": self.done["tokens_sha256"],
+            "layers": self.done["layers"],
+            "made_with": self.done["made_with"],
             "versions": versions(),
         }
-        written = write_manifest(work.calibration_manifest, manifest)
-        for leftover in (work.hidden_states(0), work.hidden_states(1), work.calibration_progress):
+        written = write_manifest(self.work.calibration_manifest, manifest)
+        for leftover in (*self.work.calibration.glob("hidden-*.bin"), self.work.calibration_progress):
             leftover.unlink(missing_ok=True)
         return written
 
@@ -98,7 +204,7 @@ def describe_request(settings: CalibrateSettings, source: Checkpoint, machine: M
         "text": settings.text.model_dump(),
         "source": source.fingerprint(),
         "tokenizer": tokenizer_fingerprint(source.folder),
-        "batch_size": settings.batch_size,
+        "batch_size": settings.batch_size or "auto",
         "mlp_stats": settings.mlp_stats,
         "device": machine.device.type,
         "dtype": str(machine.dtype).removeprefix("torch."),
@@ -146,43 +252,11 @@ def clear(work: Work) -> None:
     work.source.unlink(missing_ok=True)
 
 
-def cut_blocks(settings: CalibrateSettings, source: Checkpoint) -> torch.Tensor:
-    """The blocks `[N, T]` of a new calibration."""
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=settings.trust_remote_code)
-    blocks = sample_blocks(tokenizer, settings.text)
-    check_fit(blocks, source.config, source.name)
-    return blocks
-
-
-def begin(work: Work, request: Json, blocks: torch.Tensor) -> None:
-    """From here on the folder holds this calibration, and no other."""
-    clear(work)
-    work.calibration.mkdir(exist_ok=True)
-    write_tensors(work.tokens, {"tokens": blocks})
-    write_progress(work, request, {})
-
-
-def write_progress(work: Work, request: Json, done: dict[int, str]) -> None:
-    layers = [done[layer] for layer in range(len(done))]
-    progress = {"request": request, "tokens_sha256": hash_file(work.tokens), "layers": layers}
-    write_manifest(work.calibration_progress, progress)
-
-
-def resume(work: Work) -> tuple[torch.Tensor, dict[int, str]]:
-    """Blocks and hash of each finished layer of an unfinished calibration, checked against its files."""
-    progress = read_manifest(work.calibration_progress, "use --overwrite")
-    check_hash(work.tokens, progress["tokens_sha256"], "use --overwrite")
-    for layer, expected in enumerate(progress["layers"]):
-        check_hash(work.statistics(layer), expected, "use --overwrite")
-    if progress["layers"]:
-        log.info("going on at layer %d", len(progress["layers"]))
-    return load_file(work.tokens)["tokens"], dict(enumerate(progress["layers"]))
-
-
 def bytes_needed(shape: ModelShape, settings: CalibrateSettings, machine: Machine, layers: int) -> int:
     """Disk that the rest of a calibration takes at its peak: statistics and both hidden-state files."""
     assert settings.text.samples is not None
-    hidden = 2 * settings.text.samples * settings.text.seq_len * shape.hidden_size * machine.dtype.itemsize
+    files = 2 if settings.hidden_states == "disk" else 0
+    hidden = files * settings.text.samples * settings.text.seq_len * shape.hidden_size * machine.dtype.itemsize
     width = shape.intermediate_size
     query = shape.heads * shape.head_dim
     mlp = width * (width + 1) // 2 * 4 if settings.mlp_stats == "full" else 0

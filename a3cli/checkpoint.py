@@ -31,12 +31,13 @@ FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lives and what it is; `bytes` is its size in its stored dtype."""
+    """Where a tensor lives and what it is; `bytes` is its size in its stored dtype, `offset` where they begin."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     bytes: int
+    offset: int
 
 
 class Checkpoint:
@@ -143,7 +144,8 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(shard, framework="pt"):  # the library's own checks: offsets, sizes, file length
             pass
-        header = json.loads(header_bytes(shard))
+        encoded = header_bytes(shard)
+        header = json.loads(encoded)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise A3Error(f"{shard} is truncated or no safetensors file ({error}); download it again") from error
     header.pop("__metadata__", None)
@@ -152,7 +154,8 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
         if entry["dtype"] not in DTYPES:
             raise A3Error(f"{shard}: tensor {name} is {entry['dtype']}; a3 reads {', '.join(DTYPES)}, not quantised")
         start, end = entry["data_offsets"]
-        infos[name] = TensorInfo(shard, tuple(entry["shape"]), DTYPES[entry["dtype"]], end - start)
+        offset = 8 + len(encoded) + start
+        infos[name] = TensorInfo(shard, tuple(entry["shape"]), DTYPES[entry["dtype"]], end - start, offset)
     return infos
 
 

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from a3cli import __version__
 from a3cli.errors import A3Error
+from a3cli.processes import hand_over, is_main, launch, launched
 
 if TYPE_CHECKING:
     from a3cli.work import Work
@@ -77,6 +78,7 @@ Sensitivity = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+NumProcesses = Annotated[int, typer.Option(min=1, help="Processes on this machine, each with a share of the work.")]
 DEFAULT_WORK = Path("a3-work")
 
 
@@ -93,8 +95,13 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the blocks' places in the text.")] = 0,
     revision: Revision = None,
     device: Device = "auto",
+    devices: Annotated[
+        str | None, typer.Option(help="Several in a row, like cuda:0,cuda:1: consecutive layers.")
+    ] = None,
     dtype: Dtype = "auto",
-    batch_size: BatchSize = 1,
+    batch_size: Annotated[str, typer.Option(help="Blocks a forward, or auto: as many as fit.")] = "auto",
+    hidden_states: Annotated[str, typer.Option(help="Between layers on disk, or in memory: faster.")] = "disk",
+    num_processes: NumProcesses = 1,
     mlp_stats: Annotated[str, typer.Option(help="full Gram matrix, or its diagonal (enough for --method paper).")] = (
         "full"
     ),
@@ -116,16 +123,22 @@ def calibrate(
         revision=revision,
         text=text_settings(dataset, text_field, split, chat, samples, seq_len, seed),
         device=device,
+        devices=devices,
         dtype=dtype,
         batch_size=batch_size,
+        hidden_states=hidden_states,
         mlp_stats=mlp_stats,
         trust_remote_code=trust_remote_code,
     )
+    if num_processes > 1 and not launched():
+        launch(num_processes, sys.argv[1:])
+        return
     from a3cli.calibrate import calibrate as run
 
-    with display.sweep_progress(quiet=quiet) as progress:
+    with display.sweep_progress(quiet=quiet or not is_main()) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress)
-    display.print_json(manifest) if as_json else display.print_calibration(manifest)
+    if is_main():
+        display.print_json(manifest) if as_json else display.print_calibration(manifest)
 
 
 @app.command()
@@ -341,7 +354,7 @@ def open_display(*, quiet: bool) -> ModuleType:
     silence_libraries()
     from a3cli import display
 
-    display.set_up_logging(quiet=quiet)
+    display.set_up_logging(quiet=quiet or not is_main())
     return display
 
 
@@ -355,9 +368,10 @@ def silence_libraries() -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    from a3cli import display
+    if not hand_over(message):
+        from a3cli import display
 
-    display.print_error(message)
+        display.print_error(message)
     sys.exit(code)
 
 

@@ -1,9 +1,12 @@
-"""Where and in what precision a stage computes."""
+"""Where and in what precision a stage computes, and how much memory there is."""
 
 import ctypes
+import os
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from a3cli.errors import A3Error
@@ -11,23 +14,76 @@ from a3cli.errors import A3Error
 
 @dataclass(frozen=True)
 class Machine:
+    """`device` is where a stage computes. A sweep with several `devices` puts consecutive layers on them in turn."""
+
     device: torch.device
     dtype: torch.dtype
+    devices: tuple[torch.device, ...] = ()
+
+    @property
+    def copies(self) -> bool:
+        """Whether the device has memory of its own, so that getting data there is worth a thread's time."""
+        return self.device.type != "cpu"
+
+    def free_memory(self) -> int:
+        """Bytes that a stage could still take on the device, or on the tightest of them."""
+        return min(free_memory(device) for device in self.devices or (self.device,))
 
 
-def choose_machine(device: str, dtype: str, source_dtype: torch.dtype) -> Machine:
-    """`auto` is the GPU if there is one; float32 on the CPU, the checkpoint's own dtype on a GPU."""
+def choose_machine(device: str, dtype: str, source_dtype: torch.dtype, *, devices: str | None = None) -> Machine:
+    """`auto` is the GPU if there is one; float32 on the CPU, the checkpoint's own dtype on a GPU.
+
+    `devices` is a list like `cuda:0,cuda:1`, in place of `device`. Several processes on a machine divide it.
+    """
+    if devices is not None and device != "auto":
+        raise A3Error(f"--devices {devices} and --device {device} contradict one another: give one of them")
+    names = own_part(devices) if devices is not None else [device]
+    option = "--device" if devices is None else "--devices"
+    chosen = tuple(find_device(name, option) for name in names)
+    if len({each.type for each in chosen}) > 1:
+        raise A3Error(f"--devices {devices}: all must be of one kind")
+    first = chosen[0]
+    kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if first.type == "cpu" else source_dtype
+    return Machine(first, kind, chosen)
+
+
+def own_part(devices: str) -> list[str]:
+    """This process's part of a list of devices. Raises A3Error if the machine's processes cannot share it evenly."""
+    names = [name.strip() for name in devices.split(",")]
+    rank, count = (int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if len(names) % count:
+        raise A3Error(f"--devices {devices}: {len(names)} devices cannot be divided among {count} processes")
+    each = len(names) // count
+    return names[rank * each : (rank + 1) * each]
+
+
+def find_device(name: str, option: str) -> torch.device:
+    """Raises A3Error for a device that is not there."""
     try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise A3Error(f"--device {device!r} is no device; use auto, cpu, cuda or cuda:N") from None
+        raise A3Error(f"{option} {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise A3Error(f"--device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise A3Error(f"{option} {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     if chosen.type not in ("cpu", "cuda"):
-        raise A3Error(f"--device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if dtype != "auto":
-        return Machine(chosen, getattr(torch, dtype))
-    return Machine(chosen, torch.float32 if chosen.type == "cpu" else source_dtype)
+        raise A3Error(f"{option} {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return chosen
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still have on a device.
+
+    On the CPU without swapping, within the container's limit, and divided by the processes of this run there.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    free: int = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no such files, or no limit ("max")
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(statistics.get("inactive_file", 0)))  # pages that go when asked
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def return_freed_memory() -> None:

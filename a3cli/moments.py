@@ -35,7 +35,6 @@ class LayerMoments:
 
     def __post_init__(self) -> None:
         self.sums: Tensors = {}
-        self._add("tokens", torch.zeros((), dtype=torch.float64, device=self.device))
 
     def add_heads(self, name: str, x: torch.Tensor) -> None:
         """`q`, `k` or `v` of a batch, `[..., heads · h]`."""
@@ -82,11 +81,11 @@ class LayerMoments:
         self.sums[name].addmm_(flat.mT, flat)
 
     def finished(self) -> Tensors:
-        """The sums as they are stored: on the CPU, the large ones packed. Empties this object."""
+        """The sums as they are stored, the large ones packed. Empties this object. Without any batch there are none."""
         stored = {}
         for name in list(self.sums):
             value = self.sums.pop(name)
-            stored[name] = pack_upper(value) if name in LARGE else value.cpu()
+            stored[name] = pack_upper(value) if name in LARGE else value
         return stored
 
 
@@ -128,9 +127,9 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def pack_upper(matrix: torch.Tensor) -> torch.Tensor:
-    """Rows of the upper triangle of `[n, n]`, one after another: `[n(n+1)/2]` on the CPU."""
+    """Rows of the upper triangle of `[n, n]`, one after another: `[n(n+1)/2]`."""
     n = len(matrix)
-    packed = torch.empty(n * (n + 1) // 2, dtype=matrix.dtype)
+    packed = matrix.new_empty(n * (n + 1) // 2)
     start = 0
     for i in range(n):
         packed[start : start + n - i] = matrix[i, i:]

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from a3cli.errors import A3Error
+from a3cli.hidden import HiddenStates
 from a3cli.machine import choose_machine
 from a3cli.methods import Curves, LayerInputs, Method
 from a3cli.settings import COMPONENTS, Component
 from a3cli.smaller import Cut, SmallerDecoder
-from a3cli.sweep import Arguments, Decoder, HiddenStates, Progress, embed_all, run_layer
+from a3cli.sweep import Arguments, Decoder, Progress, embed_all, run_layer
 from a3cli.work import Json, Work, check_space, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
@@ -78,10 +79,8 @@ class _Run:
         first = self._begin()
         decoder = Decoder(self.method.model, self.machine)
         cuts = SmallerDecoder(self.method.model, self.machine, [self._cut(each) for each in self.probes])
-        calls = [
-            embed_all(each, self.blocks, self._starts, self.batch_size, self._streams(0), first)
-            for each in (decoder, cuts)
-        ]
+        target = self._streams(0) if first == 0 else None
+        calls = [embed_all(each, self.blocks, self.batch_size, target) for each in (decoder, cuts)]
         for layer in range(first, self.layers):
             self._pass(layer, decoder, cuts, calls)
             write_manifest(self.progress_file, {"request": self.request, "layer": layer + 1})
@@ -103,6 +102,7 @@ class _Run:
         self.work.probes.mkdir(exist_ok=True)
         self.clear()
         check_space(self.work.folder, 2 * self._streams(0).bytes, "probing")
+        self._streams(0).create()
         return 0
 
     def _streams(self, layer: int) -> HiddenStates:
@@ -155,7 +155,7 @@ class _Run:
         for start in self._starts:
             count = min(self.batch_size, blocks - start)
             batch = source.read(read * blocks + start, count)
-            target.write(written * blocks + start, run_layer(layer, batch, calls[count][index], decoder))
+            target.write(written * blocks + start, run_layer(layer, batch, calls[count][index]))
 
     @torch.inference_mode()
     def _compare(self, decoder: Decoder) -> Measured:

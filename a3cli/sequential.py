@@ -19,11 +19,12 @@ from torch import nn
 
 from a3cli.errors import A3Error
 from a3cli.families import Role
+from a3cli.hidden import HiddenStates
 from a3cli.moments import Tensors
 from a3cli.smaller import SmallerDecoder
 from a3cli.solvers.gauss_newton import gauss_newton_step
 from a3cli.solvers.linalg import solve_ridge
-from a3cli.sweep import Arguments, Decoder, HiddenStates, Progress, StopForward, embed_all, run_layer
+from a3cli.sweep import Arguments, Decoder, Progress, StopForward, embed_all, run_layer
 
 DRIFT = 0.5  # share of the stream's drift that each refit is asked to take back; 0.5 was better than 0 and 1
 RIDGE = 1e-2  # towards the one-shot weights, relative to the mean diagonal of the activations' Gram matrix
@@ -120,12 +121,11 @@ class Streams:
         self, source: Decoder, smaller: Decoder, batch_size: int
     ) -> tuple[dict[int, list[Arguments]], dict[int, list[Arguments]]]:
         """Write the embeddings; returns what the layers of both models are called with, by batch size."""
-        starts = range(0, len(self.blocks), batch_size)
-        for stream in (self.full_out, self.small_out):
+        for stream in (self.full_in, self.full_out, self.small_in, self.small_out):
             stream.create()
         return (
-            embed_all(source, self.blocks, starts, batch_size, self.full_in, 0),
-            embed_all(smaller, self.blocks, starts, batch_size, self.small_in, 0),
+            embed_all(source, self.blocks, batch_size, self.full_in),
+            embed_all(smaller, self.blocks, batch_size, self.small_in),
         )
 
 
@@ -225,7 +225,7 @@ class _Layer:
         for start, count in self._batches():
             full_in, small_in = self._read(self.streams.full_in, start, count), self._small_in(start, count)
             with inputs_of(self._module(self.full, "mlp_norm")) as seen:
-                out = run_layer(self.full, full_in, self.calls[0][count][self.index], self.decoder)
+                out = run_layer(self.full, full_in, self.calls[0][count][self.index])
             middle = seen.pop()
             self.streams.middle.write(start, middle)
             self.streams.full_out.write(start, out)
@@ -258,7 +258,7 @@ class _Layer:
             sums.add(seen.pop(), without_bias(linear, self._read(self.streams.mlp_target, start, count)))
 
     def _run_small(self, start: int, count: int) -> torch.Tensor:
-        return run_layer(self.small, self._small_in(start, count), self.calls[1][count][self.index], self.decoder)
+        return run_layer(self.small, self._small_in(start, count), self.calls[1][count][self.index])
 
     def _small_in(self, start: int, count: int) -> torch.Tensor:
         return self._read(self.streams.small_in, start, count)

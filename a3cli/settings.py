@@ -29,13 +29,22 @@ class TextSettings(Settings):
     seed: int = Field(default=0, ge=0)
 
 
+def parse_batch_size(text: Any) -> Any:
+    """A number of blocks, or `auto`: None."""
+    if text == "auto":
+        return None
+    return int(text) if isinstance(text, str) and text.removeprefix("-").isdecimal() else text
+
+
 class CalibrateSettings(Settings):
     model: str
     revision: str | None = None
     text: TextSettings
     device: str = "auto"
+    devices: str | None = None
     dtype: Dtype = "auto"
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_batch_size)] = None
+    hidden_states: Literal["disk", "memory"] = "disk"
     mlp_stats: Literal["full", "diagonal"] = "full"
     trust_remote_code: bool = False
 

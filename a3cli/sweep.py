@@ -2,31 +2,38 @@
 
 The model is built on meta and never has to fit: each layer's weights are read once per calibration. The
 model's own `forward` says what each layer is called with (masks, position embeddings), so no family's
-`forward` is written down here. Hidden states live in two files of the work folder, read from one and
-written to the other, so memory holds one layer and one batch, and a killed sweep goes on at its layer.
+`forward` is written down here. Memory holds one layer and one batch; hidden states lie between layers in files
+of the work folder or in CPU memory (`hidden.py`). Several processes take a share of the blocks each.
 """
 
 import inspect
-import os
+import logging
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.func import functional_call
 
-from a3cli.checkpoint import check_finite, tensor_bytes
-from a3cli.errors import A3Error
+from a3cli.errors import A3Error, first_line
 from a3cli.families import Family, Role
+from a3cli.hidden import Blocks, States
 from a3cli.machine import Machine
 from a3cli.model import Model
 from a3cli.moments import LayerMoments, Tensors
-from a3cli.work import writing
+from a3cli.offload import Weights
+from a3cli.processes import Processes
+
+log = logging.getLogger(__name__)
 
 Arguments = dict[str, Any]
 
@@ -35,46 +42,6 @@ class Progress(Protocol):
     """Told after each batch how far a sweep is, in tokens through layers."""
 
     def __call__(self, *, layer: int, layers: int, tokens: int, total_tokens: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class HiddenStates:
-    """Blocks of hidden states `[N, T, d]` in a raw file; batches are read and written in place."""
-
-    path: Path
-    shape: tuple[int, int, int]
-    dtype: torch.dtype
-
-    @property
-    def block_bytes(self) -> int:
-        return self.shape[1] * self.shape[2] * self.dtype.itemsize
-
-    @property
-    def bytes(self) -> int:
-        return self.shape[0] * self.block_bytes
-
-    def create(self) -> None:
-        with writing(self.path), self.path.open("wb") as file:
-            file.truncate(self.bytes)
-
-    def read(self, start: int, count: int) -> torch.Tensor:
-        """Blocks `[count, T, d]` on the CPU. Raises A3Error if the file is shorter than it must be."""
-        buffer = bytearray(count * self.block_bytes)
-        with self.path.open("rb") as file:
-            file.seek(start * self.block_bytes)
-            if file.readinto(buffer) != len(buffer):
-                raise A3Error(f"{self.path} is truncated; start the calibration again with --overwrite")
-        return torch.frombuffer(buffer, dtype=self.dtype).view(count, *self.shape[1:])
-
-    def sync(self) -> None:
-        """Onto the disk, so that a power failure cannot leave a layer that looks done without its output."""
-        with writing(self.path), self.path.open("rb") as file:
-            os.fsync(file.fileno())
-
-    def write(self, start: int, blocks: torch.Tensor) -> None:
-        with writing(self.path), self.path.open("r+b") as file:
-            file.seek(start * self.block_bytes)
-            file.write(tensor_bytes(blocks))
 
 
 class StopForward(Exception):
@@ -115,6 +82,7 @@ class Decoder:
 
     def __init__(self, model: Model, machine: Machine, *, config: Any = None) -> None:
         self.source, self.family, self.shape, self.machine = model.source, model.family, model.shape, machine
+        self.weights = Weights(model.source, machine)
         with init_empty_weights(include_buffers=False):
             self.model = self.build(config or model.config, machine.dtype).eval()
         layers = self.model.get_submodule(self.family.layers)
@@ -130,18 +98,17 @@ class Decoder:
         network: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         return network
 
-    def load(self, prefix: str, module: nn.Module) -> None:
+    def load(self, prefix: str, module: nn.Module, device: torch.device) -> None:
         """Fill a meta module with the checkpoint's tensors. Raises A3Error for missing, misshaped or NaN ones."""
         for name, parameter in module.named_parameters():
-            value = self.read(prefix + name, parameter.shape)
-            set_module_tensor_to_device(module, name, self.machine.device, value=value, dtype=self.machine.dtype)
+            value = self.read(prefix + name, parameter.shape).to(device, non_blocking=True)
+            set_module_tensor_to_device(module, name, device, value=value, dtype=self.machine.dtype)
 
     def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
         """A weight in its stored dtype, mapped. Raises A3Error if it is missing, misshaped or has a NaN."""
-        value = self.source.read(tensor)
+        value = self.weights.read(tensor)
         if value.shape != shape:
             raise A3Error(f"{self.source.name}: tensor {tensor} is {list(value.shape)}, config.json says {list(shape)}")
-        check_finite(value, tensor, self.source.name)
         return value
 
     def embedding_table(self) -> torch.Tensor:
@@ -177,11 +144,14 @@ class Decoder:
         return recorders[0].hidden, [recorder.arguments for recorder in recorders]
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Hold one layer's weights."""
+    def layer(self, index: int, device: torch.device | None = None) -> Iterator[nn.Module]:
+        """Hold one layer's weights; those of the next one are on their way meanwhile."""
         module = self.layers[index]
-        self.load(self.source_prefix(index), module)
         try:
+            self.load(self.source_prefix(index), module, device or self.machine.device)
+            if index + 1 < len(self.layers):
+                following = self.source_prefix(index + 1)
+                self.weights.prefetch(following + name for name, _ in module.named_parameters())
             yield module
         finally:
             module.to("meta")
@@ -208,6 +178,20 @@ class Decoder:
             setattr(self.model.get_submodule(parent), attribute, self.layers)
             for name in names:
                 set_module_tensor_to_device(self.model, name, "meta")
+
+    @contextmanager
+    def stage(self, layers: range) -> Iterator[list[nn.Module]]:
+        """Hold consecutive layers' weights, each on the next of the devices; a batch goes from one to the next."""
+        devices = self.machine.devices or (self.machine.device,)
+        with ExitStack() as stack:
+            modules = []
+            for index, device in zip(layers, devices, strict=False):
+                module = stack.enter_context(self.layer(index, device))
+                if len(devices) > 1:
+                    add_hook_to_module(module, AlignDevicesHook(execution_device=device))
+                    stack.callback(remove_hook_from_module, module)
+                modules.append(module)
+            yield modules
 
 
 @contextmanager
@@ -267,70 +251,198 @@ def hidden_states_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.T
     return output[0] if isinstance(output, tuple) else output
 
 
-@torch.inference_mode()
-def sweep(
-    decoder: Decoder,
-    blocks: torch.Tensor,
-    *,
-    files: Callable[[int], Path],
-    first_layer: int,
-    batch_size: int,
-    full_mlp: bool,
-    finished: Callable[[int, Tensors], None],
-    progress: Progress,
-) -> None:
-    """Run all layers from `first_layer` on over `blocks` `[N, T]`, handing each layer's sums to `finished`.
+@dataclass
+class Sweep:
+    """One sweep over `blocks` `[N, T]`, of which this process takes its share.
 
-    `files(i)` is the hidden-state file with the input of layer i; it is intact until `finished(i)` returned,
-    so a sweep that died in layer i starts again with `first_layer=i`. Raises A3Error for non-finite
-    activations and for damaged weights or files.
+    `batch_size` is halved when a device runs out of memory if it may be (`adapt`). `finished(i, sums)` is called in the
+    main process, in the order of the layers; the input of layer i is kept until it returned, so a sweep that died in
+    layer i starts again there.
     """
-    starts = range(0, len(blocks), batch_size)
-    arguments = embed_all(decoder, blocks, starts, batch_size, _hidden_states(decoder, blocks, files(0)), first_layer)
-    for index in range(first_layer, decoder.shape.layers):
-        source = _hidden_states(decoder, blocks, files(index))
-        target = _hidden_states(decoder, blocks, files(index + 1))
-        target.create()
-        moments = LayerMoments(decoder.shape.head_dim, full_mlp, decoder.machine.device)
-        with decoder.layer(index) as layer, moments_of(layer, decoder.family, moments):
-            for start in starts:
-                count = min(batch_size, len(blocks) - start)
-                target.write(start, run_layer(layer, source.read(start, count), arguments[count][index], decoder))
-                done = (start + count) * blocks.shape[1]
-                progress(layer=index, layers=decoder.shape.layers, tokens=done, total_tokens=blocks.numel())
-        target.sync()
-        finished(index, _finite(moments.finished(), index))  # bound to no name: gone before the next layer comes
+
+    decoder: Decoder
+    blocks: torch.Tensor
+    states: States
+    processes: Processes
+    batch_size: int
+    adapt: bool
+    full_mlp: bool
+    finished: Callable[[int, Tensors], None]
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        share = self.processes.share(len(self.blocks))
+        self.own = self.blocks[share.start : share.stop]
+
+    @torch.inference_mode()
+    def run(self, first_layer: int) -> None:
+        """Sums of all layers from `first_layer` on. Those before are passed through again if its input is not there.
+
+        Raises A3Error for non-finite activations, for damaged weights or files, and if memory does not suffice.
+        """
+        layers, width = self.decoder.shape.layers, max(1, len(self.decoder.machine.devices))
+        index, arguments = self._start(first_layer)
+        while index < layers:
+            stage = range(index, min(index + width, layers))
+            try:
+                with self.processes.together():
+                    moments = self._run_stage(stage, first_layer, arguments)
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
+                index, arguments = self._start(first_layer)
+            else:
+                self._finish(stage, moments)
+                index = stage.stop
+                first_layer = max(first_layer, index)
+
+    def _start(self, layer: int) -> tuple[int, dict[int, list[Arguments]]]:
+        """The last layer up to `layer` whose input is there, made if need be, and all arguments by batch size."""
+        there = next((each for each in range(layer, -1, -1) if self.states.has(each)), -1)
+        there = min(self.processes.gather(there))
+        if there < layer and layer:
+            log.info("hidden states of layer %d are not there: once more through the layers before it", layer)
+        with self.processes.together():
+            target = self.states.begin() if there < 0 else self.states.input_of(there)
+            arguments = embed_all(self.decoder, self.own, self.batch_size, target if there < 0 else None)
+            if there < 0:
+                self.states.end(0)
+        if there < 0:
+            self.processes.from_main(lambda: self.states.keep(0))
+        return max(there, 0), arguments
+
+    def _run_stage(
+        self, stage: range, first_layer: int, arguments: dict[int, list[Arguments]]
+    ) -> dict[int, LayerMoments]:
+        """This process's batches through consecutive layers: moments of each from `first_layer` on."""
+        decoder, moments = self.decoder, {}
+        aside = decoder.machine.copies  # files are read and written in threads while the device computes
+        source, target = self.states.input_of(stage.start), self.states.begin()
+        with running_out_is_told(), ExitStack() as stack:
+            modules = stack.enter_context(decoder.stage(stage))
+            for index, module in zip(stage, modules, strict=True):
+                if index >= first_layer:
+                    device = next(module.parameters()).device
+                    moments[index] = LayerMoments(decoder.shape.head_dim, self.full_mlp, device)
+                    stack.enter_context(moments_of(module, decoder.family, moments[index]))
+            write = stack.enter_context(writer(target, aside=aside))
+            for start, batch in read_batches(source, len(self.own), self.batch_size, aside=aside):
+                hidden = batch
+                for index, module in zip(stage, modules, strict=True):
+                    hidden = run_layer(module, hidden, arguments[len(batch)][index])
+                write(start, hidden)
+                self._report(stage, start + len(batch))
+        self.states.end(stage.stop)
+        return moments
+
+    def _report(self, stage: range, blocks: int) -> None:
+        """The main process speaks for all: their shares are alike."""
+        share = blocks / len(self.own)
+        for layer in stage if blocks == len(self.own) else stage[:1]:
+            total = self.blocks.numel()
+            self.progress(
+                layer=layer, layers=self.decoder.shape.layers, tokens=round(share * total), total_tokens=total
+            )
+
+    def _finish(self, stage: range, moments: dict[int, LayerMoments]) -> None:
+        """Sums of all processes go to the main one; only then is the stage's input given up."""
+        self.processes.from_main(lambda: self.states.keep(stage.stop))
+        for layer in list(moments):
+            own = moments.pop(layer)
+            sums = self.processes.add_up(own.finished(), own.device)
+            self.processes.from_main(partial(self._hand_on, layer, sums))
+        self.processes.from_main(lambda: self.states.retire(stage.start))
+
+    def _hand_on(self, layer: int, sums: Tensors) -> None:
+        self.finished(layer, finite({name: value.cpu() for name, value in sums.items()}, layer))
+
+    def _halve(self, error: Exception) -> None:
+        """Raises A3Error if the batch may not be smaller."""
+        if not self.adapt or self.batch_size == 1:
+            remedy = "use --batch-size auto" if self.batch_size > 1 else "use a shorter --seq-len"
+            raise A3Error(
+                f"out of memory at {self.batch_size} blocks a batch ({first_line(error)}); {remedy}"
+            ) from error
+        self.batch_size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.info("out of memory: going on with %d blocks a batch", self.batch_size)
 
 
-def run_layer(layer: nn.Module, batch: torch.Tensor, arguments: Arguments, decoder: Decoder) -> torch.Tensor:
-    return hidden_states_of(layer(batch.to(decoder.machine.device), **arguments))
+@contextmanager
+def running_out_is_told() -> Iterator[None]:
+    """Make whatever is raised when memory runs out, on any device, an OutOfMemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
-def _hidden_states(decoder: Decoder, blocks: torch.Tensor, path: Path) -> HiddenStates:
-    return HiddenStates(path, (*blocks.shape, decoder.shape.hidden_size), decoder.machine.dtype)
+def read_batches(source: Blocks, blocks: int, batch_size: int, *, aside: bool) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each batch `[B, T, d]` with its first block. `aside`: the next one is read in a thread meanwhile, and pinned."""
+    starts = range(0, blocks, batch_size)
+
+    def read(start: int) -> torch.Tensor:
+        batch = source.read(start, min(batch_size, blocks - start))
+        return batch.pin_memory() if aside and torch.cuda.is_available() else batch
+
+    if not aside:
+        yield from ((start, read(start)) for start in starts)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(read, start) for start in starts[:1])
+        for start in starts:
+            batch = coming.popleft().result()
+            if start + batch_size < blocks:
+                coming.append(thread.submit(read, start + batch_size))
+            yield start, batch
+
+
+@contextmanager
+def writer(target: Blocks, *, aside: bool) -> Iterator[Callable[[int, torch.Tensor], None]]:
+    """Writes batches to where they belong. `aside`: in a thread, which may be one batch behind."""
+    if not aside:
+        yield target.write
+        return
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as thread:
+
+        def write(start: int, batch: torch.Tensor) -> None:
+            if pending:
+                pending.pop().result()
+            pending.append(thread.submit(target.write, start, batch))
+
+        yield write
+        if pending:
+            pending.pop().result()
+
+
+def run_layer(layer: nn.Module, batch: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+    """A layer's output for a batch that may come from the CPU."""
+    device = next(layer.parameters()).device
+    return hidden_states_of(layer(batch.to(device, non_blocking=True), **arguments))
 
 
 def embed_all(
-    decoder: Decoder, blocks: torch.Tensor, starts: range, batch_size: int, target: HiddenStates, first_layer: int
+    decoder: Decoder, blocks: torch.Tensor, batch_size: int, target: Blocks | None
 ) -> dict[int, list[Arguments]]:
-    """Write the first layer's input; returns each layer's arguments by batch size.
+    """Write the first layer's input to `target`; returns each layer's arguments by batch size.
 
     A resumed sweep has its hidden states already and only needs the arguments.
     """
     arguments: dict[int, list[Arguments]] = {}
-    if first_layer == 0:
-        target.create()
-    table = decoder.embedding_table()
-    for start in starts:
+    table = decoder.embedding_table() if len(blocks) else torch.empty(0)
+    for start in range(0, len(blocks), batch_size):
         batch = blocks[start : start + batch_size]
-        if first_layer == 0 or len(batch) not in arguments:
+        if target is not None or len(batch) not in arguments:
             hidden, arguments[len(batch)] = decoder.embed(batch, table)
-            if first_layer == 0:
+            if target is not None:
                 target.write(start, hidden)
     return arguments
 
 
-def _finite(sums: Tensors, layer: int) -> Tensors:
+def finite(sums: Tensors, layer: int) -> Tensors:
     """The sums themselves. Raises A3Error if one has a NaN or Inf."""
     for name, value in sorted(sums.items()):
         if not torch.isfinite(value).all():

@@ -5,7 +5,7 @@ manifest is written last, so a folder with a manifest is a finished stage. Nobod
 
     source.json                      which checkpoint: folder or hub id, revision, fingerprint
     calibration/progress.json        request and finished layers of a calibration under way
-    calibration/hidden-{0,1}.bin     hidden states between layers, while under way
+    calibration/hidden-000.bin …     the input of one layer, while under way; hidden-next.bin becomes the next one
     calibration/tokens.safetensors   the blocks [N, T]
     calibration/layer-000.safetensors …   statistics
     calibration/manifest.json        written last
@@ -50,6 +50,7 @@ class Work:
         self.solution_manifest = self.solution / "manifest.json"
         self.tokens = self.calibration / "tokens.safetensors"
         self.probes = folder / "probes"
+        self.coming_hidden_states = self.calibration / "hidden-next.bin"
         self.scratch = folder / ".scratch"  # gone when the command ends, or else when the next one begins
 
     def borrowed_by(self, folder: Path) -> "Work":
@@ -67,8 +68,8 @@ class Work:
         return self.solution / layer_file(layer)
 
     def hidden_states(self, layer: int) -> Path:
-        """The file that holds the input of `layer`; the output goes to the other of the two."""
-        return self.calibration / f"hidden-{layer % 2}.bin"
+        """The file that holds the input of `layer` for all blocks."""
+        return self.calibration / f"hidden-{layer:03d}.bin"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,0 +1,49 @@
+"""Weights from the checkpoint's shards to the device, those that come next on their way while others compute.
+
+For the CPU the system is asked to read the pages ahead: they stay its own, and no copy is made. For a GPU a background
+thread copies the tensors to pinned memory: at most one layer's weights in host memory, beside the one on the device.
+"""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from a3cli.checkpoint import Checkpoint, check_finite
+from a3cli.machine import Machine
+
+
+class Weights:
+    """A checkpoint's tensors, checked, in their stored dtype on the CPU."""
+
+    def __init__(self, source: Checkpoint, machine: Machine) -> None:
+        self._source, self._copies = source, machine.copies
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="a3-weights")
+        self._coming: dict[str, Future[torch.Tensor]] = {}
+
+    def prefetch(self, tensors: Iterable[str]) -> None:
+        """Begin to read what will be asked for next. What is not there is left for `read` to complain of."""
+        for tensor in tensors:
+            if tensor in self._source.tensors and tensor not in self._coming:
+                if self._copies:
+                    self._coming[tensor] = self._thread.submit(self._fetch, tensor)
+                else:
+                    self._thread.submit(self._read_ahead, tensor)
+
+    def read(self, tensor: str) -> torch.Tensor:
+        """One tensor. Raises A3Error if it is missing, unreadable or not finite."""
+        coming = self._coming.pop(tensor, None)
+        return self._fetch(tensor) if coming is None else coming.result()
+
+    def _fetch(self, tensor: str) -> torch.Tensor:
+        value = self._source.read(tensor)
+        check_finite(value, tensor, self._source.name)
+        return value.pin_memory() if self._copies and torch.cuda.is_available() else value
+
+    def _read_ahead(self, tensor: str) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        info = self._source.tensors[tensor]
+        with info.file.open("rb") as file:
+            os.posix_fadvise(file.fileno(), info.offset, info.bytes, os.POSIX_FADV_WILLNEED)

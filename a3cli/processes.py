@@ -1,0 +1,206 @@
+"""The processes of one run: each one's share of the work, and where they meet.
+
+Several processes come from `accelerate launch -m a3cli …`, on one node or several, or from `--num-processes N`, which
+starts them on this machine. Between meetings each works alone. An error in one is an error in all, raised where they
+meet next; the main process alone speaks. Importing this is cheap, so that the command line can ask who it is.
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from a3cli.errors import A3Error
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+# A launcher of ours reads what its processes have to say from here, and says it once.
+ERROR_FOLDER = "A3_ERROR_FOLDER"
+# Processes wait for the main one while it downloads text or writes a large layer. One that died is noticed at once.
+LONGEST_WAIT = timedelta(hours=6)
+PIECE = 1 << 24  # numbers summed at a time: a reduction needs as much room again
+
+
+class Interrupted(A3Error):
+    """Work ended before its time, and the same command goes on with it."""
+
+    exit_code = 3
+
+
+def launched() -> bool:
+    """Whether this is one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def is_main() -> bool:
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def hand_over(message: str) -> bool:
+    """Leave an error's line to whoever speaks for this process; False if that is the process itself."""
+    if launched() and (folder := os.environ.get(ERROR_FOLDER)):
+        (Path(folder) / os.environ["RANK"]).write_text(message, "utf-8")
+        return True
+    return not is_main()
+
+
+class Processes:
+    """One process and its peers. On its own it meets nobody, and everything here returns at once."""
+
+    def __init__(self, device: str = "auto") -> None:
+        self.rank, self.count = 0, 1
+        if launched():
+            self._join(device)
+
+    def _join(self, device: str) -> None:
+        import torch
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+
+        on_cpu = not torch.cuda.is_available() or torch.device("cuda" if device == "auto" else device).type == "cpu"
+        peers = [InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
+        if torch.device("cpu" if device == "auto" else device).index is not None:
+            raise A3Error(f"--device {device} names one GPU for several processes; use --device cuda")
+        self._accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=peers)
+        self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: int) -> range:
+        """This process's part of `items`: consecutive, as even as can be, the first ones never the smaller."""
+        size, larger = divmod(items, self.count)
+        start = self.rank * size + min(self.rank, larger)
+        return range(start, start + size + (self.rank < larger))
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank. Raises Interrupted if one of them is gone."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        with self._in_touch():
+            values: list[T] = gather_object([value])
+        return values
+
+    @contextmanager
+    def _in_touch(self) -> Iterator[None]:
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what gloo and nccl raise of a peer that has gone
+            raise Interrupted(
+                f"process {self.rank} of {self.count} lost another one; the same command goes on where it stopped"
+            ) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all processes end, or that raises the first one's error in all of them."""
+        if self.count == 1:
+            yield
+            return
+        from torch import OutOfMemoryError
+
+        problem: Exception | None = None
+        try:
+            yield
+        except (A3Error, OSError, OutOfMemoryError) as error:
+            problem = error
+        first = next((each for each in self.gather(problem) if each is not None), None)
+        if first is not None:
+            raise first
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What the main process returns from `work`, in all processes. The others wait."""
+        result: T | None = None
+        with self.together():
+            if self.main:
+                result = work()
+        return self.gather(result)[0]  # type: ignore[return-value]
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns in each process. The main one goes first, and what it downloads the others find."""
+        result: list[T] = []
+        for turn in (True, False):
+            with self.together():
+                if self.main is turn:
+                    result.append(work())
+        return result[0]
+
+    def add_up(self, sums: "dict[str, torch.Tensor]", device: "torch.device") -> "dict[str, torch.Tensor]":
+        """Sums over all processes, in place. One that has none (it had nothing to do) takes part with zeros."""
+        if self.count == 1:
+            return sums
+        import torch
+
+        layout = {name: (value.shape, value.dtype) for name, value in sums.items()}
+        layout = next(each for each in self.gather(layout) if each)
+        summed = {}
+        with self._in_touch():
+            for name, (shape, dtype) in sorted(layout.items()):
+                value = sums.pop(name) if name in sums else torch.zeros(shape, dtype=dtype, device=device)
+                for piece in value.view(-1).split(PIECE):
+                    piece.copy_(self._accelerator.reduce(piece, reduction="sum"))
+                summed[name] = value
+        return summed
+
+
+def launch(count: int, arguments: list[str]) -> None:
+    """Run this command in `count` processes on this machine. Raises A3Error for the first that fails."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.disable()  # torch's launcher would have a page to say of an error
+    with tempfile.TemporaryDirectory(prefix="a3-") as folder:
+        os.environ[ERROR_FOLDER] = folder
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id="a3",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "a3cli", *arguments)
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            raise_first(codes, Path(folder))
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+        finally:
+            del os.environ[ERROR_FOLDER]
+            logging.disable(logging.NOTSET)
+
+
+def raise_first(codes: dict[int, int], folder: Path) -> None:
+    """Raise what went wrong first: a process that was killed takes its peers with it."""
+    for rank, code in sorted(codes.items()):
+        if code < 0 and -code != signal.SIGTERM:  # that one comes from the launcher, to the others
+            raise Interrupted(
+                f"process {rank} was killed ({signal.Signals(-code).name}); the same command goes on where it stopped"
+            )
+    for rank, code in sorted(codes.items()):
+        if (folder / str(rank)).exists():
+            problem = A3Error((folder / str(rank)).read_text("utf-8"))
+            problem.exit_code = code
+            raise problem
+    sys.exit(max(codes.values()))  # a bug, whose traceback has been printed
