@@ -90,7 +90,9 @@ def return_freed_memory() -> None:
     """From now on, make glibc give memory of more than 1 MiB back to the system as soon as it is freed.
 
     Left alone, it keeps pieces of up to 32 MiB, and the holes that activations leave in its heap outweigh a layer.
+    Fresh memory has to be mapped each time then; torch does that in large pages if told before its first allocation.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)

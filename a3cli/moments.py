@@ -16,6 +16,7 @@ Products are formed in float32 per batch and added up in float64, except the two
 (`o_gram`, `mlp_gram`), which are added up in float32 and stored as the rows of their upper triangle.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ import torch
 Tensors = dict[str, torch.Tensor]
 LARGE = ("o_gram", "mlp_gram")
 SAMPLED_QUERIES = 8
+PIECE = 512  # tokens
+ROWS = 256  # of a large Gram matrix
+SMALL = 1 << 17  # numbers; memory for so few is at hand
 
 
 @dataclass
@@ -35,27 +39,64 @@ class LayerMoments:
 
     def __post_init__(self) -> None:
         self.sums: Tensors = {}
+        self._wide = torch.empty(0)
 
     def add_heads(self, name: str, x: torch.Tensor) -> None:
         """`q`, `k` or `v` of a batch, `[..., heads · h]`."""
-        per_head = x.reshape(-1, x.shape[-1] // self.head_dim, self.head_dim).float()
-        by_head = per_head.transpose(0, 1)  # [heads, tokens, h]
-        self._add(f"{name}_gram", by_head.mT @ by_head)
-        self._add(f"{name}_sum", per_head.sum(0))
+        flat = x.reshape(-1, x.shape[-1])
+        heads = flat.shape[1] // self.head_dim
+        gram = torch.zeros(heads, self.head_dim, self.head_dim, device=self.device)
+        total = torch.zeros(flat.shape[1], device=self.device)
+        for piece, _ in self._pieces(flat):
+            by_head = piece.view(-1, heads, self.head_dim).transpose(0, 1)
+            gram.baddbmm_(by_head.mT, by_head)
+            total += piece.sum(0)
+        self._add(f"{name}_gram", gram)
+        self._add(f"{name}_sum", total.view(heads, self.head_dim))
 
     def add_attention_output(self, o: torch.Tensor) -> None:
         """Input of the output projection `[..., H · h]`."""
-        flat = o.reshape(-1, o.shape[-1]).float()
-        self._add_gram("o_gram", flat)
-        self._add("o_sum", flat.sum(0))
+        flat = o.reshape(-1, o.shape[-1])
+        total = torch.zeros(flat.shape[1], device=self.device)
+        for piece, factor in self._pieces(flat):
+            self._add_gram("o_gram", factor)
+            total += piece.sum(0)
+        self._add("o_sum", total)
 
     def add_mlp(self, x: torch.Tensor) -> None:
         """Input of the down projection `[..., I]`."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        self._add("mlp_energy", torch.linalg.vector_norm(flat, dim=0).square())  # no temporary of its size
-        self._add("x_sum", flat.sum(0))
-        if self.full_mlp:
-            self._add_gram("mlp_gram", flat)
+        flat = x.reshape(-1, x.shape[-1])
+        energy, total = torch.zeros(2, flat.shape[1], device=self.device)
+        for piece, factor in self._pieces(flat):
+            total += piece.sum(0)
+            for rows in piece.split(max(1, SMALL // flat.shape[1]) if self._on_cpu else len(piece)):
+                energy += rows.square().sum(0)
+            if self.full_mlp:
+                self._add_gram("mlp_gram", factor)
+        self._add("mlp_energy", energy)
+        self._add("x_sum", total)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    def _pieces(self, flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`[n, m]` in float32, and as a factor of the large products.
+
+        On the CPU it comes some hundred tokens at a time, in a buffer that is used again: touching fresh memory takes
+        longer than the cast, and what stays in the cache is read faster. Both are the same there, since its products
+        of half precision would be rounded to it. A GPU takes half precision as it is, and adds up in float32.
+        """
+        if not self._on_cpu:
+            yield flat.float(), flat
+            return
+        for part in flat.split(PIECE):
+            piece = part
+            if part.dtype != torch.float32:
+                if self._wide.numel() < part.numel():
+                    self._wide = torch.empty(part.numel())
+                piece = self._wide[: part.numel()].view(part.shape).copy_(part)
+            yield piece, piece
 
     def add_distances(
         self, q: torch.Tensor, k: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
@@ -65,7 +106,7 @@ class LayerMoments:
 
     def add_residual(self, name: str, x: torch.Tensor) -> None:
         """`attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
-        self._add(name, x.float().square().sum())
+        self._add(name, torch.linalg.vector_norm(x, dtype=torch.float32).double().square())
         if name == "mlp_residual":
             self._add("tokens", torch.tensor(x[..., 0].numel(), dtype=torch.float64, device=self.device))
 
@@ -76,9 +117,13 @@ class LayerMoments:
             self.sums[name] = value.double()
 
     def _add_gram(self, name: str, flat: torch.Tensor) -> None:
+        """Add `Σ x xᵀ` to the upper triangle of a large Gram matrix, a few rows of it at a time: half the work."""
+        width = flat.shape[1]
         if name not in self.sums:
-            self.sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=self.device)
-        self.sums[name].addmm_(flat.mT, flat)
+            self.sums[name] = torch.zeros(width, width, device=self.device)
+        gram, rows = self.sums[name], ROWS if self._on_cpu else 8 * ROWS
+        for i in range(0, width, rows):
+            _add_product(gram[i : i + rows, i:], flat[:, i : i + rows].mT, flat[:, i:])
 
     def finished(self) -> Tensors:
         """The sums as they are stored, the large ones packed. Empties this object. Without any batch there are none."""
@@ -87,6 +132,17 @@ class LayerMoments:
             value = self.sums.pop(name)
             stored[name] = pack_upper(value) if name in LARGE else value
         return stored
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a b` in float32; `a` and `b` may be of half precision on a GPU."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+        return
+    try:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+    except (TypeError, NotImplementedError, RuntimeError):  # an older torch, or a device that has no such product
+        total.addmm_(a.float(), b.float())
 
 
 def attention_mass(
@@ -107,15 +163,15 @@ def attention_mass(
     cos, sin = (part.float().to(q.device) for part in rotation)
     queries = _rotate(q[:, rows].float().unflatten(-1, (-1, head_dim)), cos[:, rows, None], sin[:, rows, None])
     keys = _rotate(k.float().unflatten(-1, (-1, head_dim)), cos[:, :, None], sin[:, :, None])
-    keys = keys.repeat_interleave(queries.shape[2] // keys.shape[2], 2)
-    scores = torch.einsum("brhc,bthc->bhrt", queries, keys) * head_dim**-0.5
+    grouped = queries.unflatten(2, (keys.shape[2], -1))  # [B, r, K, g, h]
+    scores = torch.einsum("brkgc,btkc->bkgrt", grouped, keys).flatten(1, 2) * head_dim**-0.5
     distance = rows[:, None] - torch.arange(length, device=q.device)
     if mask is None:
         scores = scores.masked_fill(distance < 0, float("-inf"))
     elif mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
+        scores = scores.masked_fill(~mask.to(q.device)[:, :, rows], float("-inf"))
     else:
-        scores = scores + mask[:, :, rows].float()
+        scores = scores + mask.to(q.device)[:, :, rows].float()
     weights = scores.softmax(-1).sum((0, 1), dtype=torch.float64)
     mass: torch.Tensor = weights.new_zeros(length)
     return mass.index_add_(0, distance.clamp_min(0).flatten(), weights.flatten())

@@ -464,7 +464,12 @@ def no_file_larger(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("size", "stops_at"),
-    [(500, "tokens.safetensors"), (1100, "progress.json"), (12_000, "hidden-next.bin"), (20_000, "layer-000.safetensors")],
+    [
+        (500, "tokens.safetensors"),
+        (1100, "progress.json"),
+        (12_000, "hidden-next.bin"),
+        (20_000, "layer-000.safetensors"),
+    ],
 )
 def test_a_disk_that_fills_up_in_a_calibration(size, stops_at, a3, source, text_file, tmp_path):
     before = snapshot(tmp_path)
