@@ -106,7 +106,8 @@ class LayerMoments:
 
     def add_residual(self, name: str, x: torch.Tensor) -> None:
         """`attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
-        self._add(name, torch.linalg.vector_norm(x, dtype=torch.float32).double().square())
+        of_tokens = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # a norm over everything loses digits
+        self._add(name, of_tokens.double().square().sum())
         if name == "mlp_residual":
             self._add("tokens", torch.tensor(x[..., 0].numel(), dtype=torch.float64, device=self.device))
 

@@ -1,0 +1,255 @@
+"""Where things lie while a sweep runs: hidden states, weights ahead of time, several devices, batches that fit."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from a3cli import display, machine, sweep
+from a3cli.families import ModelShape
+from a3cli.machine import Machine
+from a3cli.memory import block_bytes, choose_batch_size, layer_bytes, moment_bytes
+from a3cli.moments import LayerMoments, unpack_upper
+from tests.test_bad_input import refused
+from tests.test_calibrate import calibration_files
+from tests.test_processes import assert_close
+
+TEXT = ("--samples", 6, "--seq-len", 40, "--batch-size", 4)
+LAYERS = 5
+
+
+@pytest.fixture
+def command(checkpoint, text_file) -> tuple[object, ...]:
+    return ("calibrate", checkpoint("llama-gqa", num_hidden_layers=LAYERS), "--dataset", text_file, *TEXT, "--work")
+
+
+@pytest.fixture
+def whole(a3, command, tmp_path) -> Path:
+    """An undisturbed calibration."""
+    assert a3(*command, tmp_path / "whole").code == 0
+    return tmp_path / "whole"
+
+
+@pytest.fixture
+def cut(a3, command, tmp_path, monkeypatch) -> Path:
+    """One that was interrupted in its fourth layer."""
+    return interrupt(a3, monkeypatch, 3, *command, tmp_path / "cut")
+
+
+def interrupt(a3, monkeypatch, layer: int, *command: object) -> Path:
+    plain = display.SweepProgress.__call__
+
+    def interrupting(self, **at):
+        if at["layer"] == layer:
+            raise KeyboardInterrupt
+        plain(self, **at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(display.SweepProgress, "__call__", interrupting)
+        assert a3(*command).code == 3
+    return Path(str(command[-1]))
+
+
+def finished_alike(a3, command, cut: Path, whole: Path, *options: object) -> str:
+    """It goes on to the same bytes; returns what it said."""
+    kept = (cut / "calibration" / "layer-002.safetensors").stat().st_mtime_ns
+    outcome = a3(*command[:-1], *options, "--work", cut)
+    assert outcome.code == 0, outcome
+    assert (cut / "calibration" / "layer-002.safetensors").stat().st_mtime_ns == kept
+    assert calibration_files(cut) == calibration_files(whole)
+    return outcome.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "longer"])
+def test_damaged_hidden_states_are_made_again(damage, a3, command, whole, cut):
+    file = cut / "calibration" / "hidden-003.bin"
+    size = file.stat().st_size
+    assert size == 6 * 40 * 48 * 4
+    file.unlink() if damage == "gone" else os.truncate(file, size - 8 if damage == "truncated" else size + 8)
+    said = finished_alike(a3, command, cut, whole)
+    assert "hidden states of layer 3 are not there" in said
+
+
+def test_hidden_states_truncated_under_way(a3, command, whole, tmp_path, monkeypatch):
+    """The layer in flight is lost, and one line says what to do."""
+    plain = sweep.run_layer
+    work = tmp_path / "cut"
+
+    def truncating(*arguments):
+        file = work / "calibration" / "hidden-003.bin"
+        if file.exists():
+            os.truncate(file, 100)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "run_layer", truncating)
+        refused(a3(*command, work, "--quiet"), "hidden-003.bin", "truncated", "run the same command again")
+    finished_alike(a3, command, work, whole)
+
+
+def test_in_memory_the_same_bytes_and_no_files(a3, command, whole, tmp_path, monkeypatch):
+    options = (*command[:-1], "--hidden-states", "memory", "--work")
+    work = interrupt(a3, monkeypatch, 3, *options, tmp_path / "memory")
+    assert not list(work.rglob("hidden-*"))
+    assert "once more through the layers before it" in finished_alike(a3, command, work, whole, *options[-3:-1])
+    monkeypatch.setattr("a3cli.calibrate.free_memory", lambda device: 46_000)
+    refused(a3(*options, tmp_path / "short"), "--hidden-states memory", "0.00 GB", "--hidden-states disk")
+    assert not (tmp_path / "short").exists()
+
+
+@pytest.mark.parametrize("devices", ["cpu,cpu", "cpu,cpu,cpu"])
+def test_consecutive_layers_on_several_devices(devices, a3, command, whole, cut, tmp_path):
+    """The same bytes, also when two layers a pass do not divide evenly, and when it goes on with other devices."""
+    assert a3(*command, tmp_path / "several", "--devices", devices).code == 0
+    assert calibration_files(tmp_path / "several") == calibration_files(whole)
+    finished_alike(a3, command, cut, whole, "--devices", devices)
+
+
+def test_killed_between_two_layers_of_a_pass(a3, command, whole, tmp_path, monkeypatch):
+    """The first of two layers that were run together is finished, the second is not."""
+    from a3cli import calibrate
+
+    plain = calibrate.write_tensors
+
+    def interrupting(path, tensors):
+        if path.name == "layer-003.safetensors":
+            raise KeyboardInterrupt
+        plain(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "write_tensors", interrupting)
+        assert a3(*command, tmp_path / "cut", "--devices", "cpu,cpu").code == 3
+    finished_alike(a3, command, tmp_path / "cut", whole)
+
+
+def test_bad_devices(a3, command, tmp_path, monkeypatch):
+    refused(a3(*command, tmp_path / "w", "--devices", "cpu,gpu"), "--devices 'gpu'")
+    refused(a3(*command, tmp_path / "w", "--devices", "cuda:7"), "--devices 'cuda:7'", "CUDA devices")
+    refused(a3(*command, tmp_path / "w", "--devices", "cpu", "--device", "cpu"), "contradict")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    refused(a3(*command, tmp_path / "w", "--devices", "cpu,cpu,cpu"), "cannot be divided among 2 processes")
+    assert not (tmp_path / "w").exists()
+
+
+def test_threads_of_a_device_with_memory_of_its_own(a3, command, whole, tmp_path, monkeypatch):
+    """Reading ahead, writing behind and fetching weights aside give the same bytes, and the same errors."""
+    monkeypatch.setattr(Machine, "copies", True)
+    assert a3(*command, tmp_path / "aside").code == 0
+    assert calibration_files(tmp_path / "aside") == calibration_files(whole)
+
+    def failing(self, start, count):
+        raise sweep.A3Error("no such block")
+
+    monkeypatch.setattr("a3cli.hidden.HiddenStates.read", failing)
+    refused(a3(*command, tmp_path / "failing", "--quiet"), "no such block")
+
+
+def running_out_above(limit: int, plain):
+    def run_layer(layer, batch, arguments):
+        if len(batch) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more lines")
+        return plain(layer, batch, arguments)
+
+    return run_layer
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_batches_are_halved_until_they_fit(where, a3, command, whole, tmp_path, monkeypatch):
+    """And a run that goes on later takes the batch that did."""
+    auto = (*command[:-1], "--batch-size", "auto", "--hidden-states", where, "--work", tmp_path / "auto")
+    monkeypatch.setattr(sweep, "run_layer", running_out_above(2, sweep.run_layer))
+    outcome = a3(*auto, "--json")
+    assert outcome.code == 0
+    assert [line for line in outcome.stderr.splitlines() if "memory" in line] == [
+        "out of memory: going on with 3 blocks a batch",
+        "out of memory: going on with 1 blocks a batch",
+    ]
+    assert outcome.json["made_with"] == [{"processes": 1, "batch_size": 1}] * LAYERS
+    assert_close([whole, tmp_path / "auto"])
+
+
+def test_batch_is_halved_in_the_middle_and_kept(a3, command, whole, tmp_path, monkeypatch):
+    """Memory that runs out late: finished layers stay as they are, and so does the smaller batch."""
+    plain = sweep.run_layer
+    calls = []
+
+    def run_layer(layer, batch, arguments):
+        calls.append(len(batch))
+        limit = 6 if len(calls) <= 2 else 3
+        return running_out_above(limit, plain)(layer, batch, arguments)
+
+    for where in ("disk", "memory"):
+        calls.clear()
+        auto = (*command[:-1], "--batch-size", "auto", "--hidden-states", where, "--work", tmp_path / where)
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "run_layer", run_layer)
+            interrupt(a3, patch, 4, *auto)
+        made_with = a3(*auto, "--json").json["made_with"]
+        assert [made["batch_size"] for made in made_with] == [6, 6, 3, 3, 3]
+        assert_close([whole, tmp_path / where])
+
+
+def test_a_batch_that_was_asked_for_is_not_changed(a3, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "run_layer", running_out_above(2, sweep.run_layer))
+    ended = a3(*command, tmp_path / "w", "--quiet")
+    refused(
+        ended, "out of memory at 4 blocks a batch (CUDA out of memory. Tried to allocate 9 GiB)", "--batch-size auto"
+    )
+    monkeypatch.setattr(sweep, "run_layer", running_out_above(0, sweep.run_layer))
+    refused(a3(*command, tmp_path / "w", "--quiet", "--batch-size", "auto"), "out of memory at 1 blocks", "--seq-len")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_layer_that_does_not_fit(a3, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda device: 200_000)
+    refused(a3(*command, tmp_path / "w"), "not enough memory on cpu", "one layer 0.00 GB", "--mlp-stats diagonal")
+    assert not (tmp_path / "w").exists()
+
+
+LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672)
+
+
+def test_batch_from_the_memory_that_is_free(monkeypatch):
+    """Llama-3.1-70B in bfloat16: a layer of 1.7 GB, statistics of 5.3 GB, and what is left is for blocks."""
+    assert layer_bytes(LLAMA_70B, torch.bfloat16) == pytest.approx(1.71e9, rel=0.01)
+    assert moment_bytes(LLAMA_70B, full_mlp=True) == pytest.approx(4 * 28672**2 + 2 * 28672**2, rel=0.1)
+    monkeypatch.setattr(Machine, "free_memory", lambda self: 80 * 10**9)
+    gpu = Machine(torch.device("cuda"), torch.bfloat16)
+    batch = choose_batch_size(LLAMA_70B, gpu, 2048, 128, full_mlp=True)
+    needed = layer_bytes(LLAMA_70B, torch.bfloat16) + moment_bytes(LLAMA_70B, full_mlp=True)
+    block = block_bytes(LLAMA_70B, torch.bfloat16, 2048)
+    assert needed + batch * block <= 0.9 * 80e9 < needed + (batch + 1) * block
+    assert choose_batch_size(LLAMA_70B, gpu, 2048, 3, full_mlp=True) == 3
+    cpu = Machine(torch.device("cpu"), torch.float32)
+    assert choose_batch_size(LLAMA_70B, cpu, 2048, 128, full_mlp=True) == 1
+    assert choose_batch_size(LLAMA_70B, cpu, 256, 128, full_mlp=True) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_of_half_precision_are_exact_to_float32(dtype):
+    """More tokens than a piece, wider than a few rows of a triangle, two batches; against float64."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [(2 + torch.randn(2, 700, 640, generator=generator)).to(dtype) for _ in range(2)]
+    moments = LayerMoments(16, full_mlp=True, device=torch.device("cpu"))
+    for batch in batches:
+        moments.add_mlp(batch)
+        moments.add_attention_output(batch)
+        moments.add_heads("q", batch)
+        moments.add_residual("mlp_residual", batch)
+    found = moments.finished()
+    flat = torch.cat(batches).flatten(0, 1).double()
+    heads = flat.unflatten(1, (-1, 16)).transpose(0, 1)
+    expected = {
+        "mlp_energy": flat.square().sum(0),
+        "x_sum": flat.sum(0),
+        "o_sum": flat.sum(0),
+        "q_gram": heads.mT @ heads,
+        "q_sum": heads.sum(1),
+        "mlp_residual": flat.square().sum(),
+    }
+    for name, value in expected.items():
+        assert (found[name] - value).norm() < 1e-6 * value.norm(), name
+    for name in ("mlp_gram", "o_gram"):
+        assert (unpack_upper(found[name], 640) - flat.T @ flat).norm() < 1e-6 * (flat.T @ flat).norm(), name
+    assert found["tokens"] == len(flat)

@@ -1,0 +1,213 @@
+"""Several processes: the same statistics, one error for all, nothing lost when one is killed."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from a3cli.processes import ERROR_FOLDER, Processes
+from tests.test_calibrate import calibration_files
+
+TEXT = ("--samples", 5, "--seq-len", 48, "--batch-size", 2, "--quiet")
+# Processes that have imported everything once are forked from: each then starts at once, without our threads.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["a3cli.cli", "a3cli.calibrate", "transformers.models.llama.modeling_llama"])
+
+
+@dataclass(frozen=True)
+class Ended:
+    codes: list[int]
+    errors: list[str]
+
+
+def command_line(rank: int, environment: dict[str, str], arguments: list[str], sabotage: Callable[[int], None]) -> None:
+    """One process of several, as a launcher starts it."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    from a3cli.cli import main
+
+    sabotage(rank)
+    sys.argv = ["a3", *arguments]
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        main()
+
+
+def nothing(rank: int) -> None:
+    """All goes well."""
+
+
+def run(count: int, folder: Path, *arguments: object, sabotage: Callable[[int], None] = nothing) -> Ended:
+    """The command in `count` processes: exit codes, and each one's error, by rank."""
+    errors = folder / f"errors-{time.monotonic_ns()}"
+    errors.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost"}
+    shared |= {"MASTER_PORT": str(port), ERROR_FOLDER: str(errors), "HF_HUB_OFFLINE": "1"}
+    processes = []
+    for rank in range(count):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        target = (rank, environment, [str(part) for part in arguments], sabotage)
+        processes.append(CONTEXT.Process(target=command_line, args=target))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            pytest.fail("a process hangs")
+    codes = [int(process.exitcode or 0) for process in processes]
+    files = [errors / str(rank) for rank in range(count)]
+    return Ended(codes, [file.read_text("utf-8") if file.exists() else "" for file in files])
+
+
+def statistics(work: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path) for path in sorted((work / "calibration").glob("layer-*.safetensors"))]
+
+
+def assert_close(works: Sequence[Path]) -> None:
+    """The same statistics, up to the order in which float32 was added up."""
+    first, *others = map(statistics, works)
+    for other in others:
+        for expected, found in zip(first, other, strict=True):
+            assert expected.keys() == found.keys()
+            for name, value in expected.items():
+                assert found[name].dtype == value.dtype
+                difference = (found[name].double() - value.double()).norm() / value.double().norm()
+                assert difference < 1e-6, name
+
+
+@pytest.mark.parametrize(("samples", "counts"), [(5, (2, 3)), (2, (3,))])
+def test_the_same_statistics_from_any_number_of_processes(samples, counts, a3, checkpoint, text_file, tmp_path):
+    """Five blocks divide evenly among neither two nor three; of two blocks one of three processes has none."""
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--samples", samples, "--work")
+    assert a3(*command, tmp_path / "1").code == 0
+    for count in counts:
+        assert run(count, tmp_path, *command, tmp_path / str(count)) == Ended([0] * count, [""] * count)
+        assert not list((tmp_path / str(count)).rglob("hidden-*.bin"))
+    assert_close([tmp_path / "1", *(tmp_path / str(count) for count in counts)])
+
+
+def killed_in_the_second_layer(rank: int) -> None:
+    """Process 1 dies by SIGKILL when half of its share of layer 1 is done: it has two blocks, one a batch."""
+    from a3cli import sweep
+
+    plain, calls = sweep.run_layer, []
+
+    def run_layer(*arguments):
+        calls.append(None)
+        if rank == 1 and len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*arguments)
+
+    sweep.run_layer = run_layer
+
+
+def test_killed_in_a_layer_it_goes_on_there_with_any_number(a3, checkpoint, text_file, tmp_path):
+    folder = checkpoint("llama-gqa")
+    command = ("calibrate", folder, "--dataset", text_file, *TEXT, "--batch-size", 1, "--work")
+    assert run(2, tmp_path, *command, tmp_path / "whole").codes == [0, 0]
+    assert a3(*command, tmp_path / "alone").code == 0
+    for count in (2, 1, 3):
+        work = tmp_path / f"cut-{count}"
+        ended = run(2, tmp_path, *command, work, sabotage=killed_in_the_second_layer)
+        assert ended.codes == [3, -signal.SIGKILL]
+        assert "goes on where it stopped" in ended.errors[0]
+        kept = (work / "calibration" / "layer-000.safetensors").stat().st_mtime_ns
+        assert not (work / "calibration" / "manifest.json").exists()
+        assert run(count, tmp_path, *command, work).codes == [0] * count
+        assert (work / "calibration" / "layer-000.safetensors").stat().st_mtime_ns == kept
+        if count == 2:
+            assert calibration_files(work) == calibration_files(tmp_path / "whole")
+        assert_close([tmp_path / "alone", work])
+
+
+def full_disk(rank: int) -> None:
+    """Process 1 alone cannot write a file of the hidden states' size."""
+    if rank == 1:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+
+
+def test_an_error_in_one_is_an_error_in_all(checkpoint, text_file, tmp_path):
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
+    ended = run(2, tmp_path, *command, sabotage=full_disk)
+    assert ended.codes == [2, 2]
+    assert "hidden-next.bin cannot be written" in ended.errors[0]
+    assert ended.errors[0] == ended.errors[1]
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_lock_counts_for_all_of_a_run(checkpoint, text_file, tmp_path):
+    from a3cli.work import Work
+
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
+    with Work(tmp_path / "work").locked():
+        ended = run(2, tmp_path, *command)
+    assert ended.codes == [2, 2]
+    assert "in use by another a3 process" in ended.errors[0]
+    assert run(2, tmp_path, *command).codes == [0, 0]
+
+
+def test_shares_are_even_and_cover_everything():
+    for count in (1, 2, 3, 7):
+        for items in (1, 2, 7, 128):
+            shares = []
+            for rank in range(count):
+                process = Processes()
+                process.rank, process.count = rank, count
+                shares.append(process.share(items))
+            assert [item for share in shares for item in share] == list(range(items))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            assert len(shares[0]) == max(map(len, shares))
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+@pytest.mark.slow
+def test_num_processes_starts_them_and_says_what_became_of_them(checkpoint, text_file, tmp_path):
+    """The real command: one of its processes is killed, and the same command goes on."""
+    folder = checkpoint("llama-gqa", num_hidden_layers=20)
+    arguments = ("calibrate", folder, "--dataset", text_file, "--samples", 64, "--seq-len", 128, "--quiet")
+    command = [
+        sys.executable,
+        "-m",
+        "a3cli",
+        *map(str, arguments),
+        "--num-processes",
+        "2",
+        "--work",
+        str(tmp_path / "w"),
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, **pipes)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "w/calibration/layer-001.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(children(first)[-1], signal.SIGKILL)
+    printed, said = first.communicate(timeout=60)
+    assert (first.returncode, printed) == (3, ""), said
+    (line,) = said.splitlines()
+    assert line.startswith("error: process 1 was killed (SIGKILL)")
+    assert not (tmp_path / "w/calibration/manifest.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.startswith("calibrated 20 layers on 8,192 tokens")
