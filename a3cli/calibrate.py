@@ -15,7 +15,7 @@ from a3cli.machine import Machine, choose_machine, free_memory, return_freed_mem
 from a3cli.memory import choose_batch_size
 from a3cli.model import Model, describe
 from a3cli.moments import Tensors
-from a3cli.processes import Processes
+from a3cli.processes import Processes, joined
 from a3cli.settings import CalibrateSettings
 from a3cli.sweep import Decoder, Progress, Sweep
 from a3cli.text import check_fit, load_tokenizer, sample_blocks, tokenizer_fingerprint
@@ -37,9 +37,7 @@ from a3cli.work import (
 log = logging.getLogger(__name__)
 
 
-def calibrate(
-    settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress, processes: Processes | None = None
-) -> Json:
+def calibrate(settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress) -> Json:
     """Make the statistics of every decoder layer; returns the manifest.
 
     A finished calibration with the same request is returned as it is, an unfinished one goes on at the
@@ -47,10 +45,9 @@ def calibrate(
     Raises A3Error for another request in the same folder unless `overwrite`.
     """
     return_freed_memory()
-    processes = processes or Processes()
-    model, machine = processes.main_first(lambda: open_model(settings))
-    request = describe_request(settings, model.source, machine)
-    with ExitStack() as held:
+    with joined(settings.device) as processes, ExitStack() as held:
+        model, machine = processes.main_first(lambda: open_model(settings))
+        request = describe_request(settings, model.source, machine)
         processes.from_main(lambda: held.enter_context(work.locked()))
         finished = processes.from_main(lambda: finished_manifest(work, request, overwrite=overwrite))
         if finished is None:

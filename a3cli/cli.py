@@ -168,6 +168,7 @@ def solve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 1,
+    num_processes: Annotated[int | None, typer.Option(help="Layers at a time (default: as many as cores).")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -196,6 +197,7 @@ def solve(
         device=device,
         dtype=dtype,
         batch_size=batch_size,
+        num_processes=num_processes,
     )
     from a3cli.solve import solve as run
 
@@ -257,6 +259,7 @@ def export(
     work: WorkOption = DEFAULT_WORK,
     dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, like 5GB.")] = "5GB",
+    num_processes: Annotated[int, typer.Option(help="Weight files written at a time.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -265,7 +268,9 @@ def export(
     display = open_display(quiet=quiet)
     from a3cli.settings import ExportSettings, make_settings
 
-    settings = make_settings(ExportSettings, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    settings = make_settings(
+        ExportSettings, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, num_processes=num_processes
+    )
     from a3cli.export import export as run
 
     manifest = run(out, settings, open_work(work))

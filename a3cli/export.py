@@ -32,6 +32,7 @@ from a3cli.families import LayerSizes, per_layer_config
 from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
+from a3cli.processes import spread
 from a3cli.projections import apply_projection
 from a3cli.settings import ExportSettings
 from a3cli.work import (
@@ -54,11 +55,11 @@ NOT_CARRIED = ("config.json", "README.md", MANIFEST)
 
 
 class Solution:
-    """What is applied: the manifest, and one layer's projections at a time."""
+    """What is applied: the manifest, and the projections of as many layers at a time as are written."""
 
-    def __init__(self, manifest: Json, work: Work) -> None:
+    def __init__(self, manifest: Json, work: Work, *, held: int = 1) -> None:
         self.manifest = manifest
-        self.layer: Callable[[int], Tensors] = lru_cache(maxsize=1)(lambda i: load_file(work.layer_solution(i)))
+        self.layer: Callable[[int], Tensors] = lru_cache(maxsize=held)(lambda i: load_file(work.layer_solution(i)))
         self.sizes = [LayerSizes(**sizes) for sizes in manifest["sizes"]]
 
     @property
@@ -72,7 +73,7 @@ def export(out: Path, settings: ExportSettings, work: Work) -> Json:
     Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use.
     """
     with work.locked():
-        calibration, solution = read_solution(work)
+        calibration, solution = read_solution(work, held=settings.num_processes)
         model = open_calibrated_source(work, calibration)
         check_target(out, model.source, work, overwrite=settings.overwrite)
         shards = plan(model, solution, settings)
@@ -81,7 +82,7 @@ def export(out: Path, settings: ExportSettings, work: Work) -> Json:
             return write_checkpoint(partial, model, calibration, solution, shards, settings)
 
 
-def read_solution(work: Work) -> tuple[Json, Solution]:
+def read_solution(work: Work, *, held: int = 1) -> tuple[Json, Solution]:
     """Calibration manifest and solution, checked against one another and against their files."""
     if not work.solution_manifest.is_file():
         raise A3Error(f"{work.folder} has no finished solution; run a3 solve first (--work names the folder)")
@@ -91,7 +92,7 @@ def read_solution(work: Work) -> tuple[Json, Solution]:
         raise A3Error(f"{work.solution} was solved from another calibration; run a3 solve --overwrite")
     for layer, expected in enumerate(manifest["layers"]):
         check_hash(work.layer_solution(layer), expected, "run a3 solve --overwrite")
-    return calibration, Solution(manifest, work)
+    return calibration, Solution(manifest, work, held=held)
 
 
 def check_target(out: Path, source: Checkpoint, work: Work, *, overwrite: bool) -> None:
@@ -141,10 +142,12 @@ def write_checkpoint(
     settings: ExportSettings,
 ) -> Json:
     """Weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
-    hashes = {}
-    for shard, tensors in shards.items():
+
+    def write(shard: str) -> str:
         log.info("writing %s", shard)
-        hashes[shard] = write_shard(folder / shard, tensors, (transformed(model, solution, t) for t in tensors))
+        return write_shard(folder / shard, shards[shard], (transformed(model, solution, t) for t in shards[shard]))
+
+    hashes = dict(zip(shards, spread(write, shards, settings.num_processes), strict=True))
     if len(shards) > 1:
         write_index(folder / INDEX, shards)
     config = compressed_config(model, solution, settings)

@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from a3cli.errors import A3Error
 if TYPE_CHECKING:
     import torch
 
+S = TypeVar("S")
 T = TypeVar("T")
 # A launcher of ours reads what its processes have to say from here, and says it once.
 ERROR_FOLDER = "A3_ERROR_FOLDER"
@@ -71,6 +73,11 @@ class Processes:
             raise A3Error(f"--device {device} names one GPU for several processes; use --device cuda")
         self._accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=peers)
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
+
+    def leave(self) -> None:
+        """Part from the others, who do the same now: one that just ended would look like one that died."""
+        if self.count > 1:
+            self._accelerator.end_training()
 
     @property
     def main(self) -> bool:
@@ -157,6 +164,36 @@ class Processes:
         return summed
 
 
+@contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """Be one of the processes of this run, to its end or to an error that all of them have."""
+    processes = Processes(device)
+    try:
+        yield processes
+    except Interrupted:
+        raise
+    except A3Error:
+        processes.leave()
+        raise
+    processes.leave()
+
+
+def spread(work: Callable[[S], T], items: Iterable[S], count: int) -> Iterator[T]:
+    """`work` of each item, in order, by `count` threads of one core each: the same bytes whatever their number.
+
+    Linear algebra adds up in another order on several cores, and small matrices gain nothing from them.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            yield from threads.map(work, items)
+    finally:
+        torch.set_num_threads(before)
+
+
 def launch(count: int, arguments: list[str]) -> None:
     """Run this command in `count` processes on this machine. Raises A3Error for the first that fails."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -192,15 +229,15 @@ def launch(count: int, arguments: list[str]) -> None:
 
 
 def raise_first(codes: dict[int, int], folder: Path) -> None:
-    """Raise what went wrong first: a process that was killed takes its peers with it."""
-    for rank, code in sorted(codes.items()):
-        if code < 0 and -code != signal.SIGTERM:  # that one comes from the launcher, to the others
-            raise Interrupted(
-                f"process {rank} was killed ({signal.Signals(-code).name}); the same command goes on where it stopped"
-            )
-    for rank, code in sorted(codes.items()):
-        if (folder / str(rank)).exists():
-            problem = A3Error((folder / str(rank)).read_text("utf-8"))
-            problem.exit_code = code
-            raise problem
-    sys.exit(max(codes.values()))  # a bug, whose traceback has been printed
+    """Raise what went wrong first: an error, or a process that was killed, which takes its peers with it."""
+    said = {rank: (folder / str(rank)).read_text("utf-8") for rank in sorted(codes) if (folder / str(rank)).exists()}
+    killed = [rank for rank, code in sorted(codes.items()) if code < 0 and -code != signal.SIGTERM]  # SIGTERM is ours
+    causes = [rank for rank in said if codes[rank] not in (Interrupted.exit_code, -signal.SIGTERM)]
+    if killed and not causes:
+        name = signal.Signals(-codes[killed[0]]).name
+        raise Interrupted(f"process {killed[0]} was killed ({name}); the same command goes on where it stopped")
+    for rank in (*causes, *said):  # the first of them
+        problem = A3Error(said[rank])
+        problem.exit_code = codes[rank] if codes[rank] > 0 else Interrupted.exit_code
+        raise problem
+    sys.exit(max(1, *codes.values()))  # a bug, whose traceback has been printed

@@ -75,6 +75,7 @@ class SolveSettings(Settings):
     device: str = "auto"
     dtype: Dtype = "auto"
     batch_size: int = Field(default=1, ge=1)
+    num_processes: int | None = Field(default=None, ge=1)
 
 
 def parse_size(text: int | str) -> int:
@@ -94,6 +95,7 @@ class ExportSettings(Settings):
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     max_shard_size: Annotated[int, BeforeValidator(parse_size)] = Field(default=5_000_000_000, ge=1)
     overwrite: bool = False
+    num_processes: int = Field(default=1, ge=1)
 
 
 def parse_budgets(text: Any) -> Any:

@@ -1,11 +1,14 @@
 """Stage 2: statistics + source weights → error curves → sizes → projections."""
 
 import math
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +21,7 @@ from a3cli.methods import METHODS, Curves, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
 from a3cli.probe import probe, weigh
+from a3cli.processes import spread
 from a3cli.projections import head_maps
 from a3cli.sequential import refit_sequentially
 from a3cli.settings import COMPONENTS, Component, SolveSettings
@@ -40,6 +44,9 @@ from a3cli.work import (
     write_tensors,
 )
 
+T = TypeVar("T")
+SMALL_LAYER = 4096  # MLP channels; statistics of some layers so wide fit in any memory at once
+
 
 def solve(settings: SolveSettings, work: Work, *, overwrite: bool, progress: Progress) -> Json:
     """Choose sizes for a budget and write each layer's projections; returns the manifest.
@@ -60,7 +67,8 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool, progress: Pro
 
 def describe_request(settings: SolveSettings, calibration: Json) -> Json:
     """Everything that a solution depends on."""
-    return {"settings": settings.model_dump(mode="json"), "calibration": calibration["sha256"]}
+    chosen = settings.model_dump(mode="json", exclude={"num_processes"})  # the same bytes from any number
+    return {"settings": chosen, "calibration": calibration["sha256"]}
 
 
 def write_solution(
@@ -73,12 +81,14 @@ def write_solution(
     method.settle(sizes)
     with replacing_folder(work.solution) as partial:
         files = [partial / work.layer_solution(layer).name for layer in layers]
-        errors = []
-        for layer in layers:
+
+        def write_layer(layer: int) -> Json:
             inputs = LayerInputs(model, work, layer)
             solution = method.project(inputs, sizes[layer])
-            errors.append(score_errors(method, inputs, solution, sizes[layer].qk))
             write_tensors(files[layer], solution)
+            return score_errors(method, inputs, solution, sizes[layer].qk)
+
+        errors = for_each_layer(write_layer, model, settings)
         slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
         if settings.sequential:
             correct(model, settings, work, sizes, slots, files, progress)
@@ -112,14 +122,30 @@ def analyse(
         raise A3Error(
             f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
         )
+
+    def look_at(layer: int) -> Any:
+        alone = METHODS[settings.method](model, settings)
+        alone.add_layer(LayerInputs(model, work, layer))
+        return alone.layers[0]
+
     method = METHODS[settings.method](model, settings)
-    for layer in range(model.shape.layers):
-        method.add_layer(LayerInputs(model, work, layer))
+    method.layers = for_each_layer(look_at, model, settings)
     method.share()
-    curves = [method.curves(layer) for layer in range(model.shape.layers)]
+    curves = for_each_layer(method.curves, model, settings)
     if settings.sensitivity == "probe":
         curves = weigh(curves, probe(method, curves, work, calibration, progress))
     return method, curves
+
+
+def for_each_layer(work: Callable[[int], T], model: Model, settings: SolveSettings) -> list[T]:
+    """`work` of every layer: small ones side by side, a core each; a large one's products fill all cores by themselves.
+
+    Which of the two is a matter of the model alone, so that the bytes don't depend on the number of processes.
+    """
+    layers = range(model.shape.layers)
+    if model.shape.intermediate_size > SMALL_LAYER:
+        return [work(layer) for layer in layers]
+    return list(spread(work, layers, settings.num_processes or os.cpu_count() or 1))
 
 
 def check_settings(settings: SolveSettings) -> None:

@@ -211,3 +211,25 @@ def test_num_processes_starts_them_and_says_what_became_of_them(checkpoint, text
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout.startswith("calibrated 20 layers on 8,192 tokens")
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", ["best", "paper"])
+def test_solve_and_export_give_the_same_bytes_from_any_number(method, a3, checkpoint, text_file, tmp_path):
+    source, work = checkpoint("llama-gqa", num_hidden_layers=5, max_shard_size="40KB"), ("--work", tmp_path / "work")
+    assert a3("calibrate", source, "--dataset", text_file, "--samples", 6, "--seq-len", 60, *work).code == 0
+    options = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8, "--shape", "per-layer", "--method", method)
+    made = []
+    for count in (1, 3):
+        out = tmp_path / f"out-{count}"
+        assert a3("solve", *options, "--overwrite", "--num-processes", count, *work).code == 0
+        exported = a3("export", out, "--num-processes", count, "--max-shard-size", "30KB", "--json", *work)
+        assert exported.code == 0
+        assert len([name for name in exported.json["files"] if name.endswith(".safetensors")]) > 5
+        made.append((everything(tmp_path / "work" / "solution"), everything(out)))
+    assert made[0] == made[1]
+    assert a3("solve", *options, "--num-processes", 2, *work).code == 0  # the same request: nothing to do
+    assert everything(tmp_path / "work" / "solution") == made[0][0]

@@ -7,12 +7,14 @@ then is asked for curves and projections. Losses are relative squared errors of 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes
+from a3cli.machine import choose_machine
 from a3cli.model import Model
 from a3cli.moments import Tensors, gram_blocks, unpack_upper
 from a3cli.settings import Component, SolveSettings
@@ -140,8 +142,15 @@ class Method(ABC):
     In the stock shape all layers share the RoPE slots of a head size, in the per-layer shape each has its own.
     """
 
+    layers: list[Any]  # what `add_layer` found, in order
+
     def __init__(self, model: Model, settings: SolveSettings) -> None:
         self.model, self.settings = model, settings
+
+    @property
+    def device(self) -> torch.device:
+        """Where the MLP's large matrices are multiplied and factorised: the GPU if there is one."""
+        return choose_machine(self.settings.device, "float32", torch.float32).device
 
     @property
     def per_layer(self) -> bool:

@@ -111,7 +111,9 @@ class Best(Method):
         width = inputs.shape.intermediate_size
         if "mlp" not in self.settings.components:
             return ChannelOrder(torch.arange(width), torch.zeros(width + 1, dtype=torch.float64))
-        return order_channels(fitted_gram(inputs), inputs.down, block=max(1, width // BLOCKS))
+        gram, down = fitted_gram(inputs).to(self.device), inputs.down.to(self.device)
+        found = order_channels(gram, down, block=max(1, width // BLOCKS))
+        return ChannelOrder(found.order.cpu(), found.curve.cpu())
 
     def share(self) -> None:
         if "qk" not in self.settings.components:
@@ -210,7 +212,8 @@ class Best(Method):
     def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:
         kept = self.layers[inputs.layer].channels.order[:width].sort().values
         try:
-            refit = refit_down(fitted_gram(inputs), inputs.down, kept, ridge=self.settings.ridge)
+            gram, down, chosen = (each.to(self.device) for each in (fitted_gram(inputs), inputs.down, kept))
+            refit = refit_down(gram, down, chosen, ridge=self.settings.ridge).cpu()
         except ValueError as error:
             raise self._singular(inputs, "MLP", error) from error
         tensors = {"channels": kept, "down_weight": refit.float().contiguous()}
