@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -16,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from a3cli.processes import ERROR_FOLDER, Processes
+from a3cli.errors import A3Error
+from a3cli.processes import ERROR_FOLDER, Processes, raise_first
 from tests.test_calibrate import calibration_files
 
 TEXT = ("--samples", 5, "--seq-len", 48, "--batch-size", 2, "--quiet")
@@ -233,3 +235,28 @@ def test_solve_and_export_give_the_same_bytes_from_any_number(method, a3, checkp
     assert made[0] == made[1]
     assert a3("solve", *options, "--num-processes", 2, *work).code == 0  # the same request: nothing to do
     assert everything(tmp_path / "work" / "solution") == made[0][0]
+
+
+@pytest.mark.parametrize(
+    ("codes", "said", "expected"),
+    [
+        ({0: 2, 1: 2}, {0: "no text", 1: "no text"}, (2, "no text")),
+        ({0: 3, 1: -9}, {0: "lost another one"}, (3, "process 1 was killed (SIGKILL); the same command goes on")),
+        ({0: -15, 1: -9}, {}, (3, "process 1 was killed (SIGKILL)")),
+        ({0: 2, 1: -6}, {0: "no text"}, (2, "no text")),  # one that aborts when the others have gone
+        ({0: 3, 1: -15}, {0: "interrupted"}, (3, "interrupted")),
+        ({0: 1, 1: 2}, {1: "no text"}, (2, "no text")),
+    ],
+)
+def test_of_several_failures_the_cause_is_told(codes, said, expected, tmp_path):
+    for rank, message in said.items():
+        (tmp_path / str(rank)).write_text(message)
+    with pytest.raises(A3Error, match=re.escape(expected[1])) as raised:
+        raise_first(codes, tmp_path)
+    assert raised.value.exit_code == expected[0]
+
+
+def test_a_bug_keeps_its_exit_code(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        raise_first({0: 3, 1: 1}, tmp_path)
+    assert stop.value.code
