@@ -259,4 +259,4 @@ def test_of_several_failures_the_cause_is_told(codes, said, expected, tmp_path):
 def test_a_bug_keeps_its_exit_code(tmp_path):
     with pytest.raises(SystemExit) as stop:
         raise_first({0: 3, 1: 1}, tmp_path)
-    assert stop.value.code
+    assert stop.value.code == 1
