@@ -134,15 +134,14 @@ class _Run:
         under_way = [0, *(index + 1 for index, each in enumerate(self.probes) if each.layer < layer)]
         with decoder.layer(layer) as whole:
             for stream in under_way:
-                self._run(decoder, whole, calls[0], layer, source, target, stream, stream)
+                self._run(whole, calls[0], layer, source, target, stream, stream)
         for index in own:
             with cuts.layer(index) as cut:
-                self._run(cuts, cut, calls[1], index, source, target, 0, index + 1)
+                self._run(cut, calls[1], index, source, target, 0, index + 1)
         target.sync()
 
     def _run(
         self,
-        decoder: Decoder,
         layer: nn.Module,
         calls: dict[int, list[Arguments]],
         index: int,

@@ -51,9 +51,9 @@ class SmallerDecoder(Decoder):
         return network
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
+    def layer(self, index: int, device: torch.device | None = None) -> Iterator[nn.Module]:
         self._solution = self.cuts[index].solution()
-        with super().layer(index) as module:
+        with super().layer(index, device) as module:
             yield module
 
     def source_prefix(self, index: int) -> str:
