@@ -281,6 +281,8 @@ class Sweep:
         Raises A3Error for non-finite activations, for damaged weights or files, and if memory does not suffice.
         """
         layers, width = self.decoder.shape.layers, max(1, len(self.decoder.machine.devices))
+        if first_layer == layers:  # only the manifest is missing
+            return
         index, arguments = self._start(first_layer)
         while index < layers:
             stage = range(index, min(index + width, layers))

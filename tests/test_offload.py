@@ -123,6 +123,22 @@ def test_killed_between_two_layers_of_a_pass(a3, command, whole, tmp_path, monke
     finished_alike(a3, command, tmp_path / "cut", whole)
 
 
+def test_killed_before_the_manifest(a3, command, whole, tmp_path, monkeypatch):
+    """All layers are done: nothing is run again, wherever the hidden states were."""
+    from a3cli import calibrate
+
+    options = (*command[:-1], "--hidden-states", "memory", "--work", tmp_path / "cut")
+
+    def interrupting(self, blocks):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate.Calibration, "_close", interrupting)
+        assert a3(*options).code == 3
+    monkeypatch.setattr(sweep, "run_layer", None)
+    finished_alike(a3, command, tmp_path / "cut", whole)
+
+
 def test_bad_devices(a3, command, tmp_path, monkeypatch):
     refused(a3(*command, tmp_path / "w", "--devices", "cpu,gpu"), "--devices 'gpu'")
     refused(a3(*command, tmp_path / "w", "--devices", "cuda:7"), "--devices 'cuda:7'", "CUDA devices")
