@@ -93,6 +93,8 @@ def banded_reference(source: Path, work: Path) -> Any:
         wide = attention.o_proj.weight.zero_().view(len(attention.o_proj.weight), -1, size)
         wide[:, :, dims] = solution["output_weight"].view(len(wide), wide.shape[1], -1)
         mlp.down_proj.weight.zero_()[:, solution["channels"]] = solution["down_weight"]
+        if mlp.down_proj.bias is not None:
+            mlp.down_proj.bias.copy_(solution["down_bias"])
     return model
 
 
@@ -167,6 +169,27 @@ def test_mlp_only_leaves_everything_else_bit_identical(a3, checkpoint, text_file
     assert {key.split(".")[-2] for key in changed} == {"gate_proj", "up_proj", "down_proj"}
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (out, source))
     assert {key for key in config if config[key] != before.get(key)} == {"intermediate_size"}
+
+
+@torch.no_grad()
+def test_down_projection_with_a_bias_is_a_regression_with_intercept(a3, checkpoint, text_file, tmp_path):
+    source, work, out = checkpoint("llama-gqa-bias"), tmp_path / "work", tmp_path / "out"
+    a3("calibrate", source, "--dataset", text_file, "--samples", 8, "--seq-len", 60, "--work", work)
+    a3("solve", "--mlp-budget", 0.4, "--components", "mlp", "--mlp-multiple", 8, "--work", work)
+    assert a3("export", out, "--work", work).code == 0
+    blocks = load_file(work / "calibration" / "tokens.safetensors")["tokens"]
+    solution = load_file(work / "solution" / "layer-000.safetensors")
+    seen = []
+    full = load(source)
+    down = full.model.layers[0].mlp.down_proj
+    down.register_forward_hook(lambda _m, args, output: seen.extend([args[0], output]))
+    full(blocks)
+    x, target = (part.flatten(0, 1).double() for part in seen)
+    kept = torch.cat([x[:, solution["channels"]], torch.ones(len(x), 1)], 1)
+    expected = torch.linalg.lstsq(kept, target).solution
+    found = load(out).model.layers[0].mlp.down_proj
+    torch.testing.assert_close(found.weight.double(), expected[:-1].mT, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.bias.double(), expected[-1], rtol=1e-3, atol=1e-3)
 
 
 def test_attention_only_leaves_the_mlp_bit_identical(a3, checkpoint, text_file, tmp_path):
