@@ -11,6 +11,7 @@ from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
 from a3cli.families import ModelShape
 from a3cli.hidden import States, StatesInMemory, StatesOnDisk
+from a3cli.interrupt import Stop
 from a3cli.machine import Machine, choose_machine, free_memory, return_freed_memory
 from a3cli.memory import choose_batch_size
 from a3cli.model import Model, describe
@@ -37,12 +38,15 @@ from a3cli.work import (
 log = logging.getLogger(__name__)
 
 
-def calibrate(settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress) -> Json:
+def calibrate(
+    settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress, stop: Stop | None = None
+) -> Json:
     """Make the statistics of every decoder layer; returns the manifest.
 
     A finished calibration with the same request is returned as it is, an unfinished one goes on at the
     layer where it stopped. Several processes call this alike; the main one alone writes, hidden states apart.
-    Raises A3Error for another request in the same folder unless `overwrite`.
+    Raises A3Error for another request in the same folder unless `overwrite`, and Interrupted at the end of the layer
+    in which `stop` was set off.
     """
     return_freed_memory()
     with joined(settings.device) as processes, ExitStack() as held:
@@ -51,7 +55,8 @@ def calibrate(settings: CalibrateSettings, work: Work, *, overwrite: bool, progr
         processes.from_main(lambda: held.enter_context(work.locked()))
         finished = processes.from_main(lambda: finished_manifest(work, request, overwrite=overwrite))
         if finished is None:
-            return Calibration(settings, work, model, machine, request).run(processes, progress, overwrite=overwrite)
+            calibration = Calibration(settings, work, model, machine, request, stop or Stop())
+            return calibration.run(processes, progress, overwrite=overwrite)
         processes.from_main(lambda: record_source(settings, model.source, request, work))
         return finished
 
@@ -65,8 +70,10 @@ def open_model(settings: CalibrateSettings) -> tuple[Model, Machine]:
 class Calibration:
     """One calibration under way, in one process of several."""
 
-    def __init__(self, settings: CalibrateSettings, work: Work, model: Model, machine: Machine, request: Json) -> None:
-        self.settings, self.work, self.model, self.machine = settings, work, model, machine
+    def __init__(
+        self, settings: CalibrateSettings, work: Work, model: Model, machine: Machine, request: Json, stop: Stop
+    ) -> None:
+        self.settings, self.work, self.model, self.machine, self.stop = settings, work, model, machine, stop
         self.full_mlp = settings.mlp_stats == "full"
         # Finished layers' hashes and how each was made, as in progress.json: only the main process keeps it up.
         self.done: Json = {"request": request, "layers": [], "made_with": []}
@@ -178,6 +185,9 @@ class Calibration:
         }
         write_manifest(self.work.calibration_progress, done)
         self.done = done
+        finished, layers = len(done["layers"]), self.model.shape.layers
+        if finished < layers:
+            self.stop.before(f"layer {finished + 1} of {layers}", "the same command goes on there")
 
     def _close(self, blocks: torch.Tensor) -> Json:
         manifest = {

@@ -30,15 +30,18 @@ class ErrorsToExitCodes(TyperGroup):
     """Our errors become one line and an exit code; bugs keep their traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        from a3cli.interrupt import terminated_as_interrupted
+
         try:
-            return super().invoke(ctx)
+            with terminated_as_interrupted():
+                return super().invoke(ctx)
         except A3Error as error:
             fail(str(error), error.exit_code)
         except UsageError as error:
             command = error.ctx.command_path if error.ctx else "a3"
             fail(f"{error.format_message()} (see {command} --help)", 2)
         except KeyboardInterrupt:
-            fail("interrupted; the same command goes on where it stopped", 3)
+            fail("interrupted; nothing was left half-written, run the same command again", 3)
         except OSError as error:
             if error.errno not in MENDABLE:
                 raise
@@ -79,6 +82,9 @@ Sensitivity = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 NumProcesses = Annotated[int, typer.Option(min=1, help="Processes on this machine, each with a share of the work.")]
+MaxMinutes = Annotated[
+    float | None, typer.Option(min=0, help="Stop after the step in which this time is over; exit code 3.")
+]
 DEFAULT_WORK = Path("a3-work")
 
 
@@ -106,6 +112,7 @@ def calibrate(
         "full"
     ),
     trust_remote_code: RemoteCode = False,
+    max_minutes: MaxMinutes = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -134,9 +141,10 @@ def calibrate(
         launch(num_processes, sys.argv[1:])
         return
     from a3cli.calibrate import calibrate as run
+    from a3cli.interrupt import stopping
 
-    with display.sweep_progress(quiet=quiet or not is_main()) as progress:
-        manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress)
+    with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet or not is_main()) as progress:
+        manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     if is_main():
         display.print_json(manifest) if as_json else display.print_calibration(manifest)
 
@@ -169,6 +177,7 @@ def solve(
     dtype: Dtype = "auto",
     batch_size: BatchSize = 1,
     num_processes: Annotated[int | None, typer.Option(help="Layers at a time (default: as many as cores).")] = None,
+    max_minutes: MaxMinutes = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -199,10 +208,11 @@ def solve(
         batch_size=batch_size,
         num_processes=num_processes,
     )
+    from a3cli.interrupt import stopping
     from a3cli.solve import solve as run
 
-    with display.sweep_progress(quiet=quiet) as progress:
-        manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress)
+    with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet) as progress:
+        manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     display.print_json(manifest) if as_json else display.print_solution(manifest)
 
 
@@ -242,12 +252,13 @@ def pareto(
         dtype=dtype,
         batch_size=batch_size,
     )
+    from a3cli.interrupt import stopping
     from a3cli.pareto import check_plot, draw
     from a3cli.pareto import pareto as run
 
     check_plot(plot)
-    with display.sweep_progress(quiet=quiet) as progress:
-        result = run(settings, open_work(work), progress=progress)
+    with stopping() as stop, display.sweep_progress(quiet=quiet) as progress:
+        result = run(settings, open_work(work), progress=progress, stop=stop)
     if plot:
         draw(result, plot)
     display.print_json(result) if as_json else display.print_pareto(result)
@@ -272,8 +283,10 @@ def export(
         ExportSettings, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, num_processes=num_processes
     )
     from a3cli.export import export as run
+    from a3cli.interrupt import stopping
 
-    manifest = run(out, settings, open_work(work))
+    with stopping() as stop:
+        manifest = run(out, settings, open_work(work), stop=stop)
     display.print_json(manifest) if as_json else display.print_export(manifest, str(out))
 
 

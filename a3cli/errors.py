@@ -16,6 +16,12 @@ class CheckFailed(A3Error):
     exit_code = 1
 
 
+class Interrupted(A3Error):
+    """Stopped between two steps, by a signal or a time limit; the same command goes on. Exit code 3."""
+
+    exit_code = 3
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, short enough for a message of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -30,6 +30,7 @@ from a3cli.checkpoint import (
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, per_layer_config
 from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
+from a3cli.interrupt import Stop
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
 from a3cli.processes import spread
@@ -67,10 +68,11 @@ class Solution:
         return bool(self.manifest["shape"] == "per-layer")
 
 
-def export(out: Path, settings: ExportSettings, work: Work) -> Json:
+def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None = None) -> Json:
     """Write the compressed checkpoint to `out`; returns its manifest.
 
-    Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use.
+    Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use, and Interrupted
+    at the end of the weight file in which `stop` was set off.
     """
     with work.locked():
         calibration, solution = read_solution(work, held=settings.num_processes)
@@ -79,7 +81,7 @@ def export(out: Path, settings: ExportSettings, work: Work) -> Json:
         shards = plan(model, solution, settings)
         check_space(existing_parent(out), sum(t.bytes for tensors in shards.values() for t in tensors), "export")
         with replacing_folder(out.resolve()) as partial:
-            return write_checkpoint(partial, model, calibration, solution, shards, settings)
+            return write_checkpoint(partial, model, calibration, solution, shards, settings, stop or Stop())
 
 
 def read_solution(work: Work, *, held: int = 1) -> tuple[Json, Solution]:
@@ -140,10 +142,12 @@ def write_checkpoint(
     solution: Solution,
     shards: dict[str, list[PlannedTensor]],
     settings: ExportSettings,
+    stop: Stop,
 ) -> Json:
     """Weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
 
     def write(shard: str) -> str:
+        stop.before(f"writing {shard}", "nothing is left of the export, the same command writes it anew")
         log.info("writing %s", shard)
         return write_shard(folder / shard, shards[shard], (transformed(model, solution, t) for t in shards[shard]))
 

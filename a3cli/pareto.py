@@ -15,10 +15,12 @@ from a3cli.errors import A3Error
 from a3cli.evaluate import evaluate
 from a3cli.export import export
 from a3cli.families import LayerSizes
+from a3cli.interrupt import Stop
 from a3cli.methods import Curves
 from a3cli.model import Model, open_calibrated_source
 from a3cli.settings import EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
 from a3cli.solve import (
+    AGAIN,
     analyse,
     check_settings,
     check_statistics,
@@ -41,11 +43,13 @@ VARIANTS = {
 UNIT = "predicted loss, relative to the residual stream"
 
 
-def pareto(settings: ParetoSettings, work: Work, *, progress: Progress) -> Json:
+def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: Stop | None = None) -> Json:
     """Every variant at every budget; returns the points. A budget that a variant cannot reach has an `error`.
 
-    Raises A3Error if the statistics are missing, altered or of another source, or if no point can be reached.
+    Raises A3Error if the statistics are missing, altered or of another source, or if no point can be reached, and
+    Interrupted at the end of the layer or point in which `stop` was set off.
     """
+    stop = stop or Stop()
     calibration = read_calibration(work)
     with work.locked():
         model = open_calibrated_source(work, calibration)
@@ -55,14 +59,15 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress) -> Json:
             log.info("error curves: %s", name)
             base = settings_of(settings, variant, settings.budgets[0])
             check_settings(base)
-            method, curves = analyse(base, model, work, calibration, progress)
+            method, curves = analyse(base, model, work, calibration, progress, stop)
             for budget in settings.budgets:
+                stop.before(f"{name} at {budget:g}", AGAIN)
                 chosen = settings_of(settings, variant, budget)
                 found = {"variant": name, **point(chosen, model, calibration, curves)}
                 if settings.text and "error" not in found:
                     with making_scratch(work.scratch):
                         borrowed = work.borrowed_by(work.scratch / "work")
-                        write_solution(chosen, borrowed, calibration, method, curves, progress)
+                        write_solution(chosen, borrowed, calibration, method, curves, progress, stop)
                         found["measured"] = measure(chosen, settings.text, borrowed, work.scratch / "export")
                 points.append(found)
         if all("error" in each for each in points):

@@ -20,6 +20,7 @@ from torch import nn
 
 from a3cli.errors import A3Error
 from a3cli.hidden import HiddenStates
+from a3cli.interrupt import Stop
 from a3cli.machine import choose_machine
 from a3cli.methods import Curves, LayerInputs, Method
 from a3cli.settings import COMPONENTS, Component
@@ -42,7 +43,9 @@ class Probe(NamedTuple):
 Measured = list[dict[Component, dict[int, float]]]
 
 
-def probe(method: Method, curves: list[Curves], work: Work, calibration: Json, progress: Progress) -> Measured:
+def probe(
+    method: Method, curves: list[Curves], work: Work, calibration: Json, progress: Progress, stop: Stop
+) -> Measured:
     """KL at the probed sizes of every layer and component, from the work folder if it was measured before."""
     settings = method.settings
     request = describe_request(method, calibration)
@@ -56,7 +59,7 @@ def probe(method: Method, curves: list[Curves], work: Work, calibration: Json, p
         return [{} for _ in curves]
     log.info("probing %d cuts on %d blocks", len(probes), settings.probe_blocks)
     run = _Run(method, work, probes, request)
-    measured = run.measure(progress)
+    measured = run.measure(progress, stop)
     write_manifest(finished, {"request": request, "tokens": run.blocks.numel(), "layers": to_json(measured)})
     run.clear()
     return measured
@@ -74,7 +77,7 @@ class _Run:
         self.progress_file = work.probes / "progress.json"
         self.layers = model.shape.layers
 
-    def measure(self, progress: Progress) -> Measured:
+    def measure(self, progress: Progress, stop: Stop) -> Measured:
         """Run what is left of the sweep, and compare its ends. Raises A3Error if a file is damaged or the disk full."""
         first = self._begin()
         decoder = Decoder(self.method.model, self.machine)
@@ -82,6 +85,7 @@ class _Run:
         target = self._streams(0) if first == 0 else None
         calls = [embed_all(each, self.blocks, self.batch_size, target) for each in (decoder, cuts)]
         for layer in range(first, self.layers):
+            stop.before(f"probing layer {layer + 1} of {self.layers}", "the same command goes on there")
             self._pass(layer, decoder, cuts, calls)
             write_manifest(self.progress_file, {"request": self.request, "layer": layer + 1})
             tokens = self.blocks.numel()

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from a3cli.errors import A3Error
+from a3cli.errors import A3Error, Interrupted
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +29,6 @@ ERROR_FOLDER = "A3_ERROR_FOLDER"
 # Processes wait for the main one while it downloads text or writes a large layer. One that died is noticed at once.
 LONGEST_WAIT = timedelta(hours=6)
 PIECE = 1 << 24  # numbers summed at a time: a reduction needs as much room again
-
-
-class Interrupted(A3Error):
-    """Work ended before its time, and the same command goes on with it."""
-
-    exit_code = 3
 
 
 def launched() -> bool:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from a3cli import costs
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, ModelShape
+from a3cli.interrupt import Stop
 from a3cli.machine import choose_machine
 from a3cli.methods import METHODS, Curves, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
@@ -47,13 +48,18 @@ from a3cli.work import (
 T = TypeVar("T")
 SMALL_LAYER = 4096  # MLP channels; statistics of some layers so wide fit in any memory at once
 
+AGAIN = "the calibration is kept, the same command begins anew"
 
-def solve(settings: SolveSettings, work: Work, *, overwrite: bool, progress: Progress) -> Json:
+
+def solve(
+    settings: SolveSettings, work: Work, *, overwrite: bool, progress: Progress, stop: Stop | None = None
+) -> Json:
     """Choose sizes for a budget and write each layer's projections; returns the manifest.
 
     Raises A3Error if the statistics are missing, altered or of another source, or if the budget cannot be
-    reached under the rounding.
+    reached under the rounding, and Interrupted at the end of the layer in which `stop` was set off.
     """
+    stop = stop or Stop()
     check_settings(settings)
     calibration = read_calibration(work)
     with work.locked():
@@ -61,8 +67,8 @@ def solve(settings: SolveSettings, work: Work, *, overwrite: bool, progress: Pro
             return finished
         model = open_calibrated_source(work, calibration)
         check_statistics(work, calibration)
-        method, curves = analyse(settings, model, work, calibration, progress)
-        return write_solution(settings, work, calibration, method, curves, progress)
+        method, curves = analyse(settings, model, work, calibration, progress, stop)
+        return write_solution(settings, work, calibration, method, curves, progress, stop)
 
 
 def describe_request(settings: SolveSettings, calibration: Json) -> Json:
@@ -72,7 +78,13 @@ def describe_request(settings: SolveSettings, calibration: Json) -> Json:
 
 
 def write_solution(
-    settings: SolveSettings, work: Work, calibration: Json, method: Method, curves: list[Curves], progress: Progress
+    settings: SolveSettings,
+    work: Work,
+    calibration: Json,
+    method: Method,
+    curves: list[Curves],
+    progress: Progress,
+    stop: Stop,
 ) -> Json:
     """Choose sizes from an analysis that is done, and write each layer's projections; returns the manifest."""
     model = method.model
@@ -83,6 +95,7 @@ def write_solution(
         files = [partial / work.layer_solution(layer).name for layer in layers]
 
         def write_layer(layer: int) -> Json:
+            stop.before(f"projecting layer {layer + 1} of {len(layers)}", AGAIN)
             inputs = LayerInputs(model, work, layer)
             solution = method.project(inputs, sizes[layer])
             write_tensors(files[layer], solution)
@@ -91,7 +104,7 @@ def write_solution(
         errors = for_each_layer(write_layer, model, settings)
         slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
         if settings.sequential:
-            correct(model, settings, work, sizes, slots, files, progress)
+            correct(model, settings, work, sizes, slots, files, progress, stop)
         manifest = {
             "request": describe_request(settings, calibration),
             **describe_result(model, settings, calibration, sizes),
@@ -115,7 +128,7 @@ def write_solution(
 
 
 def analyse(
-    settings: SolveSettings, model: Model, work: Work, calibration: Json, progress: Progress
+    settings: SolveSettings, model: Model, work: Work, calibration: Json, progress: Progress, stop: Stop
 ) -> tuple[Method, list[Curves]]:
     """All layers seen by the method, and their error curves: whatever the budget, this is done once."""
     if settings.context is not None and settings.context > model.rope.context:
@@ -124,6 +137,7 @@ def analyse(
         )
 
     def look_at(layer: int) -> Any:
+        stop.before(f"analysing layer {layer + 1} of {model.shape.layers}", AGAIN)
         alone = METHODS[settings.method](model, settings)
         alone.add_layer(LayerInputs(model, work, layer))
         return alone.layers[0]
@@ -133,7 +147,7 @@ def analyse(
     method.share()
     curves = for_each_layer(method.curves, model, settings)
     if settings.sensitivity == "probe":
-        curves = weigh(curves, probe(method, curves, work, calibration, progress))
+        curves = weigh(curves, probe(method, curves, work, calibration, progress, stop))
     return method, curves
 
 
@@ -204,6 +218,7 @@ def correct(
     slots: list[list[float]],
     files: list[Path],
     progress: Progress,
+    stop: Stop,
 ) -> None:
     """Refit the layers' output projections in a second sweep over the calibration's blocks; `files` are rewritten."""
     machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
@@ -228,6 +243,8 @@ def correct(
     )
     for layer, refit in refits:
         write_tensors(files[layer], load_file(files[layer]) | refit)
+        if layer + 1 < len(files):
+            stop.before(f"correcting layer {layer + 2} of {len(files)}", AGAIN)
     shutil.rmtree(streams)
 
 
