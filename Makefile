@@ -1,5 +1,6 @@
 # make demo   the main job on the model that ships here
 # make test   lint, types, import layers, tests
+# make test-slow   the tests that take longer than all that
 # PYTHON=python3.12 make …   chooses the interpreter (3.10 to 3.13)
 
 PYTHON ?= python3
@@ -9,13 +10,16 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM = true
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test test-slow lint lock clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: lint
 	$(BIN)/pytest
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -67,6 +67,10 @@ Dataset = Annotated[
         help="wikitext2, wikitext103, c4, slimpajama, a hub id[:config], or a .txt/.jsonl/.parquet file or folder."
     ),
 ]
+Datasets = Annotated[
+    list[str] | None,
+    typer.Option("--dataset", help="As for calibrate (default: wikitext2); may be given several times."),
+]
 TextField = Annotated[str, typer.Option(help="Field of a row that holds the text.")]
 Split = Annotated[str | None, typer.Option(help="Split of a hub set.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Apply the chat template to the `messages` of each row.")]
@@ -85,6 +89,7 @@ NumProcesses = Annotated[int, typer.Option(min=1, help="Processes on this machin
 MaxMinutes = Annotated[
     float | None, typer.Option(min=0, help="Stop after the step in which this time is over; exit code 3.")
 ]
+Junit = Annotated[Path | None, typer.Option(help="Write the outcome to this JUnit file.")]
 DEFAULT_WORK = Path("a3-work")
 
 
@@ -293,42 +298,69 @@ def export(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Local folder or hub id.")],
-    dataset: Dataset = "wikitext2",
+    dataset: Datasets = None,
     against: Annotated[str | None, typer.Option(help="The source, for KL and top-1 agreement.")] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit code 1 if so: perplexity, ppl_increase, kl or top1_agreement, like 'kl > 0.1'."),
+    ] = None,
     text_field: TextField = "text",
     split: Split = None,
     chat: Chat = False,
-    samples: Annotated[int | None, typer.Option(help="At most so many blocks (default: all).")] = None,
+    samples: Annotated[int | None, typer.Option(help="At most so many blocks of each set (default: all).")] = None,
     seq_len: SeqLen = 2048,
+    bootstrap: Annotated[int, typer.Option(help="Resamples for the 95 % intervals; 0 for none.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 0,
+    tasks: Annotated[str, typer.Option(help="Tasks of the lm-evaluation-harness, like arc_challenge,boolq.")] = "",
+    tasks_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own; their code runs.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="At most so many documents of each task.")] = None,
     revision: Revision = None,
     against_revision: Annotated[str | None, typer.Option(help="Revision of --against.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 1,
     trust_remote_code: RemoteCode = False,
+    junit: Junit = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity, and with --against the distance from the source."""
+    """Measure perplexity, and with --against the distance from the source; --fail-if makes it a gate."""
     display = open_display(quiet=quiet)
     from a3cli.settings import EvalSettings, make_settings
 
+    task_names = tuple(part.strip() for part in tasks.split(",") if part.strip())
+    names = dataset or ([] if task_names else ["wikitext2"])
     settings = make_settings(
         EvalSettings,
         model=model,
         revision=revision,
         against=against,
         against_revision=against_revision,
-        text=text_settings(dataset, text_field, split, chat, samples, seq_len, 0),
+        texts=[text_settings(name, text_field, split, chat, samples, seq_len, 0) for name in names],
+        fail_if=fail_if or [],
+        bootstrap=bootstrap,
+        seed=seed,
+        tasks=task_names,
+        tasks_path=tasks_path,
+        task_limit=task_limit,
         device=device,
         dtype=dtype,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
+    from a3cli.evaluate import cases
     from a3cli.evaluate import evaluate as run
+    from a3cli.gates import raise_for_failures
+    from a3cli.junit import check_junit, write_junit
 
+    check_junit(junit)
     result = run(settings)
+    if junit:
+        write_junit(junit, "a3 eval", cases(result))
     display.print_json(result) if as_json else display.print_evaluation(result)
+    raise_for_failures(result["datasets"])
 
 
 def text_settings(
@@ -383,6 +415,8 @@ def silence_libraries() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the evaluation harness
 
 
 def fail(message: str, code: int) -> NoReturn:

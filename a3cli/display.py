@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from a3cli.gates import describe
+
 Json = dict[str, Any]
 log = logging.getLogger("a3cli")
 LINE_EVERY = 10.0  # seconds between log lines within a layer, off a terminal
@@ -150,10 +152,36 @@ def print_export(manifest: Json, out: str) -> None:
 
 
 def print_evaluation(result: Json) -> None:
-    table = Table("measure", "value")
-    table.columns[1].justify = "right"
-    for key, value in result.items():
-        table.add_row(key.replace("_", " "), escape(f"{value:,.4f}" if isinstance(value, float) else str(value)))
+    datasets = result["datasets"]
+    if datasets:
+        table = Table("measure", *(escape(each["dataset"]) for each in datasets))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for key in (key for key, value in datasets[0].items() if isinstance(value, (int, float))):
+            table.add_row(key.replace("_", " "), *(_figure(each, key) for each in datasets))
+        _print(table)
+    for each in datasets:
+        for gate in each.get("gates", []):
+            _print(f"{'FAILED' if gate['failed'] else 'passed'}  {escape(each['dataset'])}: {describe(gate)}")
+    if "tasks" in result:
+        _print_tasks(result["tasks"])
+
+
+def _figure(measured: Json, key: str) -> str:
+    """A figure with its interval."""
+    value, interval = measured[key], measured.get("confidence", {}).get(key)
+    plain = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+    return plain if interval is None else f"{plain} ({interval[0]:,.4f} to {interval[1]:,.4f})"
+
+
+def _print_tasks(tasks: Json) -> None:
+    table = Table("task", "figure", *tasks)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for task, figures in tasks["model"].items():
+        for key in figures:
+            values = (tasks[which][task].get(key) for which in tasks)
+            table.add_row(escape(task), escape(key), *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
     _print(table)
 
 

@@ -1,11 +1,13 @@
 """Frozen settings of each stage. All problems of one set of settings are reported together."""
 
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from a3cli.errors import A3Error
+from a3cli.gates import Gate, parse_gate
 
 Component = Literal["qk", "ov", "mlp"]
 COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
@@ -132,7 +134,13 @@ class EvalSettings(Settings):
     revision: str | None = None
     against: str | None = None
     against_revision: str | None = None
-    text: TextSettings
+    texts: tuple[TextSettings, ...]
+    fail_if: tuple[Annotated[Gate, BeforeValidator(parse_gate)], ...] = ()
+    bootstrap: int = Field(default=1000, ge=0)
+    seed: int = Field(default=0, ge=0)
+    tasks: tuple[str, ...] = ()
+    tasks_path: Path | None = None
+    task_limit: int | None = Field(default=None, ge=1)
     device: str = "auto"
     dtype: Dtype = "auto"
     batch_size: int = Field(default=1, ge=1)
