@@ -363,6 +363,45 @@ def evaluate(
     raise_for_failures(result["datasets"])
 
 
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="Folder that a3 export wrote.")],
+    work: WorkOption = DEFAULT_WORK,
+    require_reference: Annotated[
+        bool, typer.Option("--require-reference", help="Fail if the work folder that it was made from is not there.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="To compute in: auto (float32), float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run a per-layer export's code, if it is what a3 ships.")
+    ] = False,
+    junit: Junit = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check an export as its users will load it: whole, unaltered, finite, and what the solution says."""
+    display = open_display(quiet=quiet)
+    from a3cli.settings import VerifySettings, make_settings
+
+    settings = make_settings(
+        VerifySettings,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        require_reference=require_reference,
+    )
+    from a3cli.junit import check_junit, write_junit
+    from a3cli.verify import cases, raise_for_failures
+    from a3cli.verify import verify as run
+
+    check_junit(junit)
+    result = run(out, settings, open_work(work))
+    if junit:
+        write_junit(junit, "a3 verify", cases(result))
+    display.print_json(result) if as_json else display.print_verification(result)
+    raise_for_failures(result)
+
+
 def text_settings(
     dataset: str, text_field: str, split: str | None, chat: bool, samples: int | None, seq_len: int, seed: int
 ) -> dict[str, Any]:

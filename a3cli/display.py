@@ -167,6 +167,14 @@ def print_evaluation(result: Json) -> None:
         _print_tasks(result["tasks"])
 
 
+def print_verification(result: Json) -> None:
+    table = Table("check", "outcome", "detail")
+    for check in result["checks"]:
+        outcome = "FAILED" if check["outcome"] == "failed" else check["outcome"]
+        table.add_row(check["name"], outcome, escape(check["detail"]))
+    _print(table)
+
+
 def _figure(measured: Json, key: str) -> str:
     """A figure with its interval."""
     value, interval = measured[key], measured.get("confidence", {}).get(key)

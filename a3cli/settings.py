@@ -147,6 +147,15 @@ class EvalSettings(Settings):
     trust_remote_code: bool = False
 
 
+class VerifySettings(Settings):
+    """`dtype` is what both the export and the reference compute in; auto is float32, whatever the weights are."""
+
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+    require_reference: bool = False
+
+
 S = TypeVar("S", bound=Settings)
 
 

@@ -1,15 +1,17 @@
 """The command line itself: help that answers at once, every command documented, exit codes."""
 
-import json
+import os
+import pty
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("calibrate", "solve", "pareto", "export", "eval")
+COMMANDS = ("calibrate", "solve", "pareto", "export", "eval", "verify")
 
 
 def test_help_and_version_import_nothing_heavy():
@@ -75,23 +77,52 @@ def test_work_folder_from_the_environment(a3, checkpoint, text_file, tmp_path, m
     assert (tmp_path / "elsewhere" / "calibration" / "manifest.json").is_file()
 
 
-def test_json_is_all_there_is_on_stdout(a3, checkpoint, text_file, tmp_path):
-    work = ("--work", tmp_path / "work", "--json")
-    text = ("--dataset", text_file, "--samples", 2, "--seq-len", 32)
-    for command in (
-        ("calibrate", checkpoint("llama-gqa"), *text, *work),
-        ("solve", "--budget", 0.2, "--mlp-multiple", 8, *work),
-        ("export", tmp_path / "out", *work),
-        ("eval", tmp_path / "out", *text, "--json"),
-    ):
-        outcome = a3(*command)
-        assert outcome.code == 0
-        assert isinstance(json.loads(outcome.stdout), dict)
+def chain(source, text_file, folder) -> dict[str, tuple]:
+    """Each command once, in an order in which they work."""
+    text, work = ("--dataset", text_file, "--samples", 2, "--seq-len", 32), ("--work", folder / "work")
+    sizes, out = ("--head-multiple", 2, "--mlp-multiple", 8), folder / "out"
+    return {
+        "calibrate": (source, *text, *work),
+        "solve": ("--budget", 0.2, "--method", "paper", *sizes, *work),
+        "pareto": ("--budgets", "0.2", *sizes, *work),
+        "export": (out, *work),
+        "eval": (out, "--against", source, *text, "--fail-if", "kl < 0"),
+        "verify": (out, *work),
+    }
 
 
-def test_quiet_says_nothing_on_the_way(a3, checkpoint, text_file, tmp_path):
-    outcome = a3(
-        "calibrate", checkpoint("llama-gqa"), "--dataset", text_file, "--samples", 2, "--seq-len", 32, "--quiet",
-        "--work", tmp_path / "work",
-    )  # fmt: skip
-    assert outcome.stderr == ""
+def test_results_go_to_stdout_and_all_else_to_stderr(a3, checkpoint, text_file, tmp_path):
+    """As JSON and quietly, stderr is silent; for people neither stream has colours or bars off a terminal."""
+    commands = chain(checkpoint("llama-gqa"), text_file, tmp_path)
+    assert set(commands) == set(COMMANDS)
+    for command, arguments in commands.items():
+        outcome = a3(command, *arguments, "--json", "--quiet")
+        assert outcome.code == 0, outcome
+        assert outcome.stderr == "", command
+        assert isinstance(outcome.json, dict)
+        shown = a3(command, *arguments, *(("--overwrite",) if command == "export" else ()))
+        assert shown.code == 0, shown
+        assert shown.stdout.strip()
+        assert not [mark for mark in ("\x1b", "\r", "%|") if mark in shown.stdout + shown.stderr], command
+
+
+def on_terminal(*arguments: str, **environment: str) -> str:
+    """What a command prints on a terminal."""
+    master, slave = pty.openpty()
+    env = {**os.environ, "TERM": "xterm-256color", **environment}
+    process = subprocess.Popen([sys.executable, "-m", "a3cli", *arguments], stdout=slave, stderr=slave, env=env)
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # its end, on Linux
+        while part := os.read(master, 1 << 16):
+            shown += part
+    os.close(master)
+    process.wait()
+    return shown.decode()
+
+
+def test_colours_only_where_they_are_wanted():
+    red = re.compile(r"\x1b\[[0-9;]*3\dm")
+    assert red.search(on_terminal("solve", "--no-such-option"))
+    assert not red.search(on_terminal("solve", "--no-such-option", NO_COLOR="1"))
+    assert "\x1b" not in on_terminal("solve", "--no-such-option", TERM="dumb")

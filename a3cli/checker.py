@@ -1,0 +1,284 @@
+"""The part of `a3 verify` that runs in a process of its own, as a script, on torch, transformers and safetensors alone.
+
+    python -I checker.py REQUEST.json
+
+Reads the request, prints one JSON object a line for each check: name, outcome (passed, failed, skipped) and detail.
+Nothing of a3 is imported, so what passes here passes for whoever loads the folder with stock transformers.
+"""
+
+import hashlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+Json = dict[str, Any]
+MANIFEST = "a3_manifest.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".pkl", ".onnx", ".npz")
+STOCK_CODE = "transformers.models."
+NEW_TOKENS = 20
+
+
+class Failed(Exception):
+    """What a check found wrong, in words."""
+
+
+class Export:
+    """The folder under examination and what is asked of it."""
+
+    def __init__(self, request: Json) -> None:
+        self.folder = Path(request["folder"])
+        self.code: Json | None = request["code"]  # file, sha256 and class of the code that may run; None: none may
+        self.shapes: dict[str, list[int]] = request["shapes"]
+        self.tokens: torch.Tensor = load_file(request["tokens"])["tokens"]
+        self.logits = Path(request["logits"])
+        self.device: str = request["device"]
+        self.dtype: torch.dtype = getattr(torch, request["dtype"])
+        self.tolerance: float = request["tie"]
+        self.model: Any = None
+
+    def json(self, name: str) -> Json:
+        try:
+            value = json.loads((self.folder / name).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise Failed(f"{name} cannot be read: {error}") from error
+        if not isinstance(value, dict):
+            raise Failed(f"{name} is no JSON object")
+        return value
+
+    def weight_files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of every file, one in memory at a time."""
+        for path in self.weight_files():
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
+                    yield name, file.get_tensor(name)
+
+
+def check_files(export: Export) -> str:
+    """Every file that the manifest lists has its hash, and there are no other weights and no other code."""
+    listed = export.json(MANIFEST).get("files")
+    if not isinstance(listed, dict) or not listed:
+        raise Failed(f"{MANIFEST} lists no files")
+    problems = []
+    for name, expected in sorted(listed.items()):
+        path = export.folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{name} is missing")
+        elif hash_file(path) != expected:
+            problems.append(f"{name} is not the file that was written: its hash differs")
+    for path in sorted(export.folder.rglob("*")):
+        inside = path.relative_to(export.folder).as_posix()
+        if inside not in listed and path.suffix.lower() in (*WEIGHTS, ".py"):
+            problems.append(f"{inside} was not written by a3 export")
+    raise_for(problems)
+    return f"{len(listed)} files have the hashes of {MANIFEST}, and there are no other weights"
+
+
+def check_code(export: Export) -> str:
+    """Only the code that a3 ships may run, and only as the class of the model."""
+    found = export.json("config.json").get("auto_map")
+    if export.code is None:
+        if found is not None:
+            raise Failed("config.json has an auto_map, but a stock checkpoint needs no code")
+        return "needs no code of its own"
+    wanted = {"AutoModelForCausalLM": f"{Path(export.code['file']).stem}.{export.code['class']}"}
+    if found != wanted:
+        raise Failed(f"config.json: auto_map is {found}, not {wanted}")
+    path = export.folder / export.code["file"]
+    if not path.is_file() or hash_file(path) != export.code["sha256"]:
+        raise Failed(f"{export.code['file']} is not the file that this a3 ships; its code was not run")
+    return f"{export.code['file']} is the file that a3 ships, so it may run"
+
+
+def check_tensors(export: Export) -> str:
+    """Names and shapes in the files' headers are what config.json and the manifest's sizes say, each name once."""
+    found: dict[str, list[int]] = {}
+    places: dict[str, str] = {}
+    problems = []
+    for path in export.weight_files():
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in found:
+                    problems.append(f"{name} is in two files")
+                found[name], places[name] = list(file.get_slice(name).get_shape()), path.name
+    if not found:
+        raise Failed("there are no weight files")
+    for name, shape in sorted(export.shapes.items()):
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif found[name] != shape:
+            problems.append(f"{name} is {found[name]}, config.json says {shape}")
+    indexed = len(export.weight_files()) > 1 or (export.folder / INDEX).exists()
+    if indexed and export.json(INDEX).get("weight_map") != places:
+        problems.append(f"{INDEX} does not say where the tensors are")
+    raise_for(problems)
+    return f"{len(found)} tensors, {len(export.shapes)} of them of the sizes that config.json gives"
+
+
+def check_finite(export: Export) -> str:
+    count, problems = 0, []
+    for name, tensor in export.tensors():
+        bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.reshape(-1).split(1 << 22))
+        count += tensor.numel()
+        if bad:
+            problems.append(f"{name} has {bad} NaN or Inf")
+    raise_for(problems)
+    return f"{count:,} values, no NaN and no Inf"
+
+
+def check_card(export: Export) -> str:
+    path = export.folder / "README.md"
+    if not path.is_file():
+        raise Failed("README.md is missing")
+    lines = path.read_text("utf-8").splitlines()
+    if not lines or lines[0] != "---" or "---" not in lines[1:]:
+        raise Failed("README.md has no metadata at its top")
+    return "README.md is there, with its metadata"
+
+
+def check_tokenizer(export: Export) -> str:
+    """It loads without code of its own, and gives tokens that the model has."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(export.folder, local_files_only=True, trust_remote_code=False)
+    ids = tokenizer("A smaller model, tomorrow: 3.14 ≈ π\n")["input_ids"]
+    vocabulary = export.json("config.json")["vocab_size"]
+    if not ids or max(ids) >= vocabulary:
+        raise Failed(f"it gives tokens {ids}, the model has {vocabulary}")
+    return f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens"
+
+
+def check_load(export: Export) -> str:
+    """Everything in the files arrives in the model as it is: nothing missing, left over or of another shape."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        export.folder,
+        dtype=export.dtype,
+        device_map="auto" if export.device == "auto" else export.device,
+        use_safetensors=True,
+        trust_remote_code=export.code is not None,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, by name
+    )
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    problems += [f"{name} is not used" for name in sorted(info["unexpected_keys"])]
+    problems += [f"{name} is {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
+    raise_for(problems)
+    loaded = model.state_dict()
+    for name, tensor in export.tensors():
+        if name not in loaded or loaded[name].shape != tensor.shape:
+            raise Failed(f"{name} is {list(tensor.shape)} in its file and not in the loaded model")
+        if loaded[name].device.type != "meta" and not torch.equal(loaded[name].cpu(), tensor.to(export.dtype)):
+            raise Failed(f"{name} has other values in the loaded model than in its file")
+    module = type(model).__module__
+    if export.code is None and not module.startswith(STOCK_CODE):
+        raise Failed(f"the class {module}.{type(model).__name__} is none of transformers' own")
+    export.model = model.eval()
+    return f"{type(model).__name__}, {'stock' if export.code is None else 'from the code in the folder'}"
+
+
+@torch.inference_mode()
+def check_generate(export: Export) -> str:
+    """Greedy generation takes the same tokens with a cache as without; where two are equal within rounding, either."""
+    prompt = export.tokens[:, : max(1, min(16, export.tokens.shape[1] - NEW_TOKENS))].to(export.model.device)
+    options = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "num_beams": 1,
+        "pad_token_id": 0,
+    }
+    cached, plain = (export.model.generate(prompt, use_cache=use, **options).cpu() for use in (True, False))
+    for row, (ours, theirs) in enumerate(zip(cached, plain, strict=True)):
+        different = (ours != theirs).nonzero().flatten().tolist()
+        if not different:
+            continue
+        place = different[0]
+        answer = export.model(theirs[None, :place].to(export.model.device), use_cache=False).logits[0, -1].float().cpu()
+        gap = (answer[theirs[place]] - answer[ours[place]]).abs() / answer.abs().max()
+        if gap > export.tolerance:
+            raise Failed(
+                f"with a cache token {place - prompt.shape[1] + 1} of prompt {row + 1} is {ours[place]}, "
+                f"without one {theirs[place]}"
+            )
+    same = "the same tokens" if torch.equal(cached, plain) else "the same tokens, but for ties within rounding"
+    return f"{NEW_TOKENS} tokens for each of {len(prompt)} prompts: {same} with a cache as without"
+
+
+@torch.inference_mode()
+def check_forward(export: Export) -> str:
+    """Logits of the request's tokens, finite, and written down to be compared with the reference."""
+    answers = [export.model(row[None].to(export.model.device), use_cache=False).logits for row in export.tokens]
+    logits = torch.cat([answer.float().cpu() for answer in answers]).contiguous()
+    if not torch.isfinite(logits).all():
+        raise Failed("the logits have NaN or Inf values")
+    save_file({"logits": logits}, export.logits)
+    return f"finite logits for {export.tokens.numel()} tokens in {str(export.dtype).removeprefix('torch.')}"
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def raise_for(problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise Failed("; ".join(problems[:5]) + more)
+
+
+# name → (check, the checks without which it cannot be made)
+CHECKS: dict[str, tuple[Callable[[Export], str], tuple[str, ...]]] = {
+    "files": (check_files, ()),
+    "code": (check_code, ()),
+    "tensors": (check_tensors, ()),
+    "finite": (check_finite, ()),
+    "card": (check_card, ()),
+    "tokenizer": (check_tokenizer, ()),
+    "load": (check_load, ("code",)),
+    "generate": (check_generate, ("load",)),
+    "forward": (check_forward, ("load",)),
+}
+
+
+def main() -> None:
+    export = Export(json.loads(Path(sys.argv[1]).read_text("utf-8")))
+    outcomes: dict[str, str] = {}
+    for name, (check, needed) in CHECKS.items():
+        missing = [other for other in needed if outcomes[other] != "passed"]
+        if missing:
+            outcome, detail = "skipped", f"needs {', '.join(missing)}"
+        else:
+            outcome, detail = attempt(check, export)
+        outcomes[name] = outcome
+        print(json.dumps({"name": name, "outcome": outcome, "detail": detail}), flush=True)
+
+
+def attempt(check: Callable[[Export], str], export: Export) -> tuple[str, str]:
+    try:
+        return "passed", check(export)
+    except Failed as failure:
+        return "failed", str(failure)
+    except Exception as error:  # whatever a damaged folder makes the libraries raise
+        traceback.print_exc()
+        return "failed", " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+if __name__ == "__main__":
+    main()

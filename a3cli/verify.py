@@ -1,0 +1,275 @@
+"""An export → checks that a release job can trust, made as its users will load it: by stock transformers.
+
+`checker.py` runs in a process of its own, without a3; here it is told what to expect, and its logits are compared with
+the full-size reference, which needs the work folder that the export was made from.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from a3cli.errors import A3Error, CheckFailed
+from a3cli.export import MANIFEST, MODELING, Solution, read_solution
+from a3cli.families import LayerSizes, family_of, read_shape
+from a3cli.junit import Case
+from a3cli.machine import Machine, choose_machine
+from a3cli.model import Model, open_calibrated_source
+from a3cli.reference import FullSizeReference, reference_logits
+from a3cli.settings import ExportSettings, VerifySettings
+from a3cli.work import Json, Work, hash_file, read_json, versions
+
+log = logging.getLogger(__name__)
+
+CHECKER = Path(__file__).parent / "checker.py"
+CHECKED_APART = ("files", "code", "tensors", "finite", "card", "tokenizer", "load", "generate", "forward")
+PROMPTS, LENGTH = 2, 128
+# The export may be this many times as far from the exact reference as the rounded reference is.
+MARGIN = 3
+FLOOR = 16 * torch.finfo(torch.float32).eps
+# Two tokens whose logits differ by no more than this many roundings of the largest are equally good.
+TIE = 16
+
+
+def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
+    """Every check with its outcome (passed, failed, skipped) and detail; `passed` if none failed.
+
+    Raises A3Error if `out` is no export, or for code that may not run.
+    """
+    manifest = read_export(out)
+    per_layer = "per_layer_config" in manifest["config"]
+    if per_layer and not settings.trust_remote_code:
+        raise A3Error(
+            f"{out}: its layers differ in size, and only the code in its folder builds them; use --trust-remote-code "
+            f"(that code is run only if it is the {MODELING.name} that a3 ships)"
+        )
+    machine = choose_machine(settings.device, "float32" if settings.dtype == "auto" else settings.dtype, torch.float32)
+    config, shapes = check_config(manifest)
+    reference = open_reference(work, manifest)
+    with tempfile.TemporaryDirectory(prefix="a3-verify-") as temporary:
+        folder = Path(temporary)
+        save_file({"tokens": choose_tokens(work, manifest["config"], reference)}, folder / "tokens.safetensors")
+        request = {
+            "folder": str(out.resolve()),
+            "code": code_of(manifest["config"]) if per_layer else None,
+            "shapes": shapes,
+            "tokens": str(folder / "tokens.safetensors"),
+            "logits": str(folder / "logits.safetensors"),
+            "device": settings.device if machine.device.type == "cuda" else str(machine.device),
+            "dtype": str(machine.dtype).removeprefix("torch."),
+            "tie": TIE * torch.finfo(machine.dtype).eps,
+        }
+        checks = [config, *run_checker(request, folder)]
+        checks.append(check_reference(reference, manifest, machine, folder, required=settings.require_reference))
+    return {
+        "model": str(out),
+        "passed": all(check["outcome"] != "failed" for check in checks),
+        "checks": checks,
+        "versions": versions(),
+    }
+
+
+def read_export(out: Path) -> Json:
+    """The export's manifest, with its config.json as `config`. Raises A3Error if `out` is no a3 export."""
+    if not out.is_dir():
+        raise A3Error(f"{out} is no folder; a3 verify takes what a3 export wrote")
+    if not (out / MANIFEST).is_file():
+        raise A3Error(f"{out} has no {MANIFEST}; a3 verify takes what a3 export wrote")
+    manifest = read_json(out / MANIFEST)
+    lacking = [key for key in ("solution", "files") if not isinstance(manifest.get(key), dict)]
+    if lacking or manifest.get("dtype") not in get_args(ExportSettings.model_fields["dtype"].annotation):
+        raise A3Error(
+            f"{out / MANIFEST} has no {', '.join(lacking or ['dtype'])}; a3 verify takes what a3 export wrote"
+        )
+    return {**manifest, "config": read_json(out / "config.json")}
+
+
+def check_config(manifest: Json) -> tuple[Json, dict[str, list[int]]]:
+    """Whether config.json has the manifest's sizes, and the shapes that tensors must have for it, by name."""
+    try:
+        sizes, shapes = expected_shapes(manifest["config"])
+    except (A3Error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return check("config", "failed", f"config.json does not describe a model: {error}"), {}
+    if [asdict(size) for size in sizes] != manifest["solution"].get("sizes"):
+        return check("config", "failed", f"config.json has other sizes than {MANIFEST}"), shapes
+    return check("config", "passed", f"{len(sizes)} layers of the sizes in {MANIFEST}"), shapes
+
+
+def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]]]:
+    """Each layer's sizes and the shape of every linear weight and of the embedding, from config.json alone."""
+    family, shape = family_of(config.get("model_type")), read_shape(SimpleNamespace(**config))
+    sizes = shape.sizes
+    if "per_layer_config" in config:
+        layers = sorted(config["per_layer_config"].items(), key=lambda item: int(item[0]))
+        sizes = [LayerSizes(own["qk_head_dim"], own["v_head_dim"], own["intermediate_size"]) for _, own in layers]
+    shapes = {family.embedding + ".weight": [config["vocab_size"], config["hidden_size"]]}
+    for layer, size in enumerate(sizes):
+        for role, wanted in shape.linear_shapes(size).items():
+            shapes[family.tensor(layer, role)] = list(wanted)
+    return sizes, shapes
+
+
+def code_of(config: Json) -> Json:
+    """The file that may run as part of a per-layer export, and as which class."""
+    return {
+        "file": MODELING.name,
+        "sha256": hash_file(MODELING),
+        "class": family_of(config.get("model_type")).per_layer_class,
+    }
+
+
+def choose_tokens(work: Work, config: Json, reference: "Reference | str") -> torch.Tensor:
+    """The first tokens of two calibration blocks, or random ones without a work folder: `[2, T]`."""
+    context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
+    length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
+    if isinstance(reference, Reference):
+        blocks: torch.Tensor = load_file(work.tokens)["tokens"]
+        return blocks[:PROMPTS, :length].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    highest = vocabulary if isinstance(vocabulary, int) and vocabulary > 0 else 1
+    return torch.randint(highest, (PROMPTS, length), generator=generator)
+
+
+def run_checker(request: Json, folder: Path) -> list[Json]:
+    """What `checker.py` found, in a process without a3; checks that it did not come to are failed."""
+    (folder / "request.json").write_text(json.dumps(request), "utf-8")
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder / "modules"),  # where transformers copies code that it runs
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    command = [sys.executable, "-I", str(CHECKER), str(folder / "request.json")]
+    checks = []
+    with (folder / "stderr").open("w+b") as stderr:
+        with running(command, environment, stderr.fileno()) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith('{"name"'):
+                    checks.append(json.loads(line))
+                    log.info("%s: %s", checks[-1]["name"], checks[-1]["outcome"])
+        stderr.seek(0)
+        said = stderr.read().decode("utf-8", "replace")
+    log.debug("%s", said)
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    why = f"the checking process ended with code {process.returncode}: {last}"
+    return [*checks, *(check(name, "failed", why) for name in CHECKED_APART[len(checks) :])]
+
+
+@contextmanager
+def running(command: list[str], environment: dict[str, str], stderr: int) -> Iterator["subprocess.Popen[str]"]:
+    """A process that does not outlive the block."""
+    with subprocess.Popen(  # noqa: S603, our own script
+        command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8"
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+class Reference:
+    """The source and the very solution that an export was made from."""
+
+    def __init__(self, model: Model, solution: Solution) -> None:
+        self.model, self.solution = model, solution
+
+    def logits(self, tokens: torch.Tensor, machine: Machine, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """In float64, and in `machine.dtype` with weights rounded to what an export of `dtype` stores: `[B, T, V]`."""
+        rope_slots, layers = self.solution.manifest["rope_slots"], self.model.shape.layers
+        slots = rope_slots if self.solution.per_layer else [rope_slots] * layers
+        exact = FullSizeReference(self.model, Machine(machine.device, torch.float64), self.solution.layer)
+        rounded = FullSizeReference(
+            self.model,
+            machine,
+            self.solution.layer,
+            rounded=lambda stored: stored if dtype == "source" else getattr(torch, dtype),
+        )
+        return reference_logits(exact, rounded, slots, tokens)
+
+
+def open_reference(work: Work, manifest: Json) -> Reference | str:
+    """What the export was made from, or why it cannot be had."""
+    if not work.solution_manifest.is_file():
+        return f"{work.folder} has no solution; --work names the folder that the export was made from"
+    try:
+        with work.locked():
+            calibration, solution = read_solution(work)
+            model = open_calibrated_source(work, calibration)
+    except A3Error as error:
+        return str(error)
+    if solution.manifest["sha256"] != manifest["solution"].get("sha256"):
+        return f"{work.folder} holds another solution than the one that the export was made from"
+    return Reference(model, solution)
+
+
+def check_reference(
+    reference: Reference | str, manifest: Json, machine: Machine, folder: Path, *, required: bool
+) -> Json:
+    """Whether the export's logits are the reference's within rounding."""
+    logits = folder / "logits.safetensors"
+    if isinstance(reference, str):
+        return check("reference", "failed" if required else "skipped", reference)
+    if not logits.is_file():
+        return check("reference", "failed" if required else "skipped", "needs forward")
+    log.info("streaming the full-size reference")
+    try:
+        exact, rounded = reference.logits(
+            load_file(folder / "tokens.safetensors")["tokens"], machine, manifest["dtype"]
+        )
+    except A3Error as error:
+        return check("reference", "failed", str(error))
+    return judge(load_file(logits)["logits"], exact, rounded)
+
+
+def judge(logits: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> Json:
+    """The rule: no further from the exact reference than three times the rounded one, and some roundings of float32."""
+    if logits.shape != exact.shape:
+        return check("reference", "failed", f"logits are {list(logits.shape)}, the reference's {list(exact.shape)}")
+    difference, rounding = (distance(each, exact) for each in (logits, rounded))
+    tolerance = MARGIN * rounding + FLOOR
+    return {
+        **check(
+            "reference",
+            "passed" if difference <= tolerance else "failed",  # a difference that is no number fails
+            f"relative difference {difference:.2e}, tolerance {tolerance:.2e} (rounding alone: {rounding:.2e})",
+        ),
+        "difference": difference,
+        "tolerance": tolerance,
+        "rounding": rounding,
+    }
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def check(name: str, outcome: str, detail: str) -> Json:
+    return {"name": name, "outcome": outcome, "detail": detail}
+
+
+def cases(result: Json) -> list[Case]:
+    return [Case(result["model"], each["name"], each["outcome"], each["detail"]) for each in result["checks"]]
+
+
+def raise_for_failures(result: Json) -> None:
+    """Raise CheckFailed naming the checks that failed."""
+    failed = [each for each in result["checks"] if each["outcome"] == "failed"]
+    if failed:
+        raise CheckFailed(
+            f"{result['model']}: {len(failed)} of {len(result['checks'])} checks failed: "
+            + "; ".join(f"{each['name']} ({each['detail']})" for each in failed)
+        )

@@ -1,0 +1,365 @@
+"""`a3 verify`: what passes, and that each kind of damage is found by the check that is there for it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from a3cli import checker
+from a3cli.machine import Machine
+from a3cli.settings import VerifySettings
+from a3cli.verify import Reference, choose_tokens, code_of, expected_shapes, judge, open_reference, read_export, verify
+from a3cli.work import Work, hash_file
+from tests.conftest import MODELS
+
+SIZES = ("--attention-budget", 0.3, "--mlp-budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
+CHECKS = ["config", *checker.CHECKS, "reference"]
+CPU = Machine(torch.device("cpu"), torch.float32)
+
+
+def make_export(a3, source: Path, text: Path, folder: Path, *options: object) -> Path:
+    """`folder/out`, with its work folder `folder/work`."""
+    work, out = folder / "work", folder / "out"
+    for command in (
+        ("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 80, "--batch-size", 6),
+        ("solve", *SIZES, *options),
+        ("export", out, "--max-shard-size", "60KB"),
+    ):
+        outcome = a3(*command, "--work", work)
+        assert outcome.code == 0, outcome.stderr
+    return out
+
+
+@pytest.fixture
+def export(a3, checkpoint, text_file, tmp_path_factory, request) -> Path:
+    """A stock export in several shards and its work folder, made once, copied by who damages it."""
+    made = getattr(request.config, "_verify_export", None)
+    if made is None:
+        folder = tmp_path_factory.mktemp("verify")
+        made = make_export(a3, checkpoint("llama-gqa"), text_file, folder, "--method", "paper")
+        request.config._verify_export = made
+    return made
+
+
+@pytest.fixture
+def out(export, tmp_path) -> Path:
+    return Path(shutil.copytree(export, tmp_path / "out"))
+
+
+def outcomes(result: dict[str, Any]) -> dict[str, str]:
+    return {check["name"]: check["outcome"] for check in result["checks"]}
+
+
+def reseal(folder: Path) -> None:
+    """Hashes of the files as they are now: damage that no hash shows."""
+    manifest = json.loads((folder / "a3_manifest.json").read_text())
+    manifest["files"] = {name: hash_file(folder / name) for name in manifest["files"] if (folder / name).exists()}
+    (folder / "a3_manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_good_export_passes_through_the_command_line(a3, export, tmp_path):
+    junit = tmp_path / "report.xml"
+    command = ("verify", export, "--work", export.parent / "work", "--require-reference", "--junit", junit)
+    outcome = a3(*command, "--json")
+    assert outcome.code == 0, outcome
+    assert outcomes(outcome.json) == dict.fromkeys(CHECKS, "passed")
+    reference = outcome.json["checks"][-1]
+    assert 0 < reference["difference"] <= reference["tolerance"] < 2e-5
+    suite = ElementTree.parse(junit).getroot().find("testsuite")
+    assert [suite.get(key) for key in ("tests", "failures", "skipped")] == [str(len(CHECKS)), "0", "0"]
+    assert [case.get("name") for case in suite.iter("testcase")] == CHECKS
+
+
+def test_a_damaged_export_fails_through_the_command_line(a3, out, tmp_path):
+    """A NaN that no hash shows, no card, and no work folder: exit code 1, all in one table."""
+    edit_tensor("model.norm.weight", lambda t: t.fill_(float("nan")))(out)
+    (out / "README.md").unlink()
+    outcome = a3("verify", out, "--work", tmp_path / "none", "--require-reference", "--junit", tmp_path / "r.xml")
+    assert outcome.code == 1
+    (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    for words in ("5 of 11", "files (", "finite (model.norm.weight has 48", "card (", "reference (", "no solution"):
+        assert words in line, line
+    assert outcome.stdout.count("FAILED") == 5
+    assert not [mark for mark in ("\x1b", "\r", "%|") if mark in outcome.stdout + outcome.stderr]
+    suite = ElementTree.parse(tmp_path / "r.xml").getroot().find("testsuite")
+    assert suite.get("failures") == "5"
+
+
+def test_a_per_layer_export_runs_only_the_code_that_a3_ships(a3, checkpoint, text_file, tmp_path):
+    out = make_export(
+        a3, checkpoint("llama-gqa-bias"), text_file, tmp_path, "--shape", "per-layer", "--method", "paper"
+    )
+    command = ("verify", out, "--work", tmp_path / "work")
+    refused = a3(*command)
+    assert refused.code == 2
+    assert "--trust-remote-code" in refused.stderr
+    assert outcomes(a3(*command, "--trust-remote-code", "--json").json) == dict.fromkeys(CHECKS, "passed")
+
+    ran = tmp_path / "ran"
+    code = out / "modeling_a3_llama.py"
+    code.write_text(code.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
+    reseal(out)
+    outcome = a3(*command, "--trust-remote-code", "--json")
+    assert outcome.code == 1
+    found = outcomes(outcome.json)
+    assert found["files"] == "passed"
+    assert found["code"] == "failed"
+    assert {found[name] for name in ("load", "generate", "forward", "reference")} == {"skipped"}
+    assert not ran.exists()
+
+
+def test_the_checking_process_knows_nothing_of_a3():
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print([m for m in sys.modules if m.startswith('a3cli')])"
+    printed = subprocess.check_output([sys.executable, "-I", "-c", code, checker.__file__], text=True)
+    assert printed.strip() == "[]"
+
+
+def test_a_checking_process_that_dies_is_a_failure(export, tmp_path, monkeypatch):
+    """As when the system kills it for memory: what it did not come to is failed, not forgotten."""
+    dying = tmp_path / "dying.py"
+    dying.write_text(
+        """import json, os, signal\nprint(json.dumps({"name": "files", "outcome": "passed", "detail": ""}), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)"""
+    )
+    monkeypatch.setattr("a3cli.verify.CHECKER", dying)
+    result = verify(export, VerifySettings(), Work(tmp_path / "none"))
+    assert not result["passed"]
+    found = outcomes(result)
+    assert found.pop("config") == found.pop("files") == "passed"
+    assert found.pop("reference") == "skipped"
+    assert set(found.values()) == {"failed"}
+    assert "code -9" in result["checks"][2]["detail"]
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no manifest", "{}", '{"solution": 1, "files": {}}', "[]", "\\xff"])
+def test_what_is_no_export_is_refused(damage, a3, out, tmp_path):
+    if damage == "no folder":
+        out = tmp_path / "nowhere"
+    elif damage == "no manifest":
+        (out / "a3_manifest.json").unlink()
+    else:
+        (out / "a3_manifest.json").write_text(damage)
+    outcome = a3("verify", out)
+    assert outcome.code == 2
+    assert len(outcome.stderr.splitlines()) == 1
+    assert str(out) in outcome.stderr
+
+
+# What the checks of `checker.py` find, called in this process: one way to be wrong after the other.
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return damage
+
+
+def edit_tensor(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+        tensors = load_file(shard)
+        changed = change(tensors.pop(name))
+        save_file(tensors if changed is None else {**tensors, name: changed}, shard)
+
+    return damage
+
+
+def flip_bit(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def list_outside(folder: Path) -> None:
+    manifest = json.loads((folder / "a3_manifest.json").read_text())
+    manifest["files"]["../elsewhere"] = "00"
+    (folder / "a3_manifest.json").write_text(json.dumps(manifest))
+
+
+def break_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00009.safetensors"
+    path.write_text(json.dumps(index))
+
+
+K = "model.layers.1.self_attn.k_proj.weight"
+# check → damages, each with words of the finding
+DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("files", flip_bit, "hash differs"),
+    ("files", lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    ("files", lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin was not written by"),
+    ("files", lambda f: (f / "extra.safetensors").write_bytes(b""), "extra.safetensors was not written by"),
+    ("files", lambda f: (f / "modeling.py").write_text(""), "modeling.py was not written by"),
+    ("files", list_outside, "../elsewhere is missing"),
+    ("files", lambda f: (f / "a3_manifest.json").write_text("{"), "cannot be read"),
+    ("code", edit_config(auto_map={"AutoConfig": "evil.Config"}), "auto_map"),
+    ("tensors", edit_tensor(K, lambda t: None), f"{K} is missing"),
+    ("tensors", edit_tensor(K, lambda t: t.T.contiguous()), f"{K} is [48, 20], config.json says [20, 48]"),
+    ("tensors", edit_tensor(K, lambda t: t[:-1].contiguous()), f"{K} is [19, 48]"),
+    ("tensors", break_index, "does not say where"),
+    ("tensors", lambda f: (f / "model.safetensors.index.json").unlink(), "cannot be read"),
+    ("tensors", lambda f: (f / sorted(f.glob("*.safetensors"))[0]).write_bytes(b"short"), "SafetensorError"),
+    ("tensors", lambda f: [p.unlink() for p in f.glob("*.safetensors")], "no weight files"),
+    ("finite", edit_tensor("lm_head.weight", lambda t: t.index_fill_(0, torch.tensor([3]), torch.inf)), "48 NaN"),
+    ("finite", edit_tensor("model.norm.weight", lambda t: t.fill_(torch.nan)), "model.norm.weight has 48 NaN"),
+    ("card", lambda f: (f / "README.md").unlink(), "missing"),
+    ("card", lambda f: (f / "README.md").write_text("# only text"), "no metadata"),
+    ("tokenizer", lambda f: [p.unlink() for p in f.glob("tokenizer*")], "Error"),
+    ("tokenizer", lambda f: (f / "tokenizer.json").write_text("{"), "JSONDecodeError"),
+    ("tokenizer", edit_config(vocab_size=40), "the model has 40"),
+    ("load", edit_tensor("model.norm.weight", lambda t: None), "model.norm.weight is missing"),
+    ("load", lambda f: save_file({"surplus": torch.ones(2)}, f / "model-x.safetensors"), "surplus"),
+    ("load", edit_config(intermediate_size=56), "mlp.gate_proj.weight is [64, 48], not [56, 48]"),
+    ("load", edit_config(model_type="nothing"), "ValueError"),
+]
+
+
+def opened(folder: Path, tmp_path: Path, *, code: Any = None) -> checker.Export:
+    config = json.loads((folder / "config.json").read_text())
+    save_file({"tokens": torch.randint(250, (2, 40), generator=torch.Generator().manual_seed(1))}, tmp_path / "tokens")
+    request = {"tokens": tmp_path / "tokens", "logits": tmp_path / "logits", "device": "cpu", "dtype": "float32"}
+    try:
+        shapes = expected_shapes(config)[1]
+    except Exception:  # a configuration that is damaged on purpose
+        shapes = {}
+    return checker.Export({**request, "folder": folder, "code": code, "shapes": shapes, "tie": 1e-6})
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGES)))
+def test_each_damage_is_found_by_its_check(number, out, tmp_path):
+    name, damage, words = DAMAGES[number]
+    check = checker.CHECKS[name][0]
+    assert checker.attempt(check, opened(out, tmp_path))[0] == "passed"
+    damage(out)
+    if name == "load" and (out / "model-x.safetensors").exists():  # a folder that the index says nothing of
+        path = out / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["surplus"] = "model-x.safetensors"
+        path.write_text(json.dumps(index))
+    outcome, detail = checker.attempt(check, opened(out, tmp_path))
+    assert outcome == "failed"
+    assert words in detail, detail
+
+
+def test_values_that_change_on_loading_are_found(out, tmp_path, monkeypatch):
+    """A loader that ignores what it cannot use, as GPT-2 ignores head_dim, still must not pass."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained
+
+    def careless(*arguments, **options):
+        model, info = plain(*arguments, **options)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+        return model, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", careless)
+    outcome, detail = checker.attempt(checker.check_load, opened(out, tmp_path))
+    assert outcome == "failed"
+    assert "model.layers.1.mlp.up_proj.weight has other values" in detail
+
+
+def test_a_cache_that_answers_otherwise_is_found(out, tmp_path):
+    """A rotary module that forgets where it is: right for a whole text, wrong for the next token."""
+    export = opened(out, tmp_path)
+    checker.check_load(export)
+    assert checker.attempt(checker.check_generate, export)[0] == "passed"
+    rotary = export.model.model.rotary_emb
+    plain = rotary.forward
+    rotary.forward = lambda x, position_ids: plain(x, position_ids - position_ids.min())
+    outcome, detail = checker.attempt(checker.check_generate, export)
+    assert outcome == "failed"
+    assert "with a cache token" in detail
+
+
+# The reference.
+
+
+def reference_of(folder: Path) -> tuple[Reference, torch.Tensor]:
+    manifest = read_export(folder / "out")
+    found = open_reference(Work(folder / "work"), manifest)
+    assert isinstance(found, Reference), found
+    return found, choose_tokens(Work(folder / "work"), manifest["config"], found)
+
+
+@torch.inference_mode()
+def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "dtype"),
+    [
+        ("llama-mha-bias", "paper", torch.bfloat16),
+        ("llama-longrope", "best", torch.float32),
+        ("llama-gqa-tied", "paper", torch.float32),
+    ],
+)
+def test_reference_agrees_within_rounding_and_notices_more(name, method, dtype, a3, checkpoint, text_file, tmp_path):
+    assert name in MODELS
+    out = make_export(a3, checkpoint(name, dtype=dtype), text_file, tmp_path, "--method", method)
+    reference, tokens = reference_of(tmp_path)
+    exact, rounded = reference.logits(tokens, CPU, "source")
+    found = judge(logits(out, tokens), exact, rounded)
+    assert found["outcome"] == "passed", found
+    assert found["rounding"] < (2e-5 if dtype == torch.float32 else 3e-2)
+    # The scale that is folded into queries, forgotten; one head's values in the place of another's.
+    for tensor, wrong in (
+        ("model.layers.0.self_attn.q_proj.weight", lambda t: t * (16 / 10) ** 0.5),
+        ("model.layers.1.self_attn.v_proj.weight", lambda t: t.roll(10, 0)),
+    ):
+        copy = tmp_path / tensor
+        shutil.copytree(out, copy)
+        edit_tensor(tensor, wrong)(copy)
+        assert judge(logits(copy, tokens), exact, rounded)["outcome"] == "failed"
+
+
+def test_logits_that_are_no_numbers_fail():
+    exact = torch.ones(1, 2, 3)
+    assert judge(torch.full_like(exact, torch.nan), exact, exact)["outcome"] == "failed"
+    assert judge(exact[:, :1], exact, exact)["outcome"] == "failed"
+    assert judge(exact, exact, exact)["outcome"] == "passed"
+
+
+def test_only_the_very_solution_is_a_reference(a3, export, tmp_path):
+    manifest = read_export(export)
+    shutil.copytree(export.parent / "work", tmp_path / "work")
+    work = Work(tmp_path / "work")
+    assert isinstance(open_reference(work, manifest), Reference)
+    assert a3("solve", *SIZES, "--method", "paper", "--ridge", 1e-5, "--overwrite", "--work", work.folder).code == 0
+    assert "another solution" in str(open_reference(work, manifest))
+    damaged = work.layer_solution(1)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    assert "layer-001" in str(open_reference(work, manifest))
+    assert "no solution" in str(open_reference(Work(tmp_path / "none"), manifest))
+    assert not (tmp_path / "none").exists()
+
+
+def test_code_of_names_the_class_of_the_family():
+    assert code_of({"model_type": "mistral"})["class"] == "A3MistralForCausalLM"
+    assert code_of({"model_type": "llama"})["sha256"] == hash_file(Path(code_of.__globals__["MODELING"]))
+
+
+def test_sizes_in_the_config_must_be_those_of_the_manifest(export):
+    from a3cli.verify import check_config
+
+    manifest = read_export(export)
+    assert check_config(manifest)[0]["outcome"] == "passed"
+    other = {**manifest, "config": {**manifest["config"], "head_dim": 12}}
+    assert check_config(other)[0]["outcome"] == "failed"
+    for config in ({"model_type": "llama"}, {}, {**manifest["config"], "num_attention_heads": 0}):
+        assert check_config({**manifest, "config": config})[0]["outcome"] == "failed"
