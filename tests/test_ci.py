@@ -1,0 +1,91 @@
+"""docs/ci.md: its shell block runs as it stands, its workflow uses commands that exist, exit codes are what it says."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import typer
+import yaml
+
+from a3cli.cli import app
+from a3cli.errors import A3Error, CheckFailed, Interrupted
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "ci.md").read_text("utf-8")
+
+
+def block(language: str) -> str:
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)
+    return found
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """The demo model, its text, and an `a3` on the path."""
+    subprocess.run([sys.executable, ROOT / "scripts" / "demo_text.py", tmp_path / "text"], check=True)
+    command = tmp_path / "bin" / "a3"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m a3cli "$@"\n')
+    command.chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{command.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "MODEL": str(ROOT / "demo" / "model"),
+        "CALIBRATION": str(tmp_path / "text" / "calibration.txt"),
+        "EVALUATION": str(tmp_path / "text" / "evaluation.txt"),
+        "OTHER": str(tmp_path / "other.txt"),
+        "SAMPLES": "16",
+        "SEQ_LEN": "128",
+        "BUDGET": "0.1",
+    }
+
+
+@pytest.mark.slow
+def test_the_shell_example_runs_as_it_stands(environment, tmp_path):
+    (tmp_path / "other.txt").write_text((ROOT / "a3cli" / "work.py").read_text() * 2)
+    done = subprocess.run(
+        ["/bin/sh", "-c", block("sh")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "eval.json").read_text())
+    assert [each["dataset"].rpartition("/")[2] for each in measured["datasets"]] == ["evaluation.txt", "other.txt"]
+    assert all(not gate["failed"] for each in measured["datasets"] for gate in each["gates"])
+    for report, tests in (("verify.xml", "11"), ("eval.xml", "6")):
+        suite = ElementTree.parse(tmp_path / report).getroot().find("testsuite")
+        assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == (tests, "0", "0")
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+
+
+def test_every_command_of_the_page_exists_with_its_options():
+    group = typer.main.get_command(app)
+    workflow = yaml.safe_load(block("yaml"))
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    shell = block("sh").replace("\\\n", " ").splitlines()
+    commands = [line.removeprefix("until ").strip() for line in [*steps, *shell]]
+    used = [shlex.split(line) for line in commands if line.startswith("a3 ")]
+    assert {words[1] for words in used} == {"calibrate", "solve", "export", "verify", "eval"}
+    assert len(used) == 10
+    for _, command, *words in used:
+        known = {option for parameter in group.commands[command].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_exit_codes_are_those_of_the_table():
+    table = dict(re.findall(r"^\| (\d) \| ([^|]+) \|", PAGE, re.M))
+    assert list(table) == ["0", "1", "2", "3"]
+    assert (CheckFailed.exit_code, A3Error.exit_code, Interrupted.exit_code) == (1, 2, 3)
+    readme = dict(re.findall(r"^\| (\d) \| ([^|]+) \|", (ROOT / "README.md").read_text("utf-8"), re.M))
+    assert list(readme) == list(table)
