@@ -50,19 +50,6 @@ a3 export OUT
 """
 
 
-def describe_loaders(config: Json) -> str:
-    """What loads an export with this config.json, in one line; docs/formats.md says how each was checked."""
-    if "per_layer_config" in config:
-        return (
-            "transformers 4.57 and 5 with trust_remote_code=True (the code is in the folder); vLLM only through its "
-            "Transformers backend, llama.cpp not at all"
-        )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) == "longrope":
-        return "stock transformers 4.57 and 5, and vLLM; llama.cpp's converter drops longrope factors without a word"
-    return "stock transformers 4.57 and 5, vLLM and llama.cpp"
-
-
 def model_card(model: Model, manifest: Json) -> str:
     """The README.md of an export, from its manifest."""
     source, solution, calibration = model.source, manifest["solution"], manifest["calibration"]

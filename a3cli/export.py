@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from a3cli.card import describe_loaders, model_card
+from a3cli.card import model_card
 from a3cli.checkpoint import (
     INDEX,
     METADATA_FILES,
@@ -29,6 +29,7 @@ from a3cli.checkpoint import (
 )
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, per_layer_config
+from a3cli.families.loaders import describe_loaders
 from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.interrupt import Stop
 from a3cli.model import Model, open_calibrated_source

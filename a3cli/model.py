@@ -31,6 +31,7 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False) -> Model:
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
         shape = read_shape(config)
+        config.head_dim = shape.head_dim  # some types know it only as hidden size over heads
         check_tensors(source, family, shape)
         rope = read_rope(config)
     except A3Error:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 torch.set_num_threads(2)
 
@@ -49,6 +57,12 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama-yarn": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": YARN}),
     "llama-longrope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LONGROPE}),
     "mistral-gqa": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "qwen2-gqa": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2-window": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},  # from the second layer on
+    ),
 }
 
 

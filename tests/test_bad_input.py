@@ -150,8 +150,8 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "gone": (shutil.rmtree, ("source",)),
-    "unknown family": (edit_config(model_type="gpt2"), ("'gpt2'", "llama, mistral")),
-    "no family": (edit_config(model_type=None), ("None", "llama, mistral")),
+    "unknown family": (edit_config(model_type="gpt2"), ("'gpt2'", "llama, mistral, qwen2")),
+    "no family": (edit_config(model_type=None), ("None", "llama, mistral, qwen2")),
     "pickle only": (pickle_only, ("pickle", "safetensors")),
     "truncated shard": (truncate_shard, ("model-00003", "truncated")),
     "garbled header": (garble_header, ("model-00002",)),

@@ -137,6 +137,23 @@ def test_export_equals_the_full_size_reference(name, method, reference, a3, chec
     assert (expected - logits(load(source))).norm() / expected.norm() > 1e-2
 
 
+@pytest.mark.parametrize("options", [("--shape", "stock"), ("--shape", "per-layer", "--sequential")])
+def test_a_configuration_without_head_dim(options, a3, checkpoint, text_file, tmp_path, monkeypatch):
+    """As Qwen2's is: hidden size over heads. The same model comes out as of a configuration that says it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    said, unsaid = checkpoint("qwen2-gqa", hidden_size=64), tmp_path / "source"
+    shutil.copytree(said, unsaid)
+    config = json.loads((unsaid / "config.json").read_text())
+    del config["head_dim"]
+    (unsaid / "config.json").write_text(json.dumps(config))
+    budgets = ("--attention-budget", 0.3, "--mlp-budget", 0.1, "--head-multiple", 2, "--mlp-multiple", 8)
+    outs = [run_chain(a3, said, text_file, tmp_path / "said", *budgets, *options)]
+    outs.append(run_chain(a3, unsaid, text_file, tmp_path / "unsaid", *budgets, *options))
+    models = [load(out, trust_remote_code="per-layer" in options) for out in outs]
+    assert torch.equal(*(logits(model) for model in models))
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-longrope"])
 def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file, tmp_path):
     out = run_chain(

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from a3cli import costs
-from a3cli.card import describe_loaders
 from a3cli.checkpoint import Checkpoint
 from a3cli.export import export
 from a3cli.families import LayerSizes
+from a3cli.families.loaders import describe_loaders
 from a3cli.model import describe
 from a3cli.settings import ExportSettings, SolveSettings, TextSettings
 from a3cli.work import Json, Work, hash_file, write_json, write_manifest, write_tensors
@@ -200,7 +200,8 @@ class LiteralAttention(torch.nn.Module):
             time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64),
         )
         seen = time[:, None] >= time
-        if window := getattr(stock.config, "sliding_window", None):
+        # Types whose layers differ in their window keep it in the layer.
+        if window := getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)):
             seen &= time[:, None] - time < window
         q, k, v = (layer(row).view(length, -1, 16) for layer in (stock.q_proj, stock.k_proj, stock.v_proj))
         wide = self.stock.o_proj.weight.view(48, heads, 16)
@@ -277,7 +278,7 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-longrope", "mistral-gqa"])
+@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-longrope", "mistral-gqa", "qwen2-window"])
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):
     model = load(random_export(name, tmp_path), attn_implementation=implementation)
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
@@ -426,6 +427,9 @@ def test_every_export_says_what_loads_it():
     assert describe_loaders({"rope_scaling": {"type": "longrope"}}) == describe_loaders(longrope)
     assert describe_loaders({"rope_scaling": None}) == "stock transformers 4.57 and 5, vLLM and llama.cpp"
     assert "stock" not in describe_loaders({"per_layer_config": {}, **longrope})
+    qwen = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}
+    assert "does not read head_dim" in describe_loaders({**qwen, "head_dim": 12})
+    assert describe_loaders({**qwen, "head_dim": 16}) == describe_loaders(qwen) == describe_loaders({})
 
 
 def keep_mlp(config: Json) -> None:

@@ -22,6 +22,7 @@ class Family:
 
     modules: dict[Role, str]
     per_layer_class: str  # in modeling/modeling_a3_llama.py
+    qkv_bias: bool = False  # q, k and v always have biases, o never, and config.json does not say so
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -60,6 +61,7 @@ LLAMA_MODULES: dict[Role, str] = {
 FAMILIES: dict[str, Family] = {
     "llama": Family(LLAMA_MODULES, per_layer_class="A3LlamaForCausalLM"),
     "mistral": Family(LLAMA_MODULES, per_layer_class="A3MistralForCausalLM"),
+    "qwen2": Family(LLAMA_MODULES, per_layer_class="A3Qwen2ForCausalLM", qkv_bias=True),
 }
 
 
@@ -140,7 +142,7 @@ def read_shape(config: Any) -> ModelShape:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         intermediate_size=config.intermediate_size,
-        attention_bias=bool(getattr(config, "attention_bias", False)),
+        attention_bias=family_of(config.model_type).qkv_bias or bool(getattr(config, "attention_bias", False)),
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
     )
     sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)

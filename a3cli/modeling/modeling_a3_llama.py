@@ -1,4 +1,4 @@
-"""Llama and Mistral whose layers differ in size: QK rank, OV rank, MLP width and RoPE slots of each layer its own.
+"""Llama, Mistral and Qwen2 whose layers differ in size: each has its own QK rank, OV rank, MLP width and RoPE slots.
 
 `per_layer_config` in config.json gives each layer `qk_head_dim`, `v_head_dim`, `intermediate_size` and `rope_slots`.
 Slot j of a layer, dims `(j, j + qk_head_dim/2)`, turns like pair `rope_slots[j]` of the full head; a fraction turns
@@ -29,6 +29,13 @@ from transformers.models.mistral.modeling_mistral import (
     MistralForCausalLM,
     MistralModel,
     MistralRMSNorm,
+)
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2Attention,
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen2RMSNorm,
 )
 
 PER_LAYER = ("qk_head_dim", "v_head_dim", "intermediate_size", "rope_slots")
@@ -107,6 +114,8 @@ class PerLayerAttention:
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.qk_head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.v_head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=self.o_proj.bias is not None)
+        # Types whose layers differ in their window keep it in the layer.
+        self.window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
         self.places = [slots.index(slot) for slot in own.rope_slots] * 2  # both halves of the head
         self.register_buffer("slot_index", torch.zeros(self.qk_head_dim, dtype=torch.long), persistent=False)
         self.fill_buffers()
@@ -145,7 +154,7 @@ class PerLayerAttention:
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=getattr(self.config, "sliding_window", None),
+            sliding_window=self.window,
             **kwargs,
         )
         output = output[..., : self.v_head_dim].reshape(*shape, -1)
@@ -161,7 +170,7 @@ def pad(heads: torch.Tensor, width: int) -> torch.Tensor:
 class PerLayerWeights:
     """Goes before a stock model class: buffers that no checkpoint holds are filled when weights are initialised."""
 
-    _no_split_modules = ("A3LlamaDecoderLayer", "A3MistralDecoderLayer")
+    _no_split_modules = ("A3LlamaDecoderLayer", "A3MistralDecoderLayer", "A3Qwen2DecoderLayer")
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -186,6 +195,7 @@ class PerLayerModel(PerLayerWeights):
         self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = A3RotaryEmbedding(config, slots)
         self.gradient_checkpointing = False
+        self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         self.post_init()
 
 
@@ -240,4 +250,22 @@ class A3MistralForCausalLM(PerLayerCausalLM, MistralForCausalLM):
     model_class = A3MistralModel
 
 
-__all__ = ["A3LlamaForCausalLM", "A3MistralForCausalLM"]
+class A3Qwen2Attention(PerLayerAttention, Qwen2Attention):
+    pass
+
+
+class A3Qwen2DecoderLayer(Qwen2DecoderLayer):
+    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+        super().__init__(layer_config(config, layer_idx), layer_idx)
+        self.self_attn = A3Qwen2Attention(config, layer_idx, slots)
+
+
+class A3Qwen2Model(PerLayerModel, Qwen2Model):
+    layer_class, norm_class = A3Qwen2DecoderLayer, Qwen2RMSNorm
+
+
+class A3Qwen2ForCausalLM(PerLayerCausalLM, Qwen2ForCausalLM):
+    model_class = A3Qwen2Model
+
+
+__all__ = ["A3LlamaForCausalLM", "A3MistralForCausalLM", "A3Qwen2ForCausalLM"]

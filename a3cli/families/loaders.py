@@ -1,0 +1,26 @@
+"""Which runtimes load an export, from its config.json alone. docs/formats.md says how each was checked."""
+
+from typing import Any
+
+
+def describe_loaders(config: dict[str, Any]) -> str:
+    """What loads an export with this config.json, in one line."""
+    if "per_layer_config" in config:
+        return (
+            "transformers 4.57 and 5 with trust_remote_code=True (the code is in the folder); vLLM only through its "
+            "Transformers backend, llama.cpp not at all"
+        )
+    if config.get("model_type") == "qwen2" and not _heads_make_the_width(config):
+        return (
+            "stock transformers 4.57 and 5; the Qwen2 of vLLM and of llama.cpp does not read head_dim, so they load "
+            "only exports whose heads keep their size (--components mlp)"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        return "stock transformers 4.57 and 5, and vLLM; llama.cpp's converter drops longrope factors without a word"
+    return "stock transformers 4.57 and 5, vLLM and llama.cpp"
+
+
+def _heads_make_the_width(config: dict[str, Any]) -> bool:
+    heads = config["num_attention_heads"]
+    return bool((config.get("head_dim") or config["hidden_size"] // heads) * heads == config["hidden_size"])
