@@ -64,10 +64,9 @@ class LayerInputs:
         """`E[o_i o_iᵀ]` `[H, h, h]` of each head."""
         return gram_blocks(self.o_gram, self.shape.heads)
 
-    @cached_property
     def mlp_gram(self) -> torch.Tensor:
-        """`E[x xᵀ]` `[I, I]` float32."""
-        return unpack_upper(self.mean("mlp_gram"), self.shape.intermediate_size)
+        """`E[x xᵀ]` `[I, I]` float64: by far the largest thing here, so it is made anew and not kept."""
+        return unpack_upper(self.mean("mlp_gram").double(), self.shape.intermediate_size)
 
     @cached_property
     def mlp_mean(self) -> torch.Tensor:

@@ -48,10 +48,11 @@ BLOCKS = 256  # greedy selection takes the MLP's channels in so many blocks
 
 def fitted_gram(inputs: LayerInputs) -> torch.Tensor:
     """What the down projection is fitted by, `[I, I]`: about the mean where a bias can absorb that."""
+    gram = inputs.mlp_gram()
     if not inputs.shape.mlp_bias:
-        return inputs.mlp_gram
-    mean = inputs.mlp_mean.float()
-    return torch.addr(inputs.mlp_gram, mean, mean, alpha=-1)
+        return gram
+    mean = inputs.mlp_mean.double()
+    return gram.addr_(mean, mean, alpha=-1)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Best(Method):
         if "mlp" not in self.settings.components:
             return ChannelOrder(torch.arange(width), torch.zeros(width + 1, dtype=torch.float64))
         gram, down = fitted_gram(inputs).to(self.device), inputs.down.to(self.device)
-        found = order_channels(gram, down, block=max(1, width // BLOCKS))
+        found = order_channels(gram, down, block=max(1, width // BLOCKS), overwrite_gram=True)  # nobody reads it again
         return ChannelOrder(found.order.cpu(), found.curve.cpu())
 
     def share(self) -> None:

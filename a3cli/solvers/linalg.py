@@ -101,14 +101,18 @@ def _hermitian(matrix: torch.Tensor) -> torch.Tensor:
     return (wide + wide.mH) / 2
 
 
-def solve_ridge(gram: torch.Tensor, target: torch.Tensor, *, ridge: float) -> torch.Tensor:
+def solve_ridge(
+    gram: torch.Tensor, target: torch.Tensor, *, ridge: float, overwrite_gram: bool = False
+) -> torch.Tensor:
     """`(gram + εI)⁻¹ target` by Cholesky, ε = `ridge` times the mean of the diagonal.
 
-    gram `[n, n]` positive semi-definite, target `[n, d]`. Raises ValueError if it cannot be factorised.
+    gram `[n, n]` positive semi-definite, target `[n, d]`; with `overwrite_gram` the factor takes gram's place. Raises
+    ValueError if it cannot be factorised.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    factor = gram if overwrite_gram else gram.clone()
+    factor.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if failed:
         raise ValueError(f"not positive definite at row {int(failed)} of {len(gram)}")
     return torch.cholesky_solve(target, factor)

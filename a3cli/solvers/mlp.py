@@ -40,72 +40,122 @@ class ChannelOrder:
     curve: torch.Tensor
 
 
-def order_channels(gram: torch.Tensor, down_weight: torch.Tensor, *, block: int, candidates: int = 4) -> ChannelOrder:
+def order_channels(
+    gram: torch.Tensor, down_weight: torch.Tensor, *, block: int, candidates: int = 4, overwrite_gram: bool = False
+) -> ChannelOrder:
     """Forward greedy selection that knows about the refit: one pass gives every width and its exact error.
 
     gram `[I, I]` = `E[x xᵀ]`, down_weight `[d, I]`. The channel taken next is the one that most reduces the residual of
     the refit, `‖(R W)_j‖² / R_jj` on the deflated `R`. Block-wise: `block` channels are taken among the `candidates ·
-    block` of largest gain, exactly greedily among those, before the whole `R` is deflated by them. About `I³ + I² d`
-    multiply-adds in matrix products of inner size `block`; `block=1` is exact greedy.
+    block` of largest gain, exactly greedily among those, before what is left of `R` is deflated by them. About
+    `I³/3 + 3/2 I² d` multiply-adds in matrix products; `block=1` is exact greedy. Beside `R` in float64 it holds two
+    matrices `[I, d]`; with `overwrite_gram` a float64 `gram` is itself worked on, and spoilt.
     """
-    residual = gram.double().clone()
-    target = residual @ down_weight.double().mT
-    total = (target * down_weight.double().mT).sum()
-    least = (EXPLAINED * residual.diagonal()).clamp_min(torch.finfo(torch.float64).tiny)
-    left = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    residual = gram.to(torch.float64, copy=not overwrite_gram)
+    weight = down_weight.mT.double()
+    target = residual @ weight
+    total = torch.stack([(t * w).sum() for t, w in zip(target.split(1024), weight.split(1024), strict=True)]).sum()
+    del weight
+    left = _Left(
+        residual,
+        target,
+        least=(EXPLAINED * residual.diagonal()).clamp_min(torch.finfo(torch.float64).tiny),
+        channels=torch.arange(len(gram), device=gram.device),
+    )
     order: list[torch.Tensor] = []
     gains: list[torch.Tensor] = []
-    while left.any():
-        gain = torch.where(left, _gains(residual, target, least), -1.0)
-        pool = gain.argsort(descending=True, stable=True)[: min(candidates * block, int(left.sum()))]
-        taken, taken_gains = _take_greedily(residual[pool][:, pool], target[pool], least[pool], min(block, len(pool)))
-        chosen = pool[taken]
-        _deflate(residual, target, chosen[taken_gains > 0])
-        left[chosen] = False
-        order.append(chosen)
+    while left.count:
+        gain = _gains(left.residual.diagonal(), torch.linalg.vector_norm(left.target, dim=1).square(), left.least)
+        pool = gain.argsort(descending=True, stable=True)[: candidates * block]
+        rows = left.target[pool]
+        taken, taken_gains = _take_greedily(
+            left.residual[pool[:, None], pool], rows @ rows.mT, left.least[pool], min(block, len(pool))
+        )
+        order.append(left.channels[pool[taken]])
         gains.append(taken_gains)
+        left.take(pool[taken], pool[taken[taken_gains > 0]])
     curve = torch.cat([total[None], total - torch.cat(gains).cumsum(0)]).clamp_min(0)
     return ChannelOrder(torch.cat(order), curve)
 
 
-def _gains(residual: torch.Tensor, target: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+class _Left:
+    """The channels that are not taken: the leading rows (and columns) of `R`, `T = R W` and the rest, in place.
+
+    The last ones move into the gaps that the taken ones leave, so that every product is as small as can be and no
+    matrix is copied.
+    """
+
+    def __init__(
+        self, residual: torch.Tensor, target: torch.Tensor, *, least: torch.Tensor, channels: torch.Tensor
+    ) -> None:
+        self.residual, self.target, self.least, self.channels = residual, target, least, channels
+
+    @property
+    def count(self) -> int:
+        return len(self.channels)
+
+    def take(self, taken: torch.Tensor, useful: torch.Tensor) -> None:
+        """Drop the rows `taken`, and take out of the others what those of them that are `useful` explain."""
+        columns = self.residual[:, useful]
+        factor = torch.linalg.cholesky(columns[useful])
+        half = torch.linalg.solve_triangular(factor, columns.mT, upper=False)
+        reduced = torch.linalg.solve_triangular(factor, self.target[useful], upper=False)
+        gaps, movers = self._moves(taken)
+        self.residual[gaps] = self.residual[movers]
+        self.residual[:, gaps] = self.residual[:, movers]
+        for rows in (self.target, self.least, self.channels, half.mT):
+            rows[gaps] = rows[movers]
+        n = self.count - len(taken)
+        self.residual, self.target = self.residual[:n, :n], self.target[:n]
+        self.least, self.channels, half = self.least[:n], self.channels[:n], half[:, :n]
+        self.target.addmm_(half.mT, reduced, alpha=-1)
+        self.residual.addmm_(half.mT, half, alpha=-1)
+
+    def _moves(self, taken: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places that `taken` leaves in the leading rows, and the rows at the end that fill them."""
+        n = self.count - len(taken)
+        last = torch.ones(len(taken), dtype=torch.bool, device=taken.device)
+        last[taken[taken >= n] - n] = False
+        return taken[taken < n], n + last.nonzero().squeeze(1)
+
+
+def _gains(energy: torch.Tensor, met: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """`‖T_j‖² / R_jj`, and 0 for channels that the chosen ones explain: what is left of those is rounding."""
-    energy = residual.diagonal()
-    return torch.where(energy > least, target.square().sum(1) / energy.clamp_min(least), 0.0)
+    return torch.where(energy > least, met.clamp_min(0) / energy.clamp_min(least), 0.0)
 
 
 def _take_greedily(
-    residual: torch.Tensor, target: torch.Tensor, least: torch.Tensor, count: int
+    residual: torch.Tensor, met: torch.Tensor, least: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact greedy among a pool: indices `[count]` into it, and what each one gained."""
-    residual, target = residual.clone(), target.clone()
+    """Exact greedy among a pool: indices `[count]` into it, and what each one gained.
+
+    Works on `R` and on `met = T Tᵀ`, both of the pool's size, in place: `T_j − c_j T_b` changes `T Tᵀ` by rank two.
+    """
     left = torch.ones(len(residual), dtype=torch.bool, device=residual.device)
     taken, gains = [], []
     for _ in range(count):
-        gain = torch.where(left, _gains(residual, target, least), -1.0)
+        gain = torch.where(left, _gains(residual.diagonal(), met.diagonal(), least), -1.0)
         best = gain.argmax()
         taken.append(best)
         gains.append(gain[best])
         if gain[best] > 0:
-            _deflate(residual, target, best[None])
+            row = residual[best].clone()
+            share = row / row[best]
+            half = met[best] - met[best, best] / 2 * share
+            residual.addr_(share, row, alpha=-1)
+            met.addr_(share, half, alpha=-1).addr_(half, share, alpha=-1)
         left[best] = False
     return torch.stack(taken), torch.stack(gains)
-
-
-def _deflate(residual: torch.Tensor, target: torch.Tensor, chosen: torch.Tensor) -> None:
-    """Take out of `residual` and `target`, in place, what the chosen channels explain."""
-    columns = residual[:, chosen]
-    factor = torch.linalg.cholesky(columns[chosen])
-    half = torch.linalg.solve_triangular(factor, columns.mT, upper=False)
-    target.addmm_(half.mT, torch.linalg.solve_triangular(factor, target[chosen], upper=False), alpha=-1)
-    residual.addmm_(half.mT, half, alpha=-1)
 
 
 def refit_down(gram: torch.Tensor, down_weight: torch.Tensor, kept: torch.Tensor, *, ridge: float) -> torch.Tensor:
     """The down projection `[d, m]` of the kept channels that fits best what all of them put out, by least squares.
 
     `W̃ = (R_SS + εI)⁻¹ R_S: W`, ε = `ridge` times the mean of the diagonal. Never worse on the calibration set than
-    keeping the columns as they are.
+    keeping the columns as they are. About `m I d + m³/6 + m² d` multiply-adds; beside its arguments it holds one matrix
+    `[m, m]` and two of `W`'s size, float64.
     """
-    rows = gram[kept].double()
-    return solve_ridge(rows[:, kept], rows @ down_weight.double().mT, ridge=ridge).mT
+    weight = down_weight.mT.double()
+    target = torch.cat([gram[rows].double() @ weight for rows in kept.split(1024)])
+    del weight
+    return solve_ridge(gram[kept[:, None], kept].double(), target, ridge=ridge, overwrite_gram=True).mT
