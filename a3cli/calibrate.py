@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from a3cli import costs
 from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
 from a3cli.families import ModelShape
@@ -261,11 +262,8 @@ def clear(work: Work) -> None:
 
 def bytes_needed(shape: ModelShape, settings: CalibrateSettings, machine: Machine, layers: int) -> int:
     """Disk that the rest of a calibration takes at its peak: statistics and both hidden-state files."""
-    assert settings.text.samples is not None
+    text = settings.text
+    assert text.samples is not None
     files = 2 if settings.hidden_states == "disk" else 0
-    hidden = files * settings.text.samples * settings.text.seq_len * shape.hidden_size * machine.dtype.itemsize
-    width = shape.intermediate_size
-    query = shape.heads * shape.head_dim
-    mlp = width * (width + 1) // 2 * 4 if settings.mlp_stats == "full" else 0
-    heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * (shape.head_dim + 1) * 8
-    return hidden + layers * (mlp + 16 * width + heads + query * (query + 1) // 2 * 4 + 8 * query)
+    hidden = files * costs.hidden_state_bytes(shape, text.samples, text.seq_len, machine.dtype.itemsize)
+    return hidden + layers * costs.statistics_bytes(shape, text.seq_len, full_mlp=settings.mlp_stats == "full")

@@ -39,11 +39,11 @@ Loads with {{ loaders }}. {{ rope }}.
 
 ## How it was made
 
-Calibrated on {{ tokens }} tokens ({{ blocks[0] }} blocks of {{ blocks[1] }}) of `{{ dataset }}`. Settings,
+Calibrated on {{ tokens }} tokens ({{ blocks[0] }} blocks of {{ blocks[1] }}) of {{ datasets }}. Settings,
 versions and the hash of every file are in `a3_manifest.json`.
 
 ```
-a3 calibrate {{ base }} --dataset {{ dataset }} --samples {{ blocks[0] }} --seq-len {{ blocks[1] }} --seed {{ seed }}
+{{ calibration }}
 a3 solve {{ solve_options }}
 a3 export OUT
 ```
@@ -53,7 +53,8 @@ a3 export OUT
 def model_card(model: Model, manifest: Json) -> str:
     """The README.md of an export, from its manifest."""
     source, solution, calibration = model.source, manifest["solution"], manifest["calibration"]
-    text = calibration["request"]["text"]
+    request = calibration["request"]
+    texts = [part["text"] for part in request["merged"]] if "merged" in request else [request["text"]]
     base = source.name if source.revision else Path(source.name).name  # a local path says nothing to others
     card = ModelCard.from_template(
         ModelCardData(**card_metadata(source)),
@@ -68,11 +69,28 @@ def model_card(model: Model, manifest: Json) -> str:
         rope=describe_rope(model.shape, solution),
         tokens=f"{calibration['tokens']:,}",
         blocks=calibration["blocks"],
-        dataset=text["dataset"] if "/" not in text["dataset"] else Path(text["dataset"]).name,
-        seed=text["seed"],
+        datasets=" and ".join(f"`{name_of(text)}`" for text in texts),
+        calibration="\n".join(calibrate_commands(base, texts)),
         solve_options=solve_options(solution["request"]["settings"]),
     )
     return str(card.content).rstrip() + "\n"
+
+
+def name_of(text: Json) -> str:
+    """A dataset by the name that says something elsewhere: of a local path the last part."""
+    dataset: str = text["dataset"]
+    return dataset if "/" not in dataset else Path(dataset).name
+
+
+def calibrate_commands(base: str, texts: list[Json]) -> list[str]:
+    """The commands that make the statistics again; several calibrations were merged."""
+    works = [f"work-{i + 1}" for i in range(len(texts))] if len(texts) > 1 else []
+    commands = [
+        f"a3 calibrate {base} --dataset {name_of(text)} --samples {text['samples']} --seq-len {text['seq_len']} "
+        f"--seed {text['seed']}" + (f" --work {works[i]}" if works else "")
+        for i, text in enumerate(texts)
+    ]
+    return [*commands, f"a3 stats merge {' '.join(works)} --into a3-work"] if works else commands
 
 
 def card_metadata(source: Checkpoint) -> Json:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from a3cli.errors import A3Error, first_line
+from a3cli.errors import A3Error
+from a3cli.hub import find_folder, read_config
 from a3cli.work import Json, hash_json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -51,9 +52,7 @@ class Checkpoint:
         self.folder = folder
         self.name = name or str(folder)
         self.revision = revision
-        self.config = read_json(folder / "config.json")
-        if self.config.get("quantization_config") or self.config.get("compression_config"):
-            raise A3Error(f"{self.name} is quantised (config.json says so); a3 needs its fp32, bf16 or fp16 original")
+        self.config = read_config(folder, self.name)
         self.shards = find_shards(folder, self.name)
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
@@ -102,20 +101,9 @@ def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
 
     Raises A3Error if there is neither, or the hub cannot be reached.
     """
+    folder = find_folder(model, revision, files=("*.safetensors", *METADATA_FILES))
     if Path(model).is_dir():
-        return Checkpoint(Path(model))
-    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise A3Error(f"model {model!r}: no such folder, and no hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *METADATA_FILES]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise A3Error(
-            f"model {model!r} is no local folder and cannot be had from the hub: {first_line(error)} "
-            "(check the name, `hf auth login` for gated models, HF_HUB_OFFLINE)"
-        ) from error
+        return Checkpoint(folder)
     return Checkpoint(folder, name=model, revision=folder.name)
 
 

@@ -402,6 +402,109 @@ def verify(
     raise_for_failures(result)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Local folder or hub id; only its config.json is looked at.")],
+    budget: Annotated[float, typer.Option(help="Fraction of the decoder's linear weights to remove.")] = 0.25,
+    shape: Annotated[str, typer.Option(help="stock or per-layer, as for solve.")] = "stock",
+    samples: Annotated[int, typer.Option(help="Number of blocks.")] = 128,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 1,
+    mlp_stats: Annotated[str, typer.Option(help="full or diagonal, as for calibrate.")] = "full",
+    head_multiple: HeadMultiple = 8,
+    mlp_multiple: MlpMultiple = 64,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    devices: Annotated[str, typer.Option(help="cpu, cuda, or a list like cuda:0,cuda:1.")] = "cpu",
+    num_processes: Annotated[int, typer.Option(help="Processes that share the blocks.")] = 1,
+    disk_gbps: Annotated[float | None, typer.Option(help="GB/s of the disk (default: 2).")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="TFLOP/s that products reach in --dtype (default: CPU 0.3, GPU 200).")
+    ] = None,
+    solve_tflops: Annotated[
+        float | None, typer.Option(help="The same in float64, for solve (default: CPU 0.15, GPU 10).")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure here what is not given: seconds, and a file in this folder.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will take and give, before it: sizes, disk, memory, time, and what loads the result."""
+    display = open_display(quiet=False)
+    from a3cli.settings import PlanSettings, make_settings
+
+    settings = make_settings(
+        PlanSettings,
+        model=model,
+        revision=revision,
+        budget=budget,
+        shape=shape,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        mlp_stats=mlp_stats,
+        head_multiple=head_multiple,
+        mlp_multiple=mlp_multiple,
+        dtype=dtype,
+        devices=devices,
+        num_processes=num_processes,
+        disk_gbps=disk_gbps,
+        tflops=tflops,
+        solve_tflops=solve_tflops,
+        measure=measure,
+    )
+    from a3cli.plan import plan as run
+
+    result = run(settings)
+    display.print_json(result) if as_json else display.print_plan(result)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML file with the settings of all stages (see configs/).")],
+    work: Annotated[Path | None, typer.Option(help="Work folder, in place of the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the export, in place of the recipe's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do all stages anew.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run all stages of a recipe: calibrate, solve, export, eval.
+
+    Stopped at any moment, the same command goes on where it was; a finished run is left as it is.
+    """
+    display = open_display(quiet=quiet)
+    from a3cli.recipe import read_recipe
+
+    settings = read_recipe(recipe, work=work, out=out)
+    from functools import partial
+
+    from a3cli.run import run_recipe
+
+    progress = partial(display.sweep_progress, quiet=quiet)
+    results = run_recipe(settings, overwrite=overwrite, progress=progress)
+    display.print_json(results) if as_json else display.print_run(results, str(settings.out))
+
+
+stats = typer.Typer(help="Statistics of finished calibrations.", no_args_is_help=True)
+app.add_typer(stats, name="stats")
+
+
+@stats.command()
+def merge(
+    works: Annotated[list[Path], typer.Argument(help="Work folders with finished calibrations of one model.")],
+    into: Annotated[Path, typer.Option(help="Work folder to write: the calibration on all of their text.")],
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add up calibrations of one model on different text, made by different jobs."""
+    display = open_display(quiet=quiet)
+    from a3cli.merge import merge as run
+
+    manifest = run([open_work(work) for work in works], open_work(into), overwrite=overwrite)
+    display.print_json(manifest) if as_json else display.print_calibration(manifest)
+
+
 def text_settings(
     dataset: str, text_field: str, split: str | None, chat: bool, samples: int | None, seq_len: int, seed: int
 ) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 `sizes` has an entry for each layer; `shape.sizes` are those of the source.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from a3cli.families import LayerSizes, ModelShape, Role
 
@@ -59,3 +61,130 @@ def prefill_flops_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], seq_
     """
     attention = sum(2 * seq_len * shape.heads * (size.qk + size.ov) for size in sizes)
     return 2 * linear_weights(shape, sizes) + attention
+
+
+def statistics_bytes(shape: ModelShape, seq_len: int, *, full_mlp: bool) -> int:
+    """One layer's statistics on disk (see `moments.py`), headers not counted."""
+    query, kv, h, width = (
+        shape.heads * shape.head_dim,
+        shape.kv_heads * shape.head_dim,
+        shape.head_dim,
+        shape.intermediate_size,
+    )
+    heads = (query + 2 * kv) * (h + 1) * 8
+    outputs = triangle(query) * 4 + query * 8
+    mlp = (triangle(width) * 4 if full_mlp else 0) + 2 * width * 8
+    return heads + outputs + mlp + (seq_len + 3) * 8
+
+
+def hidden_state_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int) -> int:
+    """One of the two files between layers."""
+    return samples * seq_len * shape.hidden_size * itemsize
+
+
+def calibration_flops_per_token(shape: ModelShape, seq_len: int, *, full_mlp: bool) -> int:
+    """One layer's forward and moments, for one token of blocks of `seq_len`."""
+    query, kv, width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate_size
+    forward = prefill_flops_per_token(shape, shape.sizes[:1], seq_len)
+    return forward + 2 * ((query + 2 * kv) * shape.head_dim + query**2 + (width**2 if full_mlp else 2 * width))
+
+
+def layer_bytes(shape: ModelShape, itemsize: int) -> int:
+    """One layer's weights in the compute dtype; norms and biases are small beside them."""
+    return linear_weights(shape, shape.sizes[:1]) * itemsize
+
+
+def moment_bytes(shape: ModelShape, *, full_mlp: bool) -> int:
+    """One layer's running sums, and the packed copy in which the largest leaves the device."""
+    query, width = shape.heads * shape.head_dim, shape.intermediate_size
+    large = [query**2, width**2 if full_mlp else 0]
+    heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim**2 * 8
+    return 4 * sum(large) + 2 * max(large) + heads + 16 * (query + width)
+
+
+def block_bytes(shape: ModelShape, itemsize: int, seq_len: int) -> int:
+    """Activations of one block at their peak in a layer's forward with its hooks.
+
+    The stream four times (input, residual, norm, output), and the larger of attention (q, k, v before and after RoPE,
+    their float32 copies, the heads' output, a mask) and of the MLP (gate, up, their product, its float32 copy).
+    """
+    heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = (4 * heads + 6 * keys) * itemsize + 4 * (heads + 2 * keys) + 4 * seq_len
+    mlp = shape.intermediate_size * (3 * itemsize + 4)
+    return seq_len * (4 * shape.hidden_size * itemsize + max(attention, mlp))
+
+
+EIGH = 9  # FLOPs of a symmetric eigenvalue problem with vectors, of n³
+ROUNDS = 40  # of the alternation that refines RoPE slots, at most
+SMALL = 4  # matrices of head size run at a fraction of the speed of large ones
+
+
+def paper_flops(shape: ModelShape) -> int:
+    """`--method paper` for one layer, float64: two eigenvalue problems a KV head, `W_o,i W_o,iᵀ`, channel scores."""
+    h, d = shape.head_dim, shape.hidden_size
+    heads = 2 * shape.heads * h**2 * d + SMALL * shape.kv_heads * 2 * EIGH * h**3
+    return heads + 2 * shape.intermediate_size * d
+
+
+def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
+    """`--method best` for one layer that ends with these sizes, float64: mostly the MLP's selection and its refit."""
+    d, width, query, kept = (
+        shape.hidden_size,
+        shape.intermediate_size,
+        shape.heads * shape.head_dim,
+        shape.heads * size.ov,
+    )
+    select = width**3 // 3 + 3 * width**2 * d // 2
+    refit_mlp = size.mlp * width * d + size.mlp**2 * d + size.mlp**3 // 6
+    refit_output = kept * query * (query + d) + kept**2 * (query + d) + kept**3 // 6
+    ranks, pairs = shape.head_dim // head_multiple, shape.head_dim // 2
+    slots = ranks * ROUNDS * shape.kv_heads * 10 * pairs**3 // 2 * 4  # ten complex products a round
+    return paper_flops(shape) + 2 * (select + refit_mlp + refit_output + SMALL * slots)
+
+
+def held_bytes(shape: ModelShape) -> int:
+    """What `a3 solve` keeps of every layer until the sizes are chosen: Gram matrices and maps of head size."""
+    return shape.layers * (shape.heads + 5 * shape.kv_heads) * shape.head_dim**2 * 8
+
+
+def solve_memory(shape: ModelShape, size: LayerSizes, method: str) -> int:
+    """Bytes that one layer takes at its peak: `o_gram` in float64, and for `best` the MLP's refit beside its Gram."""
+    query, width, d = shape.heads * shape.head_dim, shape.intermediate_size, shape.hidden_size
+    outputs = query**2 * (8 + 4 + 4) + query * d * 2
+    if method == "paper":
+        return outputs + width * d * 2
+    kept = shape.heads * size.ov
+    refit_output = query**2 * 8 + 3 * query * kept * 8 + (query + 2 * kept) * d * 8 + query * d * 2
+    unpack = (width**2 + triangle(width)) * 8
+    select = (width**2 + 2 * width * d) * 8
+    refit = (width**2 + size.mlp**2 + 2 * size.mlp * d) * 8
+    return max(outputs, refit_output, max(unpack, select, refit) + width * d * 2)
+
+
+def triangle(n: int) -> int:
+    """Numbers in the upper triangle of a symmetric `[n, n]` matrix."""
+    return n * (n + 1) // 2
+
+
+def solution_bytes(shape: ModelShape, size: LayerSizes) -> int:
+    """One layer's projections on disk, as `--method best` writes them."""
+    maps = shape.kv_heads * shape.head_dim * (2 * size.qk + size.ov) * 8
+    return maps + shape.hidden_size * (shape.heads * size.ov + size.mlp) * 4 + size.mlp * 8
+
+
+def uniform_sizes(shape: ModelShape, budget: float, *, head_multiple: int, mlp_multiple: int) -> LayerSizes | None:
+    """Sizes of all layers that remove at least `budget` of the linear weights, attention and MLP cut as alike as
+    rounding allows; None if none do.
+    """
+    total = linear_weights(shape, shape.sizes[:1])
+    needed = math.ceil(Fraction(str(budget)) * total)
+    channel = 3 * shape.hidden_size
+    found = []
+    for head in (*range(head_multiple, shape.head_dim, head_multiple), shape.head_dim):
+        of_heads = total - linear_weights(shape, [LayerSizes(head, head, shape.intermediate_size)])
+        most = shape.intermediate_size - max(0, math.ceil((needed - of_heads) / channel))
+        width = most if most == shape.intermediate_size else most // mlp_multiple * mlp_multiple
+        if width > 0:
+            unlike = abs(head / shape.head_dim - width / shape.intermediate_size)
+            found.append((unlike, -width, LayerSizes(head, head, width)))
+    return min(found, key=lambda each: each[:2])[2] if found else None

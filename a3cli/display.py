@@ -145,6 +145,66 @@ def print_pareto(result: Json) -> None:
     _print(table)
 
 
+def print_plan(result: Json) -> None:
+    table = Table("", "before", "after", "after / before")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    names = {
+        "head_size": "head size",
+        "mlp_width": "MLP width",
+        "parameters": "parameters",
+        "bytes": "bytes",
+        "kv_bytes_per_token": "KV cache, bytes a token",
+        "prefill_flops_per_token": f"prefill FLOPs a token at {result['prefill_flops_per_token']['seq_len']}",
+    }
+    for key, label in names.items():
+        before, after = result[key]["before"], result[key]["after"]
+        table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.3f}")
+    _print(table)
+    means = "means: each layer will have its own" if result["shape"] == "per-layer" else "the same in all layers"
+    _print(
+        f"removes {100 * result['budget_reached']:.2f} % of the decoder's linear weights, attention and MLP alike; "
+        f"sizes {means}. Calibration will say how to share the budget better."
+    )
+    needs = Table("", "disk", "memory", "time")
+    for column in needs.columns[1:]:
+        column.justify = "right"
+    disk, ram = result["disk_bytes"], result["peak_ram_bytes"]
+    for stage, spent in result["seconds"].items():
+        written = {"calibrate": disk["statistics"] + disk["hidden_states"], "export": disk["export"]}
+        needs.add_row(stage, size(written.get(stage, disk["solution"])), size(ram[stage]), duration(spent))
+    _print(needs)
+    device, machine = result["device_memory_bytes"], result["machine"]
+    _print(
+        f"statistics {size(disk['statistics_per_layer'])} a layer, hidden states {size(disk['hidden_states'])} while "
+        f"calibrating; {machine['devices']} at its peak {size(device['total'])} (layer {size(device['layer'])}, batch "
+        f"{size(device['batch'])}, statistics {size(device['moments'])})"
+    )
+    rates = machine["rates_are"]
+    _print(
+        f"time at {machine['disk_gbps']:.3g} GB/s of disk ({rates['disk']}), {machine['tflops']:.3g} TFLOP/s in "
+        f"{machine['calibration_dtype']} ({rates['compute']}) and {machine['solve_tflops']:.3g} in float64 "
+        f"({rates['solve']})"
+    )
+    _print(f"loads with {result['loads_with']}")
+
+
+def print_run(results: Json, out: str) -> None:
+    print_calibration(results["calibrate"])
+    print_solution(results["solve"])
+    if "eval" in results:
+        print_evaluation(results["eval"])
+    print_export(results["export"], out)
+
+
+def size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def duration(spent: float) -> str:
+    return f"{spent:.0f} s" if spent < 120 else f"{spent / 60:.0f} min" if spent < 7200 else f"{spent / 3600:.1f} h"
+
+
 def print_export(manifest: Json, out: str) -> None:
     size = sum(1 for name in manifest["files"] if name.endswith(".safetensors"))
     _print(f"wrote {size} weight file{'s' if size > 1 else ''}; loads with {manifest['loads_with']}")

@@ -169,6 +169,7 @@ def write_checkpoint(
         "calibration": {key: calibration[key] for key in ("request", "tokens", "blocks", "tokens_sha256", "sha256")},
         "solution": {key: value for key, value in solution.manifest.items() if key not in ("per_layer", "layers")},
         "dtype": settings.dtype,
+        "max_shard_size": settings.max_shard_size,
         "loads_with": describe_loaders(config),
         "versions": versions(),
     }

@@ -156,6 +156,28 @@ class VerifySettings(Settings):
     require_reference: bool = False
 
 
+class PlanSettings(Settings):
+    """What a run would be asked to do, and on what machine; a rate that is not given is assumed or measured."""
+
+    model: str
+    revision: str | None = None
+    budget: Fraction = 0.25
+    shape: Literal["stock", "per-layer"] = "stock"
+    samples: int = Field(default=128, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+    batch_size: int = Field(default=1, ge=1)
+    mlp_stats: Literal["full", "diagonal"] = "full"
+    head_multiple: int = Field(default=8, ge=2, multiple_of=2)
+    mlp_multiple: int = Field(default=64, ge=1)
+    dtype: Dtype = "auto"
+    devices: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?(,cuda(:\d+)?)*)$")
+    num_processes: int = Field(default=1, ge=1)
+    disk_gbps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    tflops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    solve_tflops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    measure: bool = False
+
+
 S = TypeVar("S", bound=Settings)
 
 

@@ -13,6 +13,7 @@ manifest is written last, so a folder with a manifest is a finished stage. Nobod
     solution/manifest.json           written last
     probes/best-stock.json …         measured sensitivities of a method and shape
     probes/progress.json, streams-{0,1}.bin   while they are measured
+    evaluation.json                  what a recipe measured, and of which export
 """
 
 import hashlib
@@ -24,15 +25,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from a3cli import __version__
 from a3cli.errors import A3Error
+
+if TYPE_CHECKING:
+    import torch
 
 Json = dict[str, Any]
 
@@ -51,6 +53,7 @@ class Work:
         self.tokens = self.calibration / "tokens.safetensors"
         self.probes = folder / "probes"
         self.coming_hidden_states = self.calibration / "hidden-next.bin"
+        self.evaluation = folder / "evaluation.json"
         self.scratch = folder / ".scratch"  # gone when the command ends, or else when the next one begins
 
     def borrowed_by(self, folder: Path) -> "Work":
@@ -177,7 +180,9 @@ def write_json(path: Path, value: Json) -> None:
         partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
+    from safetensors.torch import save_file  # brings torch: what only looks at configurations does without
+
     with replacing(path) as partial:
         save_file(tensors, partial)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("calibrate", "solve", "pareto", "export", "eval", "verify")
+COMMANDS = ("calibrate", "solve", "pareto", "export", "eval", "verify", "plan", "run", "stats merge")
 
 
 def test_help_and_version_import_nothing_heavy():
@@ -25,12 +25,21 @@ def test_every_option_has_help(command, a3):
 
     from a3cli.cli import app
 
-    group = typer.main.get_command(app)
-    assert set(group.commands) == set(COMMANDS)
-    for parameter in group.commands[command].params:
+    commands = commands_of(typer.main.get_command(app))
+    assert set(commands) == set(COMMANDS)
+    for parameter in commands[command].params:
         if parameter.name != "help":
             assert parameter.help, f"{command}: {parameter.name}"
-    assert a3(command, "--help").code == 0
+    assert a3(*command.split(), "--help").code == 0
+
+
+def commands_of(group, prefix=""):
+    """All commands by their full names, those of groups within the group too."""
+    found = {}
+    for name, command in group.commands.items():
+        inner = commands_of(command, f"{prefix}{name} ") if hasattr(command, "commands") else {prefix + name: command}
+        found |= inner
+    return found
 
 
 def test_version(a3):
@@ -49,14 +58,14 @@ def test_readme_uses_only_options_that_exist(a3):
 
     from a3cli.cli import app
 
-    group = typer.main.get_command(app)
+    commands = commands_of(typer.main.get_command(app))
     text = "\n".join(path.read_text("utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
     lines = re.findall(r"^\$? ?a3 (.+)$", text, re.M)
-    assert {line.split()[0] for line in lines} == set(COMMANDS)
-    for line in lines:
-        command, *rest = line.split("#")[0].split()
-        known = {option for parameter in group.commands[command].params for option in parameter.opts}
-        assert {word for word in rest if word.startswith("--")} <= known, line
+    used = {line: next((c for c in COMMANDS if f"{line} ".startswith(f"{c} ")), None) for line in lines}
+    assert set(used.values()) == set(COMMANDS), used
+    for line, command in used.items():
+        known = {option for parameter in commands[command].params for option in parameter.opts}
+        assert {word for word in line.split("#")[0].split() if word.startswith("--")} <= known, line
 
 
 def test_readme_road(a3, checkpoint, text_file, tmp_path, monkeypatch):

@@ -153,3 +153,20 @@ def read_shape(config: Any) -> ModelShape:
             f"layers {shape.layers})"
         )
     return shape
+
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def check_rope(parameters: dict[str, Any]) -> str:
+    """The RoPE type of `rope_parameters`. Raises A3Error if a subset of pairs cannot express it."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise A3Error(
+            f"config.json: RoPE type {kind!r} cannot be written for a subset of pairs (its frequencies change with "
+            f"the length of the text); supported are {', '.join(ROPE_TYPES)}; remove rope_scaling from config.json "
+            "to compress the model at its original context"
+        )
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise A3Error("config.json: partial_rotary_factor other than 1 is not supported for this family")
+    return str(kind)

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from a3cli.errors import A3Error
+from a3cli.families.base import check_rope
 from a3cli.solvers.rope import frequency_at
 from a3cli.work import Json
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
@@ -50,15 +49,7 @@ def read_rope(config: Any) -> Rope:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = dict(config.rope_parameters or {})
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise A3Error(
-            f"config.json: RoPE type {kind!r} cannot be written for a subset of pairs (its frequencies change with "
-            f"the length of the text); supported are {', '.join(ROPE_TYPES)}; remove rope_scaling from config.json "
-            "to compress the model at its original context"
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise A3Error("config.json: partial_rotary_factor other than 1 is not supported for this family")
+    kind = check_rope(parameters)
     original = int(parameters.get("original_max_position_embeddings", config.max_position_embeddings))
     if kind == "default":
         pairs = torch.arange(config.head_dim // 2, dtype=torch.float64)

@@ -1,0 +1,158 @@
+"""Finished calibrations of one model on different text → one calibration, as if all of the text had been one.
+
+Statistics are sums, so they add up exactly. One layer of two calibrations is in memory at a time.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from a3cli.errors import A3Error
+from a3cli.moments import Tensors
+from a3cli.solve import read_calibration
+from a3cli.work import (
+    Json,
+    Work,
+    check_hash,
+    check_space,
+    differences,
+    hash_file,
+    read_json,
+    read_manifest,
+    replacing_folder,
+    versions,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
+
+log = logging.getLogger(__name__)
+
+SAME = ("source", "tokenizer", "dtype", "mlp_stats")
+REMEDY = "run a3 calibrate --overwrite there"
+
+
+def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> Json:
+    """Write the sum of the calibrations in `parts` to `target`; returns its manifest.
+
+    Raises A3Error for a calibration that is unfinished, altered, of another model or kind, or there twice, and if
+    `target` holds another one, unless `overwrite`.
+    """
+    check_places(parts, target)
+    with ExitStack() as locks:
+        for work in sorted((*parts, target), key=lambda work: work.folder.resolve()):
+            locks.enter_context(work.locked())
+        calibrations = [read_calibration(work) for work in parts]
+        check_alike(parts, calibrations)
+        request = merged_request(calibrations)
+        if finished := finished_manifest(target, request, overwrite=overwrite):
+            return finished
+        needed = sum(path.stat().st_size for path in parts[0].calibration.glob("*.safetensors"))
+        check_space(target.folder, needed, "the merged calibration")
+        return write_merged(parts, calibrations, target, request)
+
+
+def check_places(parts: Sequence[Work], target: Work) -> None:
+    if len(parts) < 2:
+        raise A3Error("name at least two work folders to merge")
+    folders = [work.folder.resolve() for work in parts]
+    for folder in folders:
+        if not folder.is_dir():
+            raise A3Error(f"{folder} is no work folder")
+        if folders.count(folder) > 1:
+            raise A3Error(f"{folder} is named twice; its text would count twice")
+    if target.folder.resolve() in folders:
+        raise A3Error(f"--into {target.folder} is one of the work folders to merge; choose another")
+
+
+def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
+    """Raise A3Error unless the sums mean the same and no text is in two of them."""
+    first = calibrations[0]
+    for work, other in zip(parts[1:], calibrations[1:], strict=True):
+        differing = [name for name in SAME if other["request"][name] != first["request"][name]]
+        if other["blocks"][1] != first["blocks"][1]:  # distances go up to the length, and blocks are one tensor
+            differing.append("seq_len")
+        if differing:
+            raise A3Error(
+                f"{parts[0].folder} and {work.folder} cannot be merged: they differ in {', '.join(differing)}"
+            )
+    seen = [each["calibration"] for calibration in calibrations for each in ingredients(calibration)]
+    if len(set(seen)) < len(seen):
+        raise A3Error("the same calibration is there twice (as itself or merged before); its text would count twice")
+
+
+def ingredients(calibration: Json) -> list[Json]:
+    """What a calibration was made from: its own text, or the parts that it was merged from."""
+    request = calibration["request"]
+    own = {"calibration": calibration["sha256"], "text": request["text"], "tokens": calibration["tokens"]}
+    return list(request.get("merged", [own]))
+
+
+def merged_request(calibrations: list[Json]) -> Json:
+    """A calibration's request, with what it was merged from."""
+    first = calibrations[0]["request"]
+    merged = [each for calibration in calibrations for each in ingredients(calibration)]
+    text = {
+        **first["text"],
+        "dataset": " + ".join(each["text"]["dataset"] for each in merged),
+        "samples": sum(calibration["blocks"][0] for calibration in calibrations),
+    }
+    return {**first, "text": text, "merged": merged}
+
+
+def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json | None:
+    """The manifest of the same merge, done before. Raises A3Error for another calibration unless `overwrite`."""
+    if overwrite or not (target.calibration_manifest.exists() or target.calibration_progress.exists()):
+        return None
+    if target.calibration_manifest.exists():
+        found = read_manifest(target.calibration_manifest, "use --overwrite")
+        if found["request"] == request:
+            return found
+        what = f"differs in {differences(found['request'], request, 'text')}"
+    else:
+        what = "unfinished"
+    raise A3Error(f"{target.folder} holds another calibration ({what}); use --overwrite or another --into")
+
+
+def write_merged(parts: Sequence[Work], calibrations: list[Json], target: Work, request: Json) -> Json:
+    """Layer by layer; the folder appears when it is whole."""
+    for work, calibration in zip(parts, calibrations, strict=True):
+        check_hash(work.tokens, calibration["tokens_sha256"], REMEDY)
+    with replacing_folder(target.calibration) as partial:
+        tokens = torch.cat([load_file(work.tokens)["tokens"] for work in parts])
+        tokens_file = partial / target.tokens.name
+        write_tensors(tokens_file, {"tokens": tokens})
+        hashes = []
+        for layer in range(len(calibrations[0]["layers"])):
+            log.info("layer %d/%d", layer + 1, len(calibrations[0]["layers"]))
+            for work, calibration in zip(parts, calibrations, strict=True):
+                check_hash(work.statistics(layer), calibration["layers"][layer], REMEDY)
+            file = partial / target.statistics(layer).name
+            write_tensors(file, add_statistics([work.statistics(layer) for work in parts]))
+            hashes.append(hash_file(file))
+        write_json(target.source, read_json(parts[0].source))
+        manifest = {
+            "request": request,
+            "tokens": int(tokens.numel()),
+            "blocks": list(tokens.shape),
+            "tokens_sha256": hash_file(tokens_file),
+            "layers": hashes,
+            "versions": versions(),
+        }
+        return write_manifest(partial / target.calibration_manifest.name, manifest)
+
+
+def add_statistics(files: Sequence[Path]) -> Tensors:
+    """The sums of one layer over all calibrations."""
+    with safe_open(files[0], framework="pt") as first:
+        total = {name: first.get_tensor(name).clone() for name in first.keys()}  # noqa: SIM118, no dictionary
+    for file in files[1:]:
+        with safe_open(file, framework="pt") as more:
+            for name, value in total.items():
+                value.add_(more.get_tensor(name))
+    return total

@@ -1,0 +1,335 @@
+"""What a run will cost, from config.json alone: sizes, disk, memory, time, and who loads the result.
+
+Nothing here imports torch unless speeds are to be measured: the answer is there before torch would be.
+"""
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
+
+from a3cli import costs
+from a3cli.errors import A3Error
+from a3cli.families import LayerSizes, ModelShape, family_of, read_shape
+from a3cli.families.base import check_rope
+from a3cli.families.loaders import describe_loaders
+from a3cli.hub import find_folder, read_config
+from a3cli.settings import PlanSettings
+from a3cli.work import Json
+
+METHODS = ("paper", "best")
+ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# What is assumed of a machine that nothing is said about: a solid-state disk, a desktop's cores, one data-centre GPU.
+DISK_GBPS = 2.0
+TFLOPS = {"cpu": 0.3, "cuda": 200.0}
+SOLVE_TFLOPS = {"cpu": 0.15, "cuda": 10.0}  # float64
+HASH_GBPS = 1.5  # SHA-256 on one core
+IMPORTS = 450_000_000  # resident bytes of a process with torch, transformers and datasets in it
+STARTUP = 5.0  # seconds until a stage begins to work
+
+
+class DecoderConfig(BaseModel):
+    """What a plan needs of config.json; for the rest it is as in transformers' own classes."""
+
+    model_type: str
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    max_position_embeddings: PositiveInt | None = None
+    dtype: str | None = Field(default=None)
+    torch_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second of the disk, FLOPs a second in the calibration's dtype and in float64, and whence they are."""
+
+    disk: float
+    compute: float
+    solve: float
+    origin: Json
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the figures follow from."""
+
+    settings: PlanSettings
+    shape: ModelShape
+    size: LayerSizes
+    source_item: int
+    item: int  # of the dtype in which calibration computes
+    parameters: int  # of the source
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.settings.devices != "cpu"
+
+    @property
+    def sizes(self) -> list[LayerSizes]:
+        return [self.size] * self.shape.layers
+
+    @property
+    def kept_parameters(self) -> int:
+        return self.parameters - costs.removed_parameters(self.shape, self.sizes)
+
+    @property
+    def full_mlp(self) -> bool:
+        return self.settings.mlp_stats == "full"
+
+    def solves(self, method: str) -> bool:
+        """Diagonal statistics are enough for the paper's method only."""
+        return self.full_mlp or method == "paper"
+
+    @property
+    def tokens(self) -> int:
+        return self.settings.samples * self.settings.seq_len
+
+
+def plan(settings: PlanSettings) -> Json:
+    """The figures of one run.
+
+    Raises A3Error for a model that is not there or not supported, and for a budget that rounding does not allow.
+    """
+    folder = find_folder(settings.model, settings.revision, files=("config.json",))
+    config = read_config(folder, settings.model)
+    family = family_of(config.get("model_type"))
+    decoder = read_decoder(config, folder)
+    shape = read_shape(decoder)
+    check_rope(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if decoder.max_position_embeddings and settings.seq_len > decoder.max_position_embeddings:
+        raise A3Error(
+            f"--seq-len {settings.seq_len} is longer than the context of {settings.model} "
+            f"({decoder.max_position_embeddings}); lower it"
+        )
+    dtype = decoder.dtype or decoder.torch_dtype or "float32"
+    if dtype not in ITEMSIZES:
+        raise A3Error(f"{folder / 'config.json'}: dtype {dtype!r} is not one of {', '.join(ITEMSIZES)}")
+    compute = settings.dtype if settings.dtype != "auto" else "float32" if settings.devices == "cpu" else dtype
+    run = Run(
+        settings,
+        shape,
+        choose_sizes(settings, shape),
+        ITEMSIZES[dtype],
+        ITEMSIZES[compute],
+        count_parameters(decoder, shape, output_bias=decoder.attention_bias and not family.qkv_bias),
+    )
+    rates = find_rates(settings, compute)
+    return {
+        "model": settings.model,
+        "model_type": decoder.model_type,
+        "dtype": dtype,
+        "layers": shape.layers,
+        **describe_model(run),
+        "disk_bytes": disk(run),
+        "device_memory_bytes": device_memory(run),
+        "peak_ram_bytes": peak_ram(run),
+        "seconds": seconds(run, rates),
+        "machine": {
+            "devices": settings.devices,
+            "num_processes": settings.num_processes,
+            "calibration_dtype": compute,
+            "disk_gbps": rates.disk / 1e9,
+            "tflops": rates.compute / 1e12,
+            "solve_tflops": rates.solve / 1e12,
+            "rates_are": rates.origin,
+        },
+        "loads_with": describe_loaders(planned_config(config, run)),
+    }
+
+
+def read_decoder(config: Json, folder: Path) -> DecoderConfig:
+    """Raises A3Error naming every entry of config.json that is missing or impossible."""
+    try:
+        return DecoderConfig.model_validate(config)
+    except ValidationError as error:
+        problems = sorted(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise A3Error(f"{folder / 'config.json'} is not a valid configuration: {'; '.join(problems)}") from None
+
+
+def choose_sizes(settings: PlanSettings, shape: ModelShape) -> LayerSizes:
+    found = costs.uniform_sizes(
+        shape, settings.budget, head_multiple=settings.head_multiple, mlp_multiple=settings.mlp_multiple
+    )
+    if found is None:
+        raise A3Error(
+            f"budget {settings.budget} cannot be reached with head multiple {settings.head_multiple} and MLP multiple "
+            f"{settings.mlp_multiple}; lower the budget or the multiples"
+        )
+    return found
+
+
+def count_parameters(decoder: DecoderConfig, shape: ModelShape, *, output_bias: bool) -> int:
+    """All tensors of the checkpoint: linear weights and biases, norms, embedding, and output layer unless tied."""
+    biases = costs.bias_parameters(shape, shape.sizes)
+    fixed_biases = (int(output_bias) + int(shape.mlp_bias)) * shape.hidden_size * shape.layers
+    norms = (2 * shape.layers + 1) * shape.hidden_size
+    tables = (1 if decoder.tie_word_embeddings else 2) * decoder.vocab_size * shape.hidden_size
+    return costs.linear_weights(shape, shape.sizes) + biases + fixed_biases + norms + tables
+
+
+def planned_config(config: Json, run: Run) -> Json:
+    """As much of the export's config.json as decides who loads it."""
+    if run.settings.shape == "per-layer":
+        return {"per_layer_config": {}}
+    if run.size.qk == run.shape.head_dim:
+        return config
+    return {**config, "head_dim": run.size.qk, "rope_parameters": {"rope_type": "longrope"}}
+
+
+def describe_model(run: Run) -> Json:
+    shape, before, after, item = run.shape, run.shape.sizes, run.sizes, run.source_item
+    total, seq_len = costs.linear_weights(shape, before), run.settings.seq_len
+
+    def pair(old: int, new: int) -> Json:
+        return {"before": old, "after": new}
+
+    return {
+        "shape": run.settings.shape,
+        "budget_asked": run.settings.budget,
+        "budget_reached": (total - costs.linear_weights(shape, after)) / total,
+        "head_size": pair(shape.head_dim, run.size.qk),
+        "mlp_width": pair(shape.intermediate_size, run.size.mlp),
+        "parameters": pair(run.parameters, run.kept_parameters),
+        "bytes": pair(run.parameters * item, run.kept_parameters * item),
+        "kv_bytes_per_token": pair(*(costs.kv_bytes_per_token(shape, each, item) for each in (before, after))),
+        "prefill_flops_per_token": {
+            "seq_len": seq_len,
+            **pair(*(costs.prefill_flops_per_token(shape, each, seq_len) for each in (before, after))),
+        },
+    }
+
+
+def disk(run: Run) -> Json:
+    """Bytes in the work folder, and of the export."""
+    settings, shape = run.settings, run.shape
+    layer = costs.statistics_bytes(shape, settings.seq_len, full_mlp=run.full_mlp)
+    return {
+        "statistics_per_layer": layer,
+        "statistics": layer * shape.layers,
+        "hidden_states": 2 * costs.hidden_state_bytes(shape, settings.samples, settings.seq_len, run.item),
+        "solution": costs.solution_bytes(shape, run.size) * shape.layers,
+        "export": run.kept_parameters * run.source_item,
+    }
+
+
+def device_memory(run: Run) -> Json:
+    """Peak while calibrating, for each process: where there are several devices, on each of them."""
+    shape, settings = run.shape, run.settings
+    parts = {
+        "layer": costs.layer_bytes(shape, run.item),
+        "batch": settings.batch_size * costs.block_bytes(shape, run.item, settings.seq_len),
+        "moments": costs.moment_bytes(shape, full_mlp=run.full_mlp),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def peak_ram(run: Run) -> Json:
+    """Peak resident set of each stage's process, mapped pages of the source included."""
+    shape, item = run.shape, run.source_item
+    mapped = costs.layer_bytes(shape, item)
+    batch = run.settings.batch_size * run.settings.seq_len * shape.hidden_size * run.item
+    packed = costs.triangle(shape.intermediate_size) * 4 if run.full_mlp else 0
+    calibrate = mapped + 2 * packed + 2 * batch if run.on_gpu else mapped + device_memory(run)["total"]
+    solve = {method: costs.held_bytes(shape) + costs.solve_memory(shape, run.size, method) for method in METHODS}
+    largest = shape.hidden_size * shape.intermediate_size * item
+    return {
+        "calibrate": IMPORTS + calibrate,
+        **{f"solve --method {method}": IMPORTS + needed for method, needed in solve.items() if run.solves(method)},
+        "export": IMPORTS + costs.solution_bytes(shape, run.size) + 3 * largest,
+    }
+
+
+def seconds(run: Run, rates: Rates) -> Json:
+    """Each stage: what is computed, read, written and hashed, reading hidden behind computing where it is."""
+    settings, shape = run.settings, run.shape
+    flops = costs.calibration_flops_per_token(shape, settings.seq_len, full_mlp=run.full_mlp)
+    compute = run.tokens * shape.layers * flops / (rates.compute * settings.num_processes)
+    read = costs.layer_bytes(shape, run.source_item) * shape.layers / rates.disk
+    places = disk(run)
+    statistics, hidden = places["statistics"], places["hidden_states"] * shape.layers
+    kept = (statistics + hidden) / rates.disk + statistics / (HASH_GBPS * 1e9)
+    checked = statistics / rates.disk + statistics / (HASH_GBPS * 1e9)
+    work = {
+        "paper": costs.paper_flops(shape),
+        "best": costs.best_flops(shape, run.size, settings.head_multiple),
+    }
+    moved = run.parameters * run.source_item + places["export"]
+    return {
+        "calibrate": STARTUP + max(compute, read) + kept,
+        **{
+            f"solve --method {method}": STARTUP + checked + shape.layers * work[method] / rates.solve
+            for method in METHODS
+            if run.solves(method)
+        },
+        "export": STARTUP + max(moved / rates.disk, places["export"] / (HASH_GBPS * 1e9)),
+    }
+
+
+def find_rates(settings: PlanSettings, dtype: str) -> Rates:
+    """What was stated, else what is measured here if that was asked for, else what is assumed."""
+    kind = settings.devices.partition(":")[0].partition(",")[0]
+    stated = {"disk": settings.disk_gbps, "compute": settings.tflops, "solve": settings.solve_tflops}
+    assumed = {"disk": DISK_GBPS, "compute": TFLOPS[kind], "solve": SOLVE_TFLOPS[kind]}
+    found, origin = {}, {}
+    for name, value in stated.items():
+        if value is not None:
+            found[name], origin[name] = value, "stated"
+        elif settings.measure:
+            found[name], origin[name] = measure(name, kind, dtype), "measured"
+        else:
+            found[name], origin[name] = assumed[name], "assumed"
+    return Rates(found["disk"] * 1e9, found["compute"] * 1e12, found["solve"] * 1e12, origin)
+
+
+def measure(what: str, kind: str, dtype: str) -> float:
+    """GB/s of the current folder's disk, or TFLOP/s of matrix products, in about a second."""
+    if what == "disk":
+        return disk_speed(Path.cwd()) / 1e9
+    return product_speed(kind, dtype if what == "compute" else "float64") / 1e12
+
+
+def disk_speed(folder: Path, size: int = 1 << 28) -> float:
+    """Bytes a second, written through to the disk and read again, the slower of the two."""
+    part = os.urandom(1 << 22)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        started = time.perf_counter()
+        for _ in range(size // len(part)):
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        wrote = time.perf_counter() - started
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        started = time.perf_counter()
+        while file.read(len(part)):
+            pass
+        return size / max(wrote, time.perf_counter() - started)
+
+
+def product_speed(kind: str, dtype: str, size: int = 2048) -> float:
+    """FLOPs a second of products of square matrices. Raises A3Error for a device that is not here."""
+    import torch
+
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise A3Error("--measure: this machine has no CUDA device; give --tflops and --solve-tflops, or --devices cpu")
+    matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=kind)
+    done, elapsed = 0, 0.0
+    matrix @ matrix  # the first one sets things up
+    started = time.perf_counter()
+    while elapsed < 0.5:
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for a GPU
+        done, elapsed = done + 1, time.perf_counter() - started
+    return 2 * size**3 * done / elapsed

@@ -1,0 +1,79 @@
+"""Recipes: one YAML file is one documented run. Its sections are the settings of the stages, under their own names.
+
+    work: ../runs/small/work       the work folder
+    out: ../runs/small/model       the export
+    calibrate: {model: ../demo/model, text: {dataset: ../demo/text/calibration.txt}}
+    solve: {budget: 0.25}
+    export: {}
+    eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     may be left out
+
+Relative paths start at the recipe's own folder: `work` and `out` always, models and datasets if they begin with `./` or
+`../`, since `owner/name` is a hub id.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from a3cli.errors import A3Error, first_line
+from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Settings, SolveSettings
+
+PATHS = (("calibrate", "model"), ("calibrate", "text", "dataset"), ("eval", "against"), ("eval", "text", "dataset"))
+
+
+class Recipe(Settings):
+    """All stages of one run."""
+
+    work: Path
+    out: Path
+    calibrate: CalibrateSettings
+    solve: SolveSettings
+    export: ExportSettings = ExportSettings()
+    evaluation: EvalSettings | None = Field(default=None, alias="eval")
+
+
+def read_recipe(path: Path, *, work: Path | None = None, out: Path | None = None) -> Recipe:
+    """A recipe as it is written; `work` and `out` replace its own, and start at the current folder.
+
+    Raises A3Error naming everything that is wrong with it in one line.
+    """
+    content = read_yaml(path)
+    for key, given in (("work", work), ("out", out)):
+        if given is not None:
+            content[key] = str(given.resolve())
+        elif isinstance(content.get(key), str):
+            content[key] = str((path.parent / content[key]).resolve())
+    for place in PATHS:
+        start_at(path.parent, content, place)
+    if isinstance(content.get("eval"), dict) and isinstance(content.get("out"), str):
+        content["eval"] = {"model": content["out"], **content["eval"]}  # what else would be measured?
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = sorted(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise A3Error(f"recipe {path}: {'; '.join(problems)}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where is not None else ""
+        what = getattr(error, "problem", None) or first_line(error)
+        raise A3Error(f"recipe {path} cannot be read as YAML{line}: {what}") from None
+    if not isinstance(content, dict):
+        raise A3Error(f"recipe {path} holds {type(content).__name__}, not settings by name")
+    return {str(key): value for key, value in content.items()}
+
+
+def start_at(folder: Path, content: dict[str, Any], place: tuple[str, ...]) -> None:
+    """Make the path at `place`, if there is one and it is marked as relative, start at `folder`."""
+    *sections, key = place
+    inside: Any = content
+    for section in sections:
+        inside = inside.get(section) if isinstance(inside, dict) else None
+    if isinstance(inside, dict) and isinstance(inside.get(key), str) and inside[key].startswith(("./", "../")):
+        inside[key] = str((folder / inside[key]).resolve())

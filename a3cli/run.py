@@ -1,0 +1,75 @@
+"""A recipe's stages, one after another: calibrate, solve, export, and eval if it has one.
+
+Each stage knows by its files whether it is done, so the same recipe run again goes on where it stopped, and a finished
+one does nothing.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from a3cli.calibrate import calibrate
+from a3cli.evaluate import evaluate
+from a3cli.export import MANIFEST, export
+from a3cli.recipe import Recipe
+from a3cli.settings import EvalSettings, ExportSettings
+from a3cli.solve import check_settings, solve
+from a3cli.sweep import Progress
+from a3cli.work import Json, Work, hash_json, read_json, read_manifest, write_manifest
+
+log = logging.getLogger(__name__)
+
+
+def run_recipe(recipe: Recipe, *, overwrite: bool, progress: Callable[[], AbstractContextManager[Progress]]) -> Json:
+    """Each stage's result by its name; `overwrite` makes all anew.
+
+    Raises A3Error where a stage does, and before any of them for settings that contradict one another.
+    """
+    check_settings(recipe.solve)
+    work = Work(recipe.work)
+    results = {}
+    log.info("calibrate")
+    with progress() as report:
+        results["calibrate"] = calibrate(recipe.calibrate, work, overwrite=overwrite, progress=report)
+    log.info("solve")
+    with progress() as report:
+        results["solve"] = solve(recipe.solve, work, overwrite=overwrite, progress=report)
+    log.info("export")
+    results["export"] = exported(recipe, work, results["solve"], overwrite=overwrite)
+    if recipe.evaluation is not None:
+        log.info("eval")
+        results["eval"] = evaluated(recipe.evaluation, work, results["export"], overwrite=overwrite)
+    return results
+
+
+def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool) -> Json:
+    """The export's manifest; what is there is kept if it is whole and of this solution and settings."""
+    if not overwrite and (found := finished_export(recipe.out)) is not None:
+        asked = {"dtype": recipe.export.dtype, "max_shard_size": recipe.export.max_shard_size}
+        same_settings = all(found.get(name) == value for name, value in asked.items())
+        if same_settings and found["solution"]["sha256"] == solution["sha256"]:
+            return found
+    replace = overwrite or recipe.export.overwrite
+    return export(recipe.out, ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace}), work)
+
+
+def finished_export(out: Path) -> Json | None:
+    """The manifest of an export of which no file is missing."""
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = read_json(out / MANIFEST)
+    return manifest if all((out / name).is_file() for name in manifest["files"]) else None
+
+
+def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: bool) -> Json:
+    """The measures, kept in the work folder beside what they were asked of."""
+    request = {"settings": settings.model_dump(mode="json"), "export": hash_json(manifest)}
+    if work.evaluation.is_file() and not overwrite:
+        found = read_manifest(work.evaluation, "use --overwrite")
+        if found["request"] == request:
+            return dict(found["result"])
+    result = evaluate(settings)
+    with work.locked():
+        write_manifest(work.evaluation, {"request": request, "result": result})
+    return result

@@ -1,0 +1,213 @@
+"""`a3 plan` against what calibrate, solve and export then do; from config.json alone, and at once."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from a3cli import costs
+from a3cli.checkpoint import Checkpoint
+from a3cli.families import LayerSizes
+from a3cli.model import describe
+from tests.conftest import MODELS
+from tests.test_bad_input import refused
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "rope_theta": 500000.0,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a config.json and nothing else; the folder."""
+
+    def write(**changes) -> Path:
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        content = {key: value for key, value in (LLAMA_8B | changes).items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(content))
+        return folder
+
+    return write
+
+
+def test_llama_8b(a3, config):
+    found = a3("plan", config(), "--json").json
+    assert found["parameters"]["before"] == 8_030_261_248  # as its card says
+    assert found["kv_bytes_per_token"]["before"] == 131_072
+    assert found["head_size"]["after"] == 96
+    assert found["mlp_width"]["after"] == 10_752
+    assert found["budget_reached"] == 0.25
+    assert "llama.cpp's converter drops" in found["loads_with"]
+    assert found["machine"]["rates_are"] == {"disk": "assumed", "compute": "assumed", "solve": "assumed"}
+    assert 0 < found["seconds"]["solve --method paper"] < found["seconds"]["solve --method best"]
+
+
+def test_in_two_seconds_and_without_torch(config):
+    code = "import sys; from a3cli.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    took = []
+    for _ in range(3):  # the machine may be busy
+        started = time.perf_counter()
+        command = [sys.executable, "-c", code, "plan", str(config()), "--json"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        took.append(time.perf_counter() - started)
+        assert output.splitlines()[-1] == "False"
+    assert min(took) < 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_are_those_of_the_checkpoint(name, a3, checkpoint):
+    """The configuration as JSON gives the same shape as transformers' own class, and every tensor is counted."""
+    folder = checkpoint(name)
+    found = a3("plan", folder, "--head-multiple", 2, "--mlp-multiple", 8, "--seq-len", 64, "--json").json
+    source = Checkpoint(folder)
+    shape = describe(source).shape
+    sizes = [LayerSizes(found["head_size"]["after"], found["head_size"]["after"], found["mlp_width"]["after"])] * 2
+    assert found["parameters"]["before"] == source.parameters()
+    assert found["bytes"]["before"] == source.bytes()
+    assert found["parameters"]["after"] == source.parameters() - costs.removed_parameters(shape, sizes)
+    assert found["kv_bytes_per_token"]["after"] == costs.kv_bytes_per_token(shape, sizes, 4)
+    assert 0.25 <= found["budget_reached"] < 0.35
+
+
+def test_disk_is_what_calibration_takes(a3, checkpoint, text_file, tmp_path):
+    folder, run = checkpoint("llama-gqa"), ("--samples", 6, "--seq-len", 64)
+    for kind in ("full", "diagonal"):
+        planned = a3("plan", folder, *run, "--mlp-stats", kind, "--json").json
+        work = tmp_path / kind
+        assert a3("calibrate", folder, "--dataset", text_file, *run, "--mlp-stats", kind, "--work", work).code == 0
+        header = 2000
+        for layer in (work / "calibration").glob("layer-*"):
+            size = layer.stat().st_size
+            assert planned["disk_bytes"]["statistics_per_layer"] < size
+            assert size < planned["disk_bytes"]["statistics_per_layer"] + header
+        assert planned["disk_bytes"]["hidden_states"] == 2 * 6 * 64 * 48 * 4
+    assert "solve --method best" not in planned["seconds"]
+
+
+def test_calibration_flops_are_those_of_a_forward_and_the_products(checkpoint):
+    """Counted by torch, whose counter does not see the two large Gram matrices: they are added up in place."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    from a3cli.moments import LayerMoments
+    from a3cli.sweep import moments_of
+
+    folder = checkpoint("llama-gqa")
+    model = describe(Checkpoint(folder))
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").model
+    moments = LayerMoments(16, True, torch.device("cpu"))
+    with (
+        torch.inference_mode(),
+        moments_of(network.layers[0], model.family, moments),
+        FlopCounterMode(display=False) as c,
+    ):
+        network(torch.zeros(2, 64, dtype=torch.long), use_cache=False)
+    one, two = (c.get_flop_counts()[f"LlamaModel.layers.{i}"] for i in (0, 1))
+    plain, hooked = (sum(counts.values()) for counts in (two, one))
+    shape = model.shape
+    assert plain == 128 * costs.prefill_flops_per_token(shape, shape.sizes[:1], 64)
+    in_place = 128 * 2 * (64**2 + 96**2)
+    sampled = 2 * 2 * 8 * 64 * 4 * 16  # attention by distance: 8 queries a block
+    assert hooked + in_place - sampled == pytest.approx(
+        128 * costs.calibration_flops_per_token(shape, 64, full_mlp=True), rel=0.01
+    )
+
+
+def test_budgets_are_reached_by_the_least_unlike_sizes():
+    shape = describe_shape(hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate_size=128)
+    total = costs.linear_weights(shape, shape.sizes)
+    for budget in (0.0, 0.1, 0.25, 0.4, 0.7):
+        size = costs.uniform_sizes(shape, budget, head_multiple=4, mlp_multiple=8)
+        removed = total - costs.linear_weights(shape, [size] * 2)
+        assert removed >= budget * total
+        assert abs(size.qk / 16 - size.mlp / 128) <= 0.13
+    assert costs.uniform_sizes(shape, 0.0, head_multiple=4, mlp_multiple=8) == LayerSizes(16, 16, 128)
+    assert costs.uniform_sizes(shape, 0.97, head_multiple=8, mlp_multiple=64) is None
+
+
+def describe_shape(**sizes):
+    from a3cli.families import ModelShape
+
+    return ModelShape(**sizes)
+
+
+def test_what_was_stated_or_measured_counts(a3, config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    slow, fast = (
+        a3("plan", config(), "--disk-gbps", rate, "--tflops", rate, "--solve-tflops", rate, "--json").json["seconds"]
+        for rate in (1, 4)
+    )
+    assert all(fast[stage] < slow[stage] for stage in slow)
+    two = a3("plan", config(), "--tflops", 1, "--num-processes", 2, "--json").json["seconds"]
+    one = a3("plan", config(), "--tflops", 1, "--json").json["seconds"]
+    assert two["calibrate"] < 0.7 * one["calibrate"]
+    measured = a3("plan", config(), "--measure", "--tflops", 3, "--json").json["machine"]
+    assert measured["rates_are"] == {"disk": "measured", "compute": "stated", "solve": "measured"}
+    assert measured["tflops"] == 3
+    assert 0.001 < measured["solve_tflops"] < 100
+    assert 0.001 < measured["disk_gbps"] < 100
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_devices_shape_and_dtype(a3, config):
+    cpu, gpu = (a3("plan", config(), "--devices", kind, "--json").json for kind in ("cpu", "cuda:0,cuda:1"))
+    assert gpu["machine"]["calibration_dtype"] == "bfloat16"
+    assert gpu["device_memory_bytes"]["layer"] == cpu["device_memory_bytes"]["layer"] / 2
+    per_layer = a3("plan", config(), "--shape", "per-layer", "--json").json
+    assert "trust_remote_code" in per_layer["loads_with"]
+    assert "each layer will have its own" in a3("plan", config(), "--shape", "per-layer").stdout
+    qwen = a3("plan", config(model_type="qwen2"), "--json").json
+    assert "does not read head_dim" in qwen["loads_with"]
+    assert qwen["parameters"]["before"] == 8_030_261_248 + 32 * 48 * 128
+
+
+def test_of_a_hub_id_only_the_configuration_is_downloaded(a3, config, monkeypatch):
+    asked = []
+
+    def download(model, *, revision, allow_patterns):
+        asked.append((model, revision, allow_patterns))
+        return str(config())
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert a3("plan", "owner/name", "--revision", "v2", "--json").json["model"] == "owner/name"
+    assert asked == [("owner/name", "v2", ["config.json"])]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"hidden_size": None, "vocab_size": "many"}, (), ("hidden_size", "vocab_size")),
+        ({"model_type": "gpt2"}, (), ("'gpt2'", "llama, mistral, qwen2")),
+        ({"num_key_value_heads": 3}, (), ("impossible sizes",)),
+        ({"dtype": "int8"}, (), ("int8",)),
+        ({"quantization_config": {"quant_method": "gptq"}}, (), ("quantised",)),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, (), ("dynamic", "RoPE")),
+        ({}, ("--seq-len", 200_000), ("--seq-len 200000", "131072")),
+        ({}, ("--budget", 0.999), ("cannot be reached",)),
+        ({}, ("--budget", 1.5, "--devices", "tpu", "--tflops", -1), ("--budget", "--devices", "--tflops")),
+    ],
+)
+def test_bad_input(changes, options, words, a3, config):
+    refused(a3("plan", config(**changes), *options), *words)
+
+
+def test_no_such_model(a3, tmp_path, monkeypatch):
+    refused(a3("plan", tmp_path / "none"), "no such folder")
+    refused(a3("plan", tmp_path), "config.json", "missing")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(a3("plan", "owner/name"), "owner/name", "HF_HUB_OFFLINE")

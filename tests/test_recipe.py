@@ -1,0 +1,189 @@
+"""Recipes: all stages from one file, resumed where they stopped; every problem of a file in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.test_bad_input import refused, snapshot
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def recipe(checkpoint, text_file, tmp_path) -> Path:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    text = {"dataset": str(text_file), "samples": 4, "seq_len": 64}
+    content = {
+        "work": "../work",
+        "out": "model",
+        "calibrate": {"model": str(checkpoint("llama-gqa")), "text": text, "batch_size": 2},
+        "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8},
+        "eval": {"against": str(checkpoint("llama-gqa")), "text": {**text, "samples": 2}},
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def edit(recipe: Path, section: str, **changes) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    content.setdefault(section, {}).update(changes)
+    recipe.write_text(yaml.safe_dump(content))
+
+
+def times(*folders: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for folder in folders for p in folder.rglob("*") if p.name != ".lock"}
+
+
+def test_a_recipe_runs_all_stages_and_then_nothing(a3, recipe, tmp_path, monkeypatch):
+    first = a3("run", recipe, "--json").json
+    assert list(first) == ["calibrate", "solve", "export", "eval"]
+    assert first["solve"]["budget_reached"] >= 0.25
+    assert first["eval"]["perplexity"] > 1
+    work, out = tmp_path / "work", tmp_path / "recipes" / "model"  # both from the recipe's folder
+    manifest = json.loads((out / "a3_manifest.json").read_text())
+    assert manifest["solution"]["sha256"] == first["solve"]["sha256"]
+    before = times(work, out)
+    monkeypatch.chdir(recipe.parent)
+    assert a3("run", recipe.name, "--json").json == first
+    assert times(work, out) == before
+    assert a3("run", recipe.name).code == 0
+
+
+def test_the_same_as_the_commands(a3, recipe, checkpoint, text_file, tmp_path):
+    assert a3("run", recipe).code == 0
+    work = ("--work", tmp_path / "by-hand")
+    text = ("--dataset", text_file, "--samples", 4, "--seq-len", 64, "--batch-size", 2)
+    assert a3("calibrate", checkpoint("llama-gqa"), *text, *work).code == 0
+    assert a3("solve", "--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8, *work).code == 0
+    assert a3("export", tmp_path / "out", *work).code == 0
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "recipes" / "model")
+
+
+@pytest.mark.parametrize("stage", ["solve", "export", "evaluate"])
+def test_stopped_in_a_stage_it_goes_on_there(stage, a3, recipe, tmp_path, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"a3cli.run.{stage}", stop)
+        assert a3("run", recipe).code == 3
+    done = times(tmp_path / "work" / "calibration")
+    assert done
+    with monkeypatch.context() as patch:
+        patch.setattr("a3cli.calibrate.sweep", stop)  # is not needed again
+        assert a3("run", recipe).code == 0
+    assert times(tmp_path / "work" / "calibration") == done
+
+
+def test_other_settings_are_refused_or_done_anew(a3, recipe, tmp_path):
+    assert a3("run", recipe).code == 0
+    edit(recipe, "solve", budget=0.3)
+    refused_line = a3("run", recipe)
+    assert refused_line.code == 2
+    assert "differs in budget" in refused_line.stderr
+    assert a3("run", recipe, "--overwrite", "--json").json["solve"]["budget_asked"] == 0.3
+    edit(recipe, "export", dtype="bfloat16")
+    assert "not empty" in a3("run", recipe).stderr
+    edit(recipe, "export", overwrite=True)
+    assert a3("run", recipe, "--json").json["export"]["dtype"] == "bfloat16"
+    (tmp_path / "recipes" / "model" / "model.safetensors").unlink()
+    assert a3("run", recipe).code == 0
+    assert (tmp_path / "recipes" / "model" / "model.safetensors").is_file()
+
+
+def test_work_and_out_can_be_elsewhere(a3, recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert a3("run", recipe, "--work", "w", "--out", "o").code == 0
+    assert (tmp_path / "w" / "solution" / "manifest.json").is_file()
+    assert (tmp_path / "o" / "config.json").is_file()
+    assert not (tmp_path / "work").exists()
+
+
+def test_all_problems_in_one_line(a3, recipe):
+    edit(recipe, "solve", budget=1.5, methud="best")
+    edit(recipe, "calibrate", batch_size=0)
+    edit(recipe, "extra", key=1)
+    refused(a3("run", recipe), str(recipe), "solve.budget", "solve.methud", "calibrate.batch_size", "extra")
+
+
+def test_contradictions_are_found_before_any_work(a3, recipe, tmp_path):
+    edit(recipe, "solve", attention_budget=0.1, mlp_budget=0.1)
+    refused(a3("run", recipe), "contradict")
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "NoneType"),
+        ("[1, 2]", "list"),
+        ("work: [", "line 1"),
+        ("work: a\n  out: b\n", "line 2"),
+        ("a: &a [*a]", "work: Field required"),
+        ("!!python/object/apply:os.system ['true']", "YAML"),
+        ("\x00", "YAML"),
+    ],
+)
+def test_what_is_no_recipe(content, words, a3, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    refused(a3("run", path), str(path), words)
+    path.write_bytes(b"\xff\xfe\xfa")
+    refused(a3("run", path), str(path))
+    refused(a3("run", tmp_path / "none.yaml"), "none.yaml")
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(["work", "out", "calibrate", "solve", "export", "eval", "text", "model", "budget", "samples"])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.dictionaries(KEYS, values | st.dictionaries(KEYS, values, max_size=4), max_size=6))
+def test_malformed_recipes_are_refused_in_one_line(content, a3, tmp_path):
+    path = tmp_path / "random.yaml"
+    path.write_text(yaml.safe_dump(content))
+    refused(a3("run", path), "random.yaml")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.text(max_size=60))
+def test_random_text_is_refused_in_one_line(content, a3, tmp_path):
+    path = tmp_path / "random.yaml"
+    path.write_text(content, "utf-8", newline="")
+    refused(a3("run", path), "random.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_that_ship(path):
+    from a3cli.recipe import read_recipe
+    from a3cli.solve import check_settings
+
+    recipe = read_recipe(path)
+    check_settings(recipe.solve)
+    assert recipe.work == ROOT / "runs" / path.stem / "work"
+    assert recipe.evaluation.model == str(recipe.out)
+    sources = {recipe.calibrate.model, recipe.evaluation.against}
+    assert len(sources) == 1
+    assert (path.stem == "tiny") == sources.pop().startswith("/")
+    for line in path.read_text().splitlines():  # every setting that is given says what it is
+        documented = "#" in line or line.endswith(":") or line.startswith(("work", "out")) or not line
+        assert documented or line.split(":")[0].strip() in LATER, line
+
+
+LATER = ("model", "method", "max_shard_size", "against", "seq_len", "batch_size", "samples")
+
+
+def test_the_tiny_recipe(a3, tmp_path):
+    where = ("--work", tmp_path / "work", "--out", tmp_path / "out", "--json")
+    measured = a3("run", ROOT / "configs" / "tiny.yaml", *where).json["eval"]
+    assert measured["perplexity"] < 1.3 * measured["source_perplexity"]
