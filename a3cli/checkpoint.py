@@ -1,17 +1,19 @@
 """Safetensors checkpoints: found, checked, read lazily by name, written as a stream.
 
 A `Checkpoint` never holds weights: each read opens its shard, maps the tensor and lets go, so resident
-memory is what the caller keeps. A `ShardWriter` writes one tensor at a time, so a shard may be larger
-than memory.
+memory is what the caller keeps. `write_shard` takes one tensor at a time, so a shard may be larger than
+memory.
 """
 
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 from a3cli.errors import A3Error
 from a3cli.hub import find_folder, read_config
 from a3cli.work import Json, hash_json, read_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,6 +33,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
 # A shard's content is sampled at this many evenly spaced places for its fingerprint.
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
+COPIED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def fingerprint_shard(shard: Path) -> str:
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
     """Raise A3Error if a weight has a NaN or Inf. Works in slices: no temporary of the tensor's size."""
     for part in tensor.reshape(-1).split(1 << 22):
-        # A sum is quick, and only if it is not finite are the values looked at one by one: it may have overflowed.
+        # A NaN or Inf stays in a sum, which takes one pass; only a sum that overflows needs a closer look.
         if not (torch.isfinite(part.sum(dtype=torch.float32)) or torch.isfinite(part).all()):
             raise A3Error(f"{where}: tensor {name} has NaN or Inf values; the checkpoint is damaged")
 
@@ -210,10 +216,11 @@ def shard_names(count: int) -> list[str]:
     return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[torch.Tensor]) -> str:
+def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[torch.Tensor | TensorInfo]) -> str:
     """Write one safetensors file, tensor by tensor; returns its SHA-256.
 
-    `values` yields the tensors in the planned order. Raises ValueError if one differs from its plan.
+    `values` yields the tensors in the planned order; one that stays as it is may be told by where it lives, and its
+    bytes are copied. Raises ValueError if one differs from its plan.
     """
     offset, header = 0, {"__metadata__": {"format": "pt"}}
     for tensor in tensors:
@@ -226,21 +233,77 @@ def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[torch
         offset += tensor.bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for part in (len(encoded).to_bytes(8, "little"), encoded):
-            file.write(part)
-            digest.update(part)
+    with HashingWriter(path) as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
         for tensor in tensors:
             value = next(values)
             if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.name}: planned {tensor}, got {tuple(value.shape)} {value.dtype}")
-            data = tensor_bytes(value)
-            file.write(data)
-            digest.update(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+            if isinstance(value, TensorInfo):
+                for part in stored_bytes(value):
+                    file.write(part)
+            else:
+                file.write(tensor_bytes(value))
+    return file.digest.hexdigest()
+
+
+class HashingWriter:
+    """A new file that is hashed, written and synced while what comes next is being made.
+
+    Two threads, since both hashing and writing take as long as making a tensor; at most `AHEAD` pieces wait.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, path: Path) -> None:
+        self.digest = hashlib.sha256()
+        self._file = path.open("wb", buffering=0)
+        self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
+
+    def __enter__(self) -> "HashingWriter":
+        return self
+
+    def write(self, data: "Buffer") -> None:
+        """Take a piece; its memory must not change any more. Raises the OSError of an earlier one."""
+        while len(self._pending) >= self.AHEAD:
+            self._wait()
+        hashing, writing = self._hashing.submit(self.digest.update, data), self._writing.submit(self._write_all, data)
+        self._pending.append((hashing, writing))
+
+    def _write_all(self, data: "Buffer") -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def _wait(self) -> None:
+        for future in self._pending.popleft():
+            future.result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while self._pending and kind is None:
+                self._wait()
+            if kind is None:
+                os.fsync(self._file.fileno())
+        finally:
+            for thread in (self._hashing, self._writing):
+                thread.shutdown()
+            self._file.close()
+
+
+def stored_bytes(info: TensorInfo) -> Iterator[bytes]:
+    """A tensor's bytes in its file, piece by piece. Raises A3Error if they are not all there."""
+    left = info.bytes
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.offset)
+        while left:
+            part = file.read(min(left, COPIED_AT_ONCE))
+            if not part:  # it was whole when it was opened
+                raise A3Error(f"{info.file} is truncated; download it again")
+            left -= len(part)
+            yield part
 
 
 def write_index(path: Path, shards: dict[str, list[PlannedTensor]]) -> None:

@@ -21,6 +21,7 @@ from a3cli.checkpoint import (
     METADATA_FILES,
     Checkpoint,
     PlannedTensor,
+    TensorInfo,
     check_finite,
     plan_shards,
     shard_names,
@@ -40,7 +41,7 @@ from a3cli.settings import ExportSettings
 from a3cli.work import (
     Json,
     Work,
-    check_hash,
+    check_hashes,
     check_space,
     hash_file,
     read_manifest,
@@ -93,8 +94,8 @@ def read_solution(work: Work, *, held: int = 1) -> tuple[Json, Solution]:
     manifest = read_manifest(work.solution_manifest, "run a3 solve --overwrite")
     if manifest["request"]["calibration"] != calibration["sha256"]:
         raise A3Error(f"{work.solution} was solved from another calibration; run a3 solve --overwrite")
-    for layer, expected in enumerate(manifest["layers"]):
-        check_hash(work.layer_solution(layer), expected, "run a3 solve --overwrite")
+    files = {work.layer_solution(layer): expected for layer, expected in enumerate(manifest["layers"])}
+    check_hashes(files, "run a3 solve --overwrite")
     return calibration, Solution(manifest, work, held=held)
 
 
@@ -180,15 +181,18 @@ def write_checkpoint(
     return manifest
 
 
-def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> torch.Tensor:
-    """One tensor as the export stores it; the source's own bytes if nothing changes it."""
-    tensor = model.source.read(planned.name)
+def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> torch.Tensor | TensorInfo:
+    """One tensor as the export stores it; if nothing changes it, where the source has it."""
+    info = model.source.info(planned.name)
     found = model.family.find_role(planned.name)
+    if found is None and planned.dtype == info.dtype:
+        return info
+    tensor = original = model.source.read(planned.name)
     if found is not None:
         layer, role, _ = found
         check_finite(tensor, planned.name, model.source.name)
         tensor = apply_projection(tensor, role, solution.layer(layer), model.shape, fold_scale=not solution.per_layer)
-    return tensor.to(planned.dtype)
+    return info if tensor is original and planned.dtype == info.dtype else tensor.to(planned.dtype)
 
 
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:

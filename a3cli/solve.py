@@ -34,7 +34,7 @@ from a3cli.sweep import Decoder, Progress
 from a3cli.work import (
     Json,
     Work,
-    check_hash,
+    check_hashes,
     check_space,
     differences,
     hash_file,
@@ -206,8 +206,8 @@ def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | N
 
 def check_statistics(work: Work, calibration: Json) -> None:
     """Raise A3Error if a statistics file is not what the calibration wrote."""
-    for layer, expected in enumerate(calibration["layers"]):
-        check_hash(work.statistics(layer), expected, "run a3 calibrate --overwrite")
+    files = {work.statistics(layer): expected for layer, expected in enumerate(calibration["layers"])}
+    check_hashes(files, "run a3 calibrate --overwrite")
 
 
 def correct(

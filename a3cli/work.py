@@ -23,6 +23,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,6 +228,13 @@ def check_hash(path: Path, expected: str, remedy: str) -> None:
         raise A3Error(f"{path} is missing; {remedy}")
     if hash_file(path) != expected:
         raise A3Error(f"{path} is not the file that its manifest recorded (its hash differs); {remedy}")
+
+
+def check_hashes(expected: dict[Path, str], remedy: str) -> None:
+    """`check_hash` for many files, on all cores: hashing lets other threads run."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for checked in [threads.submit(check_hash, path, value, remedy) for path, value in expected.items()]:
+            checked.result()
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
