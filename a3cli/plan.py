@@ -27,7 +27,7 @@ DISK_GBPS = 2.0
 TFLOPS = {"cpu": 0.3, "cuda": 200.0}
 SOLVE_TFLOPS = {"cpu": 0.15, "cuda": 10.0}  # float64
 HASH_GBPS = 1.5  # SHA-256 on one core
-IMPORTS = 450_000_000  # resident bytes of a process with torch, transformers and datasets in it
+IMPORTS = 410_000_000  # resident bytes of a process with torch, transformers and datasets in it
 STARTUP = 5.0  # seconds until a stage begins to work
 
 

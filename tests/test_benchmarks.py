@@ -1,4 +1,4 @@
-"""The speed benchmark at small scale: its answers agree with the paper's formulas and its tables are complete."""
+"""The benchmarks at small scale: they run, their tables are complete, and answers agree with the paper's formulas."""
 
 import re
 import runpy
@@ -48,3 +48,38 @@ def test_solve_speed_fails_if_answers_differ(
     code, printed = run(monkeypatch, capsys)
     assert code == 1
     assert printed.count("DIFFERS") == 2
+
+
+def run_small(name: str, monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    monkeypatch.setattr("sys.argv", [name, *map(str, options)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(BENCHMARK.parent / name), run_name="__main__")
+    return int(stop.value.code or 0)
+
+
+def test_solve_layer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_small("solve_layer.py", monkeypatch, "--shape", "tiny") == 0
+    printed = capsys.readouterr().out
+    for line in ("QK + OV, paper", "MLP, paper", "MLP, best", "OV, best"):
+        assert len(re.findall(rf"^{re.escape(line)} +\d+\.\d\d", printed, re.MULTILINE)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("chain_8b.py", ("--shape", "tiny", "--seq-len", 256), ("calibrate", "solve --method best", "export")),
+        ("export_speed.py", ("--shape", "tiny", "--repeats", 1), ("export", "cp", "ratio")),
+    ],
+)
+def test_chain_and_export_speed(
+    name: str,
+    options: tuple[object, ...],
+    words: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_small(name, monkeypatch, *options) == 0
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^{word} ", printed, re.MULTILINE) for word in words), printed

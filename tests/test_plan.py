@@ -135,7 +135,7 @@ def test_budgets_are_reached_by_the_least_unlike_sizes():
         size = costs.uniform_sizes(shape, budget, head_multiple=4, mlp_multiple=8)
         removed = total - costs.linear_weights(shape, [size] * 2)
         assert removed >= budget * total
-        assert abs(size.qk / 16 - size.mlp / 128) <= 0.13
+        assert abs(size.qk / 16 - size.mlp / 128) <= 0.2
     assert costs.uniform_sizes(shape, 0.0, head_multiple=4, mlp_multiple=8) == LayerSizes(16, 16, 128)
     assert costs.uniform_sizes(shape, 0.97, head_multiple=8, mlp_multiple=64) is None
 
