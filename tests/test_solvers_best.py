@@ -226,6 +226,19 @@ def test_each_greedy_step_is_the_best_single_step():
         assert others[0] == pytest.approx(min(others), rel=1e-9)
 
 
+@pytest.mark.parametrize("block", [1, 2, 5])
+def test_working_in_the_gram_matrix_itself_changes_nothing(block):
+    x, down = correlated(12)
+    gram = x.T @ x / len(x)
+    kept = gram.clone()
+    found = order_channels(gram, down, block=block)
+    assert torch.equal(gram, kept)
+    again = order_channels(gram, down, block=block, overwrite_gram=True)
+    assert torch.equal(again.order, found.order)
+    assert torch.equal(again.curve, found.curve)
+    assert not torch.equal(gram, kept)
+
+
 def test_greedy_is_near_the_best_subset_and_better_than_the_score():
     x, down = correlated(9, seed=3)
     gram = x.T @ x / len(x)
