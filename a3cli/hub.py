@@ -34,3 +34,9 @@ def read_config(folder: Path, name: str) -> Json:
     if config.get("quantization_config") or config.get("compression_config"):
         raise A3Error(f"{name} is quantised (config.json says so); a3 needs its fp32, bf16 or fp16 original")
     return config
+
+
+def refuse_per_layer(config: Json, name: str) -> None:
+    """Raise A3Error for a model that is itself a per-layer export: it can be measured, not made smaller again."""
+    if "per_layer_config" in config:
+        raise A3Error(f"{name}: its layers differ in size (a per-layer export?); compress its source instead")

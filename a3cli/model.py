@@ -7,6 +7,7 @@ from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
 from a3cli.families import Family, ModelShape, family_of, read_shape
 from a3cli.families.rope import Rope, read_rope
+from a3cli.hub import refuse_per_layer
 from a3cli.work import Json, Work, read_json
 
 
@@ -25,8 +26,7 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False) -> Model:
     """Raises A3Error for an unknown family, a configuration that does not fit, or missing tensors."""
     from transformers import AutoConfig
 
-    if "per_layer_config" in source.config:
-        raise A3Error(f"{source.name}: its layers differ in size (a per-layer export?); compress its source instead")
+    refuse_per_layer(source.config, source.name)
     family = family_of(source.config.get("model_type"))
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)

@@ -16,7 +16,7 @@ from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, ModelShape, family_of, read_shape
 from a3cli.families.base import check_rope
 from a3cli.families.loaders import describe_loaders
-from a3cli.hub import find_folder, read_config
+from a3cli.hub import find_folder, read_config, refuse_per_layer
 from a3cli.settings import PlanSettings
 from a3cli.work import Json
 
@@ -103,6 +103,7 @@ def plan(settings: PlanSettings) -> Json:
     """
     folder = find_folder(settings.model, settings.revision, files=("config.json",))
     config = read_config(folder, settings.model)
+    refuse_per_layer(config, settings.model)
     family = family_of(config.get("model_type"))
     decoder = read_decoder(config, folder)
     shape = read_shape(decoder)

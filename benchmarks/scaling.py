@@ -105,6 +105,7 @@ def write_report(points: list[Point], out: Path, shape: str, rates: list[object]
 
 
 def draw(by_layers: list[Point], by_blocks: list[Point], path: Path) -> None:
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -122,7 +123,8 @@ def draw(by_layers: list[Point], by_blocks: list[Point], path: Path) -> None:
         for panel in panels[:, column]:
             panel.grid(alpha=0.3)
     panels[0][0].legend()
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "a3"}):  # text as text, and the same bytes each time
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def main() -> int:

@@ -195,6 +195,7 @@ def test_of_a_hub_id_only_the_configuration_is_downloaded(a3, config, monkeypatc
         ({"model_type": "gpt2"}, (), ("'gpt2'", "llama, mistral, qwen2")),
         ({"num_key_value_heads": 3}, (), ("impossible sizes",)),
         ({"dtype": "int8"}, (), ("int8",)),
+        ({"per_layer_config": {}}, (), ("layers differ in size",)),
         ({"quantization_config": {"quant_method": "gptq"}}, (), ("quantised",)),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, (), ("dynamic", "RoPE")),
         ({}, ("--seq-len", 200_000), ("--seq-len 200000", "131072")),
