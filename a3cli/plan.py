@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from a3cli import costs
 from a3cli.errors import A3Error
@@ -34,6 +34,8 @@ STARTUP = 5.0  # seconds until a stage begins to work
 class DecoderConfig(BaseModel):
     """What a plan needs of config.json; for the rest it is as in transformers' own classes."""
 
+    model_config = ConfigDict(protected_namespaces=())  # older pydantic wants no field to begin with model_
+
     model_type: str
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -46,7 +48,7 @@ class DecoderConfig(BaseModel):
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     max_position_embeddings: PositiveInt | None = None
-    dtype: str | None = Field(default=None)
+    dtype: str | None = None
     torch_dtype: str | None = None
 
 
