@@ -464,6 +464,7 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file with the settings of all stages (see configs/).")],
     work: Annotated[Path | None, typer.Option(help="Work folder, in place of the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the export, in place of the recipe's.")] = None,
+    max_minutes: MaxMinutes = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do all stages anew.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -478,10 +479,12 @@ def run(
     settings = read_recipe(recipe, work=work, out=out)
     from functools import partial
 
+    from a3cli.interrupt import stopping
     from a3cli.run import run_recipe
 
     progress = partial(display.sweep_progress, quiet=quiet)
-    results = run_recipe(settings, overwrite=overwrite, progress=progress)
+    with stopping(max_minutes) as stop:
+        results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop)
     display.print_json(results) if as_json else display.print_run(results, str(settings.out))
 
 

@@ -163,7 +163,7 @@ def reference_logits(
             calls[1][index] = {**calls[1][index], "position_embeddings": turned}
         for which, each in enumerate(pair):
             with each.layer(index) as layer:
-                hidden[which] = run_layer(layer, hidden[which], calls[which][index], each)
+                hidden[which] = run_layer(layer, hidden[which], calls[which][index])
     answers = []
     for each, states in zip(pair, hidden, strict=True):
         with each.head() as head:

@@ -12,6 +12,7 @@ from pathlib import Path
 from a3cli.calibrate import calibrate
 from a3cli.evaluate import evaluate
 from a3cli.export import MANIFEST, export
+from a3cli.interrupt import Stop
 from a3cli.recipe import Recipe
 from a3cli.settings import EvalSettings, ExportSettings
 from a3cli.solve import check_settings, solve
@@ -21,29 +22,32 @@ from a3cli.work import Json, Work, hash_json, read_json, read_manifest, write_ma
 log = logging.getLogger(__name__)
 
 
-def run_recipe(recipe: Recipe, *, overwrite: bool, progress: Callable[[], AbstractContextManager[Progress]]) -> Json:
+def run_recipe(
+    recipe: Recipe, *, overwrite: bool, progress: Callable[[], AbstractContextManager[Progress]], stop: Stop
+) -> Json:
     """Each stage's result by its name; `overwrite` makes all anew.
 
-    Raises A3Error where a stage does, and before any of them for settings that contradict one another.
+    Raises A3Error where a stage does, and before any of them for settings that contradict one another, and Interrupted
+    at the end of the step in which `stop` was set off.
     """
     check_settings(recipe.solve)
     work = Work(recipe.work)
     results = {}
     log.info("calibrate")
     with progress() as report:
-        results["calibrate"] = calibrate(recipe.calibrate, work, overwrite=overwrite, progress=report)
+        results["calibrate"] = calibrate(recipe.calibrate, work, overwrite=overwrite, progress=report, stop=stop)
     log.info("solve")
     with progress() as report:
-        results["solve"] = solve(recipe.solve, work, overwrite=overwrite, progress=report)
+        results["solve"] = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
     log.info("export")
-    results["export"] = exported(recipe, work, results["solve"], overwrite=overwrite)
+    results["export"] = exported(recipe, work, results["solve"], overwrite=overwrite, stop=stop)
     if recipe.evaluation is not None:
         log.info("eval")
         results["eval"] = evaluated(recipe.evaluation, work, results["export"], overwrite=overwrite)
     return results
 
 
-def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool) -> Json:
+def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, stop: Stop) -> Json:
     """The export's manifest; what is there is kept if it is whole and of this solution and settings."""
     if not overwrite and (found := finished_export(recipe.out)) is not None:
         asked = {"dtype": recipe.export.dtype, "max_shard_size": recipe.export.max_shard_size}
@@ -51,7 +55,8 @@ def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool) -> 
         if same_settings and found["solution"]["sha256"] == solution["sha256"]:
             return found
     replace = overwrite or recipe.export.overwrite
-    return export(recipe.out, ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace}), work)
+    settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace})
+    return export(recipe.out, settings, work, stop=stop)
 
 
 def finished_export(out: Path) -> Json | None:

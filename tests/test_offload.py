@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from a3cli import display, machine, sweep
+from a3cli.costs import block_bytes, layer_bytes, moment_bytes
 from a3cli.families import ModelShape
 from a3cli.machine import Machine
-from a3cli.memory import block_bytes, choose_batch_size, layer_bytes, moment_bytes
+from a3cli.memory import choose_batch_size
 from a3cli.moments import LayerMoments, unpack_upper
 from tests.test_bad_input import refused
 from tests.test_calibrate import calibration_files
@@ -228,13 +229,13 @@ LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672)
 
 def test_batch_from_the_memory_that_is_free(monkeypatch):
     """Llama-3.1-70B in bfloat16: a layer of 1.7 GB, statistics of 5.3 GB, and what is left is for blocks."""
-    assert layer_bytes(LLAMA_70B, torch.bfloat16) == pytest.approx(1.71e9, rel=0.01)
+    assert layer_bytes(LLAMA_70B, 2) == pytest.approx(1.71e9, rel=0.01)
     assert moment_bytes(LLAMA_70B, full_mlp=True) == pytest.approx(4 * 28672**2 + 2 * 28672**2, rel=0.1)
     monkeypatch.setattr(Machine, "free_memory", lambda self: 80 * 10**9)
-    gpu = Machine(torch.device("cuda"), torch.bfloat16)
+    gpu = Machine(torch.device("cuda"), 2)
     batch = choose_batch_size(LLAMA_70B, gpu, 2048, 128, full_mlp=True)
-    needed = layer_bytes(LLAMA_70B, torch.bfloat16) + moment_bytes(LLAMA_70B, full_mlp=True)
-    block = block_bytes(LLAMA_70B, torch.bfloat16, 2048)
+    needed = layer_bytes(LLAMA_70B, 2) + moment_bytes(LLAMA_70B, full_mlp=True)
+    block = block_bytes(LLAMA_70B, 2, 2048)
     assert needed + batch * block <= 0.9 * 80e9 < needed + (batch + 1) * block
     assert choose_batch_size(LLAMA_70B, gpu, 2048, 3, full_mlp=True) == 3
     cpu = Machine(torch.device("cpu"), torch.float32)
