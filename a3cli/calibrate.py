@@ -28,10 +28,8 @@ from a3cli.work import (
     check_space,
     differences,
     hash_file,
-    read_json,
     read_manifest,
     versions,
-    write_json,
     write_manifest,
     write_tensors,
 )
@@ -59,6 +57,7 @@ def calibrate(
             calibration = Calibration(settings, work, model, machine, request, stop or Stop())
             return calibration.run(processes, progress, overwrite=overwrite)
         processes.from_main(lambda: record_source(settings, model.source, request, work))
+        processes.from_main(lambda: remove_leftovers(work))
         return finished
 
 
@@ -77,7 +76,7 @@ class Calibration:
         self.settings, self.work, self.model, self.machine, self.stop = settings, work, model, machine, stop
         self.full_mlp = settings.mlp_stats == "full"
         # Finished layers' hashes and how each was made, as in progress.json: only the main process keeps it up.
-        self.done: Json = {"request": request, "layers": [], "made_with": []}
+        self.done: Json = {"request": request, "layers": [], "made_with": [], "hidden_states": {}}
 
     def run(self, processes: Processes, progress: Progress, *, overwrite: bool) -> Json:
         """From text, or from where it stopped, to the manifest."""
@@ -136,6 +135,9 @@ class Calibration:
         check_hash(self.work.tokens, self.done["tokens_sha256"], "use --overwrite")
         for layer, expected in enumerate(self.done["layers"]):
             check_hash(self.work.statistics(layer), expected, "use --overwrite")
+        for name, expected in self.done["hidden_states"].items():
+            if (self.work.calibration / name).is_file():  # else it is made again
+                check_hash(self.work.calibration / name, expected, "start again with --overwrite")
         if self.done["layers"]:
             log.info("going on at layer %d", len(self.done["layers"]))
         self._check_space()
@@ -183,12 +185,18 @@ class Calibration:
             "batch_size": batch_size,
             "layers": [*self.done["layers"], hash_file(self.work.statistics(layer))],
             "made_with": [*self.done["made_with"], made_with],
+            "hidden_states": self._hash_hidden_states(),
         }
         write_manifest(self.work.calibration_progress, done)
         self.done = done
         finished, layers = len(done["layers"]), self.model.shape.layers
         if finished < layers:
             self.stop.before(f"layer {finished + 1} of {layers}", "the same command goes on there")
+
+    def _hash_hidden_states(self) -> Json:
+        """By file name; each is hashed once."""
+        known, files = self.done["hidden_states"], sorted(self.work.calibration.glob("hidden-[0-9]*.bin"))
+        return {file.name: known.get(file.name) or hash_file(file) for file in files}
 
     def _close(self, blocks: torch.Tensor) -> Json:
         manifest = {
@@ -201,8 +209,7 @@ class Calibration:
             "versions": versions(),
         }
         written = write_manifest(self.work.calibration_manifest, manifest)
-        for leftover in (*self.work.calibration.glob("hidden-*.bin"), self.work.calibration_progress):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(self.work)
         return written
 
 
@@ -210,7 +217,7 @@ def describe_request(settings: CalibrateSettings, source: Checkpoint, machine: M
     """Everything that the statistics depend on: equal requests give equal bytes."""
     return {
         "text": settings.text.model_dump(),
-        "source": source.fingerprint(),
+        "source": source.fingerprint(full=settings.full_check),
         "tokenizer": tokenizer_fingerprint(source.folder),
         "batch_size": settings.batch_size or "auto",
         "mlp_stats": settings.mlp_stats,
@@ -226,9 +233,9 @@ def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json
         "model": str(Path(settings.model).resolve()) if local else settings.model,
         "revision": source.revision,
         "fingerprint": request["source"],
+        "small_files": source.hash_small_files(),
     }
-    if not work.source.exists() or read_json(work.source) != record:
-        write_json(work.source, record)
+    write_manifest(work.source, record)
 
 
 def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | None:
@@ -239,13 +246,20 @@ def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | N
     finished = work.calibration_manifest.exists()
     if overwrite or not (finished or work.calibration_progress.exists()):
         return None
-    found = read_manifest(work.calibration_manifest if finished else work.calibration_progress, "use --overwrite")
+    path = work.calibration_manifest if finished else work.calibration_progress
+    found = read_manifest(path, "use --overwrite")
     if found["request"] != request:
         raise A3Error(
-            f"{work.folder} holds a calibration of another request (differs in "
+            f"{path} is of a calibration of another request (differs in "
             f"{differences(found['request'], request, 'text')}); use --overwrite or another --work"
         )
     return found if finished else None
+
+
+def remove_leftovers(work: Work) -> None:
+    """What a finished calibration needs no more; also after a process that was killed once its manifest was there."""
+    for leftover in (*work.calibration.glob("hidden-*.bin"), work.calibration_progress):
+        leftover.unlink(missing_ok=True)
 
 
 def clear(work: Work) -> None:

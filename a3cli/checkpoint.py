@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from a3cli.errors import A3Error
 from a3cli.hub import find_folder, read_config
-from a3cli.work import Json, hash_json, read_json
+from a3cli.work import Json, hash_file, hash_json, read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -55,6 +55,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, *, name: str | None = None, revision: str | None = None) -> None:
+        check_links(folder)
         self.folder = folder
         self.name = name or str(folder)
         self.revision = revision
@@ -97,9 +98,20 @@ class Checkpoint:
     def bytes(self) -> int:
         return sum(info.bytes for info in self.tensors.values())
 
-    def fingerprint(self) -> Json:
-        """What identifies the content: config, and each shard's size, header and sampled content."""
-        return {"config": hash_json(self.config), "shards": {s.name: fingerprint_shard(s) for s in self.shards}}
+    def fingerprint(self, *, full: bool = False) -> Json:
+        """What identifies the content: config, and each shard's size, header and sampled content; `full`: all of it."""
+        sampled = {"config.json": hash_json(self.config), "shards": {s.name: fingerprint_shard(s) for s in self.shards}}
+        return sampled | ({"sha256": {s.name: hash_file(s) for s in self.shards}} if full else {})
+
+    def small_files(self) -> dict[str, Path]:
+        """Tokenizer, generation config, chat template, card, licence: what lies beside config and weights, by name."""
+        files = {path for pattern in METADATA_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        named = {path.name: path for path in sorted(files) if not path.name.endswith(".safetensors.index.json")}
+        named.pop("config.json", None)
+        return named
+
+    def hash_small_files(self) -> Json:
+        return {name: hash_file(path) for name, path in self.small_files().items()}
 
 
 def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
@@ -111,6 +123,20 @@ def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
     if Path(model).is_dir():
         return Checkpoint(folder)
     return Checkpoint(folder, name=model, revision=folder.name)
+
+
+def check_links(folder: Path) -> None:
+    """Raise A3Error if a file that may be read is a link out of the folder: an export would publish what is there.
+
+    The hub's cache links from `snapshots/<commit>` to its own `blobs`.
+    """
+    home = folder.resolve()
+    allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    for path in sorted(path for pattern in ("*.safetensors", *METADATA_FILES) for path in folder.glob(pattern)):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise A3Error(f"{path} is a symbolic link out of its folder; put the file itself there")
+        if not path.is_file() and not path.is_dir():
+            raise A3Error(f"{path} is no regular file; put the file itself there")
 
 
 def find_shards(folder: Path, name: str) -> list[Path]:
@@ -161,7 +187,8 @@ def header_bytes(shard: Path) -> bytes:
 def fingerprint_shard(shard: Path) -> str:
     """SHA-256 over size, header and 16 evenly spaced samples of 64 KiB: cheap on a 140 GB checkpoint.
 
-    A flipped bit between the samples goes unnoticed here; what an export writes is hashed in full.
+    A file of up to 1 MiB is covered wholly. In a larger one a flipped bit between the samples goes unnoticed, except
+    with --full-check; what an export writes is hashed in full.
     """
     size = shard.stat().st_size
     digest = hashlib.sha256(str(size).encode() + header_bytes(shard))

@@ -17,6 +17,7 @@ from a3cli.errors import A3Error
 from a3cli.gates import describe
 from a3cli.junit import Case
 from a3cli.machine import Machine, choose_machine
+from a3cli.model import check_size
 from a3cli.settings import EvalSettings, TextSettings
 from a3cli.tasks import open_tasks, run_tasks
 from a3cli.text import check_fit, evaluation_blocks, load_tokenizer
@@ -238,6 +239,7 @@ def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings)
     """The model as transformers loads it. Raises A3Error if any weight is missing or does not fit."""
     from transformers import AutoModelForCausalLM
 
+    check_size(checkpoint)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
@@ -249,7 +251,7 @@ def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings)
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below; transformers' own error names no tensor
         )
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
+    except (ValueError, RuntimeError, KeyError, OSError, ImportError) as error:
         raise A3Error(f"{checkpoint.name} does not load: {' '.join(str(error).split())[:500]}") from error
     problems = [f"{name} is missing" for name in info["missing_keys"]]
     problems += [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]

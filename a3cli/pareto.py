@@ -5,9 +5,7 @@ evaluates in a temporary folder inside the work folder; the solution that is the
 """
 
 import logging
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from a3cli import costs
@@ -31,7 +29,7 @@ from a3cli.solve import (
     write_solution,
 )
 from a3cli.sweep import Progress
-from a3cli.work import Json, Work, read_json, replacing
+from a3cli.work import Json, Work, making_scratch, read_json, replacing
 
 log = logging.getLogger(__name__)
 
@@ -122,17 +120,6 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) 
     )
     wanted = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
     return {key: result[key] for key in wanted}
-
-
-@contextmanager
-def making_scratch(folder: Path) -> Iterator[None]:
-    """An empty folder that is gone afterwards. What a killed process left there goes first: the lock is held."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_plot(path: Path | None) -> None:

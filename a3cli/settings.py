@@ -49,6 +49,7 @@ class CalibrateSettings(Settings):
     hidden_states: Literal["disk", "memory"] = "disk"
     mlp_stats: Literal["full", "diagonal"] = "full"
     trust_remote_code: bool = False
+    full_check: bool = False
 
 
 def _not_empty(components: tuple[Component, ...]) -> tuple[Component, ...]:
@@ -98,6 +99,9 @@ class ExportSettings(Settings):
     max_shard_size: Annotated[int, BeforeValidator(parse_size)] = Field(default=5_000_000_000, ge=1)
     overwrite: bool = False
     num_processes: int = Field(default=1, ge=1)
+    full_check: bool = False
+    check_reproducible: bool = False
+    evaluations: tuple[Path, ...] = ()
 
 
 def parse_budgets(text: Any) -> Any:

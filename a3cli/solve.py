@@ -205,9 +205,9 @@ def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | N
 
 
 def check_statistics(work: Work, calibration: Json) -> None:
-    """Raise A3Error if a statistics file is not what the calibration wrote."""
+    """Raise A3Error if a file of the calibration is not what it wrote."""
     files = {work.statistics(layer): expected for layer, expected in enumerate(calibration["layers"])}
-    check_hashes(files, "run a3 calibrate --overwrite")
+    check_hashes({work.tokens: calibration["tokens_sha256"], **files}, "run a3 calibrate --overwrite")
 
 
 def correct(

@@ -16,11 +16,12 @@ import torch
 
 from a3cli.errors import A3Error, first_line
 from a3cli.settings import TextSettings
-from a3cli.work import Json, hash_file, hash_json
+from a3cli.work import Json, hash_file
 
 POOL = 8
 SEPARATOR = "\n\n"
 TEXT_CHUNK = 1 << 16
+LARGE_TEXT, PACKED_AT_MOST = 1 << 26, 200  # bytes; text packs to a tenth at best
 # alias: (hub id, configuration, split to calibrate on, split to evaluate on)
 ALIASES = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test"),
@@ -30,6 +31,7 @@ ALIASES = {
 }
 FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+TOKENIZER_EXTRAS = ("added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 
 
 def sample_blocks(tokenizer: Any, settings: TextSettings) -> torch.Tensor:
@@ -82,7 +84,11 @@ def token_stream(tokenizer: Any, settings: TextSettings, *, purpose: str) -> Ite
     """Token ids of the whole text, with one BOS at its very beginning if the tokenizer adds one."""
     first = True
     for text in texts(tokenizer, settings, purpose=purpose):
-        yield from tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
+        try:
+            tokens = tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
+        except Exception as error:  # settings of the tokenizer that no library checks when it is loaded
+            raise A3Error(f"dataset {settings.dataset}: the model's tokenizer fails: {first_line(error)}") from error
+        yield from tokens
         first = False
 
 
@@ -109,6 +115,8 @@ def rows(tokenizer: Any, settings: TextSettings, *, purpose: str) -> Iterator[st
             if file.suffix == ".txt":
                 yield from read_lines(file)
             else:
+                if file.suffix == ".parquet":
+                    check_parquet(file)
                 one = settings.model_copy(update={"dataset": str(file)})  # what an error names
                 loaded = load(FORMATS[file.suffix], one, data_files=str(file), split="train")
                 yield from documents(loaded, tokenizer, one)
@@ -130,6 +138,24 @@ def local_files(path: Path) -> list[Path]:
     if not files or files[0].suffix not in FORMATS:
         raise A3Error(f"dataset {path}: not a .txt, .jsonl or .parquet file, nor a folder with any")
     return files
+
+
+def check_parquet(file: Path) -> None:
+    """Raise A3Error for a small file that unpacks to a huge one: memory would be gone before the first row is there."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        metadata = parquet.read_metadata(file)
+    except (ArrowException, OSError):
+        return  # no parquet: loading it says so
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    packed, unpacked = (
+        sum(getattr(c, f"total_{kind}_size") for c in columns) for kind in ("compressed", "uncompressed")
+    )
+    if unpacked > max(LARGE_TEXT, PACKED_AT_MOST * packed):
+        sizes = f"{packed / 1e6:.1f} MB that unpack to {unpacked / 1e6:,.0f} MB"
+        raise A3Error(f"dataset {file}: {sizes} are no text; use another file")
 
 
 def load_hub_dataset(settings: TextSettings, *, purpose: str) -> Iterable[Json]:
@@ -212,5 +238,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise A3Error(f"{folder}: the tokenizer does not load: {first_line(error)}") from error
 
 
-def tokenizer_fingerprint(folder: Path) -> str:
-    return hash_json({name: hash_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()})
+def tokenizer_fingerprint(folder: Path) -> Json:
+    """Hash of each file that says how text becomes tokens."""
+    names = (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+    return {name: hash_file(folder / name) for name in names if (folder / name).is_file()}

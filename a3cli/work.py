@@ -3,7 +3,7 @@
 Stages meet only through these files. Every file is written beside its place and renamed, and a stage's
 manifest is written last, so a folder with a manifest is a finished stage. Nobody else builds these paths.
 
-    source.json                      which checkpoint: folder or hub id, revision, fingerprint
+    source.json                      which checkpoint: folder or hub id, revision, fingerprint, small files' hashes
     calibration/progress.json        request and finished layers of a calibration under way
     calibration/hidden-000.bin …     the input of one layer, while under way; hidden-next.bin becomes the next one
     calibration/tokens.safetensors   the blocks [N, T]
@@ -161,6 +161,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(path):
+            partial.unlink(missing_ok=True)  # of a process that was killed; or a link, which would be followed
             yield partial
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -168,6 +169,17 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def making_scratch(folder: Path) -> Iterator[None]:
+    """An empty folder that is gone afterwards. What a killed process left there goes first: the lock is held."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -188,16 +200,17 @@ def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
         save_file(tensors, partial)
 
 
-def read_json(path: Path) -> Json:
+def read_json(path: Path, remedy: str = "") -> Json:
     """A JSON object from a file. Raises A3Error naming the file if it is missing or no JSON object."""
+    then = remedy and f"; {remedy}"
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise A3Error(f"{path} is missing") from None
+        raise A3Error(f"{path} is missing{then}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise A3Error(f"{path} cannot be read as JSON: {error}") from error
+        raise A3Error(f"{path} cannot be read as JSON: {error}{then}") from error
     if not isinstance(value, dict):
-        raise A3Error(f"{path} holds {type(value).__name__}, not a JSON object")
+        raise A3Error(f"{path} holds {type(value).__name__}, not a JSON object{then}")
     return value
 
 
@@ -210,7 +223,7 @@ def write_manifest(path: Path, value: Json) -> Json:
 
 def read_manifest(path: Path, remedy: str) -> Json:
     """A manifest as it was written. Raises A3Error if it is missing, malformed or altered."""
-    sealed = read_json(path)
+    sealed = read_json(path, remedy)
     if hash_json({key: value for key, value in sealed.items() if key != "sha256"}) != sealed.get("sha256"):
         raise A3Error(f"{path} was altered after it was written; {remedy}")
     return sealed
@@ -219,7 +232,29 @@ def read_manifest(path: Path, remedy: str) -> Json:
 def differences(old: Json, new: Json, settings: str) -> str:
     """Names of what differs between two requests, those of their nested `settings` one by one."""
     one, other = ({**request, **request[settings], settings: None} for request in (old, new))
-    return ", ".join(sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)))
+    return name_differences(one, other)
+
+
+def name_differences(one: Json, other: Json) -> str:
+    """Keys whose values differ, with those inside of objects: `seed, source (model.safetensors)`; empty if none do."""
+    names = []
+    for key in sorted(one.keys() | other.keys()):
+        old, new = one.get(key), other.get(key)
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
+            inner = sorted(set(_differing_leaves(old, new)))
+            names.append(f"{key} ({', '.join(inner[:3])}{', …' if len(inner) > 3 else ''})")
+        elif old != new:
+            names.append(key)
+    return ", ".join(names)
+
+
+def _differing_leaves(one: Json, other: Json) -> Iterator[str]:
+    for key in one.keys() | other.keys():
+        old, new = one.get(key), other.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing_leaves(old, new)
+        elif old != new:
+            yield str(key)
 
 
 def check_hash(path: Path, expected: str, remedy: str) -> None:

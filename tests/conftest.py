@@ -1,6 +1,8 @@
 """Fixtures: one table of tiny random models, text and tokenizer to go with them, the real CLI in-process."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARY = 260
 CONTEXT = 256
+SHORT = ("--samples", 3, "--seq-len", 32)
+SOLVE = ("solve", "--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -174,3 +178,54 @@ def a3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> C
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+def refused(outcome, *words: str) -> None:
+    """Exit code 2, one line on stderr that has the words, nothing on stdout."""
+    assert outcome.code == 2, outcome
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line, line
+    assert outcome.stdout == ""
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder below; the lock is an empty file that stays."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if path.name != ".lock"
+    }
+
+
+@pytest.fixture(scope="session")
+def prepared(checkpoint, text_file, tmp_path_factory) -> Path:
+    """`source`, sharded, and its finished calibration and solution in `work`. Don't write to the folder."""
+    from a3cli.calibrate import calibrate
+    from a3cli.settings import CalibrateSettings, SolveSettings, make_settings
+    from a3cli.solve import solve
+    from a3cli.work import Work
+
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(checkpoint("llama-gqa", max_shard_size="40KB"), folder / "source")
+    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32}
+    settings = make_settings(CalibrateSettings, model=str(folder / "source"), text=text)
+    calibrate(settings, Work(folder / "work"), overwrite=False, progress=lambda **at: None)
+    settings = make_settings(SolveSettings, budget=0.25, mlp_multiple=8, head_multiple=2)
+    solve(settings, Work(folder / "work"), overwrite=False, progress=lambda **at: None)
+    return folder
+
+
+@pytest.fixture
+def source(prepared, tmp_path) -> Path:
+    """A copy of the checkpoint, to be damaged."""
+    return Path(shutil.copytree(prepared / "source", tmp_path / "source"))
+
+
+@pytest.fixture
+def work(a3, prepared, source, text_file, tmp_path) -> Path:
+    """A copy of the work folder, which has been told that its source was moved to `source`."""
+    folder = Path(shutil.copytree(prepared / "work", tmp_path / "work"))
+    assert a3("calibrate", source, "--dataset", text_file, *SHORT, "--work", folder).code == 0
+    return folder

@@ -116,11 +116,15 @@ class ModelShape:
     @property
     def sizes(self) -> list[LayerSizes]:
         """The full sizes, layer by layer."""
-        return [LayerSizes(self.head_dim, self.head_dim, self.intermediate_size)] * self.layers
+        return [self.full_sizes] * self.layers
+
+    @property
+    def full_sizes(self) -> LayerSizes:
+        return LayerSizes(self.head_dim, self.head_dim, self.intermediate_size)
 
     def linear_shapes(self, sizes: LayerSizes | None = None) -> dict[Role, tuple[int, int]]:
         """`[out, in]` of each linear weight of a layer of these sizes, or of a full one."""
-        d, size = self.hidden_size, sizes or self.sizes[0]
+        d, size = self.hidden_size, sizes or self.full_sizes
         return {
             "q": (self.heads * size.qk, d),
             "k": (self.kv_heads * size.qk, d),

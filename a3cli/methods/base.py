@@ -27,6 +27,13 @@ from a3cli.work import Json, Work
 # Σ a² of the attention weights a; docs/experiments.md has what was measured.
 ATTAINED = 0.25
 
+# Whose statistics are damaged, for a message.
+COMPONENT_OF = {
+    **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance"), "QK"),
+    **dict.fromkeys(("v_gram", "v_sum", "o_gram", "o_sum", "attention_residual"), "OV"),
+    **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "mlp_residual"), "MLP"),
+}
+
 Curves = dict[Component, dict[int, float]]
 
 
@@ -51,7 +58,8 @@ class LayerInputs:
             value: torch.Tensor = file.get_tensor(name)
             value = value / file.get_tensor("tokens").to(value.dtype)
         if not torch.isfinite(value).all():
-            raise A3Error(f"layer {self.layer}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
+            place = f"layer {self.layer}, {COMPONENT_OF[name]}" if name in COMPONENT_OF else f"layer {self.layer}"
+            raise A3Error(f"{place}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
         return value
 
     @cached_property
@@ -213,4 +221,4 @@ class Method(ABC):
 
     @abstractmethod
     def describe(self, layer: int) -> Json:
-        """Effective ranks and damping of one layer, for the manifest."""
+        """Effective ranks, damping and energy (the loss of keeping nothing) of one layer, for the manifest."""

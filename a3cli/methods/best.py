@@ -8,7 +8,9 @@
 - MLP: forward greedy selection that knows about the refit, then the refit of the down projection.
 """
 
-from collections.abc import Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +22,7 @@ from a3cli.families.rope import evenly_spaced
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
-from a3cli.settings import SolveSettings
+from a3cli.settings import Component, SolveSettings
 from a3cli.solvers.linalg import JointDecomposition, effective_rank, tail_sums
 from a3cli.solvers.mlp import ChannelOrder, order_channels, refit_down
 from a3cli.solvers.ov import refine_values, refit_output, solve_ov
@@ -38,6 +40,8 @@ from a3cli.solvers.rope import (
 from a3cli.solvers.slots import HeadStatistics, SlotMaps, SlotProblem, head_statistics
 from a3cli.work import Json
 
+log = logging.getLogger(__name__)
+
 CENTRING = 0.95  # share of the constant part of a key that the softmax is trusted to ignore
 LONGEST_BAND = 16  # pairs; longer bands never won, and cost grows with the square
 FAR_WEIGHT = 0.05  # weight of distances up to the whole context beside those that calibration saw
@@ -53,6 +57,13 @@ def fitted_gram(inputs: LayerInputs) -> torch.Tensor:
         return gram
     mean = inputs.mlp_mean.double()
     return gram.addr_(mean, mean, alpha=-1)
+
+
+def with_larger_diagonal(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """A copy with `damping` times the mean of its diagonal added to it."""
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean())
+    return damped
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class Best(Method):
         self.layers: list[BestLayer] = []
         self.tables: list[Table] = []  # of each layer
         self.affine: dict[int, list[float]] = {}  # slots that took the place of a shared table's, by rank
+        self.damping: defaultdict[int, dict[Component, float]] = defaultdict(dict)  # that refits used, by layer
 
     def add_layer(self, inputs: LayerInputs) -> None:
         shape = inputs.shape
@@ -160,18 +172,20 @@ class Best(Method):
 
     def _slot_maps(self, layer: int, rank: int, slots: list[float] | None = None) -> SlotMaps:
         """Bands give the maps to start from, and the slots unless others are given; the layer's own distances count."""
-        table, floor = self.tables[layer], self.settings.eigenvalue_floor
-        _, start = band_maps(table.grams[layer], table.bands[rank // 2], floor=floor)
+        table = self.tables[layer]
+        _, start = band_maps(table.grams[layer], table.bands[rank // 2], floor=self.settings.eigenvalue_floor)
+        return self._problem(layer, slots or self.rope_slots(layer, rank)).solve(start)
+
+    def _problem(self, layer: int, slots: list[float]) -> SlotProblem:
         pairs = self.model.rope.short
-        problem = SlotProblem(
+        return SlotProblem(
             self.layers[layer].heads,
             pairs,
-            frequency_at(pairs, torch.tensor(slots or self.rope_slots(layer, rank), dtype=torch.float64)),
+            frequency_at(pairs, torch.tensor(slots, dtype=torch.float64)),
             self._distances([layer]),
             centring=CENTRING,
-            floor=floor,
+            floor=self.settings.eigenvalue_floor,
         )
-        return problem.solve(start)
 
     def curves(self, layer: int) -> Curves:
         solved = self.layers[layer]
@@ -203,20 +217,24 @@ class Best(Method):
     def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
         value_map = self.layers[inputs.layer].ov.shared_map[..., :rank].contiguous()
         weight, ridge = inputs.output_weight.flatten(0, 1), self.settings.ridge
-        try:
-            value_map = refine_values(inputs.o_gram, weight, value_map, ridge=ridge, rounds=VALUE_ROUNDS)
-            refit = refit_output(inputs.o_gram, weight, value_map, ridge=ridge)
-        except ValueError as error:
-            raise self._singular(inputs, "OV", error) from error
-        return {"value_map": value_map, "output_weight": refit.mT.float().contiguous()}
+        refined = [value_map]
+
+        def fit(gram: torch.Tensor) -> torch.Tensor:
+            refined[0] = refine_values(gram, weight, value_map, ridge=ridge, rounds=VALUE_ROUNDS)
+            return refit_output(gram, weight, refined[0], ridge=ridge)
+
+        refit = self._damped(inputs, "ov", inputs.o_gram, fit)
+        return {"value_map": refined[0], "output_weight": refit.mT.float().contiguous()}
 
     def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:
         kept = self.layers[inputs.layer].channels.order[:width].sort().values
-        try:
-            gram, down, chosen = (each.to(self.device) for each in (fitted_gram(inputs), inputs.down, kept))
-            refit = refit_down(gram, down, chosen, ridge=self.settings.ridge).cpu()
-        except ValueError as error:
-            raise self._singular(inputs, "MLP", error) from error
+        down, chosen = inputs.down.to(self.device), kept.to(self.device)
+        refit = self._damped(
+            inputs,
+            "mlp",
+            fitted_gram(inputs).to(self.device),
+            lambda gram: refit_down(gram, down, chosen, ridge=self.settings.ridge),
+        ).cpu()
         tensors = {"channels": kept, "down_weight": refit.float().contiguous()}
         if inputs.shape.mlp_bias:
             mean = inputs.mlp_mean.double()
@@ -224,12 +242,38 @@ class Best(Method):
             tensors["down_bias"] = bias.float()
         return tensors
 
-    def _singular(self, inputs: LayerInputs, component: str, error: Exception) -> A3Error:
-        return A3Error(
-            f"layer {inputs.layer}, {component}: the refit's Gram matrix is singular at ridge {self.settings.ridge:g} "
-            f"({error}); calibrate on more tokens or raise --ridge"
-        )
+    def _damped(
+        self,
+        inputs: LayerInputs,
+        component: Component,
+        gram: torch.Tensor,
+        refit: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """A refit from `gram` or, where rounding left that indefinite, from one with a larger diagonal.
+
+        What it took is in `describe`. Raises A3Error if a hundredth of the mean diagonal is too little.
+        """
+        for damping in (0.0, *(10.0**-power for power in range(7, 1, -1))):
+            try:
+                result = refit(with_larger_diagonal(gram, damping) if damping else gram)
+            except ValueError as error:
+                failure = error
+                continue
+            if damping:
+                log.warning("layer %d, %s: singular statistics, damped by %g", inputs.layer, component.upper(), damping)
+            self.damping[inputs.layer][component] = max(damping, self.settings.ridge)
+            return result
+        raise A3Error(
+            f"layer {inputs.layer}, {component.upper()}: the refit fails even when damped ({failure}); "
+            "calibrate on more tokens or raise --ridge"
+        ) from failure
 
     def describe(self, layer: int) -> Json:
         solved = self.layers[layer]
-        return describe_ranks(solved.ov, solved.key_ranks, solved.channel_rank)
+        energy = {
+            "qk": float(solved.score_unit @ self._problem(layer, [0.0]).energy),
+            "ov": float(solved.ov.values.sum()) * solved.attention_unit,
+            "mlp": float(solved.channels.curve[0]) * solved.mlp_unit,
+        }
+        ranks = describe_ranks(solved.ov, solved.key_ranks, solved.channel_rank)
+        return {**ranks, "energy": energy, "damping": self.damping[layer]}

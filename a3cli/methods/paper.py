@@ -90,4 +90,10 @@ class Paper(Method):
 
     def describe(self, layer: int) -> Json:
         solved = self.layers[layer]
-        return describe_ranks(solved.ov, solved.key_ranks, effective_rank(solved.channel_scores).item())
+        energy = {
+            "qk": float((solved.score_unit @ solved.pair_scores).sum()),
+            "ov": float(solved.ov.values.sum()) * solved.attention_unit,
+            "mlp": float(solved.channel_scores.sum()) * solved.mlp_unit,
+        }
+        ranks = describe_ranks(solved.ov, solved.key_ranks, effective_rank(solved.channel_scores).item())
+        return {**ranks, "energy": energy, "damping": {}}

@@ -75,7 +75,7 @@ class SlotProblem:
         self._slot_mean = expected_phase(slots, still, distances)  # [S, 1]
         self._mean = heads.key_mean[..., None]  # [K, P, 1]
         self._whitened_mean = torch.linalg.solve(_damped(heads.keys, floor), self._mean)
-        self._energy = self._score_energy(expected_phase(pairs, pairs, distances))
+        self.energy = self._score_energy(expected_phase(pairs, pairs, distances))
 
     def _score_energy(self, phases: torch.Tensor) -> torch.Tensor:
         """The loss `[K]` of keeping nothing."""
@@ -115,7 +115,7 @@ class SlotProblem:
         left, right = self._query_equations(key)
         reached = self.heads.queries @ query
         quadratic = _real_trace(query.mH @ reached, left)
-        return (self._energy - 2 * (reached.conj() * right).sum((-1, -2)).real + quadratic).clamp_min(0)
+        return (self.energy - 2 * (reached.conj() * right).sum((-1, -2)).real + quadratic).clamp_min(0)
 
     def _best_key(self, query: torch.Tensor) -> torch.Tensor:
         """B of `G_k B N − c μ μᴴ B M = G_k R − c μ μᴴ R'`: a rank-one change of `B N = R`, c the centring."""
