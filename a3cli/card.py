@@ -1,11 +1,13 @@
 """The model card of an export, with what a reader needs to know where it came from and how to load it."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from a3cli.checkpoint import Checkpoint
+from a3cli.escape import code_span, markdown, printable
 from a3cli.families import ModelShape
 from a3cli.model import Model
 from a3cli.work import Json
@@ -24,7 +26,18 @@ A smaller version of `{{ base }}`, made in closed form and without training by
 {% for row in rows -%}
 | {{ row[0] }} | {{ row[1] }} | {{ row[2] }} |
 {% endfor %}
-Removed: {{ removed }} of the decoder's linear weights (asked: {{ asked }}).
+Removed: {{ removed }} of the decoder's linear weights (asked: {{ asked }}). Predicted loss, relative to the residual
+stream and summed over layers: {{ predicted }}.
+{% if measured %}
+
+Measured with `a3 eval`:
+
+| text | perplexity of the source | perplexity | KL, nats a token | top-1 agreement |
+|---|---|---|---|---|
+{% for row in measured -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{%- endif %}
 
 ## Load
 
@@ -39,28 +52,37 @@ Loads with {{ loaders }}. {{ rope }}.
 
 ## How it was made
 
-Calibrated on {{ tokens }} tokens ({{ blocks[0] }} blocks of {{ blocks[1] }}) of {{ datasets }}. Settings,
-versions and the hash of every file are in `a3_manifest.json`.
+Base model: `{{ base }}`{{ revision }}. Licence: {{ licence }}. Method: {{ method }}. Calibrated on {{ tokens }} tokens
+({{ blocks[0] }} blocks of {{ blocks[1] }}) of {{ datasets }}. Settings, versions and the hash of every file are in
+`a3_manifest.json`.
 
-```
-{{ calibration }}
-a3 solve {{ solve_options }}
-a3 export OUT
-```
+````
+{{ commands }}
+````
 """
 
 
 def model_card(model: Model, manifest: Json) -> str:
     """The README.md of an export, from its manifest."""
     source, solution, calibration = model.source, manifest["solution"], manifest["calibration"]
-    request = calibration["request"]
-    texts = [part["text"] for part in request["merged"]] if "merged" in request else [request["text"]]
-    base = source.name if source.revision else Path(source.name).name  # a local path says nothing to others
+    base = public_name(manifest["source"])
+    metadata = card_metadata(source)
+    commands = (
+        *calibrate_commands(base, source.revision, calibration["request"]),
+        solve_command(solution["request"]["settings"]),
+        export_command(manifest),
+    )
     card = ModelCard.from_template(
-        ModelCardData(**card_metadata(source)),
+        ModelCardData(**metadata),
         template_str=TEMPLATE,
-        title=f"{Path(source.name).name}, {100 * solution['budget_reached']:.0f} % removed",
-        base=base,
+        title=f"{markdown(Path(source.name).name)}, {100 * solution['budget_reached']:.0f} % removed",
+        base=code_span(base),
+        revision=f" at `{source.revision}`" if source.revision else "",
+        licence=markdown(", ".join(str(metadata[k]) for k in ("license", "license_name") if k in metadata))
+        or "not stated",
+        method=describe_method(solution),
+        predicted=", ".join(f"{name.upper()} {value:.4g}" for name, value in solution["predicted_loss"].items()),
+        measured=[measured_row(each) for each in manifest.get("measured") or []],
         rows=figures(model.shape, solution),
         removed=f"{100 * solution['budget_reached']:.2f} %",
         asked="per component" if solution["budget_asked"] is None else f"{100 * solution['budget_asked']:g} %",
@@ -69,9 +91,8 @@ def model_card(model: Model, manifest: Json) -> str:
         rope=describe_rope(model.shape, solution),
         tokens=f"{calibration['tokens']:,}",
         blocks=calibration["blocks"],
-        datasets=" and ".join(f"`{name_of(text)}`" for text in texts),
-        calibration="\n".join(calibrate_commands(base, texts)),
-        solve_options=solve_options(solution["request"]["settings"]),
+        datasets=" and ".join(f"`{code_span(name_of(text))}`" for text in texts_of(calibration["request"])),
+        commands="\n".join(commands),
     )
     return str(card.content).rstrip() + "\n"
 
@@ -80,17 +101,6 @@ def name_of(text: Json) -> str:
     """A dataset by the name that says something elsewhere: of a local path the last part."""
     dataset: str = text["dataset"]
     return dataset if "/" not in dataset else Path(dataset).name
-
-
-def calibrate_commands(base: str, texts: list[Json]) -> list[str]:
-    """The commands that make the statistics again; several calibrations were merged."""
-    works = [f"work-{i + 1}" for i in range(len(texts))] if len(texts) > 1 else []
-    commands = [
-        f"a3 calibrate {base} --dataset {name_of(text)} --samples {text['samples']} --seq-len {text['seq_len']} "
-        f"--seed {text['seed']}" + (f" --work {works[i]}" if works else "")
-        for i, text in enumerate(texts)
-    ]
-    return [*commands, f"a3 stats merge {' '.join(works)} --into a3-work"] if works else commands
 
 
 def card_metadata(source: Checkpoint) -> Json:
@@ -108,6 +118,24 @@ def card_metadata(source: Checkpoint) -> Json:
             if found.get(key):
                 metadata[key] = found[key]
     return metadata
+
+
+def describe_method(solution: Json) -> str:
+    """Method and shape in a few words."""
+    settings = solution["request"]["settings"]
+    name = "A³ as published" if settings["method"] == "paper" else "A³ with RoPE slots and refits"
+    corrected = ", corrected in a second sweep" if settings["sequential"] else ""
+    return f"{name} (`--method {settings['method']} --shape {settings['shape']}`){corrected}"
+
+
+def measured_row(found: Json) -> tuple[str, ...]:
+    """One data set's figures as the card shows them."""
+    name = Path(found["dataset"]).name if "/" in found["dataset"] else found["dataset"]
+    figures = [
+        "–" if found[key] is None else format(found[key], form)
+        for key, form in (("source_perplexity", ".3f"), ("perplexity", ".3f"), ("kl", ".4f"), ("top1_agreement", ".1%"))
+    ]
+    return (f"`{code_span(name)}`, blocks of {found['seq_len']}", *figures)
 
 
 def figures(shape: ModelShape, solution: Json) -> list[tuple[str, str, str]]:
@@ -143,13 +171,47 @@ def describe_rope(shape: ModelShape, solution: Json) -> str:
     return f"RoPE has {len(solution['rope_slots'])} rotated pairs of {shape.head_dim // 2}"
 
 
-def solve_options(settings: Json) -> str:
-    """The command-line options that give these settings again."""
-    options = []
-    named = ("budget", "attention_budget", "mlp_budget", "method", "shape", "context", "head_multiple", "mlp_multiple")
-    for key in (*named, "ridge"):
-        if settings[key] is not None:
-            options.append(f"--{key.replace('_', '-')} {settings[key]}")
-    if settings["sequential"]:
-        options.append("--sequential")
-    return " ".join([*options, f"--components {','.join(settings['components'])}"])
+def public_name(source: Json) -> str:
+    """A hub id as it is; of a folder its name, since its path says nothing to others."""
+    return str(source["model"]) if source["revision"] else Path(str(source["model"])).name
+
+
+def texts_of(request: Json) -> list[Json]:
+    """The text settings of a calibration, or of each one that it was merged from."""
+    return [part["text"] for part in request["merged"]] if "merged" in request else [request["text"]]
+
+
+def calibrate_commands(base: str, revision: str | None, request: Json) -> list[str]:
+    """The commands that made these statistics; several calibrations were merged."""
+    texts = texts_of(request)
+    works = [f"work-{i + 1}" for i in range(len(texts))] if len(texts) > 1 else [None]
+    commands = []
+    for text, work in zip(texts, works, strict=True):
+        options: Json = {"revision": revision, "dataset": name_of(text)}
+        options |= {key: text[key] for key in ("text_field", "split", "chat", "samples", "seq_len", "seed")}
+        options |= {key: request[key] for key in ("device", "dtype", "batch_size", "mlp_stats")}
+        commands.append(command("calibrate", base, {**options, "work": work}))
+    merging = [f"a3 stats merge {' '.join(work for work in works if work)} --into a3-work"]
+    return commands if len(texts) == 1 else commands + merging
+
+
+def solve_command(settings: Json) -> str:
+    """The command that gives these settings again."""
+    without = {"eigenvalue_floor", *(() if settings["sequential"] else ("device", "dtype", "batch_size"))}
+    options = {key: value for key, value in settings.items() if key not in without}
+    return command("solve", None, {**options, "components": ",".join(settings["components"])})
+
+
+def export_command(export: Json) -> str:
+    return command("export", "OUT", {key: export.get(key) for key in ("dtype", "max_shard_size")})
+
+
+def command(name: str, argument: str | None, options: Json) -> str:
+    """A line of shell. What is not set is left out; names with odd characters are quoted, and made printable."""
+    words = ["a3", name, *([shlex.quote(printable(argument))] if argument else [])]
+    for key, value in options.items():
+        if value is True:
+            words.append(f"--{key.replace('_', '-')}")
+        elif value is not None and value is not False:
+            words.append(f"--{key.replace('_', '-')} {shlex.quote(printable(str(value)))}")
+    return " ".join(words)

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from a3cli.card import model_card
 from a3cli.checkpoint import (
     INDEX,
-    METADATA_FILES,
     Checkpoint,
     PlannedTensor,
     TensorInfo,
@@ -28,11 +27,13 @@ from a3cli.checkpoint import (
     write_index,
     write_shard,
 )
-from a3cli.errors import A3Error
+from a3cli.errors import A3Error, CheckFailed
 from a3cli.families import LayerSizes, per_layer_config
 from a3cli.families.loaders import describe_loaders
 from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.interrupt import Stop
+from a3cli.manifest import MANIFEST
+from a3cli.measured import read_evaluation
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
 from a3cli.processes import spread
@@ -44,6 +45,8 @@ from a3cli.work import (
     check_hashes,
     check_space,
     hash_file,
+    making_scratch,
+    name_differences,
     read_manifest,
     replacing_folder,
     versions,
@@ -52,9 +55,8 @@ from a3cli.work import (
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "a3_manifest.json"
 MODELING = Path(__file__).parent / "modeling" / "modeling_a3_llama.py"
-NOT_CARRIED = ("config.json", "README.md", MANIFEST)
+NOT_CARRIED = ("README.md", MANIFEST)
 
 
 class Solution:
@@ -73,17 +75,43 @@ class Solution:
 def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None = None) -> Json:
     """Write the compressed checkpoint to `out`; returns its manifest.
 
-    Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use, and Interrupted
-    at the end of the weight file in which `stop` was set off.
+    Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use; CheckFailed if it is
+    to be written twice and the two differ; Interrupted at the end of the weight file in which `stop` was set off.
     """
+    stop = stop or Stop()
     with work.locked():
         calibration, solution = read_solution(work, held=settings.num_processes)
-        model = open_calibrated_source(work, calibration)
+        model = open_calibrated_source(work, calibration, full_check=settings.full_check)
+        check_small_files(model.source, work)
         check_target(out, model.source, work, overwrite=settings.overwrite)
         shards = plan(model, solution, settings)
-        check_space(existing_parent(out), sum(t.bytes for tensors in shards.values() for t in tensors), "export")
+        measured = [each for file in settings.evaluations for each in read_evaluation(file)]
+        size = sum(t.bytes for tensors in shards.values() for t in tensors)
+        check_space(existing_parent(out), size, "export")
         with replacing_folder(out.resolve()) as partial:
-            return write_checkpoint(partial, model, calibration, solution, shards, settings, stop or Stop())
+            inputs = (model, calibration, solution, shards, settings, measured, stop)
+            manifest = write_checkpoint(partial, *inputs)
+            if settings.check_reproducible:
+                check_space(work.folder, size, "--check-reproducible")
+                with making_scratch(work.scratch):
+                    check_same_files(manifest, write_checkpoint(work.scratch, *inputs), out)
+            return manifest
+
+
+def check_small_files(source: Checkpoint, work: Work) -> None:
+    """Raise A3Error unless tokenizer, generation config and the like are those that the calibration saw."""
+    recorded = read_manifest(work.source, "run a3 calibrate on the source again")["small_files"]
+    if differs := name_differences(recorded, source.hash_small_files()):
+        raise A3Error(
+            f"{source.name}: {differs} changed since a3 calibrate; restore what was changed, or run the same "
+            "a3 calibrate again to take the files as they are"
+        )
+
+
+def check_same_files(one: Json, other: Json, out: Path) -> None:
+    """Raise CheckFailed naming the files that two exports of the same inputs have different."""
+    if differs := name_differences(one["files"], other["files"]):
+        raise CheckFailed(f"two exports of the same inputs differ in {differs}; {out} was not written")
 
 
 def read_solution(work: Work, *, held: int = 1) -> tuple[Json, Solution]:
@@ -93,7 +121,10 @@ def read_solution(work: Work, *, held: int = 1) -> tuple[Json, Solution]:
     calibration = read_manifest(work.calibration_manifest, "run a3 calibrate --overwrite")
     manifest = read_manifest(work.solution_manifest, "run a3 solve --overwrite")
     if manifest["request"]["calibration"] != calibration["sha256"]:
-        raise A3Error(f"{work.solution} was solved from another calibration; run a3 solve --overwrite")
+        raise A3Error(
+            f"{work.solution_manifest} was solved from another calibration than {work.calibration_manifest}; "
+            "run a3 solve --overwrite"
+        )
     files = {work.layer_solution(layer): expected for layer, expected in enumerate(manifest["layers"])}
     check_hashes(files, "run a3 solve --overwrite")
     return calibration, Solution(manifest, work, held=held)
@@ -144,6 +175,7 @@ def write_checkpoint(
     solution: Solution,
     shards: dict[str, list[PlannedTensor]],
     settings: ExportSettings,
+    measured: list[Json],
     stop: Stop,
 ) -> Json:
     """Weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
@@ -168,9 +200,10 @@ def write_checkpoint(
             "fingerprint": calibration["request"]["source"],  # checked when the source was opened
         },
         "calibration": {key: calibration[key] for key in ("request", "tokens", "blocks", "tokens_sha256", "sha256")},
-        "solution": {key: value for key, value in solution.manifest.items() if key not in ("per_layer", "layers")},
+        "solution": {key: value for key, value in solution.manifest.items() if key != "layers"},
         "dtype": settings.dtype,
         "max_shard_size": settings.max_shard_size,
+        "measured": measured,
         "loads_with": describe_loaders(config),
         "versions": versions(),
     }
@@ -234,7 +267,6 @@ def per_layer_changes(model: Model, solution: Solution) -> Json:
 
 def carry_files(source: Checkpoint, folder: Path) -> None:
     """Tokenizer, generation config, chat template, licence: what lies beside the weights and is not rewritten."""
-    files = {path for pattern in METADATA_FILES for path in source.folder.glob(pattern)}
-    for path in sorted(files):
-        if path.is_file() and path.name not in NOT_CARRIED and not path.name.endswith(".safetensors.index.json"):
-            shutil.copyfile(path, folder / path.name)
+    for name, path in source.small_files().items():
+        if name not in NOT_CARRIED:
+            shutil.copyfile(path, folder / name)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from a3cli.calibrate import calibrate
 from a3cli.evaluate import evaluate
-from a3cli.export import MANIFEST, export
+from a3cli.export import export
 from a3cli.interrupt import Stop
+from a3cli.manifest import MANIFEST
 from a3cli.recipe import Recipe
 from a3cli.settings import EvalSettings, ExportSettings
 from a3cli.solve import check_settings, solve

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.export import MANIFEST, MODELING, Solution, read_solution
+from a3cli.export import MODELING, Solution, read_solution
 from a3cli.families import LayerSizes, family_of, read_shape
 from a3cli.junit import Case
 from a3cli.machine import Machine, choose_machine
+from a3cli.manifest import MANIFEST
 from a3cli.model import Model, open_calibrated_source
 from a3cli.reference import FullSizeReference, reference_logits
 from a3cli.settings import ExportSettings, VerifySettings

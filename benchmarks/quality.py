@@ -35,7 +35,7 @@ import demo_text  # noqa: E402
 
 from a3cli.cli import app  # noqa: E402
 from a3cli.evaluate import compare  # noqa: E402
-from a3cli.export import MANIFEST  # noqa: E402
+from a3cli.manifest import MANIFEST  # noqa: E402
 from a3cli.settings import TextSettings  # noqa: E402
 from a3cli.text import evaluation_blocks, load_tokenizer  # noqa: E402
 from a3cli.work import Work  # noqa: E402

@@ -1,0 +1,222 @@
+"""a3_manifest.json, the provenance of an export: its form, and the JSON Schema of that form in docs/.
+
+The form is closed: a field that is not written here makes a manifest invalid, so a new one is added here, and
+`python scripts/manifest_schema.py` writes the schema anew.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from a3cli.errors import A3Error
+from a3cli.measured import Measured
+from a3cli.settings import SolveSettings, TextSettings
+from a3cli.work import Json, read_json
+
+MANIFEST = "a3_manifest.json"
+SCHEMA_ID = "a3_manifest.schema.json"
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pair = Annotated[float, Field(ge=0)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Fingerprint(Part):
+    """What identifies a source: its configuration, sampled content of each shard, and with --full-check all of it."""
+
+    config: Sha256 = Field(alias="config.json", description="of config.json in canonical form")
+    shards: dict[str, Sha256] = Field(min_length=1)
+    sha256: dict[str, Sha256] | None = None
+
+
+class Source(Part):
+    model: str = Field(description="folder, or id on the hub")
+    revision: str | None = Field(description="commit on the hub; null for a folder")
+    fingerprint: Fingerprint
+
+
+class Ingredient(Part):
+    """One of the calibrations that were merged."""
+
+    calibration: Sha256 = Field(description="of its manifest")
+    text: TextSettings
+    tokens: Size
+
+
+class CalibrationRequest(Part):
+    text: TextSettings
+    source: Fingerprint
+    tokenizer: dict[str, Sha256]
+    batch_size: Size | Literal["auto"]
+    mlp_stats: Literal["full", "diagonal"]
+    device: str
+    dtype: str
+    merged: list[Ingredient] | None = None
+
+
+class Calibration(Part):
+    request: CalibrationRequest
+    tokens: Size
+    blocks: tuple[Size, Size] = Field(description="number and length")
+    tokens_sha256: Sha256
+    sha256: Sha256 = Field(description="of the calibration's own manifest")
+
+
+class Sizes(Part):
+    qk: Size
+    ov: Size
+    mlp: Size
+
+
+class ByComponent(Part):
+    qk: Loss
+    ov: Loss
+    mlp: Loss
+
+
+class Change(Part):
+    before: Size
+    after: Size
+
+
+class Flops(Change):
+    seq_len: Size
+
+
+class Curve(Part):
+    size: list[Size] = Field(min_length=1)
+    loss: list[Loss] = Field(min_length=1)
+
+
+class Curves(Part):
+    qk: Curve
+    ov: Curve
+    mlp: Curve
+
+
+class ByDistance(Part):
+    distance: list[Count]
+    relative: list[Loss]
+
+
+class EffectiveRank(Part):
+    qk: list[Loss] = Field(description="of each KV head")
+    ov: list[Loss] = Field(description="of each KV head")
+    mlp: Loss
+
+
+class Floored(Part):
+    ov: list[Count] = Field(description="eigenvalues raised to the floor, for each KV head")
+
+
+class Damping(Part):
+    """Relative to the mean of the Gram matrix's diagonal; more than --ridge where statistics are singular."""
+
+    ov: Loss | None = None
+    mlp: Loss | None = None
+
+
+class TokensPerDimension(Part):
+    head: Loss
+    mlp: Loss
+
+
+class Layer(Part):
+    effective_rank: EffectiveRank
+    floored_eigenvalues: Floored
+    energy: ByComponent = Field(description="the loss of keeping nothing")
+    damping: Damping = Field(description="what the refits used")
+    curves: Curves
+    score_error: ByDistance
+    tokens_per_dimension: TokensPerDimension
+
+
+class SolutionRequest(Part):
+    settings: SolveSettings
+    calibration: Sha256
+
+
+class Versions(Part):
+    a3cli: str
+    python: str
+    torch: str
+    transformers: str
+    safetensors: str
+    tokenizers: str
+
+
+class Solution(Part):
+    request: SolutionRequest
+    shape: Literal["stock", "per-layer"]
+    full_size: Sizes
+    sizes: list[Sizes] = Field(min_length=1, description="of each layer")
+    head_dim: Change | None = Field(default=None, description="stock shape only")
+    intermediate_size: Change | None = Field(default=None, description="stock shape only")
+    budget_asked: Share | None
+    budget_reached: Share
+    parameters: Change
+    bytes: Change
+    kv_bytes_per_token: Change
+    prefill_flops_per_token: Flops
+    rope_slots: list[Pair] | list[list[Pair]] | None = Field(
+        description="pair of the source that each slot turns like; null where heads keep their size"
+    )
+    context: Size
+    predicted_loss: ByComponent
+    predicted_score_error: ByDistance
+    per_layer: list[Layer] = Field(min_length=1)
+    versions: Versions
+    sha256: Sha256 = Field(description="of the solution's own manifest")
+
+
+class Manifest(Part):
+    """Where an export comes from, how it was made, and the hash of each of its files."""
+
+    model_config = ConfigDict(extra="forbid", title="a3_manifest.json")
+
+    source: Source
+    calibration: Calibration
+    solution: Solution
+    dtype: Literal["source", "float32", "bfloat16", "float16"]
+    max_shard_size: Size
+    measured: list[Measured] = Field(description="what a3 eval measured, where it was given to a3 export")
+    loads_with: str
+    versions: Versions
+    files: dict[str, Sha256] = Field(min_length=1, description="every file of the folder but this one")
+
+    @model_validator(mode="after")
+    def _one_entry_a_layer(self) -> "Manifest":
+        if len(self.solution.per_layer) != len(self.solution.sizes):
+            raise ValueError("per_layer and sizes have different lengths")
+        return self
+
+
+def schema() -> Json:
+    """JSON Schema, draft 2020-12."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA_ID,
+        **Manifest.model_json_schema(),
+    }
+
+
+def read_export_manifest(path: Path) -> Json:
+    """A manifest as it was written. Raises A3Error if it has not the form that this version of a3 writes."""
+    found = read_json(path)
+    try:
+        Manifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise A3Error(
+            f"{path} has not the form that this version of a3 writes ({where}: {first['msg']}); export again"
+        ) from None
+    return found

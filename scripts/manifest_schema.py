@@ -1,0 +1,19 @@
+"""Writes docs/a3_manifest.schema.json from the form in `a3cli/manifest.py`.
+
+python scripts/manifest_schema.py
+"""
+
+import json
+from pathlib import Path
+
+from a3cli.manifest import SCHEMA_ID, schema
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def main() -> None:
+    (DOCS / SCHEMA_ID).write_text(json.dumps(schema(), indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
