@@ -90,6 +90,11 @@ MaxMinutes = Annotated[
     float | None, typer.Option(min=0, help="Stop after the step in which this time is over; exit code 3.")
 ]
 Junit = Annotated[Path | None, typer.Option(help="Write the outcome to this JUnit file.")]
+FullCheck = Annotated[bool, typer.Option("--full-check", help="Hash the source's weights in full, not samples.")]
+Evaluations = Annotated[
+    list[Path] | None,
+    typer.Option("--eval", help="Show the figures that `a3 eval --json` wrote to this file; repeatable."),
+]
 DEFAULT_WORK = Path("a3-work")
 
 
@@ -118,6 +123,7 @@ def calibrate(
     ),
     trust_remote_code: RemoteCode = False,
     max_minutes: MaxMinutes = None,
+    full_check: FullCheck = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -141,6 +147,7 @@ def calibrate(
         hidden_states=hidden_states,
         mlp_stats=mlp_stats,
         trust_remote_code=trust_remote_code,
+        full_check=full_check,
     )
     if num_processes > 1 and not launched():
         launch(num_processes, sys.argv[1:])
@@ -276,6 +283,11 @@ def export(
     dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, like 5GB.")] = "5GB",
     num_processes: Annotated[int, typer.Option(help="Weight files written at a time.")] = 1,
+    check_reproducible: Annotated[
+        bool, typer.Option("--check-reproducible", help="Write twice and compare hashes; exit 1 if they differ.")
+    ] = False,
+    full_check: FullCheck = False,
+    evaluation: Evaluations = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -285,7 +297,14 @@ def export(
     from a3cli.settings import ExportSettings, make_settings
 
     settings = make_settings(
-        ExportSettings, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, num_processes=num_processes
+        ExportSettings,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        num_processes=num_processes,
+        full_check=full_check,
+        check_reproducible=check_reproducible,
+        evaluations=evaluation or (),
     )
     from a3cli.export import export as run
     from a3cli.interrupt import stopping
@@ -506,6 +525,38 @@ def merge(
 
     manifest = run([open_work(work) for work in works], open_work(into), overwrite=overwrite)
     display.print_json(manifest) if as_json else display.print_calibration(manifest)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show each layer's sizes, losses and statistics, the calibration text, and what may hurt."""
+    display = open_display(quiet=quiet)
+    from a3cli.inspect import describe
+
+    found = describe(folder)
+    display.print_json(found) if as_json else display.print_inspection(found)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the page to this file.")] = None,
+    evaluation: Evaluations = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one self-contained HTML page: before and after, curves, sizes, RoPE, provenance, warnings."""
+    display = open_display(quiet=quiet)
+    from a3cli.inspect import describe
+    from a3cli.report import check_place, read_evaluations, write_report
+
+    place = check_place(html)
+    result = write_report(describe(folder), read_evaluations(evaluation or []), place)
+    display.print_json(result) if as_json else display.print_report(result)
 
 
 def text_settings(

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from a3cli.escape import printable
 from a3cli.gates import describe
 
 Json = dict[str, Any]
@@ -81,7 +82,7 @@ def sweep_progress(*, quiet: bool) -> Iterator[SweepProgress]:
 
 def print_error(message: str) -> None:
     """One line on stderr, whatever control characters a file name may carry."""
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(line)}")
 
 
@@ -251,6 +252,78 @@ def _print_tasks(tasks: Json) -> None:
             values = (tasks[which][task].get(key) for which in tasks)
             table.add_row(escape(task), escape(key), *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
     _print(table)
+
+
+def print_inspection(found: Json) -> None:
+    """Stage and source, a table of all layers, the calibration text, and what may hurt."""
+    calibration, solution = found["calibration"], found["solution"]
+    blocks, length = calibration["blocks"]
+    _print(
+        f"{escape(printable(found['path']))}: {found['stage']}, from {escape(printable(str(found['source']['model'])))}"
+    )
+    done = f"; {len(found['layers'])} layers are done" if found["stage"] == "calibrating" else ""
+    _print(f"calibrated on {calibration['tokens']:,} tokens ({blocks} blocks of {length}){done}")
+    if solution:
+        removed = f"{100 * solution['budget_reached']:.2f} % of the decoder's linear weights"
+        settings = solution["request"]["settings"]
+        _print(f"solved with --method {settings['method']} --shape {solution['shape']}: {removed} removed")
+    if found["layers"]:
+        _print(_layers_table(found["layers"]))
+    if found["text"]:
+        _print(_text_table(found["text"]))
+    for warning in found["warnings"]:
+        _print(f"[yellow]warning:[/] {escape(printable(warning))}")
+    if not found["warnings"]:
+        _print("no warnings")
+
+
+def print_report(result: Json) -> None:
+    for warning in result["warnings"]:
+        log.warning("warning: %s", printable(warning))
+    _print(escape(printable(result["html"])))
+
+
+def _layers_table(layers: list[Json]) -> Table:
+    columns = ("size", "predicted loss", "energy kept", "effective rank", "condition", "tokens a dim", "damping", "MB")
+    table = Table("layer", "", *columns)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for each in layers:
+        for component in ("qk", "ov", "mlp"):
+            found = each[component]
+            after = found["bytes"]["after"] or found["bytes"]["before"]
+            table.add_row(
+                str(each["layer"]) if component == "qk" else "",
+                component.upper(),
+                f"{found['full_size']:,}" if found["size"] is None else f"{found['size']:,} of {found['full_size']:,}",
+                _or_dash(found["predicted_loss"], ".3g"),
+                _or_dash(found["energy_kept"], ".2%"),
+                _or_dash(found["effective_rank"], ".1f"),
+                "singular" if found["singular"] or found["floored"] else _or_dash(found["condition"], ".1e"),
+                f"{found['tokens_per_dimension']:,.1f}",
+                _or_dash(found["damping"], ".0e"),
+                _or_dash(None if after is None else after / 1e6, ",.2f"),
+                end_section=component == "mlp",
+            )
+    return table
+
+
+def _text_table(text: Json) -> Table:
+    table = Table("calibration text", "")
+    table.add_row("distinct tokens", f"{text['distinct_tokens']:,}")
+    if "vocabulary" in text:
+        table.add_row("share of the vocabulary", f"{text['share_of_vocabulary']:.1%} of {text['vocabulary']:,}")
+        table.add_row("bytes a token", f"{text['bytes_per_token']:.2f}")
+        table.add_row("characters", ", ".join(f"{share:.0%} {kind}" for kind, share in text["characters"].items()))
+    table.add_row(f"repeated {text['ngram']}-grams", f"{text['repeated_ngrams']:.1%}")
+    table.add_row("blocks that repeat another", str(len({each["block"] for each in text["overlapping_blocks"]})))
+    tokens = (f"{printable(repr(t.get('text', t['token'])))} {t['share']:.1%}" for t in text["most_frequent"])
+    table.add_row("most frequent tokens", escape(", ".join(tokens)))
+    return table
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _print(what: Any) -> None:

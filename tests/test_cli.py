@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("calibrate", "solve", "pareto", "export", "eval", "verify", "plan", "run", "stats merge")
+STAGES = ("calibrate", "solve", "pareto", "export", "eval")
+COMMANDS = (*STAGES, "verify", "plan", "run", "stats merge", "inspect", "report")
 
 
 def test_help_and_version_import_nothing_heavy():
