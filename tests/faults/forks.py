@@ -1,0 +1,90 @@
+"""The command line in processes of its own, forked from one that has done the imports: it may be killed or limited.
+
+Only the standard library is imported here: each fork reads this file again.
+"""
+
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+PRELOADED = [
+    "a3cli.calibrate", "a3cli.solve", "a3cli.export", "a3cli.evaluate", "a3cli.display", "a3cli.cli",
+    "a3cli.modeling.modeling_a3_llama", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
+    "transformers.models.llama.tokenization_llama", "transformers.generation", "datasets",
+]  # fmt: skip
+OUTPUTS = (".stdout", ".stderr", ".peak")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(PRELOADED)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """`code` is negative after a signal, None after `seconds` without an end; `memory` is the peak in bytes."""
+
+    code: int | None
+    stdout: str
+    stderr: str
+    memory: int
+
+
+def start(arguments: tuple[object, ...], folder: Path, *, memory: int | None = None) -> BaseProcess:
+    """Run `a3 …` in `folder`, which takes its output; returns once it is about to begin."""
+    ready, begun = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_run, args=([str(a) for a in arguments], str(folder), memory, begun), daemon=True)
+    process.start()
+    begun.close()
+    ready.recv()
+    return process
+
+
+def run(arguments: tuple[object, ...], folder: Path, *, seconds: float = 120, memory: int | None = None) -> Ended:
+    """The same to its end. `memory` is how many bytes it may map beyond what the imports did."""
+    process = start(arguments, folder, memory=memory)
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    peak = folder / ".peak"
+    found = int(peak.read_text()) if peak.exists() else 0
+    peak.unlink(missing_ok=True)
+    texts = [(folder / name).read_text("utf-8", errors="replace") for name in (".stdout", ".stderr")]
+    return Ended(code, *texts, found)
+
+
+def kill_after(delay: float, arguments: tuple[object, ...], folder: Path) -> int:
+    """SIGKILL some seconds after the command began; returns the exit code (0 if it was done before)."""
+    process = start(arguments, folder)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _run(arguments: list[str], folder: str, memory: int | None, begun) -> None:
+    import torch
+
+    from a3cli.cli import main
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    for name, number in ((".stdout", 1), (".stderr", 2)):
+        file = os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(file, number)
+    if memory is not None:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
+    sys.argv = ["a3", *arguments]
+    begun.send(None)
+    begun.close()
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
+        Path(folder, ".peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

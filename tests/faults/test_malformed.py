@@ -1,0 +1,218 @@
+"""Malformed input made by hypothesis, each in a forked process with a limit of time and memory: a line, or success."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import SHORT
+from tests.faults import forks
+
+SECONDS, MEMORY = 10, 1 << 30
+SOME = settings(
+    max_examples=14,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+MANY = settings(SOME, max_examples=60)
+
+absurd = st.one_of(
+    st.sampled_from([
+        None, True, False, -1, 0, 1, 2, 3, 7, 10**9, 2**31, 2**63, 2**64 + 1, -(2**63), 0.5, -0.0, 1e-300, 1e308,
+        float("nan"), float("inf"), "", "x", "48", "\x00\x1b[31m\n", "../..", [], [1], {}, {"a": 1}, [[[]]],
+    ]),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=3)),
+)  # fmt: skip
+
+
+@st.composite
+def mutated(draw: Any, value: dict[str, Any]) -> dict[str, Any]:
+    """One to three keys of an object, or of objects in it, gone or with another value."""
+    changed = json.loads(json.dumps(value))
+    for _ in range(draw(st.integers(1, 3))):
+        place = changed
+        while isinstance(place, dict) and place:
+            key = draw(st.sampled_from(sorted(place)))
+            if isinstance(place[key], dict) and place[key] and draw(st.booleans()):
+                place = place[key]
+                continue
+            if draw(st.booleans()):
+                place[key] = draw(absurd)
+            else:
+                del place[key]
+            break
+    return changed
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, tmp_path_factory) -> Path:
+    """A single-file checkpoint, to be copied."""
+    return Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path_factory.mktemp("model") / "source"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("malformed")
+
+
+def check(place: Path, source: Path, text: Path, *, command: str = "calibrate") -> None:
+    """Run the command, and see that it ends well."""
+    run = place / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    work = ("--work", run / "work") if command == "calibrate" else ()
+    arguments = (command, source, "--dataset", text, *SHORT, "--quiet", *work)
+    outcome = forks.run(arguments, run, seconds=SECONDS, memory=MEMORY)
+    assert outcome.code in (0, 2), outcome
+    assert outcome.memory < MEMORY, outcome
+    if outcome.code:
+        (line,) = outcome.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert line.isprintable(), line
+        assert outcome.stdout == ""
+        assert {path.name for path in run.iterdir()} <= set(forks.OUTPUTS)
+    else:
+        assert outcome.stderr == ""
+
+
+def copy(model: Path, place: Path) -> Path:
+    shutil.rmtree(place / "source", ignore_errors=True)
+    return Path(shutil.copytree(model, place / "source"))
+
+
+def repeated(test: Any) -> Any:
+    """A few examples by default, many in the slow run."""
+    return pytest.mark.parametrize("amount", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])(
+        test
+    )
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval"])
+@repeated
+def test_configurations(amount, command, model, place, text_file):
+    original = json.loads((model / "config.json").read_text())
+
+    @amount
+    @given(config=mutated(original))
+    def run(config: dict[str, Any]) -> None:
+        source = copy(model, place)
+        (source / "config.json").write_text(json.dumps(config))
+        check(place, source, text_file, command=command)
+
+    run()
+
+
+ABSURD = {
+    "vocabulary": {"vocab_size": 10**9},
+    "layers": {"num_hidden_layers": 10**9},
+    "some more layers": {"num_hidden_layers": 3000},
+    "width": {"hidden_size": 10**8},
+    "MLP width": {"intermediate_size": 10**9},
+    "heads": {"head_dim": 10**9},
+    "context": {"max_position_embeddings": 10**12},
+    "attention": {"attn_implementation": "flash_attention_2"},
+    "dtype": {"dtype": "nonsense"},
+}
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval"])
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_sizes(name, command, model, place, text_file):
+    """Nothing of such a size is made before it is compared with the weights that are there."""
+    source = copy(model, place)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | ABSURD[name]))
+    check(place, source, text_file, command=command)
+
+
+@st.composite
+def headers(draw: Any, header: dict[str, Any], size: int) -> bytes:
+    """The header of a safetensors file with offsets, shapes or types that do not fit, or with no sense at all."""
+    kind = draw(st.sampled_from(["entry", "entry", "entry", "length", "bytes", "nested", "swap"]))
+    if kind == "bytes":
+        return draw(st.binary(max_size=64))
+    changed = json.loads(json.dumps(header))
+    names = sorted(set(changed) - {"__metadata__"})
+    one, other = draw(st.sampled_from(names)), draw(st.sampled_from(names))
+    if kind == "swap":  # two tensors at one place
+        changed[one]["data_offsets"] = changed[other]["data_offsets"]
+    elif kind == "entry":
+        numbers = st.sampled_from([0, 1, -1, size, size + 1, 2**31, 2**62, 2**64, 10**30])
+        field = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+        odd = {
+            "dtype": st.sampled_from(["F32", "I64", "F8_E4M3", "BOOL", "", "X", "BF16"]),
+            "shape": st.lists(numbers, max_size=4),
+            "data_offsets": st.lists(numbers, min_size=2, max_size=2),
+        }[field]
+        changed[one][field] = draw(odd | absurd)
+    text = json.dumps(changed).encode()
+    if kind == "nested":
+        text = b'{"a":' * 100_000
+    length = draw(st.sampled_from([0, 1, 2**31, 2**63, 2**64 - 1])) if kind == "length" else len(text)
+    return struct.pack("<Q", length) + text
+
+
+@repeated
+def test_safetensors_headers(amount, model, place, text_file):
+    whole = (model / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    original, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+    @amount
+    @given(header=headers(original, len(data)))
+    def run(header: bytes) -> None:
+        source = copy(model, place)
+        (source / "model.safetensors").write_bytes(header + data)
+        check(place, source, text_file)
+
+    run()
+
+
+@repeated
+def test_tokenizers(amount, model, place, text_file):
+    originals = {name: json.loads((model / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    originals["tokenizer.json"]["model"]["vocab"] = dict(
+        list(originals["tokenizer.json"]["model"]["vocab"].items())[:40]
+    )
+
+    @amount
+    @given(data=st.data(), name=st.sampled_from(sorted(originals)))
+    def run(data: Any, name: str) -> None:
+        source = copy(model, place)
+        text = json.dumps(data.draw(mutated(originals[name])))
+        (source / name).write_text(text[: data.draw(st.integers(0, len(text)) | st.just(len(text)))])
+        check(place, source, text_file)
+
+    run()
+
+
+@repeated
+def test_texts(amount, model, place):
+    rows = st.one_of(
+        st.binary(max_size=300),
+        st.lists(st.dictionaries(st.sampled_from(["text", "body"]), absurd, max_size=2), max_size=6).map(
+            lambda lines: "\n".join(json.dumps(line) for line in lines).encode()
+        ),
+        st.text(max_size=300).map(lambda text: text.encode("utf-8", "surrogatepass")),
+        st.just(b"PAR1" + b"\xff" * 40 + b"PAR1"),
+    )
+
+    @amount
+    @given(content=rows, suffix=st.sampled_from([".txt", ".jsonl", ".parquet"]))
+    def run(content: bytes, suffix: str) -> None:
+        text = place / f"text{suffix}"
+        text.write_bytes(content)
+        check(place, model, text)
+
+    run()

@@ -1,0 +1,100 @@
+"""Singular statistics are solved, finite, and their damping reported; a NaN is refused with its place."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from a3cli.work import hash_file, read_json, write_manifest
+from tests.conftest import build_tokenizer, refused
+
+ROUNDING = ("--head-multiple", 2, "--mlp-multiple", 8)
+
+
+def duplicate_channels(layer) -> None:
+    for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+        projection.weight[48:] = projection.weight[:48]
+    for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+        heads = projection.weight.view(-1, 16, 48)
+        heads[:, 8:] = heads[:, :8]
+
+
+def kill_channels(layer) -> None:
+    layer.mlp.up_proj.weight[::3] = 0
+    for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+        projection.weight.view(-1, 16, 48)[:, 5:9] = 0
+
+
+def kill_all(layer) -> None:
+    """A layer that does nothing."""
+    for projection in (layer.mlp.up_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+        projection.weight[:] = 0
+
+
+def nothing(layer) -> None:
+    """The statistics are singular because there are fewer tokens than dimensions."""
+
+
+@pytest.fixture(params=[duplicate_channels, kill_channels, kill_all, nothing], ids=lambda change: change.__name__)
+def singular(request, checkpoint, text_file, a3, tmp_path) -> Path:
+    folder = Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path / "source"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        request.param(model.model.layers[1])
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    samples = 1 if request.param is nothing else 8
+    length = 12 if request.param is nothing else 48
+    text = ("--dataset", text_file, "--samples", samples, "--seq-len", length)
+    assert a3("calibrate", folder, *text, "--work", tmp_path / "work").code == 0
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--method", "best"), ("--method", "best", "--shape", "per-layer"), ("--method", "paper"), ("--sequential",)],
+    ids=["best", "per-layer", "paper", "sequential"],
+)
+def test_singular_statistics_are_solved(options, singular, a3, tmp_path):
+    budgets = ("--attention-budget", 0.25, "--mlp-budget", 0.25)
+    outcome = a3("solve", *budgets, *ROUNDING, *options, "--work", singular, "--json")
+    assert outcome.code == 0, outcome.stderr
+    per_layer = outcome.json["per_layer"]
+    assert torch.isfinite(
+        torch.tensor([v for each in per_layer for c in each["curves"].values() for v in c["loss"]])
+    ).all()
+    for file in (singular / "solution").glob("*.safetensors"):
+        assert all(torch.isfinite(tensor.float()).all() for tensor in load_file(file).values()), file
+    assert a3("export", tmp_path / "out", "--work", singular).code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code="per-layer" in options)
+    assert torch.isfinite(model(torch.arange(40)[None]).logits).all()
+    found = a3("inspect", singular, "--json").json
+    assert any("singular statistics in layer" in warning for warning in found["warnings"])
+    assert found["layers"][1]["qk"]["singular"] or found["layers"][1]["ov"]["singular"]
+    assert found["layers"][1]["ov"]["damping"] > 0
+    assert per_layer[1]["damping"] == {} or min(per_layer[1]["damping"].values()) >= 1e-6
+    assert "singular" in a3("inspect", singular).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [("q_gram", "QK"), ("k_gram", "QK"), ("k_sum", "QK"), ("v_gram", "OV"), ("o_gram", "OV"), ("mlp_gram", "MLP")],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite_are_refused(name, component, value, work, a3):
+    """With their hashes in order, as if the sweep had written them."""
+    path = work / "calibration" / "layer-001.safetensors"
+    sums = load_file(path)
+    sums[name].view(-1)[-1] = value
+    save_file(sums, path)
+    manifest = read_json(work / "calibration" / "manifest.json")
+    manifest["layers"][1] = hash_file(path)
+    manifest.pop("sha256")
+    write_manifest(work / "calibration" / "manifest.json", manifest)
+    solution = json.loads((work / "solution" / "manifest.json").read_text())
+    assert solution
+    refused(a3("solve", "--budget", 0.25, *ROUNDING, "--overwrite", "--work", work), "layer 1", component, name, "NaN")
