@@ -235,6 +235,9 @@ def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json
         "fingerprint": request["source"],
         "small_files": source.hash_small_files(),
     }
+    with suppress(A3Error):  # damaged, or not there yet
+        if {**read_manifest(work.source, ""), "sha256": None} == {**record, "sha256": None}:
+            return
     write_manifest(work.source, record)
 
 

@@ -197,7 +197,11 @@ def calibrate_commands(base: str, revision: str | None, request: Json) -> list[s
 
 def solve_command(settings: Json) -> str:
     """The command that gives these settings again."""
-    without = {"eigenvalue_floor", *(() if settings["sequential"] else ("device", "dtype", "batch_size"))}
+    without = {"eigenvalue_floor", "probe_blocks", "probe_points"}  # no options
+    if not settings["sequential"]:
+        without |= {"refit_rounds"}
+        if settings["sensitivity"] != "probe":
+            without |= {"device", "dtype", "batch_size"}
     options = {key: value for key, value in settings.items() if key not in without}
     return command("solve", None, {**options, "components": ",".join(settings["components"])})
 

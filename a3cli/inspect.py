@@ -252,7 +252,8 @@ def solved_component(component: Component, dimensions: Dimensions, solution: Jso
     """What a solution says of one layer's component."""
     size, found = solution["sizes"][layer][component], solution["per_layer"][layer]
     loss = loss_at(found["curves"][component], size)
-    energy = found["energy"][component]
+    # Probed losses are in units of their own.
+    energy = found["energy"][component] if solution["request"]["settings"]["sensitivity"] == "residual" else None
     ranks = found["effective_rank"][component]
     settings = solution["request"]["settings"]
     floor = 0.0 if component == "mlp" else settings["eigenvalue_floor"]

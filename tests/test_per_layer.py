@@ -23,7 +23,7 @@ from a3cli.families import LayerSizes
 from a3cli.families.loaders import describe_loaders
 from a3cli.model import describe
 from a3cli.settings import ExportSettings, SolveSettings, TextSettings
-from a3cli.work import Json, Work, hash_file, write_json, write_manifest, write_tensors
+from a3cli.work import Json, Work, hash_file, write_manifest, write_tensors
 from tests.conftest import MODELS, VOCABULARY, build_model, build_tokenizer
 
 LENGTH = 120  # beyond the longrope source's original context
@@ -73,8 +73,10 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
     work.solution.mkdir()
     checkpoint = Checkpoint(source)
     shape, item = describe(checkpoint).shape, checkpoint.dtype.itemsize
-    request = {"source": checkpoint.fingerprint(), "text": TextSettings(dataset="by-hand").model_dump()}
-    write_json(work.source, {"model": str(source), "revision": None})
+    machine = {"batch_size": 1, "mlp_stats": "full", "device": "cpu", "dtype": "float32"}
+    request = {"source": checkpoint.fingerprint(), "text": TextSettings(dataset="by-hand").model_dump(), **machine}
+    small_files = checkpoint.hash_small_files()
+    write_manifest(work.source, {"model": str(source), "revision": None, "small_files": small_files})
     calibration = write_manifest(
         work.calibration_manifest,
         {"request": request, "tokens": 8, "blocks": [2, 4], "tokens_sha256": "", "layers": []},
@@ -93,6 +95,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
             "sizes": [asdict(size) for size in sizes],
             "rope_slots": slots,
             "context": checkpoint.config["max_position_embeddings"],
+            "predicted_loss": {"qk": 0.0, "ov": 0.0, "mlp": 0.0},
             "budget_asked": 0.3,
             "budget_reached": (before - kept) / before,
             "parameters": {
