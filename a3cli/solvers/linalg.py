@@ -110,7 +110,8 @@ def solve_ridge(
     ValueError if it cannot be factorised.
     """
     factor = gram if overwrite_gram else gram.clone()
-    factor.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
+    mean = gram.diagonal().mean()
+    factor.diagonal().add_(torch.where(mean > torch.finfo(gram.dtype).tiny, ridge * mean, 1.0))
     failed = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if failed:
