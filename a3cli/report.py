@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from a3cli import charts
-from a3cli.card import calibrate_command, export_command, public_name, solve_command, spread
+from a3cli.card import calibrate_commands, export_command, public_name, solve_command, spread
 from a3cli.errors import A3Error
 from a3cli.escape import printable
 from a3cli.measured import read_evaluation
@@ -203,7 +203,8 @@ def settings(found: Json) -> list[tuple[str, Json]]:
 
 
 def commands(found: Json) -> list[str]:
-    calls = [calibrate_command(public_name(found["source"]), found["source"]["revision"], found["calibration"])]
+    source = found["source"]
+    calls = calibrate_commands(public_name(source), source["revision"], found["calibration"]["request"])
     if found["solution"]:
         calls.append(solve_command(found["solution"]["request"]["settings"]))
     if found["export"]:

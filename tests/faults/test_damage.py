@@ -134,7 +134,7 @@ def test_damaged_index(damage, whole, here, a3, tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("name", ["progress.json", "tokens.safetensors", "layer-000.safetensors", "hidden-1.bin"])
+@pytest.mark.parametrize("name", ["progress.json", "tokens.safetensors", "layer-000.safetensors", "hidden-001.bin"])
 def test_damaged_under_way(name, damage, whole, a3, text_file, tmp_path, monkeypatch):
     from a3cli import display
 

@@ -154,7 +154,7 @@ def test_links_in_the_way_of_what_is_written(work, source, text_file, a3, tmp_pa
     for name in ("source.json", "calibration/layer-000.safetensors", "calibration/tokens.safetensors"):
         path = work / name
         (path.parent / f".{path.name}.partial").symlink_to(precious)
-    for name in ("hidden-0.bin", "hidden-1.bin", "layer-000.safetensors"):
+    for name in ("hidden-000.bin", "hidden-next.bin", "layer-000.safetensors"):
         (work / "calibration" / name).unlink(missing_ok=True)
         (work / "calibration" / name).symlink_to(precious)
     assert a3(*calibrate(source, text_file, work, "--overwrite")).code == 0
