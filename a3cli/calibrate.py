@@ -135,13 +135,19 @@ class Calibration:
         check_hash(self.work.tokens, self.done["tokens_sha256"], "use --overwrite")
         for layer, expected in enumerate(self.done["layers"]):
             check_hash(self.work.statistics(layer), expected, "use --overwrite")
-        for name, expected in self.done["hidden_states"].items():
-            if (self.work.calibration / name).is_file():  # else it is made again
-                check_hash(self.work.calibration / name, expected, "start again with --overwrite")
+        self._drop_damaged_hidden_states()
         if self.done["layers"]:
             log.info("going on at layer %d", len(self.done["layers"]))
         self._check_space()
         return load_file(self.work.tokens)["tokens"], len(self.done["layers"])
+
+    def _drop_damaged_hidden_states(self) -> None:
+        """What is not there is made again, by another pass through the layers that are done."""
+        for name, expected in self.done["hidden_states"].items():
+            file = self.work.calibration / name
+            if file.is_file() and hash_file(file) != expected:
+                log.warning("%s is not as it was written; it is made again", file)
+                file.unlink()
 
     def _check_space(self) -> None:
         layers = self.model.shape.layers - len(self.done["layers"])

@@ -447,9 +447,10 @@ def plan(
         bool, typer.Option("--measure", help="Measure here what is not given: seconds, and a file in this folder.")
     ] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what a run will take and give, before it: sizes, disk, memory, time, and what loads the result."""
-    display = open_display(quiet=False)
+    display = open_display(quiet=quiet)
     from a3cli.settings import PlanSettings, make_settings
 
     settings = make_settings(

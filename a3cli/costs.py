@@ -86,7 +86,8 @@ def calibration_flops_per_token(shape: ModelShape, seq_len: int, *, full_mlp: bo
     """One layer's forward and moments, for one token of blocks of `seq_len`."""
     query, kv, width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate_size
     forward = prefill_flops_per_token(shape, shape.sizes[:1], seq_len)
-    return forward + 2 * ((query + 2 * kv) * shape.head_dim + query**2 + (width**2 if full_mlp else 2 * width))
+    large = (query**2 + (width**2 if full_mlp else 2 * width)) // 2  # upper triangles
+    return forward + 2 * ((query + 2 * kv) * shape.head_dim + large)
 
 
 def layer_bytes(shape: ModelShape, itemsize: int) -> int:

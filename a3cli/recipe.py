@@ -5,7 +5,7 @@
     calibrate: {model: ../demo/model, text: {dataset: ../demo/text/calibration.txt}}
     solve: {budget: 0.25}
     export: {}
-    eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     may be left out
+    eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     may be left out; or `texts`, a list
 
 Relative paths start at the recipe's own folder: `work` and `out` always, models and datasets if they begin with `./` or
 `../`, since `owner/name` is a hub id.
@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 from a3cli.errors import A3Error, first_line
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Settings, SolveSettings
 
-PATHS = (("calibrate", "model"), ("calibrate", "text", "dataset"), ("eval", "against"), ("eval", "text", "dataset"))
+PATHS = (("calibrate", "model"), ("calibrate", "text", "dataset"), ("eval", "against"))
 
 
 class Recipe(Settings):
@@ -47,8 +47,8 @@ def read_recipe(path: Path, *, work: Path | None = None, out: Path | None = None
             content[key] = str((path.parent / content[key]).resolve())
     for place in PATHS:
         start_at(path.parent, content, place)
-    if isinstance(content.get("eval"), dict) and isinstance(content.get("out"), str):
-        content["eval"] = {"model": content["out"], **content["eval"]}  # what else would be measured?
+    if isinstance(content.get("eval"), dict):
+        content["eval"] = as_evaluation(content["eval"], path.parent, content.get("out"))
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -67,6 +67,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise A3Error(f"recipe {path} holds {type(content).__name__}, not settings by name")
     return {str(key): value for key, value in content.items()}
+
+
+def as_evaluation(section: dict[str, Any], folder: Path, out: Any) -> dict[str, Any]:
+    """The settings of an evaluation: of the export, if no other model is named, and on `text` or several `texts`."""
+    section = {"model": out, **section} if isinstance(out, str) else dict(section)
+    if "text" in section and "texts" not in section:
+        section["texts"] = [section.pop("text")]
+    for text in section["texts"] if isinstance(section.get("texts"), list) else []:
+        start_at(folder, {"text": text}, ("text", "dataset"))
+    return section
 
 
 def start_at(folder: Path, content: dict[str, Any], place: tuple[str, ...]) -> None:

@@ -98,19 +98,35 @@ def chain(source, text_file, folder) -> dict[str, tuple]:
         "export": (out, *work),
         "eval": (out, "--against", source, *text, "--fail-if", "kl < 0"),
         "verify": (out, *work),
+        "inspect": (out,),
+        "report": (out, "--html", folder / "report.html"),
+        "plan": (source, "--seq-len", 32, "--head-multiple", 2, "--mlp-multiple", 8),
+        "stats merge": (folder / "work", folder / "more", "--into", folder / "merged"),
+        "run": (folder / "recipe.yaml",),
     }
+
+
+RECIPE = """
+work: {folder}/recipe-work
+out: {folder}/recipe-out
+calibrate: {{model: {source}, text: {{dataset: {text}, samples: 2, seq_len: 32}}}}
+solve: {{budget: 0.2, method: paper, head_multiple: 2, mlp_multiple: 8}}
+"""
 
 
 def test_results_go_to_stdout_and_all_else_to_stderr(a3, checkpoint, text_file, tmp_path):
     """As JSON and quietly, stderr is silent; for people neither stream has colours or bars off a terminal."""
-    commands = chain(checkpoint("llama-gqa"), text_file, tmp_path)
+    source = checkpoint("llama-gqa")
+    commands = chain(source, text_file, tmp_path)
     assert set(commands) == set(COMMANDS)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path, source=source, text=text_file))
+    assert a3("calibrate", *commands["calibrate"], "--seed", 1, "--work", tmp_path / "more").code == 0
     for command, arguments in commands.items():
-        outcome = a3(command, *arguments, "--json", "--quiet")
+        outcome = a3(*command.split(), *arguments, "--json", "--quiet")
         assert outcome.code == 0, outcome
         assert outcome.stderr == "", command
         assert isinstance(outcome.json, dict)
-        shown = a3(command, *arguments, *(("--overwrite",) if command == "export" else ()))
+        shown = a3(*command.split(), *arguments, *(("--overwrite",) if command == "export" else ()))
         assert shown.code == 0, shown
         assert shown.stdout.strip()
         assert not [mark for mark in ("\x1b", "\r", "%|") if mark in shown.stdout + shown.stderr], command

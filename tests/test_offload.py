@@ -70,6 +70,7 @@ def test_damaged_hidden_states_are_made_again(damage, a3, command, whole, cut):
     file.unlink() if damage == "gone" else os.truncate(file, size - 8 if damage == "truncated" else size + 8)
     said = finished_alike(a3, command, cut, whole)
     assert "hidden states of layer 3 are not there" in said
+    assert ("hidden-003.bin is not as it was written" in said) == (damage != "gone")
 
 
 def test_hidden_states_truncated_under_way(a3, command, whole, tmp_path, monkeypatch):
@@ -232,7 +233,7 @@ def test_batch_from_the_memory_that_is_free(monkeypatch):
     assert layer_bytes(LLAMA_70B, 2) == pytest.approx(1.71e9, rel=0.01)
     assert moment_bytes(LLAMA_70B, full_mlp=True) == pytest.approx(4 * 28672**2 + 2 * 28672**2, rel=0.1)
     monkeypatch.setattr(Machine, "free_memory", lambda self: 80 * 10**9)
-    gpu = Machine(torch.device("cuda"), 2)
+    gpu = Machine(torch.device("cuda"), torch.bfloat16)
     batch = choose_batch_size(LLAMA_70B, gpu, 2048, 128, full_mlp=True)
     needed = layer_bytes(LLAMA_70B, 2) + moment_bytes(LLAMA_70B, full_mlp=True)
     block = block_bytes(LLAMA_70B, 2, 2048)

@@ -76,7 +76,7 @@ def test_stopped_in_a_stage_it_goes_on_there(stage, a3, recipe, tmp_path, monkey
     done = times(tmp_path / "work" / "calibration")
     assert done
     with monkeypatch.context() as patch:
-        patch.setattr("a3cli.calibrate.sweep", stop)  # is not needed again
+        patch.setattr("a3cli.calibrate.Sweep", stop)  # is not needed again
         assert a3("run", recipe).code == 0
     assert times(tmp_path / "work" / "calibration") == done
 

@@ -22,7 +22,7 @@ from a3cli.families.rope import evenly_spaced
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
-from a3cli.settings import Component, SolveSettings
+from a3cli.settings import COMPONENTS, Component, SolveSettings
 from a3cli.solvers.linalg import JointDecomposition, effective_rank, tail_sums
 from a3cli.solvers.mlp import ChannelOrder, order_channels, refit_down
 from a3cli.solvers.ov import refine_values, refit_output, solve_ov
@@ -155,6 +155,7 @@ class Best(Method):
 
     def settle(self, sizes: Sequence[LayerSizes]) -> None:
         """In the stock shape, evenly spaced slots if they cost next to nothing: every runtime reads them."""
+        self.damping.clear()  # what projections that are not part of the solution took
         rank = sizes[0].qk
         if self.per_layer or rank == self.model.shape.head_dim or rank in self.affine:
             return
@@ -275,5 +276,5 @@ class Best(Method):
             "ov": float(solved.ov.values.sum()) * solved.attention_unit,
             "mlp": float(solved.channels.curve[0]) * solved.mlp_unit,
         }
-        ranks = describe_ranks(solved.ov, solved.key_ranks, solved.channel_rank)
-        return {**ranks, "energy": energy, "damping": self.damping[layer]}
+        ranks, damping = describe_ranks(solved.ov, solved.key_ranks, solved.channel_rank), self.damping[layer]
+        return {**ranks, "energy": energy, "damping": {c: damping[c] for c in COMPONENTS if c in damping}}
