@@ -79,6 +79,19 @@ def test_dead_channels_do_not_move(problem):
     assert (step[:, 4] == 0).all()
 
 
+def test_what_nothing_reaches_stays(problem):
+    _, weights, biases, x, target = problem
+    step = gauss_newton_step(
+        lambda z: z[:, 0] @ torch.zeros(5, 4, dtype=torch.float64),
+        weights,
+        biases,
+        batches_of(x, target),
+        damping=0.1,
+        iterations=3,
+    )
+    assert (step == 0).all()
+
+
 def test_conjugate_gradients_solve_a_dense_system():
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(12, 12, dtype=torch.float64, generator=generator)

@@ -76,5 +76,7 @@ def _first_pass(
         gram.addmm_(x.mT, x)
         tokens += len(x)
     gram /= tokens
-    gram.diagonal().add_(1e-3 * gram.diagonal().mean())
-    return gram, rows.clamp_min(1e-6 * rows.mean()), right
+    mean = gram.diagonal().mean()
+    gram.diagonal().add_(torch.where(mean > 0, 1e-3 * mean, 1.0))
+    least = torch.finfo(rows.dtype).tiny  # where nothing reaches the outputs the step is zero
+    return gram, rows.clamp_min(1e-6 * rows.mean()).clamp_min(least), right
