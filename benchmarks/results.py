@@ -1,6 +1,6 @@
 """The table of docs/results.md: perplexity, KL and agreement of compressed models at several budgets.
 
-    python benchmarks/results.py SHARED [--write docs/results.md]
+    python benchmarks/results.py SHARED [--write docs/results.md] [--model NAME] [--budgets 0.25,0.4] [--samples 64]
 
 SHARED holds `models/wikitext-llama`, `models/stories260k`, `data/wikitext2` and `data/tinystories.txt`. Every figure is
 made by the command line itself, in one run: calibrate once a model, then solve, export and eval at each budget.
@@ -12,15 +12,19 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+SEQUENTIAL = ("--sequential", "--batch-size", "8")
 VARIANTS = {
     "paper": ("--method", "paper"),
     "best": (),
-    "best, sequential": ("--sequential", "--batch-size", "8"),
+    "best, sequential": (*SEQUENTIAL, "--refit-rounds", "0"),
+    "best, sequential, gate and up": SEQUENTIAL,
     "best, per-layer": ("--shape", "per-layer"),
-    "best, per-layer, sequential": ("--shape", "per-layer", "--sequential", "--batch-size", "8"),
+    "best, per-layer, sequential": ("--shape", "per-layer", *SEQUENTIAL, "--refit-rounds", "0"),
+    "best, per-layer, sequential, gate and up": ("--shape", "per-layer", *SEQUENTIAL),
 }
 BUDGETS = (0.1, 0.25, 0.4)
 HEADER = (
@@ -78,8 +82,8 @@ def subjects(shared: Path, folder: Path) -> list[Subject]:
     ]
 
 
-def measure(subject: Subject, folder: Path) -> list[str]:
-    """Table rows of one model: dense, then each budget."""
+def measure(subject: Subject, folder: Path, budgets: Sequence[float], samples: int | None) -> list[str]:
+    """Table rows of one model: dense, then each budget; on all of its evaluation text, or its first blocks."""
     work = folder / f"{subject.name}-work"
     text = ("--seq-len", 512, "--batch-size", 8)
     a3(
@@ -94,12 +98,13 @@ def measure(subject: Subject, folder: Path) -> list[str]:
         work,
     )
     rows, papers = [], {}
-    for (method, options), budget in itertools.product(VARIANTS.items(), BUDGETS):
+    for (method, options), budget in itertools.product(VARIANTS.items(), budgets):
         solved = a3("solve", "--budget", budget, *options, *subject.rounding, "--work", work, "--overwrite")
         out = folder / "out"
         a3("export", out, "--work", work, "--overwrite")
         remote = () if solved["shape"] == "stock" else ("--trust-remote-code",)
-        result = a3("eval", out, "--against", subject.model, "--dataset", subject.evaluation, *text, *remote)
+        first = () if samples is None else ("--samples", samples)
+        result = a3("eval", out, "--against", subject.model, "--dataset", subject.evaluation, *text, *first, *remote)
         if not rows:
             rows.append(dense_row(subject.name, solved, result))
         papers.setdefault(budget, result["perplexity_increase"])
@@ -153,9 +158,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path)
     parser.add_argument("--write", type=Path, help="replace the table between the markers of this file")
+    parser.add_argument("--model", help="one of the models only")
+    parser.add_argument("--budgets", type=lambda text: tuple(map(float, text.split(","))), default=BUDGETS)
+    parser.add_argument("--samples", type=int, help="evaluate on so many blocks (default: all)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [line for subject in subjects(args.shared, Path(folder)) for line in measure(subject, Path(folder))]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chosen = [each for each in subjects(args.shared, folder) if args.model in (None, each.name)]
+        rows = [line for each in chosen for line in measure(each, folder, args.budgets, args.samples)]
     table = "\n".join([HEADER, "|" + "---|" * HEADER.count(" |"), *rows])
     print(table)
     if args.write:

@@ -59,7 +59,7 @@ def content(folder: Path) -> dict[str, bytes | None]:
     return {name: data for name, data in snapshot(folder).items() if not name.startswith(forks.OUTPUTS)}
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", list(MADE))
 def test_killed_at_random_moments(stage, kills, road, tmp_path):
     step, moments, died = road[stage], random.Random(stage), 0
