@@ -10,6 +10,10 @@ class A3Error(Exception):
     exit_code = 2
 
 
+class CannotWrite(A3Error):
+    """The disk is full or a file may not be written; what was finished before stays, and the same command goes on."""
+
+
 class CheckFailed(A3Error):
     """A check that ran to its end and found its subject wanting. Exit code 1."""
 

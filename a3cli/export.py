@@ -2,7 +2,8 @@
 
 In the stock shape it is a stock checkpoint; in the per-layer shape the folder also holds the code that builds layers of
 different sizes. Tensors stream from the source's shards to new ones, one at a time; what the solution does not touch is
-copied byte for byte. The folder is written beside its place and renamed at the end.
+copied byte for byte. The folder is written beside its place and renamed at the end; an export that was cut short goes
+on with the weight files that it had finished.
 """
 
 import logging
@@ -40,15 +41,16 @@ from a3cli.processes import spread
 from a3cli.projections import apply_projection
 from a3cli.settings import ExportSettings
 from a3cli.work import (
+    Draft,
     Json,
     Work,
     check_hashes,
     check_space,
+    drafting,
     hash_file,
     making_scratch,
     name_differences,
     read_manifest,
-    replacing_folder,
     versions,
     write_json,
 )
@@ -88,14 +90,25 @@ def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None
         measured = [each for file in settings.evaluations for each in read_evaluation(file)]
         size = sum(t.bytes for tensors in shards.values() for t in tensors)
         check_space(existing_parent(out), size, "export")
-        with replacing_folder(out.resolve()) as partial:
-            inputs = (model, calibration, solution, shards, settings, measured, stop)
-            manifest = write_checkpoint(partial, *inputs)
+        request = describe_request(settings, solution)
+        inputs = (model, calibration, solution, shards, settings, measured, stop)
+        with drafting(out.resolve(), request) as draft:
+            manifest = write_checkpoint(draft, *inputs)
             if settings.check_reproducible:
                 check_space(work.folder, size, "--check-reproducible")
-                with making_scratch(work.scratch):
-                    check_same_files(manifest, write_checkpoint(work.scratch, *inputs), out)
+                with making_scratch(work.scratch), drafting(work.scratch / "export", request) as again:
+                    check_same_files(manifest, write_checkpoint(again, *inputs), out)
             return manifest
+
+
+def describe_request(settings: ExportSettings, solution: Solution) -> Json:
+    """Everything that the weight files depend on."""
+    wanted = {"dtype", "max_shard_size"}
+    return {
+        "settings": settings.model_dump(mode="json", include=wanted),
+        "solution": solution.manifest["sha256"],
+        "versions": versions(),
+    }
 
 
 def check_small_files(source: Checkpoint, work: Work) -> None:
@@ -169,7 +182,7 @@ def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str
 
 
 def write_checkpoint(
-    folder: Path,
+    draft: Draft,
     model: Model,
     calibration: Json,
     solution: Solution,
@@ -179,11 +192,16 @@ def write_checkpoint(
     stop: Stop,
 ) -> Json:
     """Weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
+    folder = draft.folder
 
     def write(shard: str) -> str:
-        stop.before(f"writing {shard}", "nothing is left of the export, the same command writes it anew")
-        log.info("writing %s", shard)
-        return write_shard(folder / shard, shards[shard], (transformed(model, solution, t) for t in shards[shard]))
+        known = draft.learnt(shard)
+        if known is None:
+            stop.before(f"writing {shard}", "the same command goes on there")
+            log.info("writing %s", shard)
+            tensors = (transformed(model, solution, t) for t in shards[shard])
+            known = draft.finish(shard, write_shard(folder / shard, shards[shard], tensors))
+        return str(known["sha256"])
 
     hashes = dict(zip(shards, spread(write, shards, settings.num_processes), strict=True))
     if len(shards) > 1:

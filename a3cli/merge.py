@@ -21,10 +21,10 @@ from a3cli.work import (
     check_hash,
     check_space,
     differences,
+    drafting,
     hash_file,
     read_json,
     read_manifest,
-    replacing_folder,
     versions,
     write_json,
     write_manifest,
@@ -120,21 +120,24 @@ def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json |
 
 
 def write_merged(parts: Sequence[Work], calibrations: list[Json], target: Work, request: Json) -> Json:
-    """Layer by layer; the folder appears when it is whole."""
+    """Layer by layer; the folder appears when it is whole, and a merge that was cut short goes on."""
     for work, calibration in zip(parts, calibrations, strict=True):
         check_hash(work.tokens, calibration["tokens_sha256"], REMEDY)
-    with replacing_folder(target.calibration) as partial:
+    with drafting(target.calibration, request) as draft:
         tokens = torch.cat([load_file(work.tokens)["tokens"] for work in parts])
-        tokens_file = partial / target.tokens.name
+        tokens_file = draft.folder / target.tokens.name
         write_tensors(tokens_file, {"tokens": tokens})
         hashes = []
         for layer in range(len(calibrations[0]["layers"])):
-            log.info("layer %d/%d", layer + 1, len(calibrations[0]["layers"]))
-            for work, calibration in zip(parts, calibrations, strict=True):
-                check_hash(work.statistics(layer), calibration["layers"][layer], REMEDY)
-            file = partial / target.statistics(layer).name
-            write_tensors(file, add_statistics([work.statistics(layer) for work in parts]))
-            hashes.append(hash_file(file))
+            name = target.statistics(layer).name
+            known = draft.learnt(name)
+            if known is None:
+                log.info("layer %d/%d", layer + 1, len(calibrations[0]["layers"]))
+                for work, calibration in zip(parts, calibrations, strict=True):
+                    check_hash(work.statistics(layer), calibration["layers"][layer], REMEDY)
+                write_tensors(draft.folder / name, add_statistics([work.statistics(layer) for work in parts]))
+                known = draft.finish(name)
+            hashes.append(known["sha256"])
         write_json(target.source, read_json(parts[0].source))
         manifest = {
             "request": request,
@@ -144,7 +147,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], target: Work, 
             "layers": hashes,
             "versions": versions(),
         }
-        return write_manifest(partial / target.calibration_manifest.name, manifest)
+        return write_manifest(draft.folder / target.calibration_manifest.name, manifest)
 
 
 def add_statistics(files: Sequence[Path]) -> Tensors:

@@ -6,6 +6,7 @@ evaluates in a temporary folder inside the work folder; the solution that is the
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from a3cli import costs
@@ -29,7 +30,7 @@ from a3cli.solve import (
     write_solution,
 )
 from a3cli.sweep import Progress
-from a3cli.work import Json, Work, making_scratch, read_json, replacing
+from a3cli.work import Json, Work, making_scratch, read_json, read_manifest, replacing, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +53,16 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
     with work.locked():
         model = open_calibrated_source(work, calibration)
         check_statistics(work, calibration)
-        points = []
+        points = Points(settings, work, calibration)
         for name, variant in VARIANTS.items():
+            missing = [budget for budget in settings.budgets if not points.find(name, budget)]
+            if not missing:
+                continue
             log.info("error curves: %s", name)
             base = settings_of(settings, variant, settings.budgets[0])
             check_settings(base)
             method, curves = analyse(base, model, work, calibration, progress, stop)
-            for budget in settings.budgets:
+            for budget in missing:
                 stop.before(f"{name} at {budget:g}", AGAIN)
                 chosen = settings_of(settings, variant, budget)
                 found = {"variant": name, **point(chosen, model, calibration, curves)}
@@ -67,10 +71,37 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
                         borrowed = work.borrowed_by(work.scratch / "work")
                         write_solution(chosen, borrowed, calibration, method, curves, progress, stop)
                         found["measured"] = measure(chosen, settings.text, borrowed, work.scratch / "export")
-                points.append(found)
-        if all("error" in each for each in points):
-            raise A3Error(points[0]["error"])
-    return {"model": model.source.name, "calibration": calibration["sha256"], "points": points}
+                points.add(found)
+        if all("error" in each for each in points.found):
+            raise A3Error(points.found[0]["error"])
+        points.forget()
+    return {"model": model.source.name, "calibration": calibration["sha256"], "points": points.found}
+
+
+class Points:
+    """What is known so far, in a file of the work folder: measuring one point can take long."""
+
+    def __init__(self, settings: ParetoSettings, work: Work, calibration: Json) -> None:
+        self._file = work.points
+        self._request = {
+            "settings": settings.model_dump(mode="json"),
+            "calibration": calibration["sha256"],
+            "versions": versions(),
+        }
+        self.found: list[Json] = []
+        with suppress(A3Error):  # there is none, or it is damaged
+            known = read_manifest(self._file, "")
+            self.found = known["points"] if known["request"] == self._request else []
+
+    def find(self, variant: str, budget: float) -> bool:
+        return any((each["variant"], each["budget_asked"]) == (variant, budget) for each in self.found)
+
+    def add(self, point: Json) -> None:
+        self.found.append(point)
+        write_manifest(self._file, {"request": self._request, "points": self.found})
+
+    def forget(self) -> None:
+        self._file.unlink(missing_ok=True)
 
 
 def settings_of(settings: ParetoSettings, variant: dict[str, str], budget: float) -> SolveSettings:

@@ -30,13 +30,13 @@ DRIFT = 0.5  # share of the stream's drift that each refit is asked to take back
 RIDGE = 1e-2  # towards the one-shot weights, relative to the mean diagonal of the activations' Gram matrix
 DAMPING = 1e-3  # of a Gauss-Newton step, relative to the problem's own curvature
 ITERATIONS = 8  # of conjugate gradients in one; a second step gains more than further iterations of the first
+HALVINGS = 3  # of a step that does not lower the error, before it is given up
 REFIT_NAMES: dict[Role, str] = {
     "o": "output_weight",
     "gate": "gate_weight",
     "up": "up_weight",
     "down": "down_weight",
 }
-HALVINGS = 3  # of a step that does not lower the error, before it is given up
 
 
 @dataclass
@@ -79,30 +79,37 @@ def refit_sequentially(
     folder: Path,
     batch_size: int,
     rounds: int,
+    first: int,
     progress: Progress,
-) -> Iterator[tuple[int, Tensors]]:
-    """Each layer's refit `output_weight` `[d, H·s]`, `down_weight` `[d, m]` and, with `rounds` of Gauss-Newton,
-    `gate_weight` and `up_weight` `[m, d]`, float32, in order.
+) -> Iterator[tuple[int, Tensors, list[Path]]]:
+    """From layer `first` on: its refit `output_weight` `[d, H·s]`, `down_weight` `[d, m]` and, with `rounds` of
+    Gauss-Newton, `gate_weight` and `up_weight` `[m, d]`, float32; and the files that the next layer begins with.
 
-    `folder` takes the hidden-state files. Raises A3Error where a fit fails or activations are not finite.
+    `folder` has the hidden-state files. Raises A3Error where a fit fails or activations are not finite.
     """
-    streams = Streams(folder, source, blocks)
-    calls = streams.begin(source, smaller, batch_size)
-    for index in range(source.shape.layers):
+    streams = Streams(folder, source, blocks, fit_inputs=rounds > 0)
+    calls = streams.begin(source, smaller, batch_size, first)
+    for index in range(first, source.shape.layers):
         streams.at(index)
         with source.layer(index) as full, smaller.layer(index) as small:
             refit = _Layer(source, full, small, streams, calls, index, batch_size).refit(rounds)
         progress(layer=index, layers=source.shape.layers, tokens=blocks.numel(), total_tokens=blocks.numel())
-        yield index, refit
+        for stream in (streams.full_out, streams.small_out):
+            stream.sync()
+        yield index, refit, [streams.full_out.path, streams.small_out.path]
 
 
 class Streams:
-    """For all blocks: hidden states of both models, the source's after attention, and what the MLP is fitted on."""
+    """For all blocks: hidden states of both models, the source's after attention, and what gate and up are fitted on.
 
-    def __init__(self, folder: Path, decoder: Decoder, blocks: torch.Tensor) -> None:
+    A layer's inputs stay as they are until it is finished, so that a killed sweep can go on there.
+    """
+
+    def __init__(self, folder: Path, decoder: Decoder, blocks: torch.Tensor, *, fit_inputs: bool) -> None:
         self._folder, self._decoder, self.blocks = folder, decoder, blocks
         self.middle, self.mlp_in, self.mlp_target = (self._file(name) for name in ("middle", "mlp-in", "mlp-target"))
-        for stream in (self.middle, self.mlp_in, self.mlp_target):
+        self.fit_inputs = fit_inputs  # else what the MLP is fitted on is read once, as it is made, and not kept
+        for stream in (self.middle, self.mlp_in, self.mlp_target) if fit_inputs else (self.middle,):
             stream.create()
         self.at(0)
 
@@ -118,14 +125,15 @@ class Streams:
 
     @torch.inference_mode()
     def begin(
-        self, source: Decoder, smaller: Decoder, batch_size: int
+        self, source: Decoder, smaller: Decoder, batch_size: int, first: int
     ) -> tuple[dict[int, list[Arguments]], dict[int, list[Arguments]]]:
-        """Write the embeddings; returns what the layers of both models are called with, by batch size."""
+        """What the layers of both models are called with, by batch size; before layer 0 the embeddings are written."""
         for stream in (self.full_in, self.full_out, self.small_in, self.small_out):
             stream.create()
+        inputs = (self.full_in, self.small_in) if first == 0 else (None, None)
         return (
-            embed_all(source, self.blocks, batch_size, self.full_in),
-            embed_all(smaller, self.blocks, batch_size, self.small_in),
+            embed_all(source, self.blocks, batch_size, inputs[0]),
+            embed_all(smaller, self.blocks, batch_size, inputs[1]),
         )
 
 
@@ -180,18 +188,27 @@ class _Layer:
             [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
         ).float()
 
-        def block(before: torch.Tensor) -> torch.Tensor:
-            with outputs_given(linears, before.to(linears[0].weight.dtype).unbind(1)):
-                outputs: torch.Tensor = self._mlp(before)  # its input goes nowhere
-            return outputs.float()
+        def hidden(before: torch.Tensor) -> torch.Tensor:
+            outputs = before.to(linears[0].weight.dtype).unbind(1)
+            with outputs_given(linears, outputs), inputs_of(self._linear("down"), stop=True) as seen:
+                self._mlp(before)  # its input goes nowhere
+            return seen.pop().float()
 
-        return gauss_newton_step(block, weights, biases, self._mlp_batches, damping=DAMPING, iterations=ITERATIONS)
+        return gauss_newton_step(
+            hidden,
+            self._linear("down").weight.float(),
+            weights,
+            biases,
+            self._mlp_batches,
+            damping=DAMPING,
+            iterations=ITERATIONS,
+        )
 
     def _mlp_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs of the smaller MLP and what it is to put out, `[tokens, d]`."""
+        """Inputs of the smaller MLP and what its down projection's weight is to put out, `[tokens, d]`."""
         for start, count in self._batches():
             x, target = (self._read(each, start, count) for each in (self.streams.mlp_in, self.streams.mlp_target))
-            yield x.flatten(0, 1).float(), target.flatten(0, 1).float()
+            yield x.flatten(0, 1).float(), without_bias(self._linear("down"), target).flatten(0, 1).float()
 
     @property
     def _mlp(self) -> nn.Module:
@@ -245,8 +262,9 @@ class _Layer:
             ):
                 self._run_small(start, count)
             target = out - middle + DRIFT * (middle - middles.pop())
-            self.streams.mlp_in.write(start, inputs.pop())
-            self.streams.mlp_target.write(start, target)
+            if self.streams.fit_inputs:
+                self.streams.mlp_in.write(start, inputs.pop())
+                self.streams.mlp_target.write(start, target)
             sums.add(seen.pop(), without_bias(linear, target))
 
     def _fit_down_again(self, sums: LeastSquares) -> None:

@@ -1,5 +1,6 @@
 """Stage 2: statistics + source weights → error curves → sizes → projections."""
 
+import logging
 import math
 import os
 import shutil
@@ -7,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -32,23 +32,28 @@ from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import score_error
 from a3cli.sweep import Decoder, Progress
 from a3cli.work import (
+    Draft,
     Json,
     Work,
     check_hashes,
     check_space,
     differences,
+    drafting,
     hash_file,
+    layer_file,
     read_manifest,
-    replacing_folder,
     versions,
     write_manifest,
     write_tensors,
 )
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 SMALL_LAYER = 4096  # MLP channels; statistics of some layers so wide fit in any memory at once
 
-AGAIN = "the calibration is kept, the same command begins anew"
+AGAIN = "the same command goes on there"
+STREAMS = "streams"  # folder of the sequential correction's hidden states, in the draft
 
 
 def solve(
@@ -91,40 +96,44 @@ def write_solution(
     layers = range(model.shape.layers)
     sizes = choose_sizes(settings, model.shape, curves)
     method.settle(sizes)
-    with replacing_folder(work.solution) as partial:
-        files = [partial / work.layer_solution(layer).name for layer in layers]
+    request = describe_request(settings, calibration)
+    with drafting(work.solution, {**request, "versions": versions()}) as draft:
 
         def write_layer(layer: int) -> Json:
+            name = one_shot_file(layer) if settings.sequential else layer_file(layer)
+            if known := draft.learnt(name):
+                return known
             stop.before(f"projecting layer {layer + 1} of {len(layers)}", AGAIN)
             inputs = LayerInputs(model, work, layer)
             solution = method.project(inputs, sizes[layer])
-            write_tensors(files[layer], solution)
-            return score_errors(method, inputs, solution, sizes[layer].qk)
+            write_tensors(draft.folder / name, solution)
+            errors = score_errors(method, inputs, solution, sizes[layer].qk)
+            return draft.finish(name, described=method.describe(layer), score_error=errors)
 
-        errors = for_each_layer(write_layer, model, settings)
+        written = for_each_layer(write_layer, model, settings)
         slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
         if settings.sequential:
-            correct(model, settings, work, sizes, slots, files, progress, stop)
+            correct(model, settings, work, sizes, slots, draft, progress, stop)
         manifest = {
-            "request": describe_request(settings, calibration),
+            "request": request,
             **describe_result(model, settings, calibration, sizes),
             "rope_slots": slots if method.per_layer else slots[0] if sizes[0].qk < model.shape.head_dim else None,
             "context": settings.context or model.rope.context,
             "predicted_loss": predicted_loss(curves, sizes),
-            "predicted_score_error": mean_by_distance(errors),
+            "predicted_score_error": mean_by_distance([each["score_error"] for each in written]),
             "per_layer": [
                 {
-                    **method.describe(layer),
+                    **each["described"],
                     "curves": describe_curves(curves[layer]),
-                    "score_error": errors[layer],
+                    "score_error": each["score_error"],
                     "tokens_per_dimension": tokens_per_dimension(model.shape, calibration),
                 }
-                for layer in layers
+                for layer, each in enumerate(written)
             ],
-            "layers": [hash_file(file) for file in files],
+            "layers": [hash_file(draft.folder / layer_file(layer)) for layer in layers],
             "versions": versions(),
         }
-        return write_manifest(partial / work.solution_manifest.name, manifest)
+        return write_manifest(draft.folder / work.solution_manifest.name, manifest)
 
 
 def analyse(
@@ -216,36 +225,82 @@ def correct(
     work: Work,
     sizes: list[LayerSizes],
     slots: list[list[float]],
-    files: list[Path],
+    draft: Draft,
     progress: Progress,
     stop: Stop,
 ) -> None:
-    """Refit the layers' output projections in a second sweep over the calibration's blocks; `files` are rewritten."""
+    """Refit the one-shot layers of a draft in a second sweep over the calibration's blocks, and write the result."""
+    layers = range(model.shape.layers)
+    if not all(draft.learnt(layer_file(layer)) for layer in layers):
+        cuts = [
+            Cut(layer, size, own, partial(load_file, draft.folder / one_shot_file(layer)))
+            for layer, (size, own) in enumerate(zip(sizes, slots, strict=True))
+        ]
+        refit_layers(model, settings, work, cuts, draft, progress, stop)
+        for layer in layers:
+            one_shot, refit = (load_file(draft.folder / name(layer)) for name in (one_shot_file, refit_file))
+            write_tensors(draft.folder / layer_file(layer), one_shot | refit)
+            draft.finish(layer_file(layer))
+    shutil.rmtree(draft.folder / STREAMS, ignore_errors=True)
+    for layer in layers:
+        for name in (one_shot_file, refit_file):
+            (draft.folder / name(layer)).unlink(missing_ok=True)
+
+
+def refit_layers(
+    model: Model,
+    settings: SolveSettings,
+    work: Work,
+    cuts: list[Cut],
+    draft: Draft,
+    progress: Progress,
+    stop: Stop,
+) -> None:
+    """The second sweep, from where an earlier one was cut short."""
     machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
     blocks = load_file(work.tokens)["tokens"]
-    needed = 7 * blocks.numel() * model.shape.hidden_size * machine.dtype.itemsize
-    check_space(work.folder, needed, "the sequential correction")
-    cuts = [
-        Cut(layer, size, own, partial(load_file, file))
-        for layer, (size, own, file) in enumerate(zip(sizes, slots, files, strict=True))
-    ]
-    smaller = SmallerDecoder(model, machine, cuts)
-    streams = files[0].parent / "streams"  # in the unfinished solution: it goes with it if this is killed
-    streams.mkdir()
-    refits = refit_sequentially(
+    streams = draft.folder / STREAMS
+    streams.mkdir(exist_ok=True)
+    there = sum(path.stat().st_size for path in streams.iterdir())
+    files = 7 if settings.refit_rounds else 5
+    needed = files * blocks.numel() * model.shape.hidden_size * machine.dtype.itemsize
+    check_space(work.folder, needed - there, "the sequential correction")
+    swept = refit_sequentially(
         Decoder(model, machine),
-        smaller,
+        SmallerDecoder(model, machine, cuts),
         blocks,
         folder=streams,
         batch_size=settings.batch_size,
         rounds=settings.refit_rounds,
+        first=count_refits(draft, model.shape.layers),
         progress=progress,
     )
-    for layer, refit in refits:
-        write_tensors(files[layer], load_file(files[layer]) | refit)
-        if layer + 1 < len(files):
-            stop.before(f"correcting layer {layer + 2} of {len(files)}", AGAIN)
-    shutil.rmtree(streams)
+    for layer, refit, following in swept:
+        write_tensors(draft.folder / refit_file(layer), refit)
+        draft.finish(refit_file(layer), following={file.name: hash_file(file) for file in following})
+        if layer + 1 < len(cuts):
+            stop.before(f"correcting layer {layer + 2} of {len(cuts)}", AGAIN)
+
+
+def count_refits(draft: Draft, layers: int) -> int:
+    """How many layers an earlier sweep has corrected; 0 if what the next one begins with is damaged."""
+    done, last = 0, None
+    while done < layers and (found := draft.learnt(refit_file(done))):
+        done, last = done + 1, found
+    for name, expected in (last or {}).get("following", {}).items():
+        file = draft.folder / STREAMS / name
+        if done < layers and not (file.is_file() and hash_file(file) == expected):
+            log.warning("%s is not as it was written; the sequential correction begins anew", file)
+            return 0
+    return done
+
+
+def one_shot_file(layer: int) -> str:
+    return f"one-shot-{layer:03d}.safetensors"
+
+
+def refit_file(layer: int) -> str:
+    return f"refit-{layer:03d}.safetensors"
 
 
 def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves]) -> list[LayerSizes]:

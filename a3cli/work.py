@@ -11,17 +11,22 @@ manifest is written last, so a folder with a manifest is a finished stage. Nobod
     calibration/manifest.json        written last
     solution/layer-000.safetensors … projections and kept indices
     solution/manifest.json           written last
+    .solution.a3-partial/            the same under way, its finished files named in .solution.a3-progress.json
+    channels/layer-000.json …        order in which greedy selection takes the MLP's channels, for every later solution
     probes/best-stock.json …         measured sensitivities of a method and shape
     probes/progress.json, streams-{0,1}.bin   while they are measured
+    pareto.json                      points of a sweep over budgets under way
     evaluation.json                  what a recipe measured, and of which export
 """
 
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -32,10 +37,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from a3cli import __version__
-from a3cli.errors import A3Error
+from a3cli.errors import A3Error, CannotWrite, Interrupted
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
@@ -53,6 +60,8 @@ class Work:
         self.solution_manifest = self.solution / "manifest.json"
         self.tokens = self.calibration / "tokens.safetensors"
         self.probes = folder / "probes"
+        self.channels = folder / "channels"
+        self.points = folder / "pareto.json"
         self.coming_hidden_states = self.calibration / "hidden-next.bin"
         self.evaluation = folder / "evaluation.json"
         self.scratch = folder / ".scratch"  # gone when the command ends, or else when the next one begins
@@ -62,7 +71,7 @@ class Work:
         other = Work(folder)
         other.source, other.calibration, other.tokens = self.source, self.calibration, self.tokens
         other.calibration_manifest, other.calibration_progress = self.calibration_manifest, self.calibration_progress
-        other.probes = self.probes
+        other.probes, other.channels = self.probes, self.channels
         return other
 
     def statistics(self, layer: int) -> Path:
@@ -133,26 +142,103 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise A3Error(f"{path} cannot be written: {error}; mend it or choose another folder") from error
+        raise CannotWrite(f"{path} cannot be written: {error}; mend it or choose another folder") from error
+
+
+class Draft:
+    """A folder under way: which of its files are finished, and what was learnt when they were made.
+
+    Kept in a file beside the folder. Threads may finish files side by side.
+    """
+
+    def __init__(self, folder: Path, progress: Path, request: Json) -> None:
+        self.folder, self._progress, self._request = folder, progress, request
+        self._finished: dict[str, Json] = {}
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Go on with what is there if it is of this request, else with an empty folder."""
+        found: Json = {}
+        with suppress(A3Error):  # there is none, or it is damaged
+            found = read_manifest(self._progress, "")
+        if found.get("request") == self._request and self.folder.is_dir() and not self.folder.is_symlink():
+            self._finished = found["finished"]
+            self.drop_unfinished()
+            log.info("going on with %d finished files of %s", len(self._finished), self.folder)
+        else:
+            self.remove()
+            self.folder.mkdir()
+
+    def learnt(self, name: str) -> Json | None:
+        """What `finish` was told of a file that is still as it was then."""
+        known = self._finished.get(name)
+        if known is None:
+            return None
+        path = self.folder / name
+        if path.is_file() and hash_file(path) == known["sha256"]:
+            return known
+        log.warning("%s is not as it was written; it is made again", path)
+        return None
+
+    def finish(self, name: str, sha256: str | None = None, **learnt: Any) -> Json:
+        """Record that a file is whole, with its hash and what later steps want to know; returns this."""
+        known = {**learnt, "sha256": sha256 or hash_file(self.folder / name)}
+        with self._lock:
+            self._finished[name] = known
+            write_manifest(self._progress, {"request": self._request, "finished": self._finished})
+        return known
+
+    def drop_unfinished(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name not in self._finished and not path.is_dir():
+                path.unlink()
+
+    def leave(self) -> None:
+        """For the next command to go on with, if there is anything that it could use."""
+        if self._finished:
+            self.drop_unfinished()
+        else:
+            self.remove()
+
+    def forget(self) -> None:
+        self._progress.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        self.forget()
+        if self.folder.is_symlink():
+            self.folder.unlink()
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
 
 
 @contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield a new sibling folder to write to; it takes `target`'s place only if the block succeeds."""
+def drafting(target: Path, request: Json) -> Iterator[Draft]:
+    """Yield the draft of a folder that takes `target`'s place only if the block succeeds.
+
+    If the process is killed, interrupted, or the disk full, its finished files stay beside `target`, and the next
+    command with the same request goes on with them. Any other error leaves nothing.
+    """
     partial, replaced = (target.with_name(f".{target.name}.a3-{what}") for what in ("partial", "replaced"))
+    draft = Draft(partial, target.with_name(f".{target.name}.a3-progress.json"), request)
     with making(target.parent), writing(target):
-        for leftover in (partial, replaced):  # of a process that was killed; the lock says that none is under way
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        shutil.rmtree(
+            replaced, ignore_errors=True
+        )  # of a process that was killed; the lock says that none is under way
         try:
-            partial.mkdir()
-            yield partial
+            draft.begin()
+            yield draft
             if target.exists():  # moved, not removed: half removed it might still look whole
                 target.rename(replaced)
+            draft.forget()
             partial.rename(target)
+        except (Interrupted, KeyboardInterrupt, CannotWrite, OSError, SafetensorError):
+            draft.leave()
+            raise
+        except BaseException:
+            draft.remove()
+            raise
         finally:
-            for leftover in (partial, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Quality of a3 beside other published methods: equal stored weights, equal calibration blocks, equal texts.
 
-    python benchmarks/quality.py SHARED --json quality.json --write docs/results.md
+    python benchmarks/quality.py SHARED --cells quality.jsonl --write docs/quality.md
 
 SHARED holds `models/wikitext-llama`, `models/stories260k`, `data/wikitext2`, `data/tinystories.txt` and
 `data/c4-sample.jsonl`; the third model is the one that ships in demo/model. For each seed `a3 calibrate` draws the
 blocks, and the baselines (`benchmarks/baselines.py`) get the same ones. Everything is computed and stored in float32.
-Each measured cell goes into the JSON file at once, and cells that are there are not measured again.
+Each measured cell is a line of the file CELLS at once, and cells that are there are not measured again: processes with
+other `--models` or `--seeds` can share the work and the file.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from a3cli.settings import TextSettings  # noqa: E402
 from a3cli.text import evaluation_blocks, load_tokenizer  # noqa: E402
 from a3cli.work import Work  # noqa: E402
 from benchmarks.baselines import BASELINES, Calibration  # noqa: E402
-from benchmarks.results import split_lines, write_between  # noqa: E402
+from benchmarks.results import Cell, Cells, split_lines, write_between  # noqa: E402
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4)
 SEEDS = (0, 1, 2)
@@ -85,7 +86,6 @@ COLUMNS = (
     "increase, C4",
     "KL, C4",
 )
-Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -132,23 +132,6 @@ class Plan:
     only: tuple[str, ...]
 
 
-class Results:
-    """The measured cells, kept in a JSON file that is replaced after each one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cells: list[Cell] = json.loads(path.read_text("utf-8"))["cells"] if path.exists() else []
-
-    def has(self, **key: Any) -> bool:
-        return any(key.items() <= cell.items() for cell in self.cells)
-
-    def add(self, cell: Cell) -> None:
-        self.cells.append(cell)
-        beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(json.dumps({"cells": self.cells}, indent=1) + "\n", "utf-8")
-        beside.replace(self.path)
-
-
 def a3(line: str, *arguments: object) -> dict[str, Any]:
     """One command of a3 in this process, words and further arguments; its JSON result."""
     printed = io.StringIO()
@@ -163,12 +146,27 @@ def load(folder: Path, device: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
+class Remembered:
+    """A model whose logits of each batch are computed once, and kept."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.outputs: dict[bytes, Any] = {}
+
+    def __call__(self, tokens: torch.Tensor, **options: Any) -> Any:
+        key = tokens.cpu().numpy().tobytes()
+        if key not in self.outputs:
+            self.outputs[key] = self.model(tokens, **options)
+        return self.outputs[key]
+
+
 class Bench:
     """One model with its evaluation blocks."""
 
     def __init__(self, subject: Subject, plan: Plan) -> None:
         self.subject, self.plan = subject, plan
         self.source = load(subject.folder, plan.device)
+        self.remembered = Remembered(self.source)
         tokenizer = load_tokenizer(subject.folder, trust_remote_code=False)
         other = min(OTHER_BLOCKS, plan.blocks or OTHER_BLOCKS)
         texts = {
@@ -185,7 +183,7 @@ class Bench:
         return {
             name: compare(
                 model,
-                self.source,
+                self.remembered,
                 blocks,
                 batch_size=BATCH,
                 device=self.plan.device,
@@ -195,15 +193,15 @@ class Bench:
             for name, blocks in self.blocks.items()
         }
 
-    def measure_missing(self, results: Results) -> None:
+    def measure_missing(self, results: Cells) -> None:
         for seed in self.plan.seeds:
             one = SeedRun(self, seed)
             for budget in self.plan.budgets:
                 for method in methods(seed):
                     key = {"model": self.subject.name, "budget": budget, "seed": seed, "method": method}
-                    if not results.has(**key, blocks=self.plan.blocks):
+                    if not results.find(**key, blocks=self.plan.blocks):
                         results.add({**key, "blocks": self.plan.blocks, **self.cell(one, method, budget)})
-                        print(summary(results.cells[-1]), file=sys.stderr, flush=True)
+                        print(summary(results.all[-1]), file=sys.stderr, flush=True)
 
     def cell(self, one: "SeedRun", method: str, budget: float) -> Cell:
         """Compress and measure; `seconds` is what compressing took, statistics included where it computed them."""
@@ -327,11 +325,12 @@ def spread_of(values: list[float], form: str) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path)
-    parser.add_argument("--json", type=Path, required=True, help="raw figures; measured cells in it are kept")
+    parser.add_argument("--cells", type=Path, required=True, help="raw figures; cells that are there are kept")
     parser.add_argument("--write", type=Path, help="replace the table between the markers of this file")
     parser.add_argument("--work", type=Path, help="folder for calibrations, to keep them (default: a temporary one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", default="", help="comma-separated; default: all")
+    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
     parser.add_argument("--blocks", type=int, help="evaluate on so many blocks only")
     parser.add_argument("--quick", action="store_true", help="one model, one seed, two budgets, few blocks")
     return parser.parse_args()
@@ -345,10 +344,10 @@ def main() -> None:
         plan = Plan(
             shared=args.shared,
             scratch=args.work or Path(temporary),
-            results=args.json,
+            results=args.cells,
             device=torch.device(args.device),
             budgets=BUDGETS,
-            seeds=SEEDS,
+            seeds=args.seeds,
             blocks=args.blocks,
             only=tuple(args.models.split(",")) if args.models else (),
         )
@@ -356,11 +355,11 @@ def main() -> None:
             models = plan.only or ("wikitext-llama",)
             plan = replace(plan, only=models, budgets=(0.2, 0.4), seeds=(0,), blocks=args.blocks or QUICK_BLOCKS)
         plan.scratch.mkdir(parents=True, exist_ok=True)
-        results = Results(plan.results)
+        results = Cells(plan.results)
         for subject in subjects(plan.shared, plan.scratch):
             if not plan.only or subject.name in plan.only:
                 Bench(subject, plan).measure_missing(results)
-    printed = table([cell for cell in results.cells if cell["blocks"] == plan.blocks])
+    printed = table([cell for cell in results.all if cell["blocks"] == plan.blocks])
     print(printed)
     if args.write:
         write_between(args.write, "quality", printed)

@@ -1,30 +1,34 @@
 """The table of docs/results.md: perplexity, KL and agreement of compressed models at several budgets.
 
-    python benchmarks/results.py SHARED [--write docs/results.md] [--model NAME] [--budgets 0.25,0.4] [--samples 64]
+    python benchmarks/results.py SHARED --cells results.jsonl [--write docs/results.md] [--model NAME] [--samples 64]
 
 SHARED holds `models/wikitext-llama`, `models/stories260k`, `data/wikitext2` and `data/tinystories.txt`. Every figure is
-made by the command line itself, in one run: calibrate once a model, then solve, export and eval at each budget.
+made by the command line itself: calibrate once a model, then solve, export and eval at each budget, as many side by
+side as `--jobs` says, each in a copy of the work folder. Each measured cell is a line of the file CELLS at once, and
+cells that are there are not measured again.
 """
 
 import argparse
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+PAPER = "paper"
 SEQUENTIAL = ("--sequential", "--batch-size", "8")
 VARIANTS = {
-    "paper": ("--method", "paper"),
+    PAPER: ("--method", "paper"),
     "best": (),
-    "best, sequential": (*SEQUENTIAL, "--refit-rounds", "0"),
-    "best, sequential, gate and up": SEQUENTIAL,
+    "best, sequential": SEQUENTIAL,
     "best, per-layer": ("--shape", "per-layer"),
-    "best, per-layer, sequential": ("--shape", "per-layer", *SEQUENTIAL, "--refit-rounds", "0"),
-    "best, per-layer, sequential, gate and up": ("--shape", "per-layer", *SEQUENTIAL),
+    "best, per-layer, sequential": ("--shape", "per-layer", *SEQUENTIAL),
 }
 BUDGETS = (0.1, 0.25, 0.4)
 HEADER = (
@@ -82,57 +86,87 @@ def subjects(shared: Path, folder: Path) -> list[Subject]:
     ]
 
 
-def measure(subject: Subject, folder: Path, budgets: Sequence[float], samples: int | None) -> list[str]:
-    """Table rows of one model: dense, then each budget; on all of its evaluation text, or its first blocks."""
+Cell = dict[str, Any]
+
+
+class Cells:
+    """What is measured, a JSON object a line of a file that only grows: several processes can share it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        self.all: list[Cell] = [json.loads(line) for line in lines]
+
+    def find(self, **key: Any) -> Cell | None:
+        return next((cell for cell in self.all if key.items() <= cell.items()), None)
+
+    def add(self, cell: Cell) -> Cell:
+        self.all.append(cell)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(cell) + "\n")
+        return cell
+
+
+TEXT = ("--seq-len", 512, "--batch-size", 8)
+
+
+def measure(subject: Subject, folder: Path, cells: Cells, args: argparse.Namespace) -> list[str]:
+    """Table rows of one model: dense, then each method and budget; on all of the text or on its first blocks."""
     work = folder / f"{subject.name}-work"
-    text = ("--seq-len", 512, "--batch-size", 8)
-    a3(
-        "calibrate",
-        subject.model,
-        "--dataset",
-        subject.calibration,
-        "--samples",
-        subject.samples,
-        *text,
-        "--work",
-        work,
-    )
-    rows, papers = [], {}
-    for (method, options), budget in itertools.product(VARIANTS.items(), budgets):
-        solved = a3("solve", "--budget", budget, *options, *subject.rounding, "--work", work, "--overwrite")
-        out = folder / "out"
-        a3("export", out, "--work", work, "--overwrite")
-        remote = () if solved["shape"] == "stock" else ("--trust-remote-code",)
-        first = () if samples is None else ("--samples", samples)
-        result = a3("eval", out, "--against", subject.model, "--dataset", subject.evaluation, *text, *first, *remote)
-        if not rows:
-            rows.append(dense_row(subject.name, solved, result))
-        papers.setdefault(budget, result["perplexity_increase"])
-        rows.append(row(subject.name, method, solved, result, papers[budget]))
-        print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+    text = ("--dataset", subject.calibration, "--samples", subject.samples, *TEXT)
+    a3("calibrate", subject.model, *text, "--work", work)
+
+    def cell(wanted: tuple[str, float]) -> Cell:
+        method, budget = wanted
+        key = {"model": subject.name, "method": method, "budget": budget, "samples": args.samples}
+        if found := cells.find(**key):
+            return found
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            return cells.add(key | compress_and_measure(subject, *wanted, work, Path(place), args.samples))
+
+    wanted = list(itertools.product(VARIANTS, args.budgets))
+    with ThreadPoolExecutor(args.jobs) as jobs:
+        measured = dict(zip(wanted, jobs.map(cell, wanted), strict=True))
+    papers = {budget: measured[PAPER, budget]["perplexity_increase"] for budget in args.budgets}
+    return [dense_row(measured[wanted[0]]), *(row(each, papers[each["budget"]]) for each in measured.values())]
 
 
-def dense_row(name: str, solved: dict, result: dict) -> str:
-    full = solved["full_size"]
-    figures = [name, "dense", "0 %", *full.values(), f"{result['source_perplexity']:.2f}", "", "", "", "", "100 %"]
-    return line(figures)
+def compress_and_measure(
+    subject: Subject, method: str, budget: float, calibrated: Path, folder: Path, samples: int | None
+) -> Cell:
+    """What the solution and the evaluation say."""
+    work, out = shutil.copytree(calibrated, folder / "work"), folder / "out"
+    solved = a3("solve", "--budget", budget, *VARIANTS[method], *subject.rounding, "--work", work)
+    a3("export", out, "--work", work)
+    remote = () if solved["shape"] == "stock" else ("--trust-remote-code",)
+    first = () if samples is None else ("--samples", samples)
+    text = ("--dataset", subject.evaluation, *TEXT, *first)
+    result = a3("eval", out, "--against", subject.model, *text, *remote)
+    print(subject.name, method, budget, f"+{result['perplexity_increase']:.4f}", file=sys.stderr, flush=True)
+    of_solution = ("sizes", "full_size", "budget_reached", "kv_bytes_per_token")
+    of_result = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
+    return {name: solved[name] for name in of_solution} | {name: result[name] for name in of_result}
 
 
-def row(name: str, method: str, solved: dict, result: dict, paper: float) -> str:
-    sizes = [span([layer[component] for layer in solved["sizes"]]) for component in ("qk", "ov", "mlp")]
-    kv = solved["kv_bytes_per_token"]
+def dense_row(cell: Cell) -> str:
+    perplexity = f"{cell['source_perplexity']:.2f}"
+    return line([cell["model"], "dense", "0 %", *cell["full_size"].values(), perplexity, "", "", "", "", "100 %"])
+
+
+def row(cell: Cell, paper: float) -> str:
+    sizes = [span([layer[component] for layer in cell["sizes"]]) for component in ("qk", "ov", "mlp")]
+    kv = cell["kv_bytes_per_token"]
     return line(
         [
-            name,
-            method,
-            f"{100 * solved['budget_reached']:.1f} %",
+            cell["model"],
+            cell["method"],
+            f"{100 * cell['budget_reached']:.1f} %",
             *sizes,
-            f"{result['perplexity']:.2f}",
-            f"+{result['perplexity_increase']:.2f}",
-            f"{result['perplexity_increase'] / paper:.2f}",
-            f"{result['kl']:.4f}",
-            f"{100 * result['top1_agreement']:.1f} %",
+            f"{cell['perplexity']:.2f}",
+            f"+{cell['perplexity_increase']:.2f}",
+            f"{cell['perplexity_increase'] / paper:.2f}",
+            f"{cell['kl']:.4f}",
+            f"{100 * cell['top1_agreement']:.1f} %",
             f"{100 * kv['after'] / kv['before']:.0f} %",
         ]
     )
@@ -157,15 +191,19 @@ def write_between(path: Path, name: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path)
+    parser.add_argument("--cells", type=Path, required=True, help="raw figures; cells that are there are kept")
     parser.add_argument("--write", type=Path, help="replace the table between the markers of this file")
     parser.add_argument("--model", help="one of the models only")
     parser.add_argument("--budgets", type=lambda text: tuple(map(float, text.split(","))), default=BUDGETS)
     parser.add_argument("--samples", type=int, help="evaluate on so many blocks (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="side by side, sharing the cores")
     args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))  # of the commands
+    cells = Cells(args.cells)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chosen = [each for each in subjects(args.shared, folder) if args.model in (None, each.name)]
-        rows = [line for each in chosen for line in measure(each, folder, args.budgets, args.samples)]
+        rows = [line for each in chosen for line in measure(each, folder, cells, args)]
     table = "\n".join([HEADER, "|" + "---|" * HEADER.count(" |"), *rows])
     print(table)
     if args.write:

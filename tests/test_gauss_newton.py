@@ -18,10 +18,11 @@ def problem():
 
     x, target, down = draw(300, 6), draw(300, 4), draw(4, 5)
 
-    def block(z: torch.Tensor) -> torch.Tensor:
-        return (torch.nn.functional.silu(z[:, 0]) * z[:, 1]) @ down.mT
+    return down, draw(2, 5, 6), draw(2, 5), x, target
 
-    return block, draw(2, 5, 6), draw(2, 5), x, target
+
+def gated(z: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(z[:, 0]) * z[:, 1]
 
 
 def batches_of(x: torch.Tensor, target: torch.Tensor):
@@ -29,37 +30,41 @@ def batches_of(x: torch.Tensor, target: torch.Tensor):
 
 
 def test_undamped_step_is_the_least_squares_solution(problem):
-    block, weights, biases, x, target = problem
-    step = gauss_newton_step(block, weights, biases, batches_of(x, target), damping=0.0, iterations=200)
-    jacobian = jacrev(lambda w: block(pre_activations(x, w, biases)))(weights).reshape(target.numel(), -1)
-    residual = (target - block(pre_activations(x, weights, biases))).reshape(-1, 1)
+    down, weights, biases, x, target = problem
+    step = gauss_newton_step(gated, down, weights, biases, batches_of(x, target), damping=0.0, iterations=200)
+    jacobian = jacrev(lambda w: gated(pre_activations(x, w, biases)) @ down.mT)(weights).reshape(target.numel(), -1)
+    residual = (target - gated(pre_activations(x, weights, biases)) @ down.mT).reshape(-1, 1)
     literal = torch.linalg.lstsq(jacobian, residual).solution.view_as(weights)
     torch.testing.assert_close(step, literal, rtol=1e-6, atol=1e-8)
 
 
 def test_few_iterations_lower_the_error(problem):
-    block, weights, biases, x, _ = problem
+    down, weights, biases, x, _ = problem
     reachable = weights + 0.05 * torch.randn(
         weights.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
-    target = block(pre_activations(x, reachable, biases))
+    target = gated(pre_activations(x, reachable, biases)) @ down.mT
 
     def error(w: torch.Tensor) -> float:
-        return (target - block(pre_activations(x, w, biases))).square().sum().item()
+        return (target - gated(pre_activations(x, w, biases)) @ down.mT).square().sum().item()
 
     reached = weights
     errors = [error(reached)]
     for _ in range(3):
-        reached = reached + gauss_newton_step(block, reached, biases, batches_of(x, target), damping=1e-3, iterations=8)
+        reached = reached + gauss_newton_step(
+            gated, down, reached, biases, batches_of(x, target), damping=1e-3, iterations=8
+        )
         errors.append(error(reached))
     assert errors[1] < 0.1 * errors[0]
     assert errors[3] < 1e-3 * errors[0]
 
 
 def test_damping_shortens_the_step(problem):
-    block, weights, biases, x, target = problem
+    down, weights, biases, x, target = problem
     lengths = [
-        gauss_newton_step(block, weights, biases, batches_of(x, target), damping=damping, iterations=100).norm().item()
+        gauss_newton_step(gated, down, weights, biases, batches_of(x, target), damping=damping, iterations=100)
+        .norm()
+        .item()
         for damping in (0.0, 0.1, 10.0)
     ]
     assert lengths == sorted(lengths, reverse=True)
@@ -70,11 +75,7 @@ def test_dead_channels_do_not_move(problem):
     _, weights, biases, x, target = problem
     down = torch.zeros(4, 5, dtype=torch.float64)
     down[:, :4] = 1.0
-
-    def block(z: torch.Tensor) -> torch.Tensor:
-        return (torch.nn.functional.silu(z[:, 0]) * z[:, 1]) @ down.mT
-
-    step = gauss_newton_step(block, weights, biases, batches_of(x, target), damping=1e-3, iterations=8)
+    step = gauss_newton_step(gated, down, weights, biases, batches_of(x, target), damping=1e-3, iterations=8)
     assert torch.isfinite(step).all()
     assert (step[:, 4] == 0).all()
 
@@ -82,7 +83,8 @@ def test_dead_channels_do_not_move(problem):
 def test_what_nothing_reaches_stays(problem):
     _, weights, biases, x, target = problem
     step = gauss_newton_step(
-        lambda z: z[:, 0] @ torch.zeros(5, 4, dtype=torch.float64),
+        gated,
+        torch.zeros(4, 5, dtype=torch.float64),
         weights,
         biases,
         batches_of(x, target),

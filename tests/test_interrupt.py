@@ -1,6 +1,8 @@
 """Stopping between steps: a time limit or a signal ends the step in progress, and the same command goes on."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from a3cli import display
 from a3cli.errors import Interrupted
 from a3cli.interrupt import Stop, stopping
+from a3cli.methods.best import Best
 
 TEXT = ("--samples", 4, "--seq-len", 40)
 SIZES = ("--head-multiple", 2, "--mlp-multiple", 8)
@@ -87,25 +90,128 @@ def test_a_time_limit_stops_after_each_layer_until_all_is_done(a3, long_source, 
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_solve_export_and_pareto_leave_what_was_there(a3, checkpoint, text_file, tmp_path, monkeypatch):
-    source, work, out = checkpoint("llama-gqa", max_shard_size="40KB"), tmp_path / "work", tmp_path / "out"
-    solve = ("solve", "--budget", 0.2, *SIZES, "--work", work)
-    assert a3("calibrate", source, "--dataset", text_file, *TEXT, "--work", work).code == 0
-    before = contents(work)
-    interrupted(a3(*solve, "--max-minutes", 0), "layer 1 of 2", "begins anew")
-    assert contents(work) == before
-    assert a3(*solve, "--method", "paper", "--max-minutes", 5).code == 0
-    before = contents(work)
+@pytest.fixture
+def calibrated(a3, checkpoint, text_file, tmp_path) -> Path:
+    source = checkpoint("llama-gqa", max_shard_size="40KB")
+    assert a3("calibrate", source, "--dataset", text_file, *TEXT, "--work", tmp_path / "work").code == 0
+    return tmp_path / "work"
 
-    monkeypatch.setattr(Stop, "before", stop_at("writing model-00002"))
-    interrupted(a3("export", out, "--work", work, "--max-shard-size", "40KB"), "before writing model-", "anew")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["work"]
-    monkeypatch.setattr(Stop, "before", stop_at("paper at 0.3"))
-    measured = ("--dataset", text_file, *TEXT)
-    interrupted(a3("pareto", "--budgets", "0.2,0.3", *SIZES, *measured, "--work", work), "paper at 0.3", "begins anew")
-    monkeypatch.setattr(Stop, "before", stop_at("correcting layer 2"))
-    interrupted(a3(*solve, "--method", "paper", "--sequential", "--overwrite"), "correcting layer 2 of 2")
-    assert contents(work) == before
+
+def test_nothing_is_left_of_what_did_nothing(a3, calibrated):
+    before = contents(calibrated)
+    interrupted(a3("solve", "--budget", 0.2, *SIZES, "--work", calibrated, "--max-minutes", 0), "layer 1 of 2")
+    assert contents(calibrated) == before
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_solve_goes_on_at_every_step(rounds, a3, calibrated, monkeypatch):
+    """Analysis, projections and the sequential sweep, each cut short: the same bytes as in one go."""
+    solve = ("solve", "--budget", 0.2, *SIZES, "--sequential", "--refit-rounds", rounds, "--batch-size", 2)
+    solve += ("--num-processes", 1, "--work", calibrated)
+    assert a3(*solve).code == 0
+    whole = contents(calibrated)
+    shutil.rmtree(calibrated / "channels")
+    steps = {
+        "analysing layer 2": "channels/layer-000.json",
+        "projecting layer 2": "one-shot-000",
+        "correcting": "refit-000",
+    }
+    monkeypatch.setattr(Best, "_find_order", only_once(Best._find_order))
+    monkeypatch.setattr(Best, "project", only_once(Best.project))
+    for step, made in steps.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(Stop, "before", stop_at(step))
+            interrupted(a3(*solve, "--overwrite"), step, "goes on there")
+        assert any(made in name for name in contents(calibrated)), step
+    assert a3(*solve, "--overwrite").code == 0
+    assert contents(calibrated) == whole
+
+
+def test_the_order_of_channels_is_found_once(a3, calibrated, monkeypatch):
+    """Another budget and shape take it as it is; a damaged file is made again."""
+    solve = ("solve", *SIZES, "--work", calibrated, "--overwrite", "--budget")
+    assert a3(*solve, 0.2).code == 0
+    whole = contents(calibrated)
+    with monkeypatch.context() as patch:
+        patch.setattr(Best, "_find_order", lambda *_: pytest.fail("found again"))
+        assert a3(*solve, 0.3, "--shape", "per-layer").code == 0
+    file = calibrated / "channels" / "layer-001.json"
+    file.write_text(file.read_text().replace("1", "2", 1))
+    outcome = a3(*solve, 0.2)
+    assert outcome.code == 0
+    assert f"{file} is not as it was written; it is made again" in outcome.stderr
+    assert contents(calibrated) == whole
+
+
+def only_once(step):
+    """Fail where a layer is done that was done before."""
+    done = set()
+
+    def guarded(self, inputs, *rest):
+        assert inputs.layer not in done
+        done.add(inputs.layer)
+        return step(self, inputs, *rest)
+
+    return guarded
+
+
+@pytest.mark.parametrize("damaged", ["streams/smaller-1.bin", "refit-000.safetensors", "one-shot-001.safetensors"])
+def test_damaged_drafts_are_made_again(damaged, a3, calibrated, monkeypatch):
+    solve = ("solve", "--budget", 0.2, *SIZES, "--sequential", "--batch-size", 2, "--work", calibrated)
+    assert a3(*solve).code == 0
+    whole = contents(calibrated)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "before", stop_at("correcting"))
+        interrupted(a3(*solve, "--overwrite"), "correcting layer 2 of 2")
+    file = calibrated / ".solution.a3-partial" / damaged
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    outcome = a3(*solve, "--overwrite")
+    assert outcome.code == 0
+    assert f"{file.name} is not as it was written" in outcome.stderr
+    assert contents(calibrated) == whole
+
+
+def test_another_request_begins_anew(a3, calibrated, monkeypatch):
+    solve = ("solve", *SIZES, "--work", calibrated, "--overwrite", "--budget")
+    assert a3(*solve, 0.3).code == 0
+    whole = contents(calibrated)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "before", stop_at("projecting layer 2"))
+        interrupted(a3(*solve, 0.1, "--num-processes", 1), "projecting layer 2 of 2")
+    assert a3(*solve, 0.3).code == 0
+    assert contents(calibrated) == whole
+
+
+def test_export_goes_on_at_the_weight_file(a3, calibrated, tmp_path, monkeypatch):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert a3("solve", "--budget", 0.2, *SIZES, "--method", "paper", "--work", calibrated).code == 0
+    assert a3("export", whole, "--work", calibrated, "--max-shard-size", "40KB").code == 0
+    export = ("export", out, "--work", calibrated, "--max-shard-size", "40KB", "--num-processes", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "before", stop_at("writing model-00003"))
+        interrupted(a3(*export), "before writing model-00003", "goes on there")
+    assert not out.exists()
+    asked = []
+    monkeypatch.setattr(Stop, "before", lambda _self, step, _then: asked.append(step))
+    assert a3(*export).code == 0
+    assert asked[0].startswith("writing model-00003")
+    assert contents(out) == contents(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole", "work"]
+
+
+def test_pareto_goes_on_at_the_point(a3, calibrated, text_file, monkeypatch):
+    command = ("pareto", "--budgets", "0.2,0.3", *SIZES, "--dataset", text_file, *TEXT, "--work", calibrated, "--json")
+    whole = json.loads(a3(*command).stdout)
+    before = contents(calibrated)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "before", stop_at("paper at 0.3"))
+        interrupted(a3(*command), "paper at 0.3", "goes on there")
+    asked = []
+    monkeypatch.setattr(Stop, "before", lambda _self, step, _then: asked.append(step))
+    assert json.loads(a3(*command).stdout) == whole
+    assert "paper at 0.2" not in asked
+    assert "paper at 0.3" in asked
+    assert contents(calibrated) == before
 
 
 def stop_at(step: str):
@@ -114,7 +220,7 @@ def stop_at(step: str):
 
     def before(self, name, then):
         if name.startswith(step):
-            signal.raise_signal(signal.SIGTERM)
+            self.signal = signal.SIGTERM  # as its handler does; here from any thread
         plain(self, name, then)
 
     return before

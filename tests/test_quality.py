@@ -32,10 +32,10 @@ def bench(checkpoint, text_file, tmp_path, monkeypatch):
 
 
 def test_every_method_is_measured_once(bench, monkeypatch):
-    results = quality.Results(bench.plan.results)
+    results = quality.Cells(bench.plan.results)
     bench.measure_missing(results)
-    assert [cell["method"] for cell in results.cells] == [*BASELINES, *dict(quality.OURS)]
-    for cell in results.cells:
+    assert [cell["method"] for cell in results.all] == [*BASELINES, *dict(quality.OURS)]
+    for cell in results.all:
         assert cell["removed"] >= 0.25 - 1e-9
         for text in ("own", "other"):
             assert cell[text]["predicted_tokens"] == 3 * 63
@@ -43,13 +43,11 @@ def test_every_method_is_measured_once(bench, monkeypatch):
 
     # What is in the file is not measured again; a further seed repeats only what depends on the text.
     monkeypatch.setattr(quality.SeedRun, "compress", lambda *_: pytest.fail("measured again"))
-    again = quality.Results(bench.plan.results)
-    assert again.cells == results.cells
+    again = quality.Cells(bench.plan.results)
+    assert again.all == results.all
     bench.measure_missing(again)
     asked = []
-    monkeypatch.setattr(
-        quality.Bench, "cell", lambda self, one, method, budget: asked.append(method) or results.cells[0]
-    )
+    monkeypatch.setattr(quality.Bench, "cell", lambda self, one, method, budget: asked.append(method) or results.all[0])
     monkeypatch.setattr(quality, "summary", lambda cell: "")
     bench.plan = replace(bench.plan, seeds=(0, 1))
     bench.measure_missing(again)

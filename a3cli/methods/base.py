@@ -7,6 +7,7 @@ then is asked for curves and projections. Losses are relative squared errors of 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,7 @@ from a3cli.settings import Component, SolveSettings
 from a3cli.solvers.allocate import sizes
 from a3cli.solvers.linalg import JointDecomposition, effective_rank
 from a3cli.solvers.ov import output_gram_of
-from a3cli.work import Json, Work
-
-# Share of the bound in `attention_effect` that score errors reach. An error that knows nothing of the values reaches
-# Σ a² of the attention weights a; docs/experiments.md has what was measured.
-ATTAINED = 0.25
+from a3cli.work import Json, Work, read_manifest
 
 # Whose statistics are damaged, for a message.
 COMPONENT_OF = {
@@ -45,7 +42,7 @@ class LayerInputs:
 
     def __init__(self, model: Model, work: Work, layer: int) -> None:
         self.shape, self.layer = model.shape, layer
-        self._model, self._path = model, work.statistics(layer)
+        self._model, self._path, self._work = model, work.statistics(layer), work
 
     def mean(self, name: str) -> torch.Tensor:
         """One sum of `moments.py` over the token count, as stored: the large ones are packed triangles."""
@@ -111,11 +108,25 @@ class LayerInputs:
     def mlp_unit(self) -> float:
         return 1 / self.mean("mlp_residual").item()
 
-    @cached_property
-    def score_unit(self) -> torch.Tensor:
-        """What turns squared scores (before the softmax scale) into relative errors of the stream, `[K]`."""
-        effect = ATTAINED * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
+    def score_unit(self, attained: float) -> torch.Tensor:
+        """What turns squared scores (before the softmax scale) into relative errors of the stream, `[K]`.
+
+        attained is the share of the bound in `attention_effect` that score errors reach: one that knows nothing of the
+        values reaches Σ a² of the attention weights a; docs/experiments.md has what was measured.
+        """
+        effect = attained * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
         return effect * self.attention_unit / self.shape.head_dim
+
+    @property
+    def origin(self) -> Json:
+        """The statistics and weights of this layer by their hashes."""
+        calibration = read_manifest(self._work.calibration_manifest, "run a3 calibrate --overwrite")
+        return {"statistics": calibration["layers"][self.layer], "source": calibration["request"]["source"]}
+
+    @property
+    def channels_file(self) -> Path:
+        """Where the order of this layer's MLP channels is kept."""
+        return self._work.channels / f"layer-{self.layer:03d}.json"
 
     def key_ranks(self) -> list[float]:
         ranks: list[float] = effective_rank(torch.linalg.eigvalsh(self.mean("k_gram"))).tolist()

@@ -1,8 +1,9 @@
 """Least squares for linear layers that something nonlinear follows: Gauss-Newton, by conjugate gradients.
 
-Of a block `f` (what follows the layers) only its derivatives are used: `f(x Wᵀ + b)` is linearised in W, the linear
-least-squares problem is solved by preconditioned conjugate gradients, and nothing larger than W is ever formed. Each
-iteration costs about two forwards of the block over all tokens. n layers of m outputs read the same d inputs.
+The layers' outputs z become hidden values `h(z)`, of which only derivatives are used, and these become outputs
+`h(z) Vᵀ`. All is linearised in the layers' weights, the linear least-squares problem is solved by preconditioned
+conjugate gradients, and nothing larger than the weights is ever formed. An iteration costs about two forwards over all
+tokens. n layers of m outputs read the same d inputs.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,12 +13,13 @@ from torch.func import jvp, vjp
 
 from a3cli.solvers.linalg import conjugate_gradients
 
-Block = Callable[[torch.Tensor], torch.Tensor]
+Hidden = Callable[[torch.Tensor], torch.Tensor]
 Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def gauss_newton_step(
-    block: Block,
+    hidden: Hidden,
+    output: torch.Tensor,
     weights: torch.Tensor,
     biases: torch.Tensor,
     batches: Batches,
@@ -25,14 +27,16 @@ def gauss_newton_step(
     damping: float,
     iterations: int,
 ) -> torch.Tensor:
-    """The step `[n, m, d]` towards `argmin_δ Σ ‖t − f(z) − J δ‖² + damping · ‖δ‖²_P` from weights `[n, m, d]`.
+    """The step `[n, m, d]` towards `argmin_δ Σ ‖t − h(z) Vᵀ − J δ‖² + damping · ‖δ‖²_P` from weights `[n, m, d]`.
 
-    block maps pre-activations `z` `[tokens, n, m]` to outputs `[tokens, k]`, token by token; `batches()` yields inputs
-    `[tokens, d]` and targets `[tokens, k]`, the same each time. The metric `P = diag(s) ⊗ E[x xᵀ]`, `s` `[n, m]` the
-    energy of the outputs' derivative by each pre-activation, stands for JᵀJ row by row: it damps and preconditions.
+    hidden maps pre-activations `z` `[tokens, n, m]` to hidden values `[tokens, h]`, token by token, and output is V
+    `[k, h]`; `batches()` yields inputs `[tokens, d]` and targets `[tokens, k]`, the same each time. The metric
+    `P = diag(s) ⊗ E[x xᵀ]`, `s` `[n, m]` the energy of the outputs' derivative by each pre-activation, stands for JᵀJ
+    row by row: it damps and preconditions.
     """
-    gram, rows, right = _first_pass(block, weights, biases, batches)
+    gram, rows, right = _first_pass(hidden, output, weights, biases, batches)
     inverse = torch.linalg.inv(gram.double()).to(weights.dtype)
+    still = torch.zeros_like(biases)
 
     def metric(step: torch.Tensor) -> torch.Tensor:
         return rows[..., None] * (step @ gram)
@@ -41,8 +45,8 @@ def gauss_newton_step(
         total = damping * metric(step)
         for x, _ in batches():
             before = pre_activations(x, weights, biases)
-            moved = jvp(block, (before,), (pre_activations(x, step, torch.zeros_like(biases)),))[1]
-            total += _as_weights(vjp(block, before)[1](moved)[0], x)
+            moved = jvp(hidden, (before,), (pre_activations(x, step, still),))[1]
+            total += _as_weights(vjp(hidden, before)[1](moved @ output.mT @ output)[0], x)
         return total
 
     return conjugate_gradients(normal, right, lambda r: r / rows[..., None] @ inverse, iterations=iterations)
@@ -50,16 +54,16 @@ def gauss_newton_step(
 
 def pre_activations(x: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
     """`x Wᵀ + b`, `[tokens, n, m]`."""
-    return torch.stack([x @ weight.mT + bias for weight, bias in zip(weights, biases, strict=True)], 1)
+    return torch.addmm(biases.flatten(), x, weights.flatten(0, 1).mT).view(len(x), *biases.shape)
 
 
 def _as_weights(by_pre_activations: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Derivatives by pre-activations `[tokens, n, m]` as derivatives by weights `[n, m, d]`."""
-    return torch.stack([part.mT @ x for part in by_pre_activations.unbind(1)])
+    return (by_pre_activations.flatten(1).mT @ x).view(*by_pre_activations.shape[1:], -1)
 
 
 def _first_pass(
-    block: Block, weights: torch.Tensor, biases: torch.Tensor, batches: Batches
+    hidden: Hidden, output: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor, batches: Batches
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`E[x xᵀ]` slightly damped, the energies `s`, and `Jᵀ(t − f)`.
 
@@ -69,10 +73,10 @@ def _first_pass(
     gram = weights.new_zeros(weights.shape[2], weights.shape[2])
     rows, right, tokens = torch.zeros_like(biases), torch.zeros_like(weights), 0
     for x, target in batches():
-        outputs, pull = vjp(block, pre_activations(x, weights, biases))[:2]
-        signs = torch.randint(2, outputs.shape, generator=generator, device=outputs.device) * 2 - 1
-        rows += pull(signs.to(outputs.dtype))[0].square().sum(0)
-        right += _as_weights(pull(target - outputs)[0], x)
+        values, pull = vjp(hidden, pre_activations(x, weights, biases))[:2]
+        signs = torch.randint(2, target.shape, generator=generator, device=target.device) * 2 - 1
+        rows += pull(signs.to(output.dtype) @ output)[0].square().sum(0)
+        right += _as_weights(pull((target - values @ output.mT) @ output)[0], x)
         gram.addmm_(x.mT, x)
         tokens += len(x)
     gram /= tokens

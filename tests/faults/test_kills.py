@@ -84,4 +84,4 @@ def test_killed_at_random_moments(stage, kills, road, tmp_path):
         again = forks.run(step.command, folder)
         assert again.code == 0, again.stderr
         assert content(folder) == after
-    assert died >= kills // 10  # the rest came too late: how long a run takes differs
+    assert died >= max(1, kills // 10)  # the rest came too late: how long a run takes differs
