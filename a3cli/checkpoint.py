@@ -33,6 +33,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
 # A shard's content is sampled at this many evenly spaced places for its fingerprint.
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
+WRITTEN_AT_ONCE = 1 << 20
 COPIED_AT_ONCE = 1 << 22
 
 
@@ -200,11 +201,9 @@ def fingerprint_shard(shard: Path) -> str:
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
-    """Raise A3Error if a weight has a NaN or Inf. Works in slices: no temporary of the tensor's size."""
-    for part in tensor.reshape(-1).split(1 << 22):
-        # A NaN or Inf stays in a sum, which takes one pass; only a sum that overflows needs a closer look.
-        if not (torch.isfinite(part.sum(dtype=torch.float32)) or torch.isfinite(part).all()):
-            raise A3Error(f"{where}: tensor {name} has NaN or Inf values; the checkpoint is damaged")
+    """Raise A3Error if a weight has a NaN or Inf. One pass and no temporary: extremes are NaN where any value is."""
+    if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+        raise A3Error(f"{where}: tensor {name} has NaN or Inf values; the checkpoint is damaged")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -301,8 +300,8 @@ class HashingWriter:
 
     def _write_all(self, data: "Buffer") -> None:
         rest = memoryview(data)
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        while rest:  # pieces that stay in the cache are taken over several times as fast as all at once
+            rest = rest[self._file.write(rest[:WRITTEN_AT_ONCE]) :]
 
     def _wait(self) -> None:
         for future in self._pending.popleft():

@@ -428,7 +428,7 @@ def plan(
     shape: Annotated[str, typer.Option(help="stock or per-layer, as for solve.")] = "stock",
     samples: Annotated[int, typer.Option(help="Number of blocks.")] = 128,
     seq_len: SeqLen = 2048,
-    batch_size: BatchSize = 1,
+    batch_size: Annotated[str, typer.Option(help="Blocks a forward, or auto, as for calibrate.")] = "auto",
     mlp_stats: Annotated[str, typer.Option(help="full or diagonal, as for calibrate.")] = "full",
     head_multiple: HeadMultiple = 8,
     mlp_multiple: MlpMultiple = 64,

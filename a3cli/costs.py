@@ -115,6 +115,11 @@ def block_bytes(shape: ModelShape, itemsize: int, seq_len: int) -> int:
     return seq_len * (4 * shape.hidden_size * itemsize + max(attention, mlp))
 
 
+def cpu_batch(seq_len: int) -> int:
+    """Blocks that fill a CPU's cores: about 2048 tokens, more only take memory."""
+    return max(1, 2048 // seq_len)
+
+
 EIGH = 9  # FLOPs of a symmetric eigenvalue problem with vectors, of n³
 ROUNDS = 40  # of the alternation that refines RoPE slots, at most
 SMALL = 4  # matrices of head size run at a fraction of the speed of large ones

@@ -50,9 +50,9 @@ class Gate:
         return {"gate": self.text, "value": value, "limit": self.limit, "failed": failed}
 
 
-def parse_gate(text: str) -> Gate:
+def parse_gate(text: Any) -> Gate:
     """Raises ValueError, which says what a gate looks like, for anything else."""
-    found = GATE.fullmatch(text)
+    found = GATE.fullmatch(text) if isinstance(text, str) else None
     if not found or found[1] not in METRICS:
         raise ValueError(f"not of the form METRIC > NUMBER (>, <, >=, <=); metrics are {', '.join(METRICS)}")
     metric, sign, number, percent = found.groups()

@@ -10,7 +10,6 @@ from a3cli.machine import Machine
 log = logging.getLogger(__name__)
 
 MARGIN = 0.9  # share of the free memory that is planned for; allocators round up, kernels have workspaces
-CPU_TOKENS = 2048  # a batch: enough to fill the cores, more only takes memory
 
 
 def choose_batch_size(shape: ModelShape, machine: Machine, seq_len: int, blocks: int, *, full_mlp: bool) -> int:
@@ -31,5 +30,5 @@ def choose_batch_size(shape: ModelShape, machine: Machine, seq_len: int, blocks:
         )
     fitting = (free - layer - sums) // block
     if machine.device.type == "cpu":
-        fitting = min(fitting, max(1, CPU_TOKENS // seq_len))
+        fitting = min(fitting, costs.cpu_batch(seq_len))
     return max(1, min(fitting, blocks))

@@ -97,6 +97,12 @@ class Run:
     def tokens(self) -> int:
         return self.settings.samples * self.settings.seq_len
 
+    @property
+    def batch(self) -> int:
+        """Blocks a forward. What `auto` takes on a CPU; on a GPU one, the least: it takes what is free there."""
+        automatic = 1 if self.on_gpu else min(self.settings.samples, costs.cpu_batch(self.settings.seq_len))
+        return self.settings.batch_size or automatic
+
 
 def plan(settings: PlanSettings) -> Json:
     """The figures of one run.
@@ -231,7 +237,7 @@ def device_memory(run: Run) -> Json:
     shape, settings = run.shape, run.settings
     parts = {
         "layer": costs.layer_bytes(shape, run.item),
-        "batch": settings.batch_size * costs.block_bytes(shape, run.item, settings.seq_len),
+        "batch": run.batch * costs.block_bytes(shape, run.item, settings.seq_len),
         "moments": costs.moment_bytes(shape, full_mlp=run.full_mlp),
     }
     return {**parts, "total": sum(parts.values())}
@@ -241,7 +247,7 @@ def peak_ram(run: Run) -> Json:
     """Peak resident set of each stage's process, mapped pages of the source included."""
     shape, item = run.shape, run.source_item
     mapped = costs.layer_bytes(shape, item)
-    batch = run.settings.batch_size * run.settings.seq_len * shape.hidden_size * run.item
+    batch = run.batch * run.settings.seq_len * shape.hidden_size * run.item
     packed = costs.triangle(shape.intermediate_size) * 4 if run.full_mlp else 0
     calibrate = mapped + 2 * packed + 2 * batch if run.on_gpu else mapped + device_memory(run)["total"]
     solve = {method: costs.held_bytes(shape) + costs.solve_memory(shape, run.size, method) for method in METHODS}

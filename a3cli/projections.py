@@ -49,7 +49,17 @@ def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch
         return solution[f"{role}_weight"]
     if "channels" not in solution:
         return tensor
-    return tensor[:, solution["channels"]] if role == "down" else tensor[solution["channels"]]
+    channels = solution["channels"]
+    return _take_columns(tensor, channels) if role == "down" else tensor[channels]
+
+
+def _take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """`tensor[:, columns]`; on the CPU by numpy, which takes a third of the time."""
+    if tensor.device.type != "cpu" or tensor.requires_grad:
+        return tensor[:, columns]
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    taken = tensor.view(integers).numpy().take(columns.numpy(), axis=1)
+    return torch.from_numpy(taken).view(tensor.dtype)
 
 
 def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:

@@ -38,6 +38,9 @@ def parse_batch_size(text: Any) -> Any:
     return int(text) if isinstance(text, str) and text.removeprefix("-").isdecimal() else text
 
 
+BatchSize = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_batch_size)]
+
+
 class CalibrateSettings(Settings):
     model: str
     revision: str | None = None
@@ -45,7 +48,7 @@ class CalibrateSettings(Settings):
     device: str = "auto"
     devices: str | None = None
     dtype: Dtype = "auto"
-    batch_size: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_batch_size)] = None
+    batch_size: BatchSize = None
     hidden_states: Literal["disk", "memory"] = "disk"
     mlp_stats: Literal["full", "diagonal"] = "full"
     trust_remote_code: bool = False
@@ -81,9 +84,9 @@ class SolveSettings(Settings):
     num_processes: int | None = Field(default=None, ge=1)
 
 
-def parse_size(text: int | str) -> int:
+def parse_size(text: Any) -> Any:
     """Bytes from '5GB', '500MB', '1.5GiB' or a plain number of bytes."""
-    if isinstance(text, int):
+    if not isinstance(text, str):
         return text
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1, "": 1}
     number = text.strip().rstrip("BGIKMbgikm")
@@ -169,7 +172,7 @@ class PlanSettings(Settings):
     shape: Literal["stock", "per-layer"] = "stock"
     samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=2048, ge=2)
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: BatchSize = None
     mlp_stats: Literal["full", "diagonal"] = "full"
     head_multiple: int = Field(default=8, ge=2, multiple_of=2)
     mlp_multiple: int = Field(default=64, ge=1)

@@ -26,7 +26,7 @@ from pathlib import Path
 from random_checkpoint import SHAPES, make_in_a_child, make_text, run
 
 LIMIT = 1.5
-IMPORTS = ("-c", "import a3cli.export, transformers")
+IMPORTS = ("-c", "import a3cli.cli, a3cli.export; from transformers import LlamaConfig, AutoTokenizer; LlamaConfig()")
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> None:

@@ -137,6 +137,16 @@ def test_killed_in_a_layer_it_goes_on_there_with_any_number(a3, checkpoint, text
         assert_close([tmp_path / "alone", work])
 
 
+def test_a_time_limit_stops_all_of_them(checkpoint, text_file, tmp_path):
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work")
+    assert run(2, tmp_path, *command, tmp_path / "whole").codes == [0, 0]
+    ended = run(2, tmp_path, *command, tmp_path / "cut", "--max-minutes", 0)
+    assert ended.codes == [3, 3], ended
+    assert ended.errors[0].startswith("stopped by --max-minutes 0 before layer 2 of 2")
+    assert run(2, tmp_path, *command, tmp_path / "cut").codes == [0, 0]
+    assert calibration_files(tmp_path / "cut") == calibration_files(tmp_path / "whole")
+
+
 def full_disk(rank: int) -> None:
     """Process 1 alone cannot write a file of the hidden states' size."""
     if rank == 1:

@@ -120,6 +120,7 @@ class Best(Method):
         self.layers: list[BestLayer] = []
         self.tables: list[Table] = []  # of each layer
         self.affine: dict[int, list[float]] = {}  # slots that took the place of a shared table's, by rank
+        self.score_losses: dict[tuple[int, int], float] = {}  # by layer and rank
         self.damping: defaultdict[int, dict[Component, float]] = defaultdict(dict)  # that refits used, by layer
 
     def add_layer(self, inputs: LayerInputs) -> None:
@@ -231,7 +232,9 @@ class Best(Method):
     def _score_loss(self, layer: int, rank: int) -> float:
         if rank == self.model.shape.head_dim:
             return 0.0
-        return self._loss_of(layer, self._slot_maps(layer, rank))
+        if (layer, rank) not in self.score_losses:
+            self.score_losses[layer, rank] = self._loss_of(layer, self._slot_maps(layer, rank))
+        return self.score_losses[layer, rank]
 
     def _loss_of(self, layer: int, maps: SlotMaps) -> float:
         return float(self.layers[layer].score_unit @ maps.loss)

@@ -14,7 +14,9 @@ def score_channels(energy: torch.Tensor, down_weight: torch.Tensor) -> torch.Ten
     paper's `‖r_j‖²‖w_j‖²`, with `r_j` a column of `R^½`, is the same number: `‖R^½ e_j‖² = R_jj`. Kept
     channels stay as they are.
     """
-    norms = torch.cat([part.double().square().sum(0) for part in down_weight.split(4096, dim=1)])
+    norms = torch.zeros_like(energy, dtype=torch.float64)
+    for rows in down_weight.split(max(1, (1 << 18) // down_weight.shape[1])):  # what stays in a core's cache
+        norms += rows.double().square().sum(0)
     return energy.double() * norms
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -72,7 +73,12 @@ def check(place: Path, source: Path, text: Path, *, command: str = "calibrate") 
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
     work = ("--work", run / "work") if command == "calibrate" else ()
-    arguments = (command, source, "--dataset", text, *SHORT, "--quiet", *work)
+    check_command((command, source, "--dataset", text, *SHORT, "--quiet", *work), run)
+
+
+def check_command(arguments: tuple[object, ...], run: Path) -> None:
+    """In `run`, which has nothing else in it than before if the command fails."""
+    before = {path.name for path in run.iterdir()}
     outcome = forks.run(arguments, run, seconds=SECONDS, memory=MEMORY)
     assert outcome.code in (0, 2), outcome
     assert outcome.memory < MEMORY, outcome
@@ -81,7 +87,7 @@ def check(place: Path, source: Path, text: Path, *, command: str = "calibrate") 
         assert line.startswith("error: ")
         assert line.isprintable(), line
         assert outcome.stdout == ""
-        assert {path.name for path in run.iterdir()} <= set(forks.OUTPUTS)
+        assert {path.name for path in run.iterdir()} <= before | set(forks.OUTPUTS)
     else:
         assert outcome.stderr == ""
 
@@ -214,5 +220,31 @@ def test_texts(amount, model, place):
         text = place / f"text{suffix}"
         text.write_bytes(content)
         check(place, model, text)
+
+    run()
+
+
+@repeated
+def test_recipes(amount, model, place, text_file):
+    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32, "seed": 0}
+    recipe = {
+        "work": "work",
+        "out": "out",
+        "calibrate": {"model": str(model), "text": text, "batch_size": 1, "dtype": "float32"},
+        "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8, "components": ["qk", "ov", "mlp"]},
+        "export": {"max_shard_size": "1MB", "dtype": "source"},
+    }
+    places = {"work", "out"}
+
+    @amount
+    @given(data=st.data())
+    def run(data: Any) -> None:
+        folder = place / "recipe"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        changed = data.draw(mutated({key: value for key, value in recipe.items() if key not in places}))
+        content = yaml.safe_dump({**{key: recipe[key] for key in places}, **changed})
+        (folder / "recipe.yaml").write_text(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+        check_command(("run", folder / "recipe.yaml", "--quiet"), folder)
 
     run()
