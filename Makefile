@@ -15,8 +15,9 @@ export TOKENIZERS_PARALLELISM = true
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
+# Two at a time, one thread each: tests are mostly small models, and some wait for processes of their own.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow
