@@ -332,7 +332,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", default="", help="comma-separated; default: all")
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
     parser.add_argument("--blocks", type=int, help="evaluate on so many blocks only")
-    parser.add_argument("--quick", action="store_true", help="one model, one seed, two budgets, few blocks")
+    parser.add_argument("--quick", action="store_true", help="two models, one seed, two budgets, few blocks")
     return parser.parse_args()
 
 
@@ -352,7 +352,7 @@ def main() -> None:
             only=tuple(args.models.split(",")) if args.models else (),
         )
         if args.quick:
-            models = plan.only or ("wikitext-llama",)
+            models = plan.only or ("wikitext-llama", "stories260k")
             plan = replace(plan, only=models, budgets=(0.2, 0.4), seeds=(0,), blocks=args.blocks or QUICK_BLOCKS)
         plan.scratch.mkdir(parents=True, exist_ok=True)
         results = Cells(plan.results)

@@ -1,5 +1,6 @@
 """Stopping between steps: a time limit or a signal ends the step in progress, and the same command goes on."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 from a3cli import display
+from a3cli.checkpoint import HashingWriter
 from a3cli.errors import Interrupted
 from a3cli.interrupt import Stop, stopping
 from a3cli.methods.best import Best
@@ -197,6 +200,44 @@ def test_export_goes_on_at_the_weight_file(a3, calibrated, tmp_path, monkeypatch
     assert asked[0].startswith("writing model-00003")
     assert contents(out) == contents(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole", "work"]
+
+
+def test_a_full_disk_keeps_what_is_finished(a3, calibrated, tmp_path, monkeypatch):
+    """In the middle of solve and of export: a line that says so, and the same bytes once there is room again."""
+    solve = ("solve", "--budget", 0.2, *SIZES, "--num-processes", 1, "--work", calibrated)
+    export = ("export", tmp_path / "out", "--work", calibrated, "--max-shard-size", "40KB", "--num-processes", 1)
+    assert a3(*solve).code == 0
+    assert a3("export", tmp_path / "whole", *export[2:]).code == 0
+    solved, exported = contents(calibrated / "solution"), contents(tmp_path / "whole")
+    save, write = safetensors.torch.save_file, HashingWriter._write_all
+
+    def full_for_solve(tensors, path, *rest):
+        if "layer-001" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(tensors, path, *rest)
+
+    def full_for_export(writer, data):
+        if "model-00003" in writer._file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(writer, data)
+
+    stages = (
+        ((*solve, "--overwrite"), calibrated / ".solution.a3-partial", "layer-000.safetensors"),
+        (export, tmp_path / ".out.a3-partial", "model-00002-of-00007.safetensors"),
+    )
+    for command, draft, finished in stages:
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors.torch, "save_file", full_for_solve)
+            patch.setattr(HashingWriter, "_write_all", full_for_export)
+            outcome = a3(*command)
+        assert outcome.code == 2
+        assert "cannot be written" in outcome.stderr
+        assert "No space left" in outcome.stderr
+        assert (draft / finished).is_file()
+        assert a3(*command).code == 0
+        assert not draft.exists()
+    assert contents(calibrated / "solution") == solved
+    assert contents(tmp_path / "out") == exported
 
 
 def test_pareto_goes_on_at_the_point(a3, calibrated, text_file, monkeypatch):
