@@ -125,23 +125,6 @@ def measure(
     return result
 
 
-def compare(
-    model: Any,
-    source: Any | None,
-    blocks: list[torch.Tensor],
-    *,
-    batch_size: int,
-    device: torch.device,
-    name: str,
-    source_name: str,
-) -> Json:
-    """The figures of a loaded model over blocks of tokens, and the seconds its own forwards took."""
-    sums, seconds = sum_blocks(
-        model, source, blocks, batch_size=batch_size, device=device, name=name, source_name=source_name
-    )
-    return {**describe_sums(sums), "seconds": seconds}
-
-
 @torch.inference_mode()
 def sum_blocks(
     model: Any,

@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import demo_text  # noqa: E402
 
 from a3cli.cli import app  # noqa: E402
-from a3cli.evaluate import compare  # noqa: E402
+from a3cli.evaluate import describe_sums, sum_blocks  # noqa: E402
 from a3cli.manifest import MANIFEST  # noqa: E402
 from a3cli.settings import TextSettings  # noqa: E402
 from a3cli.text import evaluation_blocks, load_tokenizer  # noqa: E402
@@ -180,8 +180,9 @@ class Bench:
 
     def measure(self, model: Any) -> Cell:
         """Perplexity, increase, KL and agreement on both texts."""
-        return {
-            name: compare(
+        found = {}
+        for name, blocks in self.blocks.items():
+            sums, _ = sum_blocks(
                 model,
                 self.remembered,
                 blocks,
@@ -190,8 +191,8 @@ class Bench:
                 name="compressed model",
                 source_name=self.subject.name,
             )
-            for name, blocks in self.blocks.items()
-        }
+            found[name] = describe_sums(sums)
+        return found
 
     def measure_missing(self, results: Cells) -> None:
         for seed in self.plan.seeds:
