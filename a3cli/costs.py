@@ -122,6 +122,7 @@ def cpu_batch(seq_len: int) -> int:
 
 EIGH = 9  # FLOPs of a symmetric eigenvalue problem with vectors, of n³
 ROUNDS = 40  # of the alternation that refines RoPE slots, at most
+VALUE_ROUNDS, VALUE_STEPS = 3, 30  # of the alternation that refines value maps, and of conjugate gradients in each
 SMALL = 4  # matrices of head size run at a fraction of the speed of large ones
 
 
@@ -143,9 +144,19 @@ def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
     select = width**3 // 3 + 3 * width**2 * d // 2
     refit_mlp = size.mlp * width * d + size.mlp**2 * d + size.mlp**3 // 6
     refit_output = kept * query * (query + d) + kept**2 * (query + d) + kept**3 // 6
+    step = query**2 * size.ov + kept**2 * shape.head_dim
+    values = query**2 * d + VALUE_ROUNDS * (refit_output + kept**2 * d + (VALUE_STEPS + 1) * step)
     ranks, pairs = shape.head_dim // head_multiple, shape.head_dim // 2
     slots = ranks * ROUNDS * shape.kv_heads * 10 * pairs**3 // 2 * 4  # ten complex products a round
-    return paper_flops(shape) + 2 * (select + refit_mlp + refit_output + SMALL * slots)
+    return paper_flops(shape) + 2 * (select + refit_mlp + refit_output + values + SMALL * slots)
+
+
+SMALL_LAYER = 4096  # MLP channels; statistics of some layers so wide fit in any memory at once
+
+
+def layers_at_once(shape: ModelShape, threads: int) -> int:
+    """Layers that `a3 solve` looks at side by side: small ones a core each; a large one's products fill all cores."""
+    return 1 if shape.intermediate_size > SMALL_LAYER else min(threads, shape.layers)
 
 
 def held_bytes(shape: ModelShape) -> int:

@@ -15,6 +15,7 @@ from a3cli.evaluate import evaluate
 from a3cli.export import export
 from a3cli.families import LayerSizes
 from a3cli.interrupt import Stop
+from a3cli.machine import return_freed_memory
 from a3cli.methods import Curves
 from a3cli.model import Model, open_calibrated_source
 from a3cli.settings import EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
@@ -49,6 +50,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
     Interrupted at the end of the layer or point in which `stop` was set off.
     """
     stop = stop or Stop()
+    return_freed_memory()
     calibration = read_calibration(work)
     with work.locked():
         model = open_calibrated_source(work, calibration)

@@ -28,7 +28,10 @@ TFLOPS = {"cpu": 0.3, "cuda": 200.0}
 SOLVE_TFLOPS = {"cpu": 0.15, "cuda": 10.0}  # float64
 HASH_GBPS = 1.5  # SHA-256 on one core
 IMPORTS = 410_000_000  # resident bytes of a process with torch, transformers and datasets in it
-STARTUP = 5.0  # seconds until a stage begins to work
+WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes that linear algebra takes in each thread
+STARTUP = 4.2  # seconds until a stage begins to work
+# Seconds that a layer takes beside its arithmetic: files, and steps too small to fill a core.
+LAYER_SECONDS = {"calibrate": 0.2, "solve --method best": 1.2}
 
 
 class DecoderConfig(BaseModel):
@@ -250,7 +253,11 @@ def peak_ram(run: Run) -> Json:
     batch = run.batch * run.settings.seq_len * shape.hidden_size * run.item
     packed = costs.triangle(shape.intermediate_size) * 4 if run.full_mlp else 0
     calibrate = mapped + 2 * packed + 2 * batch if run.on_gpu else mapped + device_memory(run)["total"]
-    solve = {method: costs.held_bytes(shape) + costs.solve_memory(shape, run.size, method) for method in METHODS}
+    at_once = costs.layers_at_once(shape, os.cpu_count() or 1)
+    solve = {
+        method: costs.held_bytes(shape) + at_once * (WORKSPACE[method] + costs.solve_memory(shape, run.size, method))
+        for method in METHODS
+    }
     largest = shape.hidden_size * shape.intermediate_size * item
     return {
         "calibrate": IMPORTS + calibrate,
@@ -274,14 +281,16 @@ def seconds(run: Run, rates: Rates) -> Json:
         "best": costs.best_flops(shape, run.size, settings.head_multiple),
     }
     moved = run.parameters * run.source_item + places["export"]
+    spent = {
+        "calibrate": max(compute, read) + kept,
+        **{f"solve --method {name}": checked + shape.layers * flops / rates.solve for name, flops in work.items()},
+        "export": max(moved / rates.disk, places["export"] / (HASH_GBPS * 1e9)),
+    }
+    left_out = {f"solve --method {name}" for name in METHODS if not run.solves(name)}
     return {
-        "calibrate": STARTUP + max(compute, read) + kept,
-        **{
-            f"solve --method {method}": STARTUP + checked + shape.layers * work[method] / rates.solve
-            for method in METHODS
-            if run.solves(method)
-        },
-        "export": STARTUP + max(moved / rates.disk, places["export"] / (HASH_GBPS * 1e9)),
+        stage: STARTUP + shape.layers * LAYER_SECONDS.get(stage, 0.0) + found
+        for stage, found in spent.items()
+        if stage not in left_out
     }
 
 
@@ -310,7 +319,7 @@ def measure(what: str, kind: str, dtype: str) -> float:
 
 def disk_speed(folder: Path, size: int = 1 << 28) -> float:
     """Bytes a second, written through to the disk and read again, the slower of the two."""
-    part = os.urandom(1 << 22)
+    part = os.urandom(1 << 20)  # as export writes: larger pieces are slower
     with tempfile.TemporaryFile(dir=folder) as file:
         started = time.perf_counter()
         for _ in range(size // len(part)):

@@ -17,7 +17,7 @@ from a3cli import costs
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, ModelShape
 from a3cli.interrupt import Stop
-from a3cli.machine import choose_machine
+from a3cli.machine import choose_machine, return_freed_memory
 from a3cli.methods import METHODS, Curves, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
@@ -50,7 +50,6 @@ from a3cli.work import (
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-SMALL_LAYER = 4096  # MLP channels; statistics of some layers so wide fit in any memory at once
 
 AGAIN = "the same command goes on there"
 STREAMS = "streams"  # folder of the sequential correction's hidden states, in the draft
@@ -65,6 +64,7 @@ def solve(
     reached under the rounding, and Interrupted at the end of the layer in which `stop` was set off.
     """
     stop = stop or Stop()
+    return_freed_memory()
     check_settings(settings)
     calibration = read_calibration(work)
     with work.locked():
@@ -161,14 +161,15 @@ def analyse(
 
 
 def for_each_layer(work: Callable[[int], T], model: Model, settings: SolveSettings) -> list[T]:
-    """`work` of every layer: small ones side by side, a core each; a large one's products fill all cores by themselves.
+    """`work` of every layer, small ones side by side.
 
     Which of the two is a matter of the model alone, so that the bytes don't depend on the number of processes.
     """
     layers = range(model.shape.layers)
-    if model.shape.intermediate_size > SMALL_LAYER:
+    if model.shape.intermediate_size > costs.SMALL_LAYER:
         return [work(layer) for layer in layers]
-    return list(spread(work, layers, settings.num_processes or os.cpu_count() or 1))
+    threads = settings.num_processes or os.cpu_count() or 1
+    return list(spread(work, layers, costs.layers_at_once(model.shape, threads)))
 
 
 def check_settings(settings: SolveSettings) -> None:
