@@ -57,7 +57,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         check_statistics(work, calibration)
         points = Points(settings, work, calibration)
         for name, variant in VARIANTS.items():
-            missing = [budget for budget in settings.budgets if not points.find(name, budget)]
+            missing = [budget for budget in settings.budgets if not points.has(name, budget)]
             if not missing:
                 continue
             log.info("error curves: %s", name)
@@ -95,7 +95,7 @@ class Points:
             known = read_manifest(self._file, "")
             self.found = known["points"] if known["request"] == self._request else []
 
-    def find(self, variant: str, budget: float) -> bool:
+    def has(self, variant: str, budget: float) -> bool:
         return any((each["variant"], each["budget_asked"]) == (variant, budget) for each in self.found)
 
     def add(self, point: Json) -> None:

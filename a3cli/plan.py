@@ -283,15 +283,14 @@ def seconds(run: Run, rates: Rates) -> Json:
     moved = run.parameters * run.source_item + places["export"]
     spent = {
         "calibrate": max(compute, read) + kept,
-        **{f"solve --method {name}": checked + shape.layers * flops / rates.solve for name, flops in work.items()},
+        **{
+            f"solve --method {name}": checked + shape.layers * flops / rates.solve
+            for name, flops in work.items()
+            if run.solves(name)
+        },
         "export": max(moved / rates.disk, places["export"] / (HASH_GBPS * 1e9)),
     }
-    left_out = {f"solve --method {name}" for name in METHODS if not run.solves(name)}
-    return {
-        stage: STARTUP + shape.layers * LAYER_SECONDS.get(stage, 0.0) + found
-        for stage, found in spent.items()
-        if stage not in left_out
-    }
+    return {stage: STARTUP + shape.layers * LAYER_SECONDS.get(stage, 0.0) + found for stage, found in spent.items()}
 
 
 def find_rates(settings: PlanSettings, dtype: str) -> Rates:

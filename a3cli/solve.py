@@ -113,7 +113,9 @@ def write_solution(
         written = for_each_layer(write_layer, model, settings)
         slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
         if settings.sequential:
-            correct(model, settings, work, sizes, slots, draft, progress, stop)
+            hashes = correct(model, settings, work, sizes, slots, draft, progress, stop)
+        else:
+            hashes = [each["sha256"] for each in written]
         manifest = {
             "request": request,
             **describe_result(model, settings, calibration, sizes),
@@ -130,7 +132,7 @@ def write_solution(
                 }
                 for layer, each in enumerate(written)
             ],
-            "layers": [hash_file(draft.folder / layer_file(layer)) for layer in layers],
+            "layers": hashes,
             "versions": versions(),
         }
         return write_manifest(draft.folder / work.solution_manifest.name, manifest)
@@ -229,23 +231,31 @@ def correct(
     draft: Draft,
     progress: Progress,
     stop: Stop,
-) -> None:
-    """Refit the one-shot layers of a draft in a second sweep over the calibration's blocks, and write the result."""
+) -> list[str]:
+    """Refit the one-shot layers of a draft in a second sweep over the calibration's blocks, and write the result.
+
+    Returns the hashes of the layers' files.
+    """
     layers = range(model.shape.layers)
-    if not all(draft.learnt(layer_file(layer)) for layer in layers):
+    corrected = [known for layer in layers if (known := draft.learnt(layer_file(layer)))]
+    if len(corrected) < len(layers):
         cuts = [
             Cut(layer, size, own, partial(load_file, draft.folder / one_shot_file(layer)))
             for layer, (size, own) in enumerate(zip(sizes, slots, strict=True))
         ]
         refit_layers(model, settings, work, cuts, draft, progress, stop)
-        for layer in layers:
-            one_shot, refit = (load_file(draft.folder / name(layer)) for name in (one_shot_file, refit_file))
-            write_tensors(draft.folder / layer_file(layer), one_shot | refit)
-            draft.finish(layer_file(layer))
+        corrected = [write_corrected(draft, layer) for layer in layers]
     shutil.rmtree(draft.folder / STREAMS, ignore_errors=True)
     for layer in layers:
         for name in (one_shot_file, refit_file):
             (draft.folder / name(layer)).unlink(missing_ok=True)
+    return [each["sha256"] for each in corrected]
+
+
+def write_corrected(draft: Draft, layer: int) -> Json:
+    one_shot, refit = (load_file(draft.folder / name(layer)) for name in (one_shot_file, refit_file))
+    write_tensors(draft.folder / layer_file(layer), one_shot | refit)
+    return draft.finish(layer_file(layer))
 
 
 def refit_layers(

@@ -77,6 +77,9 @@ class Work:
     def statistics(self, layer: int) -> Path:
         return self.calibration / layer_file(layer)
 
+    def channel_order(self, layer: int) -> Path:
+        return self.channels / f"layer-{layer:03d}.json"
+
     def layer_solution(self, layer: int) -> Path:
         return self.solution / layer_file(layer)
 
@@ -221,9 +224,7 @@ def drafting(target: Path, request: Json) -> Iterator[Draft]:
     partial, replaced = (target.with_name(f".{target.name}.a3-{what}") for what in ("partial", "replaced"))
     draft = Draft(partial, target.with_name(f".{target.name}.a3-progress.json"), request)
     with making(target.parent), writing(target):
-        shutil.rmtree(
-            replaced, ignore_errors=True
-        )  # of a process that was killed; the lock says that none is under way
+        shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed: the lock is held
         try:
             draft.begin()
             yield draft

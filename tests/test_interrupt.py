@@ -122,9 +122,7 @@ def test_solve_goes_on_at_every_step(rounds, a3, calibrated, monkeypatch):
     monkeypatch.setattr(Best, "_find_order", only_once(Best._find_order))
     monkeypatch.setattr(Best, "project", only_once(Best.project))
     for step, made in steps.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(Stop, "before", stop_at(step))
-            interrupted(a3(*solve, "--overwrite"), step, "goes on there")
+        cut_short(a3, monkeypatch, (*solve, "--overwrite"), step)
         assert any(made in name for name in contents(calibrated)), step
     assert a3(*solve, "--overwrite").code == 0
     assert contents(calibrated) == whole
@@ -163,9 +161,7 @@ def test_damaged_drafts_are_made_again(damaged, a3, calibrated, monkeypatch):
     solve = ("solve", "--budget", 0.2, *SIZES, "--sequential", "--batch-size", 2, "--work", calibrated)
     assert a3(*solve).code == 0
     whole = contents(calibrated)
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "before", stop_at("correcting"))
-        interrupted(a3(*solve, "--overwrite"), "correcting layer 2 of 2")
+    cut_short(a3, monkeypatch, (*solve, "--overwrite"), "correcting layer 2 of 2")
     file = calibrated / ".solution.a3-partial" / damaged
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
     outcome = a3(*solve, "--overwrite")
@@ -178,9 +174,7 @@ def test_another_request_begins_anew(a3, calibrated, monkeypatch):
     solve = ("solve", *SIZES, "--work", calibrated, "--overwrite", "--budget")
     assert a3(*solve, 0.3).code == 0
     whole = contents(calibrated)
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "before", stop_at("projecting layer 2"))
-        interrupted(a3(*solve, 0.1, "--num-processes", 1), "projecting layer 2 of 2")
+    cut_short(a3, monkeypatch, (*solve, 0.1, "--num-processes", 1), "projecting layer 2 of 2")
     assert a3(*solve, 0.3).code == 0
     assert contents(calibrated) == whole
 
@@ -190,9 +184,7 @@ def test_export_goes_on_at_the_weight_file(a3, calibrated, tmp_path, monkeypatch
     assert a3("solve", "--budget", 0.2, *SIZES, "--method", "paper", "--work", calibrated).code == 0
     assert a3("export", whole, "--work", calibrated, "--max-shard-size", "40KB").code == 0
     export = ("export", out, "--work", calibrated, "--max-shard-size", "40KB", "--num-processes", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "before", stop_at("writing model-00003"))
-        interrupted(a3(*export), "before writing model-00003", "goes on there")
+    cut_short(a3, monkeypatch, export, "writing model-00003")
     assert not out.exists()
     asked = []
     monkeypatch.setattr(Stop, "before", lambda _self, step, _then: asked.append(step))
@@ -244,15 +236,20 @@ def test_pareto_goes_on_at_the_point(a3, calibrated, text_file, monkeypatch):
     command = ("pareto", "--budgets", "0.2,0.3", *SIZES, "--dataset", text_file, *TEXT, "--work", calibrated, "--json")
     whole = json.loads(a3(*command).stdout)
     before = contents(calibrated)
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "before", stop_at("paper at 0.3"))
-        interrupted(a3(*command), "paper at 0.3", "goes on there")
+    cut_short(a3, monkeypatch, command, "paper at 0.3")
     asked = []
     monkeypatch.setattr(Stop, "before", lambda _self, step, _then: asked.append(step))
     assert json.loads(a3(*command).stdout) == whole
     assert "paper at 0.2" not in asked
     assert "paper at 0.3" in asked
     assert contents(calibrated) == before
+
+
+def cut_short(a3, monkeypatch, command: tuple[object, ...], step: str) -> None:
+    """Run the command until before a step, as a signal would stop it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "before", stop_at(step))
+        interrupted(a3(*command), f"before {step}", "goes on there")
 
 
 def stop_at(step: str):

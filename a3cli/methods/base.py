@@ -126,7 +126,7 @@ class LayerInputs:
     @property
     def channels_file(self) -> Path:
         """Where the order of this layer's MLP channels is kept."""
-        return self._work.channels / f"layer-{self.layer:03d}.json"
+        return self._work.channel_order(self.layer)
 
     def key_ranks(self) -> list[float]:
         ranks: list[float] = effective_rank(torch.linalg.eigvalsh(self.mean("k_gram"))).tolist()
