@@ -154,9 +154,12 @@ def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
 SMALL_LAYER = 4096  # MLP channels; statistics of some layers so wide fit in any memory at once
 
 
-def layers_at_once(shape: ModelShape, threads: int) -> int:
-    """Layers that `a3 solve` looks at side by side: small ones a core each; a large one's products fill all cores."""
-    return 1 if shape.intermediate_size > SMALL_LAYER else min(threads, shape.layers)
+def side_by_side(shape: ModelShape) -> bool:
+    """Whether `a3 solve` looks at several layers at once, a core each; a large one's products fill all cores.
+
+    A matter of the model alone, so that the bytes don't depend on the number of processes.
+    """
+    return shape.intermediate_size <= SMALL_LAYER
 
 
 def held_bytes(shape: ModelShape) -> int:

@@ -89,10 +89,10 @@ def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None
         shards = plan(model, solution, settings)
         measured = [each for file in settings.evaluations for each in read_evaluation(file)]
         size = sum(t.bytes for tensors in shards.values() for t in tensors)
-        check_space(existing_parent(out), size, "export")
         request = describe_request(settings, solution)
         inputs = (model, calibration, solution, shards, settings, measured, stop)
         with drafting(out.resolve(), request) as draft:
+            draft.check_space(size, "export")
             manifest = write_checkpoint(draft, *inputs)
             if settings.check_reproducible:
                 check_space(work.folder, size, "--check-reproducible")
@@ -156,13 +156,6 @@ def check_target(out: Path, source: Checkpoint, work: Work, *, overwrite: bool) 
             raise A3Error(f"{out} is not empty; use --overwrite to replace an earlier export, or another folder")
         if not (out / MANIFEST).is_file():
             raise A3Error(f"{out} holds something that is no a3 export; --overwrite does not replace it")
-
-
-def existing_parent(path: Path) -> Path:
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str, list[PlannedTensor]]:

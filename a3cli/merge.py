@@ -18,8 +18,8 @@ from a3cli.solve import read_calibration
 from a3cli.work import (
     Json,
     Work,
+    bytes_on_disk,
     check_hash,
-    check_space,
     differences,
     drafting,
     hash_file,
@@ -52,8 +52,6 @@ def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> Json:
         request = merged_request(calibrations)
         if finished := finished_manifest(target, request, overwrite=overwrite):
             return finished
-        needed = sum(path.stat().st_size for path in parts[0].calibration.glob("*.safetensors"))
-        check_space(target.folder, needed, "the merged calibration")
         return write_merged(parts, calibrations, target, request)
 
 
@@ -124,6 +122,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], target: Work, 
     for work, calibration in zip(parts, calibrations, strict=True):
         check_hash(work.tokens, calibration["tokens_sha256"], REMEDY)
     with drafting(target.calibration, request) as draft:
+        draft.check_space(bytes_on_disk(parts[0].calibration), "the merged calibration")
         tokens = torch.cat([load_file(work.tokens)["tokens"] for work in parts])
         tokens_file = draft.folder / target.tokens.name
         write_tensors(tokens_file, {"tokens": tokens})

@@ -6,7 +6,6 @@ evaluates in a temporary folder inside the work folder; the solution that is the
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from a3cli import costs
@@ -31,7 +30,7 @@ from a3cli.solve import (
     write_solution,
 )
 from a3cli.sweep import Progress
-from a3cli.work import Json, Work, making_scratch, read_json, read_manifest, replacing, versions, write_manifest
+from a3cli.work import Json, Work, making_scratch, read_if_of, read_json, replacing, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +89,8 @@ class Points:
             "calibration": calibration["sha256"],
             "versions": versions(),
         }
-        self.found: list[Json] = []
-        with suppress(A3Error):  # there is none, or it is damaged
-            known = read_manifest(self._file, "")
-            self.found = known["points"] if known["request"] == self._request else []
+        known = read_if_of(self._file, self._request)
+        self.found: list[Json] = known["points"] if known else []
 
     def has(self, variant: str, budget: float) -> bool:
         return any((each["variant"], each["budget_asked"]) == (variant, budget) for each in self.found)

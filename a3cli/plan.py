@@ -253,7 +253,7 @@ def peak_ram(run: Run) -> Json:
     batch = run.batch * run.settings.seq_len * shape.hidden_size * run.item
     packed = costs.triangle(shape.intermediate_size) * 4 if run.full_mlp else 0
     calibrate = mapped + 2 * packed + 2 * batch if run.on_gpu else mapped + device_memory(run)["total"]
-    at_once = costs.layers_at_once(shape, os.cpu_count() or 1)
+    at_once = min(os.cpu_count() or 1, shape.layers) if costs.side_by_side(shape) else 1
     solve = {
         method: costs.held_bytes(shape) + at_once * (WORKSPACE[method] + costs.solve_memory(shape, run.size, method))
         for method in METHODS

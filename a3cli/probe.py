@@ -26,7 +26,7 @@ from a3cli.methods import Curves, LayerInputs, Method
 from a3cli.settings import COMPONENTS, Component
 from a3cli.smaller import Cut, SmallerDecoder
 from a3cli.sweep import Arguments, Decoder, Progress, embed_all, run_layer
-from a3cli.work import Json, Work, check_space, read_manifest, write_manifest
+from a3cli.work import Json, Work, check_space, read_if_of, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +98,10 @@ class _Run:
 
     def _begin(self) -> int:
         """The layer to go on at; 0 with empty streams unless a sweep with this request was under way."""
-        if self.progress_file.is_file():
-            found = read_manifest(self.progress_file, "remove it")
-            if found["request"] == self.request and self._streams(found["layer"]).path.is_file():
-                log.info("going on at layer %d", found["layer"])
-                return int(found["layer"])
+        found = read_if_of(self.progress_file, self.request)
+        if found and self._streams(found["layer"]).path.is_file():
+            log.info("going on at layer %d", found["layer"])
+            return int(found["layer"])
         self.work.probes.mkdir(exist_ok=True)
         self.clear()
         check_space(self.work.folder, 2 * self._streams(0).bytes, "probing")

@@ -35,6 +35,7 @@ from a3cli.work import (
     Draft,
     Json,
     Work,
+    bytes_on_disk,
     check_hashes,
     check_space,
     differences,
@@ -98,6 +99,7 @@ def write_solution(
     method.settle(sizes)
     request = describe_request(settings, calibration)
     with drafting(work.solution, {**request, "versions": versions()}) as draft:
+        draft.check_space(sum(costs.solution_bytes(model.shape, size) for size in sizes), "the solution")
 
         def write_layer(layer: int) -> Json:
             name = one_shot_file(layer) if settings.sequential else layer_file(layer)
@@ -163,15 +165,11 @@ def analyse(
 
 
 def for_each_layer(work: Callable[[int], T], model: Model, settings: SolveSettings) -> list[T]:
-    """`work` of every layer, small ones side by side.
-
-    Which of the two is a matter of the model alone, so that the bytes don't depend on the number of processes.
-    """
+    """`work` of every layer, small ones side by side."""
     layers = range(model.shape.layers)
-    if model.shape.intermediate_size > costs.SMALL_LAYER:
+    if not costs.side_by_side(model.shape):
         return [work(layer) for layer in layers]
-    threads = settings.num_processes or os.cpu_count() or 1
-    return list(spread(work, layers, costs.layers_at_once(model.shape, threads)))
+    return list(spread(work, layers, settings.num_processes or os.cpu_count() or 1))
 
 
 def check_settings(settings: SolveSettings) -> None:
@@ -272,10 +270,9 @@ def refit_layers(
     blocks = load_file(work.tokens)["tokens"]
     streams = draft.folder / STREAMS
     streams.mkdir(exist_ok=True)
-    there = sum(path.stat().st_size for path in streams.iterdir())
     files = 7 if settings.refit_rounds else 5
     needed = files * blocks.numel() * model.shape.hidden_size * machine.dtype.itemsize
-    check_space(work.folder, needed - there, "the sequential correction")
+    check_space(streams, needed - bytes_on_disk(streams), "the sequential correction")
     swept = refit_sequentially(
         Decoder(model, machine),
         SmallerDecoder(model, machine, cuts),

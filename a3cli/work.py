@@ -161,10 +161,8 @@ class Draft:
 
     def begin(self) -> None:
         """Go on with what is there if it is of this request, else with an empty folder."""
-        found: Json = {}
-        with suppress(A3Error):  # there is none, or it is damaged
-            found = read_manifest(self._progress, "")
-        if found.get("request") == self._request and self.folder.is_dir() and not self.folder.is_symlink():
+        found = read_if_of(self._progress, self._request)
+        if found and self.folder.is_dir() and not self.folder.is_symlink():
             self._finished = found["finished"]
             self.drop_unfinished()
             log.info("going on with %d finished files of %s", len(self._finished), self.folder)
@@ -190,6 +188,10 @@ class Draft:
             self._finished[name] = known
             write_manifest(self._progress, {"request": self._request, "finished": self._finished})
         return known
+
+    def check_space(self, needed: int, what: str) -> None:
+        """`check_space` for a folder that is to hold `needed` bytes in the end, of which some may be there."""
+        check_space(self.folder.parent, needed - bytes_on_disk(self.folder), what)
 
     def drop_unfinished(self) -> None:
         for path in self.folder.iterdir():
@@ -316,6 +318,18 @@ def read_manifest(path: Path, remedy: str) -> Json:
     return sealed
 
 
+def read_if_of(path: Path, request: Json) -> Json | None:
+    """What was kept to go on with: a manifest that the same request wrote, unless it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = read_manifest(path, "")
+    except A3Error:
+        log.warning("%s is not as it was written; it is made again", path)
+        return None
+    return found if found.get("request") == request else None
+
+
 def differences(old: Json, new: Json, settings: str) -> str:
     """Names of what differs between two requests, those of their nested `settings` one by one."""
     one, other = ({**request, **request[settings], settings: None} for request in (old, new))
@@ -360,13 +374,18 @@ def check_hashes(expected: dict[Path, str], remedy: str) -> None:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise A3Error unless the file system of `folder` has `needed` bytes free."""
+    """Raise CannotWrite unless the file system of `folder` has `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise A3Error(
+        raise CannotWrite(
             f"no disk space: {what} needs {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free; "
             "free some or choose another folder"
         )
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """What a folder's files take, holes left out."""
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir() if path.is_file())
 
 
 def versions() -> Json:

@@ -390,6 +390,7 @@ def test_no_disk_space_is_seen_before_work_begins(a3, work, source, text_file, t
     before = snapshot(tmp_path)
     for command in (
         ("export", tmp_path / "new" / "out", "--work", work),
+        ("solve", "--budget", 0.2, "--method", "paper", "--overwrite", "--work", work),
         ("calibrate", source, "--dataset", text_file, *SHORT, "--work", tmp_path / "new" / "work"),
         ("calibrate", source, "--dataset", text_file, "--samples", 2, "--seq-len", 32, "--work", work, "--overwrite"),
     ):

@@ -225,6 +225,11 @@ def test_a_full_disk_keeps_what_is_finished(a3, calibrated, tmp_path, monkeypatc
         assert outcome.code == 2
         assert "cannot be written" in outcome.stderr
         assert "No space left" in outcome.stderr
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1))
+            outcome = a3(*command)  # seen before it goes on: what is there stays all the same
+        assert outcome.code == 2
+        assert "no disk space" in outcome.stderr
         assert (draft / finished).is_file()
         assert a3(*command).code == 0
         assert not draft.exists()

@@ -12,7 +12,9 @@ import torch
 from a3cli import costs
 from a3cli.checkpoint import Checkpoint
 from a3cli.families import LayerSizes
+from a3cli.methods import best
 from a3cli.model import describe
+from a3cli.solvers import ov, slots
 from tests.conftest import MODELS
 from tests.test_bad_input import refused
 
@@ -212,3 +214,9 @@ def test_no_such_model(a3, tmp_path, monkeypatch):
     refused(a3("plan", tmp_path), "config.json", "missing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused(a3("plan", "owner/name"), "owner/name", "HF_HUB_OFFLINE")
+
+
+def test_rounds_counted_are_those_run():
+    """costs.py does without torch, so it has its own copy of what the solvers' loops go up to."""
+    assert costs.ROUNDS == slots.ROUNDS
+    assert (costs.VALUE_ROUNDS, costs.VALUE_STEPS) == (best.VALUE_ROUNDS, ov.REFINEMENT_STEPS)

@@ -39,7 +39,7 @@ from a3cli.solvers.rope import (
     spread_distances,
 )
 from a3cli.solvers.slots import HeadStatistics, SlotMaps, SlotProblem, head_statistics
-from a3cli.work import Json, read_manifest, versions, write_manifest
+from a3cli.work import Json, read_if_of, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +70,8 @@ def with_larger_diagonal(gram: torch.Tensor, damping: float) -> torch.Tensor:
 
 def read_order(path: Path, request: Json) -> ChannelOrder | None:
     """What an earlier solution found: selection takes by far the longest, and no budget changes it."""
-    if not path.exists():
-        return None
-    try:
-        found = read_manifest(path, "")
-    except A3Error:
-        log.warning("%s is not as it was written; it is made again", path)
-        return None
-    if found["request"] != request:
+    found = read_if_of(path, request)
+    if found is None:
         return None
     return ChannelOrder(torch.tensor(found["order"]), torch.tensor(found["curve"], dtype=torch.float64))
 
