@@ -20,7 +20,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-slow: $(READY)
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

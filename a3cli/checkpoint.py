@@ -35,6 +35,7 @@ METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
 WRITTEN_AT_ONCE = 1 << 20
 COPIED_AT_ONCE = 1 << 22
+SYNCED_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:  # it was whole when it was opened
             raise A3Error(f"{info.file}: tensor {tensor} cannot be read ({error}); download it again") from error
         return value
+
+    def read_ahead(self, tensor: str) -> None:
+        """Ask the system to have a tensor's pages in its cache soon, if it takes such advice."""
+        info = self.info(tensor)
+        if hasattr(os, "posix_fadvise"):
+            with info.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
 
     def info(self, tensor: str) -> TensorInfo:
         """Raises A3Error if the checkpoint has no such tensor."""
@@ -242,11 +250,11 @@ def shard_names(count: int) -> list[str]:
     return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[torch.Tensor | TensorInfo]) -> str:
+def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[Iterable[torch.Tensor] | TensorInfo]) -> str:
     """Write one safetensors file, tensor by tensor; returns its SHA-256.
 
-    `values` yields the tensors in the planned order; one that stays as it is may be told by where it lives, and its
-    bytes are copied. Raises ValueError if one differs from its plan.
+    `values` yields the tensors in the planned order, each as pieces: rows that follow one another. One that stays as it
+    is may be told by where it lives, and its bytes are copied. Raises ValueError if one differs from its plan.
     """
     offset, header = 0, {"__metadata__": {"format": "pt"}}
     for tensor in tensors:
@@ -263,29 +271,32 @@ def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[torch
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for tensor in tensors:
-            value = next(values)
-            if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
-                raise ValueError(f"{tensor.name}: planned {tensor}, got {tuple(value.shape)} {value.dtype}")
-            if isinstance(value, TensorInfo):
-                for part in stored_bytes(value):
+            value, rows = next(values), 0
+            for piece in [value] if isinstance(value, TensorInfo) else value:
+                rows += piece.shape[0]
+                if rows > tensor.shape[0] or tuple(piece.shape[1:]) != tensor.shape[1:] or piece.dtype != tensor.dtype:
+                    raise ValueError(f"planned {tensor}, got {rows} rows of {tuple(piece.shape)} {piece.dtype}")
+                for part in stored_bytes(piece) if isinstance(piece, TensorInfo) else [tensor_bytes(piece)]:
                     file.write(part)
-            else:
-                file.write(tensor_bytes(value))
+            if rows < tensor.shape[0]:
+                raise ValueError(f"planned {tensor}, got {rows} rows")
     return file.digest.hexdigest()
 
 
 class HashingWriter:
     """A new file that is hashed, written and synced while what comes next is being made.
 
-    Two threads, since both hashing and writing take as long as making a tensor; at most `AHEAD` pieces wait.
+    A thread each, since hashing and writing take as long as making a tensor, and the disk should not be idle until all
+    is written; at most `AHEAD` pieces wait.
     """
 
-    AHEAD = 2
+    AHEAD = 4
 
     def __init__(self, path: Path) -> None:
         self.digest = hashlib.sha256()
         self._file = path.open("wb", buffering=0)
-        self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._hashing, self._writing, self._syncing = (ThreadPoolExecutor(1) for _ in range(3))
+        self._unsynced, self._syncs = 0, list[Future[None]]()
         self._pending: deque[tuple[Future[None], Future[None]]] = deque()
 
     def __enter__(self) -> "HashingWriter":
@@ -302,6 +313,13 @@ class HashingWriter:
         rest = memoryview(data)
         while rest:  # pieces that stay in the cache are taken over several times as fast as all at once
             rest = rest[self._file.write(rest[:WRITTEN_AT_ONCE]) :]
+        self._unsynced += memoryview(data).nbytes
+        if self._unsynced > SYNCED_AT_ONCE:
+            self._sync()
+
+    def _sync(self) -> None:
+        self._syncs.append(self._syncing.submit(os.fsync, self._file.fileno()))
+        self._unsynced = 0
 
     def _wait(self) -> None:
         for future in self._pending.popleft():
@@ -312,9 +330,11 @@ class HashingWriter:
             while self._pending and kind is None:
                 self._wait()
             if kind is None:
-                os.fsync(self._file.fileno())
+                self._sync()
+                for sync in self._syncs:  # a disk's error is told once, to the sync that meets it
+                    sync.result()
         finally:
-            for thread in (self._hashing, self._writing):
+            for thread in (self._hashing, self._writing, self._syncing):
                 thread.shutdown()
             self._file.close()
 

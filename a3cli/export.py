@@ -8,7 +8,7 @@ on with the weight files that it had finished.
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from a3cli.checkpoint import (
     write_shard,
 )
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.families import LayerSizes, per_layer_config
+from a3cli.families import LayerSizes, Role, per_layer_config
 from a3cli.families.loaders import describe_loaders
 from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.interrupt import Stop
@@ -38,7 +38,7 @@ from a3cli.measured import read_evaluation
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
 from a3cli.processes import spread
-from a3cli.projections import apply_projection
+from a3cli.projections import apply_projection, pieces
 from a3cli.settings import ExportSettings
 from a3cli.work import (
     Draft,
@@ -59,6 +59,9 @@ log = logging.getLogger(__name__)
 
 MODELING = Path(__file__).parent / "modeling" / "modeling_a3_llama.py"
 NOT_CARRIED = ("README.md", MANIFEST)
+
+Pieces = Iterator[torch.Tensor]  # rows of one weight that follow one another
+ROWS = 1024  # of what no solution touches, in one piece
 
 
 class Solution:
@@ -192,7 +195,7 @@ def write_checkpoint(
         if known is None:
             stop.before(f"writing {shard}", "the same command goes on there")
             log.info("writing %s", shard)
-            tensors = (transformed(model, solution, t) for t in shards[shard])
+            tensors = transform(model, solution, shards[shard])
             known = draft.finish(shard, write_shard(folder / shard, shards[shard], tensors))
         return str(known["sha256"])
 
@@ -225,18 +228,35 @@ def write_checkpoint(
     return manifest
 
 
-def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> torch.Tensor | TensorInfo:
+def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces | TensorInfo]:
+    """One tensor after another, while the system reads the next."""
+    for this, following in zip(planned, [*planned[1:], None], strict=True):
+        if following:
+            model.source.read_ahead(following.name)
+        yield transformed(model, solution, this)
+
+
+def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Pieces | TensorInfo:
     """One tensor as the export stores it; if nothing changes it, where the source has it."""
     info = model.source.info(planned.name)
     found = model.family.find_role(planned.name)
     if found is None and planned.dtype == info.dtype:
         return info
-    tensor = original = model.source.read(planned.name)
-    if found is not None:
-        layer, role, _ = found
-        check_finite(tensor, planned.name, model.source.name)
-        tensor = apply_projection(tensor, role, solution.layer(layer), model.shape, fold_scale=not solution.per_layer)
-    return info if tensor is original and planned.dtype == info.dtype else tensor.to(planned.dtype)
+    original = model.source.read(planned.name)
+    if found is None:
+        return (rows.to(planned.dtype) for rows in original.split(ROWS))
+    layer, role, _ = found
+    return (
+        checked_and_projected(part, planned, role, of_rows, model, fold_scale=not solution.per_layer)
+        for part, of_rows in pieces(original, role, solution.layer(layer), model.shape)
+    )
+
+
+def checked_and_projected(
+    part: torch.Tensor, planned: PlannedTensor, role: Role, solution: Tensors, model: Model, *, fold_scale: bool
+) -> torch.Tensor:
+    check_finite(part, planned.name, model.source.name)
+    return apply_projection(part, role, solution, model.shape, fold_scale=fold_scale).to(planned.dtype)
 
 
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:

@@ -4,7 +4,6 @@ For the CPU the system is asked to read the pages ahead: they stay its own, and 
 thread copies the tensors to pinned memory: at most one layer's weights in host memory, beside the one on the device.
 """
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -29,7 +28,7 @@ class Weights:
                 if self._copies:
                     self._coming[tensor] = self._thread.submit(self._fetch, tensor)
                 else:
-                    self._thread.submit(self._read_ahead, tensor)
+                    self._thread.submit(self._source.read_ahead, tensor)
 
     def read(self, tensor: str) -> torch.Tensor:
         """One tensor. Raises A3Error if it is missing, unreadable or not finite."""
@@ -40,10 +39,3 @@ class Weights:
         value = self._source.read(tensor)
         check_finite(value, tensor, self._source.name)
         return value.pin_memory() if self._copies and torch.cuda.is_available() else value
-
-    def _read_ahead(self, tensor: str) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return
-        info = self._source.tensors[tensor]
-        with info.file.open("rb") as file:
-            os.posix_fadvise(file.fileno(), info.offset, info.bytes, os.POSIX_FADV_WILLNEED)

@@ -262,7 +262,7 @@ def peak_ram(run: Run) -> Json:
     return {
         "calibrate": IMPORTS + calibrate,
         **{f"solve --method {method}": IMPORTS + needed for method, needed in solve.items() if run.solves(method)},
-        "export": IMPORTS + costs.solution_bytes(shape, run.size) + 3 * largest,
+        "export": IMPORTS + costs.solution_bytes(shape, run.size) + largest,
     }
 
 

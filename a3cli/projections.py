@@ -1,4 +1,7 @@
-"""What a solution does to a layer's weights. Tensors in, tensors out; computed in float64 where anything is multiplied.
+"""What a solution does to a layer's weights. Tensors in, tensors out.
+
+Products are computed in float64, of weights of half precision in float32: their own rounding is thousands of times as
+coarse, and an export is mostly this.
 
 A layer's solution has, for a QK rank r < h, an OV rank s < h (the same in the stock shape) and an MLP width m < I:
 
@@ -15,10 +18,14 @@ Each of the three groups, QK, OV and MLP, is absent where the layer keeps that c
 refit `output_weight` and `down_weight` of every layer, and `gate_weight` and `up_weight` `[m, d]`.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from a3cli.families import ModelShape, Role
 from a3cli.moments import Tensors
+
+PIECE = 1 << 21  # bytes of a weight that are looked at at a time
 
 
 def apply_projection(
@@ -36,12 +43,48 @@ def apply_projection(
     if role in ("q", "k"):
         kept = _keep_queries_or_keys(tensor, role, solution, shape)
         factor = (kept.shape[0] / tensor.shape[0]) ** 0.5
-        return kept.double() * factor if fold_scale and role == "q" and factor != 1 else kept
+        return kept.to(_exact(kept)) * factor if fold_scale and role == "q" and factor != 1 else kept
     if role == "o" and "output_weight" in solution:
         return solution["output_weight"]
     if "value_map" not in solution:
         return tensor
     return _map_heads(tensor, solution["value_map"]) if role == "v" else _map_outputs(tensor, solution, shape)
+
+
+def pieces(
+    tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape
+) -> Iterator[tuple[torch.Tensor, Tensors]]:
+    """Some rows of a weight at a time, with what the solution says of them: for `apply_projection`, piece by piece.
+
+    Small enough to stay in the processor's cache until they are written.
+    """
+    rows = _rows_at_once(tensor, role, shape)
+    for start in range(0, len(tensor), rows):
+        part = tensor[start : start + rows]
+        yield part, _solution_of_rows(solution, role, start, start + len(part), shape)
+
+
+def _rows_at_once(tensor: torch.Tensor, role: Role, shape: ModelShape) -> int:
+    """Whole KV heads or query groups, any number of other rows, a bias or norm at once."""
+    if tensor.ndim == 1:
+        return len(tensor)
+    together = {"q": shape.group * shape.head_dim, "k": shape.head_dim, "v": shape.head_dim}.get(role, 1)
+    return together * max(1, PIECE // (together * tensor.shape[1] * tensor.itemsize))
+
+
+def _solution_of_rows(solution: Tensors, role: Role, start: int, stop: int, shape: ModelShape) -> Tensors:
+    """What a solution says of rows `start` to `stop` of a weight of this role."""
+    if role in ("q", "k", "v"):
+        rows = shape.head_dim * (shape.group if role == "q" else 1)
+        heads = slice(start // rows, stop // rows)
+        return {name: value[heads] if name.endswith("_map") else value for name, value in solution.items()}
+    if role in ("gate", "up") and "channels" in solution:
+        channels = solution["channels"]
+        first, last = torch.searchsorted(channels, torch.tensor([start, stop])).tolist()
+        kept, refit = slice(first, last), f"{role}_weight"
+        return {"channels": channels[kept] - start, **({refit: solution[refit][kept]} if refit in solution else {})}
+    own = slice(start, stop)  # what the rows add up is in their columns
+    return {name: value[own] if name.endswith("_weight") else value for name, value in solution.items()}
 
 
 def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch.Tensor:
@@ -84,12 +127,16 @@ def head_maps(solution: Tensors, shape: ModelShape) -> tuple[torch.Tensor, torch
 
 def _map_heads(tensor: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """`[n·h, d]` or bias `[n·h]` with maps `[n, h, r]` → `[n·r, …]`."""
-    heads = tensor.view(*maps.shape[:2], *tensor.shape[1:])
-    return torch.cat([maps[i].mT @ heads[i].double() for i in range(len(maps))])
+    heads, exact = tensor.view(*maps.shape[:2], *tensor.shape[1:]), _exact(tensor)
+    return torch.cat([each.mT @ head.to(exact) for each, head in zip(maps.to(exact), heads, strict=True)])
 
 
 def _map_outputs(tensor: torch.Tensor, solution: Tensors, shape: ModelShape) -> torch.Tensor:
     """`[d, H·h]` → `[d, H·r]`."""
-    heads = tensor.view(len(tensor), shape.heads, shape.head_dim)
-    maps = solution["output_map"]
-    return torch.cat([heads[:, i].double() @ maps[i // shape.group].mT for i in range(shape.heads)], dim=1)
+    heads, exact = tensor.view(len(tensor), shape.heads, shape.head_dim), _exact(tensor)
+    maps = solution["output_map"].to(exact)
+    return torch.cat([heads[:, i].to(exact) @ maps[i // shape.group].mT for i in range(shape.heads)], dim=1)
+
+
+def _exact(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float32 if tensor.itemsize == 2 else torch.float64

@@ -7,7 +7,8 @@ export   `a3 export` with the process's start and imports taken off (timed on th
          transformers imported)
 cp       `cp` of one file of half of all bytes that export reads and writes (source, solution, result), and `sync` of it
 
-Every file is read once before, so that both find it in memory where it fits; both end on the disk. The table has the
+Every file is read once before, so that both find it in memory where it fits, and nothing waits to be written; both begin
+a process's start later, in which a virtual machine may take freed memory away; both end on the disk. The table has the
 median of each and their ratio; the exit code is 1 if it is above 1.5.
 
     python benchmarks/export_speed.py [--folder DIR]          # about 8 GB of disk
@@ -15,6 +16,7 @@ median of each and their ratio; the exit code is 1 if it is above 1.5.
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -53,6 +55,7 @@ def read_all(*folders: Path) -> None:
 def time_export(folder: Path) -> float:
     shutil.rmtree(folder / "out", ignore_errors=True)
     read_all(folder / "source", folder / "work" / "solution")
+    os.sync()
     measured = run("-m", "a3cli", "export", folder / "out", "--work", folder / "work", "--quiet")
     return measured.seconds - run(*IMPORTS).seconds
 
@@ -70,6 +73,8 @@ def time_copy(folder: Path, size: int) -> float:
     with original.open("rb") as file:
         while file.read(1 << 24):
             pass
+    os.sync()
+    run(*IMPORTS)
     started = time.perf_counter()
     subprocess.run(["cp", original, copy], check=True)
     subprocess.run(["sync", copy], check=True)

@@ -109,7 +109,7 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     groups = plan_shards(planned, SHARD_BYTES)
     shards = dict(zip(shard_names(len(groups)), groups, strict=True))
     for shard, tensors in shards.items():
-        write_shard(folder / shard, tensors, (random(tensor) for tensor in tensors))
+        write_shard(folder / shard, tensors, ([random(tensor)] for tensor in tensors))
     if len(shards) > 1:
         write_index(folder / INDEX, shards)
     (folder / "config.json").write_text(json.dumps(config), "utf-8")

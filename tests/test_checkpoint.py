@@ -28,7 +28,7 @@ def test_stored_tensors_are_copied_and_made_ones_written(tmp_path, monkeypatch):
     save_file(tensors, tmp_path / "source.safetensors")
     infos = read_header(tmp_path / "source.safetensors")
     planned = [PlannedTensor(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
-    values = [infos["t0"], tensors["t1"], infos["t2"], tensors["t3"]]
+    values = [infos["t0"], [tensors["t1"]], infos["t2"], tensors["t3"].split(7)]
     digest = write_shard(tmp_path / "out.safetensors", planned, iter(values))
     assert digest == hashlib.sha256((tmp_path / "out.safetensors").read_bytes()).hexdigest()
     written = load_file(tmp_path / "out.safetensors")
