@@ -27,6 +27,7 @@ from a3cli.work import (
     check_hash,
     check_space,
     differences,
+    drop_leftovers,
     hash_file,
     read_manifest,
     versions,
@@ -136,6 +137,7 @@ class Calibration:
         for layer, expected in enumerate(self.done["layers"]):
             check_hash(self.work.statistics(layer), expected, "use --overwrite")
         self._drop_damaged_hidden_states()
+        drop_leftovers(self.work.calibration)
         if self.done["layers"]:
             log.info("going on at layer %d", len(self.done["layers"]))
         self._check_space()
@@ -275,9 +277,10 @@ def clear(work: Work) -> None:
     """Remove what a calibration and a solution made; the manifests first, so that nothing looks finished."""
     for folder in (work.solution, work.calibration):
         (folder / "manifest.json").unlink(missing_ok=True)
-        for pattern in ("progress.json", "layer-*.safetensors", "hidden-*.bin", "tokens.safetensors", ".*.partial"):
+        for pattern in ("progress.json", "layer-*.safetensors", "hidden-*.bin", "tokens.safetensors"):
             for path in folder.glob(pattern):
                 path.unlink()
+        drop_leftovers(folder)
         with suppress(OSError):  # not there, or with something in it that is not ours
             folder.rmdir()
     work.source.unlink(missing_ok=True)

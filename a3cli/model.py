@@ -33,6 +33,7 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False) -> Model:
         shape = read_shape(config)
         config.head_dim = shape.head_dim  # some types know it only as hidden size over heads
         check_tensors(source, family, shape, config.vocab_size)
+        check_activation(config.hidden_act)
         rope = read_rope(config)
     except A3Error:
         raise
@@ -62,6 +63,14 @@ def check_size(source: Checkpoint) -> None:
             f"{source.name}: config.json describes {described:,} weights, the checkpoint has {source.parameters():,}; "
             "is config.json of this checkpoint?"
         )
+
+
+def check_activation(name: str) -> None:
+    """Raise ValueError unless transformers has it."""
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ValueError(f"hidden_act is {name!r}, which transformers does not know")
 
 
 def check_tensors(source: Checkpoint, family: Family, shape: ModelShape, vocabulary: int) -> None:

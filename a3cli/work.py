@@ -260,6 +260,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def drop_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing: by `replacing`, and inside of it by safetensors."""
+    for pattern in (".*.partial", ".tmp*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 @contextmanager
 def making_scratch(folder: Path) -> Iterator[None]:
     """An empty folder that is gone afterwards. What a killed process left there goes first: the lock is held."""

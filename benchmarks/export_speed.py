@@ -7,9 +7,9 @@ export   `a3 export` with the process's start and imports taken off (timed on th
          transformers imported)
 cp       `cp` of one file of half of all bytes that export reads and writes (source, solution, result), and `sync` of it
 
-Every file is read once before, so that both find it in memory where it fits, and nothing waits to be written; both begin
-a process's start later, in which a virtual machine may take freed memory away; both end on the disk. The table has the
-median of each and their ratio; the exit code is 1 if it is above 1.5.
+Every file is read once before, so that both find it in memory where it fits, and nothing waits to be written. Both
+begin a process's start later, in which a virtual machine may take freed memory away, and both end on the disk. The
+table has the median of each and their ratio; the exit code is 1 if it is above 1.5.
 
     python benchmarks/export_speed.py [--folder DIR]          # about 8 GB of disk
     python benchmarks/export_speed.py --shape tiny            # seconds; the ratio means nothing at this size

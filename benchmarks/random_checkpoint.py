@@ -159,7 +159,8 @@ def run(*command: object) -> Measured:
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    output, errors = process.stdout.read(), process.stderr.read()  # ours print little: no pipe fills up
+    with process.stdout, process.stderr:
+        output, errors = process.stdout.read(), process.stderr.read()  # ours print little: no pipe fills up
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -97,6 +97,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "gone": (shutil.rmtree, ("source",)),
     "unknown family": (edit_config(model_type="gpt2"), ("'gpt2'", "llama, mistral, qwen2")),
+    "unknown activation": (edit_config(hidden_act="swish\x9f"), ("config.json", "hidden_act", "transformers")),
     "no family": (edit_config(model_type=None), ("None", "llama, mistral, qwen2")),
     "pickle only": (pickle_only, ("pickle", "safetensors")),
     "truncated shard": (truncate_shard, ("model-00003", "truncated")),
