@@ -1,5 +1,6 @@
 """Stage 1: text → sweep → moments → work folder."""
 
+import copy
 import logging
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ from a3cli.work import (
     differences,
     drop_leftovers,
     hash_file,
+    read_if_of,
     read_manifest,
     versions,
     write_manifest,
@@ -49,7 +51,8 @@ def calibrate(
     in which `stop` was set off.
     """
     return_freed_memory()
-    with joined(settings.device) as processes, ExitStack() as held:
+    device = settings.device if settings.devices is None else settings.devices.partition(":")[0].partition(",")[0]
+    with joined(device) as processes, ExitStack() as held:
         model, machine = processes.main_first(lambda: open_model(settings))
         request = describe_request(settings, model.source, machine)
         processes.from_main(lambda: held.enter_context(work.locked()))
@@ -82,8 +85,9 @@ class Calibration:
     def run(self, processes: Processes, progress: Progress, *, overwrite: bool) -> Json:
         """From text, or from where it stopped, to the manifest."""
         fitting = self._fitting_batch(processes)
-        resumed = processes.from_main(lambda: self.work.calibration_progress.exists() and not overwrite)
-        blocks, first = processes.from_main(lambda: self._resume() if resumed else self._cut(fitting))
+        kept = processes.from_main(lambda: self._kept(overwrite=overwrite))
+        resumed = kept is not None
+        blocks, first = kept or processes.from_main(lambda: self._cut(fitting))
         batch_size = processes.from_main(lambda: int(self.done["batch_size"]))
         try:
             if not resumed:
@@ -128,6 +132,18 @@ class Calibration:
         self.done["batch_size"] = batch_size
         self._check_space()
         return blocks, 0
+
+    def _kept(self, *, overwrite: bool) -> tuple[torch.Tensor, int] | None:
+        """What an unfinished calibration left to go on with; to overwrite is to begin anew unless it was the same."""
+        if not overwrite:
+            return self._resume() if self.work.calibration_progress.exists() else None
+        begun = copy.deepcopy(self.done)
+        try:
+            return self._resume() if read_if_of(self.work.calibration_progress, begun["request"]) else None
+        except A3Error as error:
+            log.warning("%s; beginning anew", error)
+            self.done = begun
+            return None
 
     def _resume(self) -> tuple[torch.Tensor, int]:
         """Blocks and number of finished layers of an unfinished calibration, checked against its files."""

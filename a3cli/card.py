@@ -190,6 +190,7 @@ def calibrate_commands(base: str, revision: str | None, request: Json) -> list[s
         options: Json = {"revision": revision, "dataset": name_of(text)}
         options |= {key: text[key] for key in ("text_field", "split", "chat", "samples", "seq_len", "seed")}
         options |= {key: request[key] for key in ("device", "dtype", "batch_size", "mlp_stats")}
+        options["full_check"] = bool(request["source"].get("sha256"))
         commands.append(command("calibrate", base, {**options, "work": work}))
     merging = [f"a3 stats merge {' '.join(work for work in works if work)} --into a3-work"]
     return commands if len(texts) == 1 else commands + merging
@@ -197,10 +198,12 @@ def calibrate_commands(base: str, revision: str | None, request: Json) -> list[s
 
 def solve_command(settings: Json) -> str:
     """The command that gives these settings again."""
-    without = {"eigenvalue_floor", "probe_blocks", "probe_points"}  # no options
+    without = {"eigenvalue_floor"}  # no option
     if not settings["sequential"]:
         without |= {"refit_rounds"}
-        if settings["sensitivity"] != "probe":
+    if settings["sensitivity"] != "probe":
+        without |= {"probe_blocks", "probe_points"}
+        if not settings["sequential"]:
             without |= {"device", "dtype", "batch_size"}
     options = {key: value for key, value in settings.items() if key not in without}
     return command("solve", None, {**options, "components": ",".join(settings["components"])})

@@ -1,6 +1,6 @@
 """The part of `a3 verify` that runs in a process of its own, as a script, on torch, transformers and safetensors alone.
 
-    python -I checker.py REQUEST.json
+    python checker.py REQUEST.json
 
 Reads the request, prints one JSON object a line for each check: name, outcome (passed, failed, skipped) and detail.
 Nothing of a3 is imported, so what passes here passes for whoever loads the folder with stock transformers.
@@ -53,6 +53,11 @@ class Export:
             raise Failed(f"{name} is no JSON object")
         return value
 
+    def require_shapes(self) -> None:
+        """Raises Failed if config.json describes no model, which transformers may try to build all the same."""
+        if not self.shapes:
+            raise Failed("config.json does not describe a model")
+
     def weight_files(self) -> list[Path]:
         return sorted(self.folder.glob("*.safetensors"))
 
@@ -102,6 +107,7 @@ def check_code(export: Export) -> str:
 
 def check_tensors(export: Export) -> str:
     """Names and shapes in the files' headers are what config.json and the manifest's sizes say, each name once."""
+    export.require_shapes()
     found: dict[str, list[int]] = {}
     places: dict[str, str] = {}
     problems = []
@@ -150,6 +156,7 @@ def check_tokenizer(export: Export) -> str:
     """It loads without code of its own, and gives tokens that the model has."""
     from transformers import AutoTokenizer
 
+    export.require_shapes()  # transformers reads config.json for a tokenizer, too
     tokenizer = AutoTokenizer.from_pretrained(export.folder, local_files_only=True, trust_remote_code=False)
     ids = tokenizer("A smaller model, tomorrow: 3.14 ≈ π\n")["input_ids"]
     vocabulary = export.json("config.json")["vocab_size"]
@@ -251,7 +258,7 @@ CHECKS: dict[str, tuple[Callable[[Export], str], tuple[str, ...]]] = {
     "finite": (check_finite, ()),
     "card": (check_card, ()),
     "tokenizer": (check_tokenizer, ()),
-    "load": (check_load, ("code",)),
+    "load": (check_load, ("code", "tensors")),  # a model larger than its files may fill the memory
     "generate": (check_generate, ("load",)),
     "forward": (check_forward, ("load",)),
 }

@@ -11,7 +11,9 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +86,7 @@ class Checkpoint:
         """Ask the system to have a tensor's pages in its cache soon, if it takes such advice."""
         info = self.info(tensor)
         if hasattr(os, "posix_fadvise"):
-            with info.file.open("rb") as file:
+            with suppress(OSError), info.file.open("rb") as file:  # who reads it tells what is wrong
                 os.posix_fadvise(file.fileno(), info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
 
     def info(self, tensor: str) -> TensorInfo:
@@ -209,9 +211,14 @@ def fingerprint_shard(shard: Path) -> str:
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
-    """Raise A3Error if a weight has a NaN or Inf. One pass and no temporary: extremes are NaN where any value is."""
-    if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+    """Raise A3Error if a weight has a NaN or Inf."""
+    if not is_finite(tensor):
         raise A3Error(f"{where}: tensor {name} has NaN or Inf values; the checkpoint is damaged")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """In one pass and without a temporary: extremes are NaN where any value is."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -250,11 +257,11 @@ def shard_names(count: int) -> list[str]:
     return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[Iterable[torch.Tensor] | TensorInfo]) -> str:
+def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[Iterable[torch.Tensor]]) -> str:
     """Write one safetensors file, tensor by tensor; returns its SHA-256.
 
-    `values` yields the tensors in the planned order, each as pieces: rows that follow one another. One that stays as it
-    is may be told by where it lives, and its bytes are copied. Raises ValueError if one differs from its plan.
+    `values` yields the tensors in the planned order, each as pieces: rows that follow one another. Raises ValueError if
+    one differs from its plan.
     """
     offset, header = 0, {"__metadata__": {"format": "pt"}}
     for tensor in tensors:
@@ -270,16 +277,15 @@ def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[Itera
     with HashingWriter(path) as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for tensor in tensors:
-            value, rows = next(values), 0
-            for piece in [value] if isinstance(value, TensorInfo) else value:
-                rows += piece.shape[0]
-                if rows > tensor.shape[0] or tuple(piece.shape[1:]) != tensor.shape[1:] or piece.dtype != tensor.dtype:
-                    raise ValueError(f"planned {tensor}, got {rows} rows of {tuple(piece.shape)} {piece.dtype}")
-                for part in stored_bytes(piece) if isinstance(piece, TensorInfo) else [tensor_bytes(piece)]:
-                    file.write(part)
-            if rows < tensor.shape[0]:
-                raise ValueError(f"planned {tensor}, got {rows} rows")
+        for tensor, pieces in zip(tensors, values, strict=True):
+            left = tensor.bytes
+            for piece in pieces:
+                left -= piece.nbytes
+                if left < 0 or piece.shape[1:] != tensor.shape[1:] or piece.dtype != tensor.dtype:
+                    raise ValueError(f"planned {tensor}, got {tuple(piece.shape)} {piece.dtype}")
+                file.write(tensor_bytes(piece))
+            if left:
+                raise ValueError(f"planned {tensor}, got {left} bytes less")
     return file.digest.hexdigest()
 
 
@@ -339,17 +345,37 @@ class HashingWriter:
             self._file.close()
 
 
-def stored_bytes(info: TensorInfo) -> Iterator[bytes]:
-    """A tensor's bytes in its file, piece by piece. Raises A3Error if they are not all there."""
-    left = info.bytes
-    with info.file.open("rb", buffering=0) as file:
-        file.seek(info.offset)
-        while left:
-            part = file.read(min(left, COPIED_AT_ONCE))
-            if not part:  # it was whole when it was opened
-                raise A3Error(f"{info.file} is truncated; download it again")
-            left -= len(part)
-            yield part
+def stored_rows(info: TensorInfo) -> Iterator[torch.Tensor]:
+    """A tensor as it lies in its file, some rows at a time. Raises A3Error if it is not all there."""
+    if not info.shape or not info.bytes:
+        yield _read(info, info.offset, info.bytes).view(info.shape)
+        return
+    of_row = info.bytes // info.shape[0]
+    at_once = max(1, COPIED_AT_ONCE // of_row)
+    for start in range(0, info.shape[0], at_once):
+        count = min(at_once, info.shape[0] - start)
+        yield _read(info, info.offset + start * of_row, count * of_row).view(count, *info.shape[1:])
+
+
+def _read(info: TensorInfo, offset: int, size: int) -> torch.Tensor:
+    buffer = bytearray(size)
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(offset)
+            whole = fill(file, buffer)
+    except OSError as error:
+        raise A3Error(f"{info.file} cannot be read: {error}; download it again") from error
+    if not whole:  # it was when it was opened
+        raise A3Error(f"{info.file} is truncated; download it again")
+    return torch.frombuffer(buffer, dtype=info.dtype) if size else torch.empty(0, dtype=info.dtype)
+
+
+def fill(file: RawIOBase, buffer: bytearray) -> bool:
+    """Read a file until a buffer is full; False if it ends before. The system reads at most 2 GiB at once."""
+    rest = memoryview(buffer)
+    while rest and (count := file.readinto(rest)):
+        rest = rest[count:]
+    return not rest
 
 
 def write_index(path: Path, shards: dict[str, list[PlannedTensor]]) -> None:

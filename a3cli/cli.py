@@ -245,6 +245,7 @@ def pareto(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 1,
+    max_minutes: MaxMinutes = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -269,7 +270,7 @@ def pareto(
     from a3cli.pareto import pareto as run
 
     check_plot(plot)
-    with stopping() as stop, display.sweep_progress(quiet=quiet) as progress:
+    with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet) as progress:
         result = run(settings, open_work(work), progress=progress, stop=stop)
     if plot:
         draw(result, plot)
@@ -288,6 +289,7 @@ def export(
     ] = False,
     full_check: FullCheck = False,
     evaluation: Evaluations = None,
+    max_minutes: MaxMinutes = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -309,7 +311,7 @@ def export(
     from a3cli.export import export as run
     from a3cli.interrupt import stopping
 
-    with stopping() as stop:
+    with stopping(max_minutes) as stop:
         manifest = run(out, settings, open_work(work), stop=stop)
     display.print_json(manifest) if as_json else display.print_export(manifest, str(out))
 
@@ -491,7 +493,8 @@ def run(
 ) -> None:
     """Run all stages of a recipe: calibrate, solve, export, eval.
 
-    Stopped at any moment, the same command goes on where it was; a finished run is left as it is.
+    Stopped at any moment, the same command goes on where it was; a finished run is left as it is. Exit code 1 if one
+    of the recipe's gates (fail_if) failed, also in a run that was finished before.
     """
     display = open_display(quiet=quiet)
     from a3cli.recipe import read_recipe
@@ -499,6 +502,7 @@ def run(
     settings = read_recipe(recipe, work=work, out=out)
     from functools import partial
 
+    from a3cli.gates import raise_for_failures
     from a3cli.interrupt import stopping
     from a3cli.run import run_recipe
 
@@ -506,6 +510,8 @@ def run(
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop)
     display.print_json(results) if as_json else display.print_run(results, str(settings.out))
+    if "eval" in results:
+        raise_for_failures(results["eval"]["datasets"])
 
 
 stats = typer.Typer(help="Statistics of finished calibrations.", no_args_is_help=True)
@@ -589,11 +595,17 @@ def version(show: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """The group itself does nothing; it carries --version."""
+    """The group carries --version, and refuses what several processes would do at once, against each other."""
+    if launched() and context.invoked_subcommand != "calibrate":
+        raise A3Error(
+            f"a3 {context.invoked_subcommand} works in one process, and a launcher started it in several "
+            "(RANK and WORLD_SIZE are set); only a3 calibrate shares its work among them: start this one on its own"
+        )
 
 
 def open_display(*, quiet: bool) -> ModuleType:

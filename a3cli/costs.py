@@ -186,10 +186,19 @@ def triangle(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def solution_bytes(shape: ModelShape, size: LayerSizes) -> int:
-    """One layer's projections on disk, as `--method best` writes them."""
-    maps = shape.kv_heads * shape.head_dim * (2 * size.qk + size.ov) * 8
-    return maps + shape.hidden_size * (shape.heads * size.ov + size.mlp) * 4 + size.mlp * 8
+def solution_bytes(shape: ModelShape, size: LayerSizes, method: str) -> int:
+    """One layer's projections on disk; a component that keeps its size has none."""
+    maps, d, refit = shape.kv_heads * shape.head_dim * 8, shape.hidden_size, method == "best"
+    qk = 2 * maps * size.qk if refit else size.qk // 2 * 8
+    ov = maps * size.ov + (d * shape.heads * size.ov * 4 if refit else maps * size.ov)
+    mlp = size.mlp * (8 + (4 * d if refit else 0))
+    kept = ((size.qk, shape.head_dim, qk), (size.ov, shape.head_dim, ov), (size.mlp, shape.intermediate_size, mlp))
+    return sum(needed for now, before, needed in kept if now < before)
+
+
+def refit_bytes(shape: ModelShape, size: LayerSizes, rounds: int) -> int:
+    """What the sequential correction writes of one layer: output and down projection, with `rounds` gate and up too."""
+    return shape.hidden_size * (shape.heads * size.ov + (3 if rounds else 1) * size.mlp) * 4
 
 
 def uniform_sizes(shape: ModelShape, budget: float, *, head_multiple: int, mlp_multiple: int) -> LayerSizes | None:

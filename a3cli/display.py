@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -10,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from a3cli.escape import printable
 from a3cli.gates import describe
@@ -24,14 +25,21 @@ LINE_EVERY = 10.0  # seconds between log lines within a layer, off a terminal
 
 def set_up_logging(*, quiet: bool = False) -> None:
     """Our own log lines on stderr: plain when it is no terminal, warnings only when quiet."""
-    stderr = Console(stderr=True)
+    stderr = _console(stderr=True, soft_wrap=False)
     handler: logging.Handler = logging.StreamHandler()
     if stderr.is_terminal:
         handler = RichHandler(console=stderr, show_path=False, show_level=False, show_time=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(PrintableFormatter("%(message)s"))
     log.handlers = [handler]
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
+
+
+class PrintableFormatter(logging.Formatter):
+    """Whatever control characters a file name in a message may carry."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, the library's name
+        return printable(super().formatMessage(record))
 
 
 class SweepProgress:
@@ -76,18 +84,27 @@ def sweep_progress(*, quiet: bool) -> Iterator[SweepProgress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=_console(stderr=True, soft_wrap=False)) as bar:
         yield SweepProgress(bar)
 
 
 def print_error(message: str) -> None:
     """One line on stderr, whatever control characters a file name may carry."""
     line = printable(" ".join(message.split()))
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(line)}")
+    _console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", line))
 
 
 def print_json(value: Json) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    """On stdout. A figure that is no finite number is null: JSON has neither NaN nor Infinity."""
+    sys.stdout.write(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_calibration(manifest: Json) -> None:
@@ -209,13 +226,13 @@ def duration(spent: float) -> str:
 def print_export(manifest: Json, out: str) -> None:
     size = sum(1 for name in manifest["files"] if name.endswith(".safetensors"))
     _print(f"wrote {size} weight file{'s' if size > 1 else ''}; loads with {manifest['loads_with']}")
-    _print(out)
+    _print(printable(out))
 
 
 def print_evaluation(result: Json) -> None:
     datasets = result["datasets"]
     if datasets:
-        table = Table("measure", *(escape(each["dataset"]) for each in datasets))
+        table = Table("measure", *(printable(each["dataset"]) for each in datasets))
         for column in table.columns[1:]:
             column.justify = "right"
         for key in (key for key, value in datasets[0].items() if isinstance(value, (int, float))):
@@ -223,7 +240,7 @@ def print_evaluation(result: Json) -> None:
         _print(table)
     for each in datasets:
         for gate in each.get("gates", []):
-            _print(f"{'FAILED' if gate['failed'] else 'passed'}  {escape(each['dataset'])}: {describe(gate)}")
+            _print(f"{'FAILED' if gate['failed'] else 'passed'}  {printable(each['dataset'])}: {describe(gate)}")
     if "tasks" in result:
         _print_tasks(result["tasks"])
 
@@ -232,7 +249,7 @@ def print_verification(result: Json) -> None:
     table = Table("check", "outcome", "detail")
     for check in result["checks"]:
         outcome = "FAILED" if check["outcome"] == "failed" else check["outcome"]
-        table.add_row(check["name"], outcome, escape(check["detail"]))
+        table.add_row(check["name"], outcome, printable(check["detail"]))
     _print(table)
 
 
@@ -250,7 +267,8 @@ def _print_tasks(tasks: Json) -> None:
     for task, figures in tasks["model"].items():
         for key in figures:
             values = (tasks[which][task].get(key) for which in tasks)
-            table.add_row(escape(task), escape(key), *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
+            figures_of_key = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)
+            table.add_row(printable(task), printable(key), *figures_of_key)
     _print(table)
 
 
@@ -258,9 +276,7 @@ def print_inspection(found: Json) -> None:
     """Stage and source, a table of all layers, the calibration text, and what may hurt."""
     calibration, solution = found["calibration"], found["solution"]
     blocks, length = calibration["blocks"]
-    _print(
-        f"{escape(printable(found['path']))}: {found['stage']}, from {escape(printable(str(found['source']['model'])))}"
-    )
+    _print(f"{printable(found['path'])}: {found['stage']}, from {printable(str(found['source']['model']))}")
     done = f"; {len(found['layers'])} layers are done" if found["stage"] == "calibrating" else ""
     _print(f"calibrated on {calibration['tokens']:,} tokens ({blocks} blocks of {length}){done}")
     if solution:
@@ -272,15 +288,15 @@ def print_inspection(found: Json) -> None:
     if found["text"]:
         _print(_text_table(found["text"]))
     for warning in found["warnings"]:
-        _print(f"[yellow]warning:[/] {escape(printable(warning))}")
+        _print(Text.assemble(("warning:", "yellow"), " ", printable(warning)))
     if not found["warnings"]:
         _print("no warnings")
 
 
 def print_report(result: Json) -> None:
     for warning in result["warnings"]:
-        log.warning("warning: %s", printable(warning))
-    _print(escape(printable(result["html"])))
+        log.warning("warning: %s", warning)
+    _print(printable(result["html"]))
 
 
 def _layers_table(layers: list[Json]) -> Table:
@@ -318,7 +334,7 @@ def _text_table(text: Json) -> Table:
     table.add_row(f"repeated {text['ngram']}-grams", f"{text['repeated_ngrams']:.1%}")
     table.add_row("blocks that repeat another", str(len({each["block"] for each in text["overlapping_blocks"]})))
     tokens = (f"{printable(repr(t.get('text', t['token'])))} {t['share']:.1%}" for t in text["most_frequent"])
-    table.add_row("most frequent tokens", escape(", ".join(tokens)))
+    table.add_row("most frequent tokens", ", ".join(tokens))
     return table
 
 
@@ -328,4 +344,9 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def _print(what: Any) -> None:
     wide = None if sys.stdout.isatty() else 160  # a log has no width: tables stay whole
-    Console(soft_wrap=True, highlight=False, width=wide).print(what)
+    _console(width=wide).print(what)
+
+
+def _console(*, stderr: bool = False, soft_wrap: bool = True, width: int | None = None) -> Console:
+    """Text as it is: in a name, `[b]` is no markup and `:cat:` no emoji."""
+    return Console(stderr=stderr, soft_wrap=soft_wrap, width=width, markup=False, emoji=False, highlight=False)

@@ -37,6 +37,8 @@ def evaluate(settings: EvalSettings) -> Json:
     check_settings(settings)
     tasks = open_tasks(settings)
     checkpoints = open_checkpoints(settings)
+    for checkpoint in checkpoints:
+        check_size(checkpoint)  # before anything of transformers reads it
     machine = choose_machine(settings.device, settings.dtype, checkpoints[0].dtype)
     tokenizer = load_tokenizer(checkpoints[0].folder, trust_remote_code=settings.trust_remote_code)
     texts = [(text, read_blocks(text, tokenizer, checkpoints[0])) for text in settings.texts]
@@ -222,7 +224,6 @@ def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings)
     """The model as transformers loads it. Raises A3Error if any weight is missing or does not fit."""
     from transformers import AutoModelForCausalLM
 
-    check_size(checkpoint)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,

@@ -9,6 +9,7 @@ on with the weight files that it had finished.
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,19 +22,20 @@ from a3cli.checkpoint import (
     INDEX,
     Checkpoint,
     PlannedTensor,
-    TensorInfo,
     check_finite,
+    is_finite,
     plan_shards,
     shard_names,
+    stored_rows,
     write_index,
     write_shard,
 )
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.families import LayerSizes, Role, per_layer_config
+from a3cli.families import LayerSizes, per_layer_config
 from a3cli.families.loaders import describe_loaders
 from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.interrupt import Stop
-from a3cli.manifest import MANIFEST
+from a3cli.manifest import MANIFEST, read_export_manifest
 from a3cli.measured import read_evaluation
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
@@ -61,7 +63,6 @@ MODELING = Path(__file__).parent / "modeling" / "modeling_a3_llama.py"
 NOT_CARRIED = ("README.md", MANIFEST)
 
 Pieces = Iterator[torch.Tensor]  # rows of one weight that follow one another
-ROWS = 1024  # of what no solution touches, in one piece
 
 
 class Solution:
@@ -88,19 +89,22 @@ def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None
         calibration, solution = read_solution(work, held=settings.num_processes)
         model = open_calibrated_source(work, calibration, full_check=settings.full_check)
         check_small_files(model.source, work)
+        request = describe_request(settings, solution)
+        measured = [each for file in settings.evaluations for each in read_evaluation(file)]
+        again = settings.overwrite or settings.check_reproducible
+        if not again and (finished := finished_export(out, request, measured)):
+            return finished
         check_target(out, model.source, work, overwrite=settings.overwrite)
         shards = plan(model, solution, settings)
-        measured = [each for file in settings.evaluations for each in read_evaluation(file)]
         size = sum(t.bytes for tensors in shards.values() for t in tensors)
-        request = describe_request(settings, solution)
         inputs = (model, calibration, solution, shards, settings, measured, stop)
         with drafting(out.resolve(), request) as draft:
             draft.check_space(size, "export")
             manifest = write_checkpoint(draft, *inputs)
             if settings.check_reproducible:
                 check_space(work.folder, size, "--check-reproducible")
-                with making_scratch(work.scratch), drafting(work.scratch / "export", request) as again:
-                    check_same_files(manifest, write_checkpoint(again, *inputs), out)
+                with making_scratch(work.scratch), drafting(work.scratch / "export", request) as second:
+                    check_same_files(manifest, write_checkpoint(second, *inputs), out)
             return manifest
 
 
@@ -112,6 +116,20 @@ def describe_request(settings: ExportSettings, solution: Solution) -> Json:
         "solution": solution.manifest["sha256"],
         "versions": versions(),
     }
+
+
+def finished_export(out: Path, request: Json, measured: list[Json]) -> Json | None:
+    """The manifest of a whole export that this request wrote, as a command that was killed at its end leaves it."""
+    found: Json = {}
+    with suppress(A3Error):  # there is none, or no export of ours
+        found = {} if out.is_symlink() else read_export_manifest(out / MANIFEST)
+    if not found or found["measured"] != measured:
+        return None
+    settings = {name: found[name] for name in request["settings"]}
+    if {"settings": settings, "solution": found["solution"]["sha256"], "versions": found["versions"]} != request:
+        return None
+    check_hashes({out / name: expected for name, expected in found["files"].items()}, "use --overwrite")
+    return found
 
 
 def check_small_files(source: Checkpoint, work: Work) -> None:
@@ -228,7 +246,7 @@ def write_checkpoint(
     return manifest
 
 
-def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces | TensorInfo]:
+def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces]:
     """One tensor after another, while the system reads the next."""
     for this, following in zip(planned, [*planned[1:], None], strict=True):
         if following:
@@ -236,27 +254,27 @@ def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) ->
         yield transformed(model, solution, this)
 
 
-def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Pieces | TensorInfo:
-    """One tensor as the export stores it; if nothing changes it, where the source has it."""
-    info = model.source.info(planned.name)
+def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Pieces:
+    """One tensor as the export stores it, some rows at a time. Raises A3Error for what is not finite."""
     found = model.family.find_role(planned.name)
-    if found is None and planned.dtype == info.dtype:
-        return info
-    original = model.source.read(planned.name)
     if found is None:
-        return (rows.to(planned.dtype) for rows in original.split(ROWS))
+        for rows in stored_rows(model.source.info(planned.name)):
+            check_finite(rows, planned.name, model.source.name)
+            yield converted(rows, planned)
+        return
     layer, role, _ = found
-    return (
-        checked_and_projected(part, planned, role, of_rows, model, fold_scale=not solution.per_layer)
-        for part, of_rows in pieces(original, role, solution.layer(layer), model.shape)
-    )
+    weight = model.source.read(planned.name)
+    for part, of_rows in pieces(weight, role, solution.layer(layer), model.shape):
+        check_finite(part, planned.name, model.source.name)
+        kept = apply_projection(part, role, of_rows, model.shape, fold_scale=not solution.per_layer)
+        yield converted(kept, planned)
 
 
-def checked_and_projected(
-    part: torch.Tensor, planned: PlannedTensor, role: Role, solution: Tensors, model: Model, *, fold_scale: bool
-) -> torch.Tensor:
-    check_finite(part, planned.name, model.source.name)
-    return apply_projection(part, role, solution, model.shape, fold_scale=fold_scale).to(planned.dtype)
+def converted(rows: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
+    result = rows.to(planned.dtype)
+    if result.dtype != rows.dtype and not is_finite(result):
+        raise A3Error(f"tensor {planned.name} has values too large for {planned.dtype}; export with --dtype bfloat16")
+    return result
 
 
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from a3cli.checkpoint import tensor_bytes
+from a3cli.checkpoint import fill, tensor_bytes
 from a3cli.errors import A3Error
 from a3cli.work import writing
 
@@ -56,7 +56,7 @@ class HiddenStates:
         buffer = bytearray(count * self.block_bytes)
         with self.path.open("rb", buffering=0) as file:
             file.seek((self.first + start) * self.block_bytes)
-            if file.readinto(buffer) != len(buffer):
+            if not fill(file, buffer):
                 raise A3Error(f"{self.path} is truncated; run the same command again, which makes it anew")
         return torch.frombuffer(buffer, dtype=self.dtype).view(count, *self.shape[1:])
 

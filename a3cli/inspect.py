@@ -9,23 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
 from a3cli.manifest import MANIFEST, read_export_manifest
+from a3cli.measured import Measured
 from a3cli.moments import gram_blocks, unpack_upper
 from a3cli.settings import COMPONENTS, Component
 from a3cli.solvers.linalg import effective_rank
 from a3cli.text import load_tokenizer
 from a3cli.tokens import describe_blocks, describe_text
-from a3cli.work import Json, Work, check_hash, read_json, read_manifest
+from a3cli.work import Json, Work, check_hash, hash_json, read_json, read_manifest
 
 ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
 NEAR_SINGULAR = 1e8  # condition; beyond, the smallest eigenvalues are rounding of float32 sums
 SINGULAR = 1e-10  # of the largest eigenvalue: what the solvers' floor raises by default
 WIDEST_SPECTRUM = 2048  # MLP widths up to which all eigenvalues are computed: a wider one takes a minute a layer
+SOURCE_REMEDY = "run a3 calibrate on the source again"
 TITLES: dict[Component, str] = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
 
@@ -65,16 +68,18 @@ def describe(path: Path) -> Json:
 
 def describe_export(folder: Path) -> Json:
     manifest = read_export_manifest(folder / MANIFEST)
-    config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = read_json(path)
+    heads, kv = count_in(config, "num_attention_heads", path), "num_key_value_heads"
     solution, calibration = manifest["solution"], manifest["calibration"]
     full = solution["full_size"]
     dimensions = Dimensions(
-        heads=config["num_attention_heads"],
-        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        heads=heads,
+        kv_heads=heads if config.get(kv) is None else count_in(config, kv, path),
         head_dim=full["qk"],
         intermediate=full["mlp"],
-        hidden=config.get("hidden_size"),
-        vocabulary=config.get("vocab_size"),
+        hidden=count_in(config, "hidden_size", path),
+        vocabulary=count_in(config, "vocab_size", path),
         item=round(solution["bytes"]["before"] / solution["parameters"]["before"]),
     )
     layers = describe_layers(dimensions, calibration["tokens"], solution, [])
@@ -87,10 +92,19 @@ def describe_export(folder: Path) -> Json:
         "text": None,
         "solution": solution,
         "layers": layers,
-        "export": {key: manifest[key] for key in ("dtype", "max_shard_size", "measured", "loads_with", "files")},
+        "export": {key: manifest[key] for key in ("dtype", "max_shard_size", "loads_with", "files")},
+        "measured": [as_measured(each) for each in manifest["measured"]],
         "versions": manifest["versions"],
         "warnings": warnings(layers, None),
     }
+
+
+def count_in(config: Json, key: str, path: Path) -> int:
+    """Raise A3Error unless config.json has a positive number there."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise A3Error(f"{path}: {key} is {value!r}, not a positive number; run a3 export again")
+    return value
 
 
 def describe_work(work: Work) -> Json:
@@ -99,7 +113,7 @@ def describe_work(work: Work) -> Json:
     calibration = read_manifest(path, "run a3 calibrate --overwrite")
     check_hash(work.tokens, calibration["tokens_sha256"], "run a3 calibrate --overwrite")
     blocks = load_file(work.tokens)["tokens"]
-    recorded = read_json(work.source) if work.source.is_file() else {}
+    recorded = read_source(work, calibration) if work.source.is_file() else {}
     source = open_source(recorded)
     solution = None
     if work.solution_manifest.is_file():
@@ -123,9 +137,39 @@ def describe_work(work: Work) -> Json:
         "solution": None if stale else solution,
         "layers": layers,
         "export": None,
+        "measured": measured_in(work, None if stale else solution),
         "versions": calibration.get("versions"),
         "warnings": found,
     }
+
+
+def read_source(work: Work, calibration: Json) -> Json:
+    """Where a calibration's checkpoint is. Raises A3Error if source.json was altered or is of another model."""
+    recorded = read_manifest(work.source, SOURCE_REMEDY)
+    if recorded.get("fingerprint") != calibration["request"]["source"]:
+        raise A3Error(
+            f"{work.source} is of another model ({recorded.get('model')}) than the calibration in {work.calibration}; "
+            f"{SOURCE_REMEDY}"
+        )
+    return recorded
+
+
+def measured_in(work: Work, solution: Json | None) -> list[Json]:
+    """What a3 run measured of this solution's export, as long as that export is where it was."""
+    if solution is None or not work.evaluation.is_file():
+        return []
+    evaluation = read_manifest(work.evaluation, "run a3 run --overwrite")
+    request = evaluation["request"]
+    try:
+        manifest = read_export_manifest(Path(request["settings"]["model"]) / MANIFEST)
+        of_this = hash_json(manifest) == request["export"] and manifest["solution"]["sha256"] == solution["sha256"]
+        return [as_measured(each) for each in evaluation["result"]["datasets"]] if of_this else []
+    except (A3Error, ValidationError):  # another model was measured, the export is gone, or a figure is not finite
+        return []
+
+
+def as_measured(figures: Json) -> Json:
+    return Measured.model_validate(figures).model_dump()
 
 
 def open_source(recorded: Json) -> Checkpoint | None:
@@ -170,14 +214,22 @@ def describe_statistics(
                 hidden=source.config.get("hidden_size") if source else None,
                 item=source.dtype.itemsize if source else None,
             )
-            health.append(layer_health(file, dimensions))
+            health.append(layer_health(file, dimensions, layer))
     return dimensions, health
 
 
-def layer_health(file: Any, dimensions: Dimensions) -> dict[Component, Json]:
+def layer_health(file: Any, dimensions: Dimensions, layer: int) -> dict[Component, Json]:
     """Effective rank and condition of the Gram matrices of one layer's statistics: the worst of the heads."""
-    outputs = unpack_upper(file.get_tensor("o_gram"), dimensions.heads * dimensions.head_dim)
-    energy = file.get_tensor("mlp_energy").double()
+
+    def sums(name: str, component: Component) -> torch.Tensor:
+        found: torch.Tensor = file.get_tensor(name)
+        if not torch.isfinite(found).all():
+            place = f"layer {layer}, {TITLES[component]}"
+            raise A3Error(f"{place}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
+        return found
+
+    outputs = unpack_upper(sums("o_gram", "ov"), dimensions.heads * dimensions.head_dim)
+    energy = sums("mlp_energy", "mlp").double()
     mlp: Json = {
         "effective_rank": effective_rank(energy).item(),
         "dead": int((energy <= SINGULAR * energy.max()).sum()),
@@ -185,10 +237,10 @@ def layer_health(file: Any, dimensions: Dimensions) -> dict[Component, Json]:
         "singular": None,
     }
     if "mlp_gram" in file.keys() and dimensions.intermediate <= WIDEST_SPECTRUM:  # noqa: SIM118, no dictionary
-        gram = unpack_upper(file.get_tensor("mlp_gram"), dimensions.intermediate)
+        gram = unpack_upper(sums("mlp_gram", "mlp"), dimensions.intermediate)
         mlp |= {key: value for key, value in spectrum_health(gram[None]).items() if key != "effective_rank"}
     return {
-        "qk": spectrum_health(file.get_tensor("k_gram")),
+        "qk": spectrum_health(sums("k_gram", "qk")),
         "ov": spectrum_health(gram_blocks(outputs, dimensions.heads)),
         "mlp": mlp,
     }

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from a3cli.errors import A3Error
+from a3cli.inspect import read_source
 from a3cli.moments import Tensors
 from a3cli.solve import read_calibration
 from a3cli.work import (
@@ -23,7 +24,6 @@ from a3cli.work import (
     differences,
     drafting,
     hash_file,
-    read_json,
     read_manifest,
     versions,
     write_json,
@@ -52,7 +52,8 @@ def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> Json:
         request = merged_request(calibrations)
         if finished := finished_manifest(target, request, overwrite=overwrite):
             return finished
-        return write_merged(parts, calibrations, target, request)
+        source = read_source(parts[0], calibrations[0])
+        return write_merged(parts, calibrations, source, target, request)
 
 
 def check_places(parts: Sequence[Work], target: Work) -> None:
@@ -117,7 +118,7 @@ def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json |
     raise A3Error(f"{target.folder} holds another calibration ({what}); use --overwrite or another --into")
 
 
-def write_merged(parts: Sequence[Work], calibrations: list[Json], target: Work, request: Json) -> Json:
+def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, target: Work, request: Json) -> Json:
     """Layer by layer; the folder appears when it is whole, and a merge that was cut short goes on."""
     for work, calibration in zip(parts, calibrations, strict=True):
         check_hash(work.tokens, calibration["tokens_sha256"], REMEDY)
@@ -137,7 +138,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], target: Work, 
                 write_tensors(draft.folder / name, add_statistics([work.statistics(layer) for work in parts]))
                 known = draft.finish(name)
             hashes.append(known["sha256"])
-        write_json(target.source, read_json(parts[0].source))
+        write_json(target.source, source)
         manifest = {
             "request": request,
             "tokens": int(tokens.numel()),

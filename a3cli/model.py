@@ -28,6 +28,7 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False) -> Model:
 
     refuse_per_layer(source.config, source.name)
     family = family_of(source.config.get("model_type"))
+    check_layers(source)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
         shape = read_shape(config)
@@ -43,8 +44,16 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False) -> Model:
     return Model(source, family, config, shape, rope)
 
 
+def check_layers(source: Checkpoint) -> None:
+    """Raise A3Error for more layers than tensors: some configuration classes make lists of as many."""
+    layers = source.config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(source.tensors):
+        raise A3Error(f"{source.name}: config.json says {layers:,} layers, there are {len(source.tensors)} tensors")
+
+
 def check_size(source: Checkpoint) -> None:
     """Raise A3Error if config.json describes far more weights than there are: memory would be filled with them."""
+    check_layers(source)
     try:
         family_of(source.config.get("model_type"))
         from transformers import AutoConfig
@@ -79,6 +88,9 @@ def check_tensors(source: Checkpoint, family: Family, shape: ModelShape, vocabul
     for layer in range(shape.layers):
         for role, expected in shape.linear_shapes().items():
             expect(source, family.tensor(layer, role), expected)
+    for tensor in source.tensors:
+        if (found := family.find_role(tensor)) and found[0] >= shape.layers:
+            raise A3Error(f"{source.name}: tensor {tensor} is there, config.json says {shape.layers} layers")
 
 
 def expect(source: Checkpoint, tensor: str, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from a3cli import costs
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, ModelShape, family_of, read_shape
-from a3cli.families.base import check_rope
+from a3cli.families.base import check_bounds, check_rope
 from a3cli.families.loaders import describe_loaders
 from a3cli.hub import find_folder, read_config, refuse_per_layer
 from a3cli.settings import PlanSettings
@@ -37,7 +37,9 @@ LAYER_SECONDS = {"calibrate": 0.2, "solve --method best": 1.2}
 class DecoderConfig(BaseModel):
     """What a plan needs of config.json; for the rest it is as in transformers' own classes."""
 
-    model_config = ConfigDict(protected_namespaces=())  # older pydantic wants no field to begin with model_
+    # Strict: families/loaders.py reads the same entries as they stand in the file.
+    # Protected namespaces: older pydantic wants no field to begin with model_.
+    model_config = ConfigDict(strict=True, protected_namespaces=())
 
     model_type: str
     vocab_size: PositiveInt
@@ -51,6 +53,8 @@ class DecoderConfig(BaseModel):
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     max_position_embeddings: PositiveInt | None = None
+    rope_parameters: Json | None = None
+    rope_scaling: Json | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
 
@@ -118,7 +122,8 @@ def plan(settings: PlanSettings) -> Json:
     family = family_of(config.get("model_type"))
     decoder = read_decoder(config, folder)
     shape = read_shape(decoder)
-    check_rope(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    check_bounds(shape, decoder.vocab_size)
+    check_rope(decoder.rope_parameters or decoder.rope_scaling or {})
     if decoder.max_position_embeddings and settings.seq_len > decoder.max_position_embeddings:
         raise A3Error(
             f"--seq-len {settings.seq_len} is longer than the context of {settings.model} "
@@ -230,7 +235,7 @@ def disk(run: Run) -> Json:
         "statistics_per_layer": layer,
         "statistics": layer * shape.layers,
         "hidden_states": 2 * costs.hidden_state_bytes(shape, settings.samples, settings.seq_len, run.item),
-        "solution": costs.solution_bytes(shape, run.size) * shape.layers,
+        "solution": costs.solution_bytes(shape, run.size, "best") * shape.layers,
         "export": run.kept_parameters * run.source_item,
     }
 
@@ -262,7 +267,7 @@ def peak_ram(run: Run) -> Json:
     return {
         "calibrate": IMPORTS + calibrate,
         **{f"solve --method {method}": IMPORTS + needed for method, needed in solve.items() if run.solves(method)},
-        "export": IMPORTS + costs.solution_bytes(shape, run.size) + largest,
+        "export": IMPORTS + costs.solution_bytes(shape, run.size, "best") + largest,
     }
 
 

@@ -26,7 +26,7 @@ from a3cli.methods import Curves, LayerInputs, Method
 from a3cli.settings import COMPONENTS, Component
 from a3cli.smaller import Cut, SmallerDecoder
 from a3cli.sweep import Arguments, Decoder, Progress, embed_all, run_layer
-from a3cli.work import Json, Work, check_space, read_if_of, read_manifest, write_manifest
+from a3cli.work import Json, Work, check_space, hash_file, read_if_of, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,8 @@ class _Run:
         for layer in range(first, self.layers):
             stop.before(f"probing layer {layer + 1} of {self.layers}", "the same command goes on there")
             self._pass(layer, decoder, cuts, calls)
-            write_manifest(self.progress_file, {"request": self.request, "layer": layer + 1})
+            streams = hash_file(self._streams(layer + 1).path)
+            write_manifest(self.progress_file, {"request": self.request, "layer": layer + 1, "streams": streams})
             tokens = self.blocks.numel()
             progress(layer=layer, layers=self.layers, tokens=tokens, total_tokens=tokens)
         return self._compare(decoder)
@@ -99,9 +100,12 @@ class _Run:
     def _begin(self) -> int:
         """The layer to go on at; 0 with empty streams unless a sweep with this request was under way."""
         found = read_if_of(self.progress_file, self.request)
-        if found and self._streams(found["layer"]).path.is_file():
-            log.info("going on at layer %d", found["layer"])
-            return int(found["layer"])
+        if found:
+            streams = self._streams(found["layer"]).path
+            if streams.is_file() and hash_file(streams) == found["streams"]:
+                log.info("going on at layer %d", found["layer"])
+                return int(found["layer"])
+            log.warning("%s is not as it was written; probing begins anew", streams)
         self.work.probes.mkdir(exist_ok=True)
         self.clear()
         check_space(self.work.folder, 2 * self._streams(0).bytes, "probing")

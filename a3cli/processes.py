@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from a3cli.errors import A3Error, Interrupted
+from a3cli.errors import A3Error, Interrupted, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 # A launcher of ours reads what its processes have to say from here, and says it once.
 ERROR_FOLDER = "A3_ERROR_FOLDER"
-# Processes wait for the main one while it downloads text or writes a large layer. One that died is noticed at once.
+# Processes wait for the main one while it downloads text or writes a large layer. On one machine, one that died is
+# noticed at once.
 LONGEST_WAIT = timedelta(hours=6)
 PIECE = 1 << 24  # numbers summed at a time: a reduction needs as much room again
 
@@ -103,7 +104,8 @@ class Processes:
             raise
         except RuntimeError as error:  # what gloo and nccl raise of a peer that has gone
             raise Interrupted(
-                f"process {self.rank} of {self.count} lost another one; the same command goes on where it stopped"
+                f"process {self.rank} of {self.count} lost another one ({first_line(error)}); the same command goes on "
+                "where it stopped"
             ) from error
 
     @contextmanager
@@ -153,7 +155,8 @@ class Processes:
             for name, (shape, dtype) in sorted(layout.items()):
                 value = sums.pop(name) if name in sums else torch.zeros(shape, dtype=dtype, device=device)
                 for piece in value.view(-1).split(PIECE):
-                    piece.copy_(self._accelerator.reduce(piece, reduction="sum"))
+                    there = piece.to(self._accelerator.device)  # with --devices not where the layer is
+                    piece.copy_(self._accelerator.reduce(there, reduction="sum"))
                 summed[name] = value
         return summed
 

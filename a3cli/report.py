@@ -35,7 +35,8 @@ def read_evaluations(files: Sequence[Path]) -> list[Json]:
 
 
 def write_report(found: Json, measured: list[Json], html: Path) -> Json:
-    """Write the page; returns its place and the warnings that it shows."""
+    """Write the page, with the figures that are known where none are given; returns its place and what it shows."""
+    measured = measured or found["measured"]
     page = render(found, measured)
     with replacing(html) as partial:
         partial.write_text(page, "utf-8")

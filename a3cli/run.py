@@ -7,18 +7,18 @@ one does nothing.
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from a3cli.calibrate import calibrate
+from a3cli.errors import A3Error
 from a3cli.evaluate import evaluate
 from a3cli.export import export
 from a3cli.interrupt import Stop
-from a3cli.manifest import MANIFEST
+from a3cli.manifest import MANIFEST, read_export_manifest
 from a3cli.recipe import Recipe
 from a3cli.settings import EvalSettings, ExportSettings
 from a3cli.solve import check_settings, solve
 from a3cli.sweep import Progress
-from a3cli.work import Json, Work, hash_json, read_json, read_manifest, write_manifest
+from a3cli.work import Json, Work, check_hashes, hash_json, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -49,23 +49,28 @@ def run_recipe(
 
 
 def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, stop: Stop) -> Json:
-    """The export's manifest; what is there is kept if it is whole and of this solution and settings."""
-    if not overwrite and (found := finished_export(recipe.out)) is not None:
-        asked = {"dtype": recipe.export.dtype, "max_shard_size": recipe.export.max_shard_size}
-        same_settings = all(found.get(name) == value for name, value in asked.items())
-        if same_settings and found["solution"]["sha256"] == solution["sha256"]:
-            return found
+    """The export's manifest; what is there is kept if it is whole and of this solution and settings.
+
+    A damaged export is replaced, with a warning that names the file.
+    """
     replace = overwrite or recipe.export.overwrite
+    if not overwrite and (recipe.out / MANIFEST).is_file():
+        try:
+            found = read_export_manifest(recipe.out / MANIFEST)
+            if is_asked_for(found, recipe.export, solution):
+                check_hashes({recipe.out / name: sha256 for name, sha256 in found["files"].items()}, "export again")
+                return found
+        except A3Error as damage:
+            log.warning("%s is made again: %s", recipe.out, damage)
+            replace = True
     settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace})
     return export(recipe.out, settings, work, stop=stop)
 
 
-def finished_export(out: Path) -> Json | None:
-    """The manifest of an export of which no file is missing."""
-    if not (out / MANIFEST).is_file():
-        return None
-    manifest = read_json(out / MANIFEST)
-    return manifest if all((out / name).is_file() for name in manifest["files"]) else None
+def is_asked_for(manifest: Json, settings: ExportSettings, solution: Json) -> bool:
+    asked = {"dtype": settings.dtype, "max_shard_size": settings.max_shard_size}
+    same_settings = all(manifest[name] == value for name, value in asked.items())
+    return bool(same_settings and manifest["solution"]["sha256"] == solution["sha256"])
 
 
 def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: bool) -> Json:

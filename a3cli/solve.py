@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from a3cli import costs
-from a3cli.errors import A3Error
+from a3cli.errors import A3Error, first_line
 from a3cli.families import LayerSizes, ModelShape
 from a3cli.interrupt import Stop
 from a3cli.machine import choose_machine, return_freed_memory
@@ -99,7 +99,7 @@ def write_solution(
     method.settle(sizes)
     request = describe_request(settings, calibration)
     with drafting(work.solution, {**request, "versions": versions()}) as draft:
-        draft.check_space(sum(costs.solution_bytes(model.shape, size) for size in sizes), "the solution")
+        draft.check_space(bytes_needed(model.shape, sizes, settings), "the solution")
 
         def write_layer(layer: int) -> Json:
             name = one_shot_file(layer) if settings.sequential else layer_file(layer)
@@ -165,11 +165,14 @@ def analyse(
 
 
 def for_each_layer(work: Callable[[int], T], model: Model, settings: SolveSettings) -> list[T]:
-    """`work` of every layer, small ones side by side."""
+    """`work` of every layer, small ones side by side. Raises A3Error if the device's memory is too small for it."""
     layers = range(model.shape.layers)
-    if not costs.side_by_side(model.shape):
-        return [work(layer) for layer in layers]
-    return list(spread(work, layers, settings.num_processes or os.cpu_count() or 1))
+    try:
+        if not costs.side_by_side(model.shape):
+            return [work(layer) for layer in layers]
+        return list(spread(work, layers, settings.num_processes or os.cpu_count() or 1))
+    except torch.OutOfMemoryError as error:
+        raise A3Error(f"no memory left on the device: {first_line(error)}; solve with --device cpu") from error
 
 
 def check_settings(settings: SolveSettings) -> None:
@@ -199,6 +202,13 @@ def read_calibration(work: Work) -> Json:
     if not work.calibration_manifest.is_file():
         raise A3Error(f"{work.folder} has no finished calibration; run a3 calibrate first (--work names the folder)")
     return read_manifest(work.calibration_manifest, "run a3 calibrate --overwrite")
+
+
+def bytes_needed(shape: ModelShape, sizes: list[LayerSizes], settings: SolveSettings) -> int:
+    """At the peak: of a sequential solution the one-shot layers, the refits, and both put together."""
+    one_shot = sum(costs.solution_bytes(shape, size, settings.method) for size in sizes)
+    refits = sum(costs.refit_bytes(shape, size, settings.refit_rounds) for size in sizes)
+    return 2 * (one_shot + refits) if settings.sequential else one_shot
 
 
 def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | None:

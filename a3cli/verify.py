@@ -7,12 +7,14 @@ the full-size reference, which needs the work folder that the export was made fr
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from operator import index
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -22,14 +24,15 @@ from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.export import MODELING, Solution, read_solution
-from a3cli.families import LayerSizes, family_of, read_shape
+from a3cli.families import LayerSizes, ModelShape, family_of, read_shape
+from a3cli.families.base import LARGEST, check_bounds
 from a3cli.junit import Case
 from a3cli.machine import Machine, choose_machine
 from a3cli.manifest import MANIFEST
 from a3cli.model import Model, open_calibrated_source
 from a3cli.reference import FullSizeReference, reference_logits
 from a3cli.settings import ExportSettings, VerifySettings
-from a3cli.work import Json, Work, hash_file, read_json, versions
+from a3cli.work import Json, Work, check_hash, hash_file, read_json, read_manifest, versions
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
 
     Raises A3Error if `out` is no export, or for code that may not run.
     """
-    manifest = read_export(out)
+    manifest, damage = read_export(out)
     per_layer = "per_layer_config" in manifest["config"]
     if per_layer and not settings.trust_remote_code:
         raise A3Error(
@@ -56,14 +59,14 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
             f"(that code is run only if it is the {MODELING.name} that a3 ships)"
         )
     machine = choose_machine(settings.device, "float32" if settings.dtype == "auto" else settings.dtype, torch.float32)
-    config, shapes = check_config(manifest)
+    config, shapes = check_config(manifest, damage)
     reference = open_reference(work, manifest)
     with tempfile.TemporaryDirectory(prefix="a3-verify-") as temporary:
         folder = Path(temporary)
         save_file({"tokens": choose_tokens(work, manifest["config"], reference)}, folder / "tokens.safetensors")
         request = {
             "folder": str(out.resolve()),
-            "code": code_of(manifest["config"]) if per_layer else None,
+            "code": code_of(manifest["config"]) if per_layer and shapes else None,
             "shapes": shapes,
             "tokens": str(folder / "tokens.safetensors"),
             "logits": str(folder / "logits.safetensors"),
@@ -81,27 +84,47 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
     }
 
 
-def read_export(out: Path) -> Json:
-    """The export's manifest, with its config.json as `config`. Raises A3Error if `out` is no a3 export."""
+def read_export(out: Path) -> tuple[Json, list[str]]:
+    """The export's manifest, with its config.json as `config`, and why one of them, then left empty, can't be read.
+
+    Raises A3Error if `out` is no a3 export.
+    """
     if not out.is_dir():
         raise A3Error(f"{out} is no folder; a3 verify takes what a3 export wrote")
     if not (out / MANIFEST).is_file():
         raise A3Error(f"{out} has no {MANIFEST}; a3 verify takes what a3 export wrote")
-    manifest = read_json(out / MANIFEST)
+    manifest, config, damage = {"solution": {}, "dtype": "source"}, {}, []
+    try:
+        manifest = open_manifest(out / MANIFEST)
+    except A3Error as error:
+        damage.append(str(error))
+    try:
+        config = read_json(out / "config.json")
+    except A3Error as error:
+        damage.append(str(error))
+    return {**manifest, "config": config}, damage
+
+
+def open_manifest(path: Path) -> Json:
+    """Raises A3Error if it lacks what is needed here; the manifest of another version of a3 may differ in the rest."""
+    manifest = read_json(path)
     lacking = [key for key in ("solution", "files") if not isinstance(manifest.get(key), dict)]
-    if lacking or manifest.get("dtype") not in get_args(ExportSettings.model_fields["dtype"].annotation):
-        raise A3Error(
-            f"{out / MANIFEST} has no {', '.join(lacking or ['dtype'])}; a3 verify takes what a3 export wrote"
-        )
-    return {**manifest, "config": read_json(out / "config.json")}
+    if manifest.get("dtype") not in get_args(ExportSettings.model_fields["dtype"].annotation):
+        lacking.append("dtype")
+    if lacking:
+        raise A3Error(f"{path} has no {', '.join(lacking)}; export again")
+    return manifest
 
 
-def check_config(manifest: Json) -> tuple[Json, dict[str, list[int]]]:
+def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, list[int]]]:
     """Whether config.json has the manifest's sizes, and the shapes that tensors must have for it, by name."""
     try:
         sizes, shapes = expected_shapes(manifest["config"])
     except (A3Error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        return check("config", "failed", f"config.json does not describe a model: {error}"), {}
+        why = damage or [f"config.json does not describe a model: {error}"]
+        return check("config", "failed", "; ".join(why)), {}
+    if damage:
+        return check("config", "failed", "; ".join(damage)), shapes
     if [asdict(size) for size in sizes] != manifest["solution"].get("sizes"):
         return check("config", "failed", f"config.json has other sizes than {MANIFEST}"), shapes
     return check("config", "passed", f"{len(sizes)} layers of the sizes in {MANIFEST}"), shapes
@@ -110,15 +133,24 @@ def check_config(manifest: Json) -> tuple[Json, dict[str, list[int]]]:
 def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]]]:
     """Each layer's sizes and the shape of every linear weight and of the embedding, from config.json alone."""
     family, shape = family_of(config.get("model_type")), read_shape(SimpleNamespace(**config))
-    sizes = shape.sizes
-    if "per_layer_config" in config:
-        layers = sorted(config["per_layer_config"].items(), key=lambda item: int(item[0]))
-        sizes = [LayerSizes(own["qk_head_dim"], own["v_head_dim"], own["intermediate_size"]) for _, own in layers]
+    check_bounds(shape, config["vocab_size"])
+    sizes = own_sizes(config["per_layer_config"], shape) if "per_layer_config" in config else shape.sizes
     shapes = {family.embedding + ".weight": [config["vocab_size"], config["hidden_size"]]}
     for layer, size in enumerate(sizes):
         for role, wanted in shape.linear_shapes(size).items():
             shapes[family.tensor(layer, role)] = list(wanted)
     return sizes, shapes
+
+
+def own_sizes(layers: Json, shape: ModelShape) -> list[LayerSizes]:
+    """The sizes in `per_layer_config`. Raises A3Error unless each layer has some, none above the source's."""
+    keys = ("qk_head_dim", "v_head_dim", "intermediate_size")
+    ordered = sorted(layers.items(), key=lambda item: int(item[0]))
+    sizes = [LayerSizes(*(index(own[key]) for key in keys)) for _, own in ordered]
+    full = shape.full_sizes
+    if len(sizes) != shape.layers or any(s.qk > full.qk or s.ov > full.ov or s.mlp > full.mlp for s in sizes):
+        raise A3Error("config.json: per_layer_config does not fit the other entries")
+    return sizes
 
 
 def code_of(config: Json) -> Json:
@@ -130,7 +162,7 @@ def code_of(config: Json) -> Json:
     }
 
 
-def choose_tokens(work: Work, config: Json, reference: "Reference | str") -> torch.Tensor:
+def choose_tokens(work: Work, config: Json, reference: "Reference | Json") -> torch.Tensor:
     """The first tokens of two calibration blocks, or random ones without a work folder: `[2, T]`."""
     context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
     length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
@@ -138,13 +170,16 @@ def choose_tokens(work: Work, config: Json, reference: "Reference | str") -> tor
         blocks: torch.Tensor = load_file(work.tokens)["tokens"]
         return blocks[:PROMPTS, :length].contiguous()
     generator = torch.Generator().manual_seed(0)
-    highest = vocabulary if isinstance(vocabulary, int) and vocabulary > 0 else 1
+    highest = vocabulary if isinstance(vocabulary, int) and 0 < vocabulary <= LARGEST else 1
     return torch.randint(highest, (PROMPTS, length), generator=generator)
 
 
 def run_checker(request: Json, folder: Path) -> list[Json]:
     """What `checker.py` found, in a process without a3; checks that it did not come to are failed."""
     (folder / "request.json").write_text(json.dumps(request), "utf-8")
+    # A script's own folder is the first that Python imports from, and in a3's lies an inspect.py. More isolation, as
+    # by -I, would hide packages of PYTHONPATH and of the user's site-packages.
+    script = shutil.copyfile(CHECKER, folder / "checker.py")
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -152,7 +187,7 @@ def run_checker(request: Json, folder: Path) -> list[Json]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    command = [sys.executable, "-I", str(CHECKER), str(folder / "request.json")]
+    command = [sys.executable, str(script), str(folder / "request.json")]
     checks = []
     with (folder / "stderr").open("w+b") as stderr:
         with running(command, environment, stderr.fileno()) as process:
@@ -202,28 +237,34 @@ class Reference:
         return reference_logits(exact, rounded, slots, tokens)
 
 
-def open_reference(work: Work, manifest: Json) -> Reference | str:
-    """What the export was made from, or why it cannot be had."""
+def open_reference(work: Work, manifest: Json) -> Reference | Json:
+    """What the export was made from. The check's outcome if it is not there (skipped) or damaged (failed)."""
     if not work.solution_manifest.is_file():
-        return f"{work.folder} has no solution; --work names the folder that the export was made from"
+        why = f"{work.folder} has no solution; --work names the folder that the export was made from"
+        return check("reference", "skipped", why)
+    named = manifest["solution"].get("sha256")
+    if not named:
+        return check("reference", "failed", f"{MANIFEST} does not name the solution that it was made from")
     try:
+        if read_manifest(work.solution_manifest, "run a3 solve --overwrite")["sha256"] != named:
+            why = f"{work.folder} holds another solution than the one that the export was made from"
+            return check("reference", "skipped", why)
+        # A folder in use fails too: the solution is there and was not compared; the same command will do it later.
         with work.locked():
             calibration, solution = read_solution(work)
-            model = open_calibrated_source(work, calibration)
+            check_hash(work.tokens, calibration["tokens_sha256"], "run a3 calibrate --overwrite")
+            return Reference(open_calibrated_source(work, calibration), solution)
     except A3Error as error:
-        return str(error)
-    if solution.manifest["sha256"] != manifest["solution"].get("sha256"):
-        return f"{work.folder} holds another solution than the one that the export was made from"
-    return Reference(model, solution)
+        return check("reference", "failed", str(error))
 
 
 def check_reference(
-    reference: Reference | str, manifest: Json, machine: Machine, folder: Path, *, required: bool
+    reference: Reference | Json, manifest: Json, machine: Machine, folder: Path, *, required: bool
 ) -> Json:
     """Whether the export's logits are the reference's within rounding."""
     logits = folder / "logits.safetensors"
-    if isinstance(reference, str):
-        return check("reference", "failed" if required else "skipped", reference)
+    if not isinstance(reference, Reference):
+        return {**reference, "outcome": "failed"} if required else reference
     if not logits.is_file():
         return check("reference", "failed" if required else "skipped", "needs forward")
     log.info("streaming the full-size reference")

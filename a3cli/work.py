@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
+UMASK = os.umask(0)  # can only be read by setting it: once, before there are threads
+os.umask(UMASK)
+
 
 class Work:
     """One work folder: its paths and its lock."""
@@ -254,7 +257,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield partial
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            partial.chmod(0o666 & ~_umask())  # safetensors writes its files for the owner only
+            partial.chmod(0o666 & ~UMASK)  # safetensors writes its files for the owner only
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -276,12 +279,6 @@ def making_scratch(folder: Path) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, value: Json) -> None:

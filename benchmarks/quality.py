@@ -163,15 +163,15 @@ class Remembered:
 class Bench:
     """One model with its evaluation blocks."""
 
-    def __init__(self, subject: Subject, plan: Plan) -> None:
+    def __init__(self, subject: Subject, plan: Plan, other: Path | None = None) -> None:
         self.subject, self.plan = subject, plan
         self.source = load(subject.folder, plan.device)
         self.remembered = Remembered(self.source)
         tokenizer = load_tokenizer(subject.folder, trust_remote_code=False)
-        other = min(OTHER_BLOCKS, plan.blocks or OTHER_BLOCKS)
+        of_other = min(OTHER_BLOCKS, plan.blocks or OTHER_BLOCKS)
         texts = {
             "own": (subject.evaluation, plan.blocks),
-            "other": (plan.shared / "data" / "c4-sample.jsonl", other),
+            "other": (other or plan.shared / "data" / "c4-sample.jsonl", of_other),
         }
         self.blocks = {
             name: evaluation_blocks(tokenizer, TextSettings(dataset=str(path), seq_len=SEQ_LEN, samples=samples))

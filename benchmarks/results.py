@@ -35,6 +35,9 @@ HEADER = (
     "| model | method | removed | QK | OV | MLP | perplexity | increase | of the paper's "
     "| KL (nats) | top-1 | KV cache |"
 )
+TEXT = ("--seq-len", 512, "--batch-size", 8)
+
+Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,6 @@ def subjects(shared: Path, folder: Path) -> list[Subject]:
     ]
 
 
-Cell = dict[str, Any]
-
-
 class Cells:
     """What is measured, a JSON object a line of a file that only grows: several processes can share it."""
 
@@ -105,9 +105,6 @@ class Cells:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(cell) + "\n")
         return cell
-
-
-TEXT = ("--seq-len", 512, "--batch-size", 8)
 
 
 def measure(subject: Subject, folder: Path, cells: Cells, args: argparse.Namespace) -> list[str]:

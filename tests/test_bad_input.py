@@ -98,6 +98,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "gone": (shutil.rmtree, ("source",)),
     "unknown family": (edit_config(model_type="gpt2"), ("'gpt2'", "llama, mistral, qwen2")),
     "unknown activation": (edit_config(hidden_act="swish\x9f"), ("config.json", "hidden_act", "transformers")),
+    "more layers than configured": (edit_config(num_hidden_layers=1), ("model.layers.1.", "config.json says 1 layers")),
     "no family": (edit_config(model_type=None), ("None", "llama, mistral, qwen2")),
     "pickle only": (pickle_only, ("pickle", "safetensors")),
     "truncated shard": (truncate_shard, ("model-00003", "truncated")),
@@ -523,7 +524,7 @@ def test_output_folder_in_the_way(a3, work, source, tmp_path):
 def test_overwrite_replaces_an_earlier_export(a3, work, tmp_path):
     assert a3("export", tmp_path / "out", "--work", work).code == 0
     before = snapshot(tmp_path / "out")
-    refused(a3("export", tmp_path / "out", "--work", work), "not empty")
+    refused(a3("export", tmp_path / "out", "--dtype", "bfloat16", "--work", work), "not empty")
     (tmp_path / "out" / "stale.txt").write_text("old")
     assert a3("export", tmp_path / "out", "--overwrite", "--work", work).code == 0
     assert snapshot(tmp_path / "out") == before

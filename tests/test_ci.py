@@ -83,6 +83,26 @@ def test_every_command_of_the_page_exists_with_its_options():
         assert {word for word in words if word.startswith("--")} <= known
 
 
+def test_the_workflow_keeps_what_a_failed_job_has_done():
+    """`actions/cache` alone saves nothing of a job that ended with code 3, and nothing twice under one key."""
+    (job,) = yaml.safe_load(block("yaml"))["jobs"].values()
+    uses = {step["uses"].partition("@")[0]: step for step in job["steps"] if "uses" in step}
+    assert "actions/cache" not in uses
+    restore, save = uses["actions/cache/restore"], uses["actions/cache/save"]
+    assert save["if"] == "always()"
+    assert restore["with"]["path"] == save["with"]["path"] == "a3-work"
+    assert restore["with"]["key"] == restore["with"]["restore-keys"] + "${{ github.run_attempt }}"
+    assert save["with"]["key"] == f"${{{{ steps.{restore['id']}.outputs.cache-primary-key }}}}"
+    order = [step.get("uses", step.get("run", "")) for step in job["steps"]]
+    assert order.index(restore["uses"]) < order.index(save["uses"])
+
+
+def test_the_workflow_names_files_that_ship():
+    named = set(re.findall(r"\S+\.txt|demo/\S+", block("yaml")))
+    assert named == {"demo/model", "demo/text/calibration.txt", "demo/text/evaluation.txt"}
+    assert all((ROOT / name).exists() for name in named)
+
+
 def test_exit_codes_are_those_of_the_table():
     table = dict(re.findall(r"^\| (\d) \| ([^|]+) \|", PAGE, re.M))
     assert list(table) == ["0", "1", "2", "3"]

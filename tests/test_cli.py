@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,6 +132,46 @@ def test_results_go_to_stdout_and_all_else_to_stderr(a3, checkpoint, text_file, 
         assert shown.code == 0, shown
         assert shown.stdout.strip()
         assert not [mark for mark in ("\x1b", "\r", "%|") if mark in shown.stdout + shown.stderr], command
+
+
+@pytest.fixture
+def a_minute_a_step(monkeypatch):
+    """A clock that is one minute later whenever a stage asks whether its next step may begin."""
+    minutes = count()
+    monkeypatch.setattr("a3cli.interrupt.time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
+
+
+@pytest.mark.usefixtures("a_minute_a_step")
+@pytest.mark.parametrize("command", ["pareto", "export"])
+def test_a_time_limit_stops_between_steps_and_the_same_command_goes_on(command, a3, work, tmp_path):
+    commands = {
+        "pareto": ("--budgets", "0.2,0.3", "--head-multiple", 2, "--mlp-multiple", 8, "--json"),
+        "export": (tmp_path / "out", "--max-shard-size", "40KB", "--json"),
+    }
+    arguments = (command, *commands[command], "--work", work)
+    slices = [a3(*arguments, "--max-minutes", 4.5)]
+    while slices[-1].code == 3 and len(slices) < 10:
+        assert slices[-1].stdout == ""
+        assert "stopped by --max-minutes 4.5 before" in slices[-1].stderr.splitlines()[-1]
+        slices.append(a3(*arguments, "--max-minutes", 4.5))
+    assert 1 < len(slices) < 10
+    assert slices[-1].code == 0, slices[-1]
+    at_once = (command, tmp_path / "whole", *arguments[2:]) if command == "export" else arguments
+    assert a3(*at_once).json == slices[-1].json
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"calibrate"}))
+def test_only_calibrate_is_started_in_several_processes(command, a3, tmp_path, monkeypatch):
+    """By `accelerate launch`: each of the others refuses in all processes, and says so in the first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        outcome = a3(*command.split(), "x")
+        assert (outcome.code, outcome.stdout) == (2, "")
+        assert len(outcome.stderr.splitlines()) == 1 - rank
+        assert rank or f"a3 {command.split()[0]} works in one process" in outcome.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def on_terminal(*arguments: str, **environment: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import MODELS, VOCABULARY, build_tokenizer
@@ -320,8 +320,63 @@ def test_a_finished_stage_run_again_is_a_no_op(a3, checkpoint, text_file, tmp_pa
         again = a3(*command, "--work", work)
         assert again.json == first.json
         assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.name != ".lock"} == before
+    export = ("export", tmp_path / "out", "--work", work, "--json")
+    first = a3(*export)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert a3(*export).json == first.json
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == written
+    other = a3(*export, "--dtype", "bfloat16")
+    assert (other.code, "not empty" in other.stderr) == (2, True)
     assert a3("solve", "--budget", 0.3, "--work", work).code == 2
     assert a3("solve", "--budget", 0.3, "--mlp-multiple", 8, "--work", work, "--overwrite").code == 0
+    other = a3(*export)
+    assert (other.code, "not empty" in other.stderr) == (2, True)
+
+
+def test_weights_that_an_export_could_not_stand_for_are_refused(a3, checkpoint, text_file, tmp_path):
+    """Too large for the dtype asked for; not finite where calibration does not look. Nothing is left."""
+    source = Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path / "source"))
+    work, out, file = tmp_path / "work", tmp_path / "out", source / "model.safetensors"
+    weights = load_file(file)
+
+    def edit(name: str, value: float) -> None:
+        changed = weights[name].clone()
+        changed.view(-1)[0] = value
+        save_file({**weights, name: changed}, file, {"format": "pt"})
+
+    for name, value, dtype, said in (
+        ("model.embed_tokens.weight", 1e5, "float16", "too large for torch.float16"),
+        ("model.layers.1.mlp.up_proj.weight", 1e5, "float16", "too large for torch.float16"),
+        ("lm_head.weight", float("nan"), "source", "NaN or Inf"),
+    ):
+        edit(name, value)
+        text = ("--dataset", text_file, "--samples", 4, "--seq-len", 64)
+        assert a3("calibrate", source, *text, "--work", work, "--overwrite").code == 0
+        assert a3("solve", "--attention-budget", 0.25, "--mlp-budget", 0, "--work", work).code == 0
+        outcome = a3("export", out, "--dtype", dtype, "--work", work)
+        assert outcome.code == 2
+        assert name in outcome.stderr
+        assert said in outcome.stderr
+        assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("method", ["paper", "best"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_disk_that_a_solution_takes_is_what_was_asked_for(method, sequential, a3, checkpoint, text_file, tmp_path):
+    """Before it begins; the files' headers apart. Of a sequential one, what stays is half at most."""
+    source, work = checkpoint("llama-gqa"), tmp_path / "work"
+    asked: list[int] = []
+    text = ("--dataset", text_file, "--samples", 4, "--seq-len", 64)
+    assert a3("calibrate", source, *text, "--work", work).code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("a3cli.work.Draft.check_space", lambda _self, needed, what: asked.append(needed))
+        options = ("--sequential",) if sequential else ()
+        budgets = ("--attention-budget", 0.25, "--mlp-budget", 0.25, "--mlp-multiple", 8, "--method", method)
+        assert a3("solve", *budgets, *options, "--work", work).code == 0
+    tensors = [load_file(path) for path in (work / "solution").glob("layer-*.safetensors")]
+    stored = sum(tensor.nbytes for each in tensors for tensor in each.values())
+    assert len(asked) == 1
+    assert asked[0] >= 2 * stored if sequential else asked[0] == stored
 
 
 def test_tokenizer_of_the_fixtures_round_trips():

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from a3cli.inspect import name_layers, spectrum_health
 from a3cli.solvers.linalg import effective_rank
 from a3cli.tokens import NGRAM, describe_blocks
+from a3cli.work import hash_file, read_json, write_manifest
 from tests.conftest import SHORT, refused
 
 
@@ -153,3 +154,48 @@ def test_a_solution_of_an_earlier_calibration_is_not_shown(a3, work, source, tex
     found = a3("inspect", work, "--json").json
     assert (found["stage"], found["solution"]) == ("calibrated", None)
     assert any("another calibration" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (None, "num_attention_heads"),
+        ({"num_attention_heads": "four"}, "num_attention_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"hidden_size": [48]}, "hidden_size"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_an_export_with_a_damaged_configuration(change, key, a3, work, tmp_path):
+    assert a3("export", tmp_path / "out", "--work", work).code == 0
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({} if change is None else config | change))
+    refused(a3("inspect", tmp_path / "out"), "config.json", key)
+
+
+@pytest.mark.parametrize(
+    ("name", "component"), [("k_gram", "QK"), ("o_gram", "OV"), ("mlp_gram", "MLP"), ("mlp_energy", "MLP")]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite(name, component, value, a3, work):
+    """With their hashes in order, as if the sweep had written them."""
+    path = work / "calibration" / "layer-001.safetensors"
+    sums = load_file(path)
+    sums[name].view(-1)[-1] = value
+    save_file(sums, path)
+    manifest = read_json(work / "calibration" / "manifest.json")
+    manifest["layers"][1] = hash_file(path)
+    manifest.pop("sha256")
+    write_manifest(work / "calibration" / "manifest.json", manifest)
+    refused(a3("inspect", work), "layer 1", component, name, "NaN")
+
+
+def test_a_source_json_of_another_model_or_altered(a3, work, checkpoint, text_file, tmp_path):
+    other = checkpoint("llama-gqa", seed=5)
+    assert a3("calibrate", other, "--dataset", text_file, *SHORT, "--work", tmp_path / "other").code == 0
+    shutil.copy(tmp_path / "other" / "source.json", work)
+    refused(a3("inspect", work), "source.json", str(other), "another model", "a3 calibrate")
+    altered = json.loads((work / "source.json").read_text()) | {"model": "elsewhere"}
+    (work / "source.json").write_text(json.dumps(altered))
+    refused(a3("inspect", work), "source.json", "altered", "a3 calibrate")

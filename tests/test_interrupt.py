@@ -86,8 +86,9 @@ def test_the_second_signal_stops_at_once(number, a3, long_source, text_file, tmp
     assert not (tmp_path / "work" / "calibration" / "layer-001.safetensors").exists()
 
 
-def test_a_time_limit_stops_after_each_layer_until_all_is_done(a3, long_source, text_file, tmp_path):
-    command = ("calibrate", long_source, "--dataset", text_file, *TEXT, "--work")
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_a_time_limit_stops_after_each_layer_until_all_is_done(overwrite, a3, long_source, text_file, tmp_path):
+    command = ("calibrate", long_source, "--dataset", text_file, *TEXT, *overwrite, "--work")
     assert a3(*command, tmp_path / "whole").code == 0
     for layer in (2, 3):
         interrupted(a3(*command, tmp_path / "cut", "--max-minutes", 0), "--max-minutes 0", f"layer {layer} of 3")
@@ -100,6 +101,18 @@ def calibrated(a3, checkpoint, text_file, tmp_path) -> Path:
     source = checkpoint("llama-gqa", max_shard_size="40KB")
     assert a3("calibrate", source, "--dataset", text_file, *TEXT, "--work", tmp_path / "work").code == 0
     return tmp_path / "work"
+
+
+def test_overwriting_begins_anew_where_what_is_there_is_damaged(a3, long_source, text_file, tmp_path):
+    command = ("calibrate", long_source, "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
+    assert a3(*command, "--max-minutes", 0).code == 3
+    layer = tmp_path / "work" / "calibration" / "layer-000.safetensors"
+    layer.write_bytes(layer.read_bytes()[:-1])
+    assert a3(*command).code == 2
+    outcome = a3(*command, "--overwrite")
+    assert outcome.code == 0
+    assert "layer-000.safetensors" in outcome.stderr
+    assert "beginning anew" in outcome.stderr
 
 
 def test_nothing_is_left_of_what_did_nothing(a3, calibrated):

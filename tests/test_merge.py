@@ -123,3 +123,15 @@ def test_a_failure_on_the_way_leaves_nothing(a3, halves, tmp_path, monkeypatch):
     target.mkdir()
     assert a3("stats", "merge", *halves, "--into", target).code == 3
     assert {name for name in snapshot(target) if "calibration" in name} == set()
+
+
+def test_a_source_json_of_another_model_or_altered(a3, halves, checkpoint, text_file, tmp_path):
+    one, two = halves
+    command = ("stats", "merge", one, two, "--into", tmp_path / "into", "--quiet")
+    other = checkpoint("llama-gqa", seed=5)
+    shutil.copy(calibrate(a3, other, text_file, tmp_path / "other") / "source.json", one)
+    refused(a3(*command), "source.json", str(other), "another model", "a3 calibrate")
+    altered = json.loads((one / "source.json").read_text()) | {"model": "elsewhere"}
+    (one / "source.json").write_text(json.dumps(altered))
+    refused(a3(*command), "source.json", "altered", "a3 calibrate")
+    assert not (tmp_path / "into").exists()

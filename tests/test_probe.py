@@ -1,6 +1,7 @@
 """Probes measure what zeroing one component of one layer does to the whole model, once, and survive a kill."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,19 @@ def test_measured_once_and_reused_by_every_later_budget(a3, calibrated, monkeypa
     assert json.loads((work / "probes" / "best-stock.json").read_text())["request"]["probe_points"] == 3
 
 
-def test_goes_on_at_the_layer_where_it_stopped(a3, calibrated, monkeypatch, tmp_path):
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("damage", "again"), [(None, [1]), (truncate, [0, 1]), (flip, [0, 1]), (Path.unlink, [0, 1])])
+def test_goes_on_at_the_layer_where_it_stopped(damage, again, a3, calibrated, monkeypatch, tmp_path):
+    """Or begins anew where what it would go on with is not as it was written."""
     _, work = calibrated("llama-gqa")
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(work, undisturbed)
@@ -122,8 +135,12 @@ def test_goes_on_at_the_layer_where_it_stopped(a3, calibrated, monkeypatch, tmp_
 
     monkeypatch.setattr(module._Run, "_pass", stop_in_layer_1)
     assert a3(*options, "--work", work).code == 3
-    assert a3(*options, "--work", work).code == 0
-    assert passed == [0, 1, 1]
+    if damage:
+        damage(work / "probes" / "streams-1.bin")
+    outcome = a3(*options, "--work", work)
+    assert outcome.code == 0
+    assert ("streams-1.bin is not as it was written" in outcome.stderr) == (damage is not None)
+    assert passed == [0, 1, *again]
     for name in ("probes/best-stock.json", "solution/manifest.json"):
         assert (work / name).read_bytes() == (undisturbed / name).read_bytes()
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,15 +104,15 @@ def test_the_same_statistics_from_any_number_of_processes(samples, counts, a3, c
     assert_close([tmp_path / "1", *(tmp_path / str(count) for count in counts)])
 
 
-def killed_in_the_second_layer(rank: int) -> None:
-    """Process 1 dies by SIGKILL when half of its share of layer 1 is done: it has two blocks, one a batch."""
+def killed_in_the_second_layer(rank: int, victim: int = 1) -> None:
+    """A process dies by SIGKILL when half of its share of layer 1 is done: it has two blocks, one a batch."""
     from a3cli import sweep
 
     plain, calls = sweep.run_layer, []
 
     def run_layer(*arguments):
         calls.append(None)
-        if rank == 1 and len(calls) == 4:
+        if rank == victim and len(calls) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(*arguments)
 
@@ -123,11 +124,12 @@ def test_killed_in_a_layer_it_goes_on_there_with_any_number(a3, checkpoint, text
     command = ("calibrate", folder, "--dataset", text_file, *TEXT, "--batch-size", 1, "--work")
     assert run(2, tmp_path, *command, tmp_path / "whole").codes == [0, 0]
     assert a3(*command, tmp_path / "alone").code == 0
-    for count in (2, 1, 3):
-        work = tmp_path / f"cut-{count}"
-        ended = run(2, tmp_path, *command, work, sabotage=killed_in_the_second_layer)
-        assert ended.codes == [3, -signal.SIGKILL]
-        assert "goes on where it stopped" in ended.errors[0]
+    for count, victim in ((2, 0), (2, 1), (1, 1), (3, 1)):  # 0 is the one that writes
+        work = tmp_path / f"cut-{count}-{victim}"
+        ended = run(2, tmp_path, *command, work, sabotage=partial(killed_in_the_second_layer, victim=victim))
+        assert ended.codes[victim] == -signal.SIGKILL
+        assert ended.codes[1 - victim] == 3
+        assert "goes on where it stopped" in ended.errors[1 - victim]
         kept = (work / "calibration" / "layer-000.safetensors").stat().st_mtime_ns
         assert not (work / "calibration" / "manifest.json").exists()
         assert run(count, tmp_path, *command, work).codes == [0] * count

@@ -97,6 +97,48 @@ def test_other_settings_are_refused_or_done_anew(a3, recipe, tmp_path):
     assert (tmp_path / "recipes" / "model" / "model.safetensors").is_file()
 
 
+def flipped(content: bytes) -> bytes:
+    return content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", flipped),
+        ("model.safetensors", None),
+        ("config.json", flipped),
+        ("a3_manifest.json", flipped),
+        ("a3_manifest.json", lambda _: b"{}"),
+        ("a3_manifest.json", lambda _: b""),
+    ],
+)
+def test_a_damaged_export_is_made_again(name, damage, a3, recipe, tmp_path):
+    """The same bytes again, and a line that names the file."""
+    first = a3("run", recipe, "--json").json
+    out = tmp_path / "recipes" / "model"
+    before = snapshot(out)
+    (out / name).write_bytes(damage(before[name])) if damage else (out / name).unlink()
+    outcome = a3("run", recipe, "--json")
+    assert outcome.code == 0, outcome
+    assert f"{out} is made again: {out / name} " in " ".join(outcome.stderr.split())
+    assert outcome.json == first
+    assert snapshot(out) == before
+
+
+def test_a_failed_gate_fails_the_run(a3, recipe):
+    """Said with which and by how much, by the run that measures and by one that finds it measured."""
+    edit(recipe, "eval", fail_if=["kl > 0", "top1_agreement < 0"])
+    for arguments in ((), ("--json",)):
+        outcome = a3("run", recipe, *arguments)
+        assert outcome.code == 1
+        line = outcome.stderr.splitlines()[-1]
+        assert line.startswith("error: 1 gate failed: kl > 0: ")
+        assert "above the limit on " in line
+        assert outcome.stdout
+    edit(recipe, "eval", fail_if=["kl < 0"])
+    assert a3("run", recipe).code == 0
+
+
 def test_work_and_out_can_be_elsewhere(a3, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert a3("run", recipe, "--work", "w", "--out", "o").code == 0

@@ -118,6 +118,44 @@ def test_several_data_sets_and_gates(a3, out, tmp_path):
     assert "other.txt" in text
 
 
+def test_figures_of_the_export_itself(a3, work, evaluation, tmp_path):
+    """Those that a3 export was given, unless a3 report is given others."""
+    assert a3("export", tmp_path / "out", "--eval", evaluation, "--work", work).code == 0
+    assert a3("report", tmp_path / "out", "--html", tmp_path / "r.html").code == 0
+    found = Page((tmp_path / "r.html").read_text("utf-8"))
+    assert "measured" in found.ids
+    for words in ("12.50", "10.00", "+25.0%", "0.0321", "87.5%"):
+        assert words in found.text
+    evaluation.write_text(json.dumps({**EVALUATION, "kl": 0.0654}))
+    assert a3("report", tmp_path / "out", "--html", tmp_path / "r.html", "--eval", evaluation).code == 0
+    text = Page((tmp_path / "r.html").read_text("utf-8")).text
+    assert "0.0654" in text
+    assert "0.0321" not in text
+
+
+def test_figures_of_a_recipes_work_folder(a3, work, source, text_file, tmp_path):
+    """As long as they are of the solution that is there."""
+    text = {"dataset": str(text_file), "samples": 2, "seq_len": 32}
+    recipe = {
+        "work": str(work),
+        "out": str(tmp_path / "out"),
+        "calibrate": {"model": str(source), "text": {**text, "samples": 3}},
+        "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8},
+        "eval": {"against": str(source), "text": text},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    found = a3("run", tmp_path / "recipe.yaml", "--json").json["eval"]
+    shown = a3("report", work, "--html", tmp_path / "r.html", "--json").json
+    assert [each["kl"] for each in shown["measured"]] == [found["kl"]]
+    page = Page((tmp_path / "r.html").read_text("utf-8"))
+    assert "measured" in page.ids
+    assert f"{found['kl']:.4f}" in page.text
+    assert f"{found['perplexity']:,.2f}" in page.text
+    again = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8, "--overwrite")
+    assert a3("solve", *again, "--work", work).code == 0
+    assert a3("report", work, "--html", tmp_path / "r.html", "--json").json["measured"] == []
+
+
 def test_names_are_escaped(a3, checkpoint, text_file, tmp_path):
     name = "<script>alert(1)</script>\x1b[31m\u202e\n&"
     source = Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path / name.replace("/", "")))

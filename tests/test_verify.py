@@ -14,10 +14,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli import checker
+from a3cli.errors import A3Error
+from a3cli.families import LayerSizes
 from a3cli.machine import Machine
 from a3cli.settings import VerifySettings
-from a3cli.verify import Reference, choose_tokens, code_of, expected_shapes, judge, open_reference, read_export, verify
-from a3cli.work import Work, hash_file
+from a3cli.verify import (
+    Reference,
+    check_config,
+    choose_tokens,
+    code_of,
+    expected_shapes,
+    judge,
+    open_reference,
+    read_export,
+    run_checker,
+    verify,
+)
+from a3cli.work import Work, hash_file, write_manifest
 from tests.conftest import MODELS
 
 SIZES = ("--attention-budget", 0.3, "--mlp-budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
@@ -132,6 +145,23 @@ def test_the_checking_process_knows_nothing_of_a3():
     assert printed.strip() == "[]"
 
 
+def test_the_checking_process_has_the_packages_of_this_one_and_not_the_folder_of_a3(tmp_path, monkeypatch):
+    """PYTHONPATH is heeded, as where torch is there; modules beside the script, as a3's inspect.py, are not seen."""
+    for place, name in (("beside", "inspect.py"), ("packages", "only_here.py"), ("run", "unused")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / name).write_text("")
+    script = tmp_path / "beside" / "script.py"
+    script.write_text(
+        """import inspect, json, only_here
+print(json.dumps({"name": "files", "outcome": "passed", "detail": inspect.__file__}))"""
+    )
+    monkeypatch.setattr("a3cli.verify.CHECKER", script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    first = run_checker({}, tmp_path / "run")[0]
+    assert first["outcome"] == "passed", first
+    assert str(tmp_path) not in first["detail"]
+
+
 def test_a_checking_process_that_dies_is_a_failure(export, tmp_path, monkeypatch):
     """As when the system kills it for memory: what it did not come to is failed, not forgotten."""
     dying = tmp_path / "dying.py"
@@ -149,18 +179,63 @@ os.kill(os.getpid(), signal.SIGKILL)"""
     assert "code -9" in result["checks"][2]["detail"]
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no manifest", "{}", '{"solution": 1, "files": {}}', "[]", "\\xff"])
+@pytest.mark.parametrize("damage", ["no folder", "no manifest"])
 def test_what_is_no_export_is_refused(damage, a3, out, tmp_path):
     if damage == "no folder":
         out = tmp_path / "nowhere"
-    elif damage == "no manifest":
-        (out / "a3_manifest.json").unlink()
     else:
-        (out / "a3_manifest.json").write_text(damage)
+        (out / "a3_manifest.json").unlink()
     outcome = a3("verify", out)
     assert outcome.code == 2
     assert len(outcome.stderr.splitlines()) == 1
     assert str(out) in outcome.stderr
+
+
+@pytest.fixture
+def no_checker(monkeypatch):
+    """The process without a3 left out."""
+    monkeypatch.setattr("a3cli.verify.run_checker", lambda request, folder: [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a3_manifest.json", "{}", "has no solution, files, dtype"),
+        ("a3_manifest.json", '{"solution": 1, "files": {}, "dtype": "source"}', "has no solution;"),
+        ("a3_manifest.json", "[]", "not a JSON object"),
+        ("a3_manifest.json", "\\xff", "cannot be read"),
+        ("config.json", "{", "cannot be read"),
+        ("config.json", "[]", "not a JSON object"),
+        ("config.json", None, "is missing"),
+    ],
+)
+def test_a_damaged_manifest_or_config_is_a_failed_check(name, content, words, a3, out, tmp_path, no_checker):
+    (out / name).unlink() if content is None else (out / name).write_text(content)
+    junit = tmp_path / "r.xml"
+    outcome = a3("verify", out, "--work", tmp_path / "none", "--junit", junit, "--json")
+    assert outcome.code == 1, outcome
+    config, reference = outcome.json["checks"]
+    assert (config["outcome"], reference["outcome"]) == ("failed", "skipped")
+    assert name in config["detail"]
+    assert words in config["detail"]
+    assert ElementTree.parse(junit).getroot().find("testsuite").get("failures") == "1"
+
+
+def test_a_manifest_that_names_no_solution_fails_the_reference(a3, out, export, no_checker):
+    (out / "a3_manifest.json").write_text("{}")
+    outcome = a3("verify", out, "--work", export.parent / "work", "--json")
+    assert outcomes(outcome.json) == {"config": "failed", "reference": "failed"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the second lists its layers' kinds as soon as it is read
+def test_an_absurd_config_fails_at_once(family, a3, out, tmp_path):
+    edit_config(model_type=family, num_hidden_layers=200_000_000, layer_types=None, vocab_size=2**64)(out)
+    outcome = a3("verify", out, "--work", tmp_path / "none", "--json")
+    assert outcome.code == 1
+    found = outcomes(outcome.json)
+    assert [name for name, how in found.items() if how == "failed"] == ["config", "files", "tensors", "tokenizer"]
+    assert found["load"] == "skipped"
+    assert "num_hidden_layers is above 10,000, vocab_size is above" in outcome.json["checks"][0]["detail"]
 
 
 # What the checks of `checker.py` find, called in this process: one way to be wrong after the other.
@@ -184,8 +259,7 @@ def edit_tensor(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[P
     return damage
 
 
-def flip_bit(folder: Path) -> None:
-    path = sorted(folder.glob("*.safetensors"))[1]
+def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
@@ -207,7 +281,7 @@ def break_index(folder: Path) -> None:
 K = "model.layers.1.self_attn.k_proj.weight"
 # check → damages, each with words of the finding
 DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("files", flip_bit, "hash differs"),
+    ("files", lambda f: flip(sorted(f.glob("*.safetensors"))[1]), "hash differs"),
     ("files", lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     ("files", lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin was not written by"),
     ("files", lambda f: (f / "extra.safetensors").write_bytes(b""), "extra.safetensors was not written by"),
@@ -297,8 +371,19 @@ def test_a_cache_that_answers_otherwise_is_found(out, tmp_path):
 # The reference.
 
 
+@pytest.fixture
+def origin(export, tmp_path, checkpoint) -> tuple[Path, Path]:
+    """Copies, to be damaged, of the work folder that the export was made from and of its source."""
+    work = Path(shutil.copytree(export.parent / "work", tmp_path / "work"))
+    source = Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path / "source"))
+    recorded = json.loads((work / "source.json").read_text())
+    del recorded["sha256"]
+    write_manifest(work / "source.json", {**recorded, "model": str(source)})
+    return work, source
+
+
 def reference_of(folder: Path) -> tuple[Reference, torch.Tensor]:
-    manifest = read_export(folder / "out")
+    manifest, _ = read_export(folder / "out")
     found = open_reference(Work(folder / "work"), manifest)
     assert isinstance(found, Reference), found
     return found, choose_tokens(Work(folder / "work"), manifest["config"], found)
@@ -364,17 +449,50 @@ def test_logits_that_are_no_numbers_fail():
 
 
 def test_only_the_very_solution_is_a_reference(a3, export, tmp_path):
-    manifest = read_export(export)
-    shutil.copytree(export.parent / "work", tmp_path / "work")
-    work = Work(tmp_path / "work")
+    manifest, _ = read_export(export)
+    work = Work(Path(shutil.copytree(export.parent / "work", tmp_path / "work")))
     assert isinstance(open_reference(work, manifest), Reference)
     assert a3("solve", *SIZES, "--method", "paper", "--ridge", 1e-5, "--overwrite", "--work", work.folder).code == 0
-    assert "another solution" in str(open_reference(work, manifest))
-    damaged = work.layer_solution(1)
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    assert "layer-001" in str(open_reference(work, manifest))
-    assert "no solution" in str(open_reference(Work(tmp_path / "none"), manifest))
+    for other, words in ((work, "another solution"), (Work(tmp_path / "none"), "no solution")):
+        found = open_reference(other, manifest)
+        assert found["outcome"] == "skipped"
+        assert words in found["detail"]
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(path.read_bytes()[:-9]), Path.unlink])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "solution/layer-001.safetensors",
+        "solution/manifest.json",
+        "calibration/tokens.safetensors",
+        "calibration/manifest.json",
+        "source.json",
+        "model.safetensors",
+    ],
+)
+def test_a_damaged_work_folder_or_source_fails(name, damage, a3, export, origin, no_checker):
+    """All but a solution whose manifest is gone: that is none."""
+    work, source = origin
+    path = source / name if name == "model.safetensors" else work / name
+    damage(path)
+    outcome = a3("verify", export, "--work", work, "--json")
+    if damage is Path.unlink and name == "solution/manifest.json":
+        assert outcomes(outcome.json)["reference"] == "skipped"
+        return
+    assert outcome.code == 1, outcome
+    found = outcome.json["checks"][-1]
+    assert (found["name"], found["outcome"]) == ("reference", "failed")
+    assert (source.name if path.parent == source else path.name) in found["detail"]
+
+
+def test_a_work_folder_in_use_fails(export, origin):
+    work = Work(origin[0])
+    with work.locked():
+        found = open_reference(work, read_export(export)[0])
+    assert found["outcome"] == "failed"
+    assert "in use by another" in found["detail"]
 
 
 def test_code_of_names_the_class_of_the_family():
@@ -383,11 +501,22 @@ def test_code_of_names_the_class_of_the_family():
 
 
 def test_sizes_in_the_config_must_be_those_of_the_manifest(export):
-    from a3cli.verify import check_config
-
-    manifest = read_export(export)
-    assert check_config(manifest)[0]["outcome"] == "passed"
+    manifest, _ = read_export(export)
+    assert check_config(manifest, [])[0]["outcome"] == "passed"
     other = {**manifest, "config": {**manifest["config"], "head_dim": 12}}
-    assert check_config(other)[0]["outcome"] == "failed"
+    assert check_config(other, [])[0]["outcome"] == "failed"
     for config in ({"model_type": "llama"}, {}, {**manifest["config"], "num_attention_heads": 0}):
-        assert check_config({**manifest, "config": config})[0]["outcome"] == "failed"
+        assert check_config({**manifest, "config": config}, [])[0]["outcome"] == "failed"
+
+
+def test_each_layer_has_its_own_sizes_and_none_above_the_source():
+    config = dict.fromkeys(("num_attention_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"), 4)
+    own = {"qk_head_dim": 2, "v_head_dim": 4, "intermediate_size": 3}
+    for changes in ({}, {"qk_head_dim": 6}, {"v_head_dim": 10**4000}, {"intermediate_size": "9"}, {"layers": 2}):
+        layers = changes.pop("layers", 1)
+        config |= {"model_type": "llama", "num_hidden_layers": layers, "per_layer_config": {"0": own | changes}}
+        if not changes and layers == 1:
+            assert expected_shapes(config)[0] == [LayerSizes(2, 4, 3)]
+        else:
+            with pytest.raises((A3Error, TypeError)):
+                expected_shapes(config)

@@ -159,6 +159,25 @@ def read_shape(config: Any) -> ModelShape:
     return shape
 
 
+# Beyond any model that there is; up to here lists of layers and of head sizes are gone through in no time.
+MOST_LAYERS, LARGEST_HEAD, LARGEST = 10_000, 2**16, 2**31 - 1
+
+
+def check_bounds(shape: ModelShape, vocabulary: int) -> None:
+    """Raise A3Error naming sizes that no model has, where there is no checkpoint to compare config.json with."""
+    bounds = {
+        "hidden_size": (shape.hidden_size, LARGEST),
+        "num_hidden_layers": (shape.layers, MOST_LAYERS),
+        "num_attention_heads": (shape.heads, LARGEST),
+        "num_key_value_heads": (shape.kv_heads, LARGEST),
+        "head_dim": (shape.head_dim, LARGEST_HEAD),
+        "intermediate_size": (shape.intermediate_size, LARGEST),
+        "vocab_size": (vocabulary, LARGEST),
+    }
+    if beyond := [f"{name} is above {most:,}" for name, (size, most) in bounds.items() if size > most]:
+        raise A3Error(f"config.json: {', '.join(beyond)}, which no model has; correct it")
+
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 

@@ -243,16 +243,16 @@ class Best(Method):
         return {"query_map": query_map, "key_map": key_map}
 
     def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
-        value_map = self.layers[inputs.layer].ov.shared_map[..., :rank].contiguous()
-        weight, ridge = inputs.output_weight.flatten(0, 1), self.settings.ridge
+        value_map = self.layers[inputs.layer].ov.shared_map[..., :rank].contiguous().to(self.device)
+        weight, ridge = inputs.output_weight.flatten(0, 1).to(self.device), self.settings.ridge
         refined = [value_map]
 
         def fit(gram: torch.Tensor) -> torch.Tensor:
             refined[0] = refine_values(gram, weight, value_map, ridge=ridge, rounds=VALUE_ROUNDS)
             return refit_output(gram, weight, refined[0], ridge=ridge)
 
-        refit = self._damped(inputs, "ov", inputs.o_gram, fit)
-        return {"value_map": refined[0], "output_weight": refit.mT.float().contiguous()}
+        refit = self._damped(inputs, "ov", inputs.o_gram.to(self.device), fit)
+        return {"value_map": refined[0].cpu(), "output_weight": refit.mT.float().contiguous().cpu()}
 
     def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:
         kept = self.layers[inputs.layer].channels.order[:width].sort().values

@@ -123,6 +123,7 @@ ABSURD = {
     "vocabulary": {"vocab_size": 10**9},
     "layers": {"num_hidden_layers": 10**9},
     "some more layers": {"num_hidden_layers": 3000},
+    "layers that each have a type": {"model_type": "qwen2", "num_hidden_layers": 2 * 10**8},
     "width": {"hidden_size": 10**8},
     "MLP width": {"intermediate_size": 10**9},
     "heads": {"head_dim": 10**9},

@@ -75,9 +75,29 @@ def test_singular_statistics_are_solved(options, singular, a3, tmp_path):
     found = a3("inspect", singular, "--json").json
     assert any("singular statistics in layer" in warning for warning in found["warnings"])
     assert found["layers"][1]["qk"]["singular"] or found["layers"][1]["ov"]["singular"]
-    assert found["layers"][1]["ov"]["damping"] > 0
-    assert per_layer[1]["damping"] == {} or min(per_layer[1]["damping"].values()) >= 1e-6
+    for layer, used in zip(found["layers"], per_layer, strict=True):
+        assert {c: layer[c]["damping"] for c in used["damping"]} == used["damping"]
     assert "singular" in a3("inspect", singular).stdout
+
+
+@pytest.mark.parametrize(
+    ("singular", "raised"),
+    [(duplicate_channels, [1]), (nothing, [0, 1])],
+    indirect=["singular"],
+    ids=["duplicate_channels", "nothing"],
+)
+def test_damping_is_raised_where_statistics_are_singular(singular, raised, a3):
+    """And nowhere else: with no ridge, all of it is what a refit could not do without."""
+    budgets = ("--attention-budget", 0.25, "--mlp-budget", 0.25)
+    outcome = a3("solve", *budgets, *ROUNDING, "--ridge", 0, "--work", singular, "--json")
+    found = a3("inspect", singular, "--json").json["layers"]
+    for layer, described in enumerate(outcome.json["per_layer"]):
+        for component in ("ov", "mlp"):
+            damping = described["damping"][component]
+            assert (damping > 0) == (layer in raised)
+            assert found[layer][component]["damping"] == damping
+            told = f"layer {layer}, {component.upper()}: singular statistics, damped by {damping:g}"
+            assert (told in outcome.stderr) == (layer in raised)
 
 
 @pytest.mark.parametrize(
