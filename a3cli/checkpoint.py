@@ -36,7 +36,7 @@ METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"
 # A shard's content is sampled at this many evenly spaced places for its fingerprint.
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
 WRITTEN_AT_ONCE = 1 << 20
-COPIED_AT_ONCE = 1 << 22
+COPIED_AT_ONCE = 1 << 21
 SYNCED_AT_ONCE = 1 << 28
 
 
@@ -358,19 +358,19 @@ def stored_rows(info: TensorInfo) -> Iterator[torch.Tensor]:
 
 
 def _read(info: TensorInfo, offset: int, size: int) -> torch.Tensor:
-    buffer = bytearray(size)
+    buffer = torch.empty(size, dtype=torch.uint8)
     try:
         with info.file.open("rb", buffering=0) as file:
             file.seek(offset)
-            whole = fill(file, buffer)
+            whole = fill(file, buffer.numpy().data)
     except OSError as error:
         raise A3Error(f"{info.file} cannot be read: {error}; download it again") from error
     if not whole:  # it was when it was opened
         raise A3Error(f"{info.file} is truncated; download it again")
-    return torch.frombuffer(buffer, dtype=info.dtype) if size else torch.empty(0, dtype=info.dtype)
+    return buffer.view(info.dtype)
 
 
-def fill(file: RawIOBase, buffer: bytearray) -> bool:
+def fill(file: RawIOBase, buffer: "Buffer") -> bool:
     """Read a file until a buffer is full; False if it ends before. The system reads at most 2 GiB at once."""
     rest = memoryview(buffer)
     while rest and (count := file.readinto(rest)):

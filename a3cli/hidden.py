@@ -53,12 +53,12 @@ class HiddenStates:
 
     def read(self, start: int, count: int) -> torch.Tensor:
         """Blocks `[count, T, d]` on the CPU. Raises A3Error if the file is shorter than it must be."""
-        buffer = bytearray(count * self.block_bytes)
+        buffer = torch.empty(count * self.block_bytes, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek((self.first + start) * self.block_bytes)
-            if not fill(file, buffer):
+            if not fill(file, buffer.numpy().data):
                 raise A3Error(f"{self.path} is truncated; run the same command again, which makes it anew")
-        return torch.frombuffer(buffer, dtype=self.dtype).view(count, *self.shape[1:])
+        return buffer.view(self.dtype).view(count, *self.shape[1:])
 
     def sync(self) -> None:
         """Onto the disk, so that a power failure cannot leave a layer that looks done without its output."""
