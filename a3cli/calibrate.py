@@ -1,6 +1,5 @@
 """Stage 1: text → sweep → moments → work folder."""
 
-import copy
 import logging
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -25,6 +24,7 @@ from a3cli.text import check_fit, load_tokenizer, sample_blocks, tokenizer_finge
 from a3cli.work import (
     Json,
     Work,
+    bytes_on_disk,
     check_hash,
     check_space,
     differences,
@@ -137,7 +137,7 @@ class Calibration:
         """What an unfinished calibration left to go on with; to overwrite is to begin anew unless it was the same."""
         if not overwrite:
             return self._resume() if self.work.calibration_progress.exists() else None
-        begun = copy.deepcopy(self.done)
+        begun = self.done
         try:
             return self._resume() if read_if_of(self.work.calibration_progress, begun["request"]) else None
         except A3Error as error:
@@ -170,7 +170,7 @@ class Calibration:
     def _check_space(self) -> None:
         layers = self.model.shape.layers - len(self.done["layers"])
         needed = bytes_needed(self.model.shape, self.settings, self.machine, layers)
-        there = sum(path.stat().st_blocks * 512 for path in self.work.calibration.glob("hidden-*.bin"))
+        there = bytes_on_disk(self.work.calibration.glob("hidden-*.bin"))
         check_space(self.work.folder, needed - there, "calibration")
 
     def _begin(self, blocks: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
 from a3cli.manifest import MANIFEST, read_export_manifest
 from a3cli.measured import Measured
+from a3cli.methods.base import check_statistics
 from a3cli.moments import gram_blocks, unpack_upper
 from a3cli.settings import COMPONENTS, Component
 from a3cli.solvers.linalg import effective_rank
@@ -221,15 +222,13 @@ def describe_statistics(
 def layer_health(file: Any, dimensions: Dimensions, layer: int) -> dict[Component, Json]:
     """Effective rank and condition of the Gram matrices of one layer's statistics: the worst of the heads."""
 
-    def sums(name: str, component: Component) -> torch.Tensor:
+    def sums(name: str) -> torch.Tensor:
         found: torch.Tensor = file.get_tensor(name)
-        if not torch.isfinite(found).all():
-            place = f"layer {layer}, {TITLES[component]}"
-            raise A3Error(f"{place}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
+        check_statistics(found, name, layer)
         return found
 
-    outputs = unpack_upper(sums("o_gram", "ov"), dimensions.heads * dimensions.head_dim)
-    energy = sums("mlp_energy", "mlp").double()
+    outputs = unpack_upper(sums("o_gram"), dimensions.heads * dimensions.head_dim)
+    energy = sums("mlp_energy").double()
     mlp: Json = {
         "effective_rank": effective_rank(energy).item(),
         "dead": int((energy <= SINGULAR * energy.max()).sum()),
@@ -237,10 +236,10 @@ def layer_health(file: Any, dimensions: Dimensions, layer: int) -> dict[Componen
         "singular": None,
     }
     if "mlp_gram" in file.keys() and dimensions.intermediate <= WIDEST_SPECTRUM:  # noqa: SIM118, no dictionary
-        gram = unpack_upper(sums("mlp_gram", "mlp"), dimensions.intermediate)
+        gram = unpack_upper(sums("mlp_gram"), dimensions.intermediate)
         mlp |= {key: value for key, value in spectrum_health(gram[None]).items() if key != "effective_rank"}
     return {
-        "qk": spectrum_health(sums("k_gram", "qk")),
+        "qk": spectrum_health(sums("k_gram")),
         "ov": spectrum_health(gram_blocks(outputs, dimensions.heads)),
         "mlp": mlp,
     }

@@ -123,7 +123,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
     for work, calibration in zip(parts, calibrations, strict=True):
         check_hash(work.tokens, calibration["tokens_sha256"], REMEDY)
     with drafting(target.calibration, request) as draft:
-        draft.check_space(bytes_on_disk(parts[0].calibration), "the merged calibration")
+        draft.check_space(bytes_on_disk(parts[0].calibration.iterdir()), "the merged calibration")
         tokens = torch.cat([load_file(work.tokens)["tokens"] for work in parts])
         tokens_file = draft.folder / target.tokens.name
         write_tensors(tokens_file, {"tokens": tokens})

@@ -282,7 +282,7 @@ def refit_layers(
     streams.mkdir(exist_ok=True)
     files = 7 if settings.refit_rounds else 5
     needed = files * blocks.numel() * model.shape.hidden_size * machine.dtype.itemsize
-    check_space(streams, needed - bytes_on_disk(streams), "the sequential correction")
+    check_space(streams, needed - bytes_on_disk(streams.iterdir()), "the sequential correction")
     swept = refit_sequentially(
         Decoder(model, machine),
         SmallerDecoder(model, machine, cuts),

@@ -27,7 +27,7 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -194,7 +194,7 @@ class Draft:
 
     def check_space(self, needed: int, what: str) -> None:
         """`check_space` for a folder that is to hold `needed` bytes in the end, of which some may be there."""
-        check_space(self.folder.parent, needed - bytes_on_disk(self.folder), what)
+        check_space(self.folder.parent, needed - bytes_on_disk(self.folder.iterdir()), what)
 
     def drop_unfinished(self) -> None:
         for path in self.folder.iterdir():
@@ -387,9 +387,9 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def bytes_on_disk(folder: Path) -> int:
-    """What a folder's files take, holes left out."""
-    return sum(path.stat().st_blocks * 512 for path in folder.iterdir() if path.is_file())
+def bytes_on_disk(paths: Iterable[Path]) -> int:
+    """What the files among these take, holes left out."""
+    return sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
 
 
 def versions() -> Json:

@@ -23,21 +23,12 @@ sys.path[:0] = [str(ROOT)]
 from a3cli.work import Work  # noqa: E402
 from benchmarks.baselines import BASELINES, Calibration  # noqa: E402
 from benchmarks.quality import BATCH, SEQ_LEN, Bench, Plan, Subject, a3, load, subjects  # noqa: E402
-from benchmarks.results import write_between  # noqa: E402
+from benchmarks.results import split_lines, write_between  # noqa: E402
 
 BUDGETS = (0.2, 0.4)
 SAMPLES = 128
 OWN, OTHER, BOTH = "own text", "C4", "own text and C4"
 HEADER = ("removed", "calibrated on", "what is cut", "increase", "KL (nats)", "increase, C4", "KL, C4")
-
-
-def split_sample(sample: Path, folder: Path) -> tuple[Path, Path]:
-    """First and second half of the documents: to evaluate on, and to calibrate on."""
-    documents = sample.read_text("utf-8").splitlines(keepends=True)
-    halves = folder / "evaluation.jsonl", folder / "calibration.jsonl"
-    for path, half in zip(halves, (documents[: len(documents) // 2], documents[len(documents) // 2 :]), strict=True):
-        path.write_text("".join(half), "utf-8")
-    return halves
 
 
 def calibrate(subject: Subject, other: Path, folder: Path) -> dict[str, Work]:
@@ -98,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         subject = next(subjects(args.shared, folder))
-        evaluation, other = split_sample(args.shared / "data" / "c4-sample.jsonl", folder)
+        evaluation, other = split_lines(args.shared / "data" / "c4-sample.jsonl", folder)
         plan = Plan(args.shared, folder, folder, torch.device("cpu"), BUDGETS, (0,), args.blocks, ())
         bench = Bench(subject, plan, other=evaluation)
         table = rows(bench, calibrate(subject, other, folder), folder)

@@ -58,9 +58,9 @@ def a3(*arguments: object) -> dict:
 
 
 def split_lines(text: Path, folder: Path) -> tuple[Path, Path]:
-    """First and second half of a file's lines: calibration and evaluation text that do not overlap."""
+    """First and second half of a file's lines: texts that do not overlap, to calibrate and to evaluate on."""
     lines = text.read_text("utf-8").splitlines(keepends=True)
-    halves = folder / "calibration.txt", folder / "evaluation.txt"
+    halves = folder / f"first-half{text.suffix}", folder / f"second-half{text.suffix}"
     for path, half in zip(halves, (lines[: len(lines) // 2], lines[len(lines) // 2 :]), strict=True):
         path.write_text("".join(half), "utf-8")
     return halves

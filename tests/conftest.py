@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -20,6 +21,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from a3cli.work import hash_file, read_json, write_manifest
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -188,6 +191,18 @@ def refused(outcome, *words: str) -> None:
     for word in words:
         assert word in line, line
     assert outcome.stdout == ""
+
+
+def put_in_statistics(work: Path, name: str, value: float) -> None:
+    """Into layer 1 of a calibration, with the hashes in order, as if the sweep had written it."""
+    path, manifest_file = work / "calibration" / "layer-001.safetensors", work / "calibration" / "manifest.json"
+    sums = load_file(path)
+    sums[name].view(-1)[-1] = value
+    save_file(sums, path)
+    manifest = read_json(manifest_file)
+    manifest["layers"][1] = hash_file(path)
+    manifest.pop("sha256")
+    write_manifest(manifest_file, manifest)
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

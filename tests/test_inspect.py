@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from a3cli.inspect import name_layers, spectrum_health
 from a3cli.solvers.linalg import effective_rank
 from a3cli.tokens import NGRAM, describe_blocks
-from a3cli.work import hash_file, read_json, write_manifest
-from tests.conftest import SHORT, refused
+from tests.conftest import SHORT, put_in_statistics, refused
 
 
 def test_a_calibration_under_way(a3, checkpoint, text_file, tmp_path, monkeypatch):
@@ -179,15 +178,7 @@ def test_an_export_with_a_damaged_configuration(change, key, a3, work, tmp_path)
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_statistics_that_are_not_finite(name, component, value, a3, work):
-    """With their hashes in order, as if the sweep had written them."""
-    path = work / "calibration" / "layer-001.safetensors"
-    sums = load_file(path)
-    sums[name].view(-1)[-1] = value
-    save_file(sums, path)
-    manifest = read_json(work / "calibration" / "manifest.json")
-    manifest["layers"][1] = hash_file(path)
-    manifest.pop("sha256")
-    write_manifest(work / "calibration" / "manifest.json", manifest)
+    put_in_statistics(work, name, value)
     refused(a3("inspect", work), "layer 1", component, name, "NaN")
 
 

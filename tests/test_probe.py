@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from a3cli import probe as module
 from a3cli.probe import interpolate, plan_probes, weigh_curve
 from a3cli.solvers.qk import keep_pairs, score_pairs
+from tests.test_bad_input import flip
 
 ROUNDING = ("--head-multiple", 4, "--mlp-multiple", 16)
 PROBE = ("--sensitivity", "probe", "--probe-blocks", 3, "--probe-points", 2)
@@ -107,12 +108,6 @@ def test_measured_once_and_reused_by_every_later_budget(a3, calibrated, monkeypa
 
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(("damage", "again"), [(None, [1]), (truncate, [0, 1]), (flip, [0, 1]), (Path.unlink, [0, 1])])

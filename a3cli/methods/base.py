@@ -34,6 +34,13 @@ COMPONENT_OF = {
 Curves = dict[Component, dict[int, float]]
 
 
+def check_statistics(value: torch.Tensor, name: str, layer: int) -> None:
+    """Raise A3Error naming layer, component and sum if a value is not finite."""
+    if not torch.isfinite(value).all():
+        place = f"layer {layer}, {COMPONENT_OF[name]}" if name in COMPONENT_OF else f"layer {layer}"
+        raise A3Error(f"{place}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
+
+
 class LayerInputs:
     """Statistics (means over tokens) and weights of one layer, read when they are asked for.
 
@@ -54,9 +61,7 @@ class LayerInputs:
                 )
             value: torch.Tensor = file.get_tensor(name)
             value = value / file.get_tensor("tokens").to(value.dtype)
-        if not torch.isfinite(value).all():
-            place = f"layer {self.layer}, {COMPONENT_OF[name]}" if name in COMPONENT_OF else f"layer {self.layer}"
-            raise A3Error(f"{place}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
+        check_statistics(value, name, self.layer)
         return value
 
     @cached_property

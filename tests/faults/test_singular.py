@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from a3cli.work import hash_file, read_json, write_manifest
-from tests.conftest import build_tokenizer, refused
+from tests.conftest import build_tokenizer, put_in_statistics, refused
 
 ROUNDING = ("--head-multiple", 2, "--mlp-multiple", 8)
 
@@ -106,15 +105,7 @@ def test_damping_is_raised_where_statistics_are_singular(singular, raised, a3):
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_statistics_that_are_not_finite_are_refused(name, component, value, work, a3):
-    """With their hashes in order, as if the sweep had written them."""
-    path = work / "calibration" / "layer-001.safetensors"
-    sums = load_file(path)
-    sums[name].view(-1)[-1] = value
-    save_file(sums, path)
-    manifest = read_json(work / "calibration" / "manifest.json")
-    manifest["layers"][1] = hash_file(path)
-    manifest.pop("sha256")
-    write_manifest(work / "calibration" / "manifest.json", manifest)
+    put_in_statistics(work, name, value)
     solution = json.loads((work / "solution" / "manifest.json").read_text())
     assert solution
     refused(a3("solve", "--budget", 0.25, *ROUNDING, "--overwrite", "--work", work), "layer 1", component, name, "NaN")
