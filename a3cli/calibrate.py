@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from a3cli import costs
-from a3cli.checkpoint import Checkpoint, resolve_model
+from a3cli.checkpoint import Checkpoint, PlannedTensor, resolve_model, write_shard
 from a3cli.errors import A3Error
 from a3cli.families import ModelShape
-from a3cli.hidden import States, StatesInMemory, StatesOnDisk
+from a3cli.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
 from a3cli.interrupt import Stop
 from a3cli.machine import Machine, choose_machine, free_memory, return_freed_memory
 from a3cli.memory import choose_batch_size
@@ -32,6 +32,7 @@ from a3cli.work import (
     hash_file,
     read_if_of,
     read_manifest,
+    replacing,
     versions,
     write_manifest,
     write_tensors,
@@ -105,7 +106,7 @@ class Calibration:
                 batch_size,
                 adapt=self.settings.batch_size is None,
                 full_mlp=self.full_mlp,
-                finished=lambda layer, sums: self._finish(layer, sums, processes.count, sweep.batch_size),
+                finished=lambda layer, sums: self._finish(layer, sums, states, processes.count, sweep.batch_size),
                 progress=progress,
             )
             sweep.run(first)
@@ -119,8 +120,12 @@ class Calibration:
         """Blocks a batch that fit in every process; checked even when the user names a number."""
         blocks, seq_len = self.settings.text.samples, self.settings.text.seq_len
         assert blocks is not None
+        of_block = costs.hidden_state_bytes(self.model.shape, 1, seq_len, self.machine.dtype.itemsize)
+        held = len(processes.share(blocks)) * of_block if self.settings.hidden_states == "device" else 0
         with processes.together():
-            fitting = choose_batch_size(self.model.shape, self.machine, seq_len, blocks, full_mlp=self.full_mlp)
+            fitting = choose_batch_size(
+                self.model.shape, self.machine, seq_len, blocks, full_mlp=self.full_mlp, held=held
+            )
         return self.settings.batch_size or min(processes.gather(fitting))
 
     def _cut(self, batch_size: int) -> tuple[torch.Tensor, int]:
@@ -152,20 +157,27 @@ class Calibration:
         check_hash(self.work.tokens, self.done["tokens_sha256"], "use --overwrite")
         for layer, expected in enumerate(self.done["layers"]):
             check_hash(self.work.statistics(layer), expected, "use --overwrite")
-        self._drop_damaged_hidden_states()
+        blocks = load_file(self.work.tokens)["tokens"]
+        self._drop_damaged_hidden_states((*blocks.shape, self.model.shape.hidden_size))
         drop_leftovers(self.work.calibration)
         if self.done["layers"]:
             log.info("going on at layer %d", len(self.done["layers"]))
         self._check_space()
-        return load_file(self.work.tokens)["tokens"], len(self.done["layers"])
+        return blocks, len(self.done["layers"])
 
-    def _drop_damaged_hidden_states(self) -> None:
-        """What is not there is made again, by another pass through the layers that are done."""
-        for name, expected in self.done["hidden_states"].items():
-            file = self.work.calibration / name
-            if file.is_file() and hash_file(file) != expected:
+    def _drop_damaged_hidden_states(self, shape: tuple[int, int, int]) -> None:
+        """What is not there is made again, by another pass through the layers that are done.
+
+        A file of which nothing is recorded may be whole, but a power failure would leave the same.
+        """
+        recorded = self.done["hidden_states"]
+        for file in sorted(self.work.calibration.glob("hidden-[0-9]*.bin")):
+            states = HiddenStates(file, shape, self.machine.dtype)
+            if file.stat().st_size == states.bytes and recorded.get(file.name) == states.digest():
+                continue
+            if file.name in recorded:
                 log.warning("%s is not as it was written; it is made again", file)
-                file.unlink()
+            file.unlink()
 
     def _check_space(self) -> None:
         layers = self.model.shape.layers - len(self.done["layers"])
@@ -185,42 +197,40 @@ class Calibration:
         """Where this process's hidden states lie. Raises A3Error if they cannot be where they are wanted."""
         share = processes.share(len(blocks))
         width, dtype = self.model.shape.hidden_size, self.machine.dtype
-        if self.settings.hidden_states == "memory":
-            needed, free = len(share) * blocks.shape[1] * width * dtype.itemsize, free_memory(torch.device("cpu"))
+        where = self.settings.hidden_states
+        if where != "disk":
+            device = torch.device("cpu") if where == "memory" else self.machine.device
+            needed, free = len(share) * blocks.shape[1] * width * dtype.itemsize, free_memory(device)
             if needed > free:
                 raise A3Error(
-                    f"--hidden-states memory: {needed / 1e9:.2f} GB for the hidden states of {len(share)} blocks, "
+                    f"--hidden-states {where}: {needed / 1e9:.2f} GB for the hidden states of {len(share)} blocks, "
                     f"{free / 1e9:.2f} GB can be had; use --hidden-states disk"
                 )
-            return StatesInMemory((len(share), blocks.shape[1], width), dtype)
+            return StatesInMemory((len(share), blocks.shape[1], width), dtype, device)
         if not self.work.tokens.is_file():
             raise A3Error(
                 f"{self.work.tokens} is not there for process {processes.rank}: all nodes must share the work folder; "
                 "use one that they share, or --hidden-states memory"
             )
         shape = (len(blocks), blocks.shape[1], width)
-        return StatesOnDisk(self.work.hidden_states, self.work.coming_hidden_states, shape, dtype, share.start)
+        states = StatesOnDisk(self.work.hidden_states, self.work.coming_hidden_states, shape, dtype, share.start)
+        states.digests |= self.done["hidden_states"]
+        return states
 
-    def _finish(self, layer: int, sums: Tensors, processes: int, batch_size: int) -> None:
-        write_tensors(self.work.statistics(layer), sums)
+    def _finish(self, layer: int, sums: Tensors, states: States, processes: int, batch_size: int) -> None:
         made_with = {"processes": processes, "batch_size": batch_size}
         done = {
             **self.done,
             "batch_size": batch_size,
-            "layers": [*self.done["layers"], hash_file(self.work.statistics(layer))],
+            "layers": [*self.done["layers"], write_hashed(self.work.statistics(layer), sums)],
             "made_with": [*self.done["made_with"], made_with],
-            "hidden_states": self._hash_hidden_states(),
+            "hidden_states": dict(states.digests),
         }
         write_manifest(self.work.calibration_progress, done)
         self.done = done
         finished, layers = len(done["layers"]), self.model.shape.layers
         if finished < layers:
             self.stop.before(f"layer {finished + 1} of {layers}", "the same command goes on there")
-
-    def _hash_hidden_states(self) -> Json:
-        """By file name; each is hashed once."""
-        known, files = self.done["hidden_states"], sorted(self.work.calibration.glob("hidden-[0-9]*.bin"))
-        return {file.name: known.get(file.name) or hash_file(file) for file in files}
 
     def _close(self, blocks: torch.Tensor) -> Json:
         manifest = {
@@ -247,6 +257,7 @@ def describe_request(settings: CalibrateSettings, source: Checkpoint, machine: M
         "mlp_stats": settings.mlp_stats,
         "device": machine.device.type,
         "dtype": str(machine.dtype).removeprefix("torch."),
+        "trust_remote_code": settings.trust_remote_code,
     }
 
 
@@ -281,6 +292,14 @@ def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | N
             f"{differences(found['request'], request, 'text')}); use --overwrite or another --work"
         )
     return found if finished else None
+
+
+def write_hashed(path: Path, tensors: Tensors) -> str:
+    """A safetensors file, hashed and synced while it is written; returns the hash."""
+    planned = [PlannedTensor(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
+    planned.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # each begins at a multiple of its size
+    with replacing(path) as partial:
+        return write_shard(partial, planned, ([tensors[tensor.name]] for tensor in planned))
 
 
 def remove_leftovers(work: Work) -> None:

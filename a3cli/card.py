@@ -1,5 +1,6 @@
 """The model card of an export, with what a reader needs to know where it came from and how to load it."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from a3cli.families import ModelShape
 from a3cli.model import Model
 from a3cli.work import Json
 
+# What `--dataset` takes from the hub, an id and perhaps a configuration; and the ends of local files.
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
+TEXT_FILES = (".jsonl", ".parquet", ".txt")
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -91,16 +95,25 @@ def model_card(model: Model, manifest: Json) -> str:
         rope=describe_rope(model.shape, solution),
         tokens=f"{calibration['tokens']:,}",
         blocks=calibration["blocks"],
-        datasets=" and ".join(f"`{code_span(name_of(text))}`" for text in texts_of(calibration["request"])),
+        datasets=" and ".join(
+            f"`{code_span(public_dataset(text['dataset']))}`" for text in texts_of(calibration["request"])
+        ),
         commands="\n".join(commands),
     )
     return str(card.content).rstrip() + "\n"
 
 
-def name_of(text: Json) -> str:
-    """A dataset by the name that says something elsewhere: of a local path the last part."""
-    dataset: str = text["dataset"]
-    return dataset if "/" not in dataset else Path(dataset).name
+def public_dataset(dataset: str) -> str:
+    """A data set by the name that says something elsewhere: a hub id as it is, of a local path the last part."""
+    path = Path(dataset)
+    on_hub = HUB_ID.fullmatch(dataset) and path.suffix not in TEXT_FILES and not path.exists()
+    return dataset if on_hub else path.name
+
+
+def public_request(request: Json) -> Json:
+    """A calibration's request, or a part of a merged one, without local paths."""
+    named = {**request, "text": {**request["text"], "dataset": public_dataset(request["text"]["dataset"])}}
+    return named | {"merged": [public_request(part) for part in request["merged"]]} if "merged" in request else named
 
 
 def card_metadata(source: Checkpoint) -> Json:
@@ -130,12 +143,11 @@ def describe_method(solution: Json) -> str:
 
 def measured_row(found: Json) -> tuple[str, ...]:
     """One data set's figures as the card shows them."""
-    name = Path(found["dataset"]).name if "/" in found["dataset"] else found["dataset"]
     figures = [
         "–" if found[key] is None else format(found[key], form)
         for key, form in (("source_perplexity", ".3f"), ("perplexity", ".3f"), ("kl", ".4f"), ("top1_agreement", ".1%"))
     ]
-    return (f"`{code_span(name)}`, blocks of {found['seq_len']}", *figures)
+    return (f"`{code_span(public_dataset(found['dataset']))}`, blocks of {found['seq_len']}", *figures)
 
 
 def figures(shape: ModelShape, solution: Json) -> list[tuple[str, str, str]]:
@@ -187,9 +199,9 @@ def calibrate_commands(base: str, revision: str | None, request: Json) -> list[s
     works = [f"work-{i + 1}" for i in range(len(texts))] if len(texts) > 1 else [None]
     commands = []
     for text, work in zip(texts, works, strict=True):
-        options: Json = {"revision": revision, "dataset": name_of(text)}
+        options: Json = {"revision": revision, "dataset": public_dataset(text["dataset"])}
         options |= {key: text[key] for key in ("text_field", "split", "chat", "samples", "seq_len", "seed")}
-        options |= {key: request[key] for key in ("device", "dtype", "batch_size", "mlp_stats")}
+        options |= {key: request[key] for key in ("device", "dtype", "batch_size", "mlp_stats", "trust_remote_code")}
         options["full_check"] = bool(request["source"].get("sha256"))
         commands.append(command("calibrate", base, {**options, "work": work}))
     merging = [f"a3 stats merge {' '.join(work for work in works if work)} --into a3-work"]

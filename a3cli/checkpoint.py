@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What is fetched from the hub, and what an export carries over beside the weights.
 METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
 # A shard's content is sampled at this many evenly spaced places for its fingerprint.
+SAMPLED_ABOVE = 1_000_000_000  # bytes of weights; up to there hashing takes a second at most
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
 WRITTEN_AT_ONCE = 1 << 20
 COPIED_AT_ONCE = 1 << 21
@@ -110,9 +111,17 @@ class Checkpoint:
         return sum(info.bytes for info in self.tensors.values())
 
     def fingerprint(self, *, full: bool = False) -> Json:
-        """What identifies the content: config, and each shard's size, header and sampled content; `full`: all of it."""
-        sampled = {"config.json": hash_json(self.config), "shards": {s.name: fingerprint_shard(s) for s in self.shards}}
-        return sampled | ({"sha256": {s.name: hash_file(s) for s in self.shards}} if full else {})
+        """What identifies the content: config, and of each shard all, or samples of a large checkpoint's.
+
+        `full` hashes all of a large one, too.
+        """
+        identify = hash_file if self.bytes() <= SAMPLED_ABOVE else fingerprint_shard
+        found = {"config.json": hash_json(self.config), "shards": self._of_shards(identify)}
+        return found | ({"sha256": self._of_shards(hash_file)} if full else {})
+
+    def _of_shards(self, identify: Callable[[Path], str]) -> Json:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
+            return dict(zip((shard.name for shard in self.shards), threads.map(identify, self.shards), strict=True))
 
     def small_files(self) -> dict[str, Path]:
         """Tokenizer, generation config, chat template, card, licence: what lies beside config and weights, by name."""
@@ -198,7 +207,7 @@ def header_bytes(shard: Path) -> bytes:
 def fingerprint_shard(shard: Path) -> str:
     """SHA-256 over size, header and 16 evenly spaced samples of 64 KiB: cheap on a 140 GB checkpoint.
 
-    A file of up to 1 MiB is covered wholly. In a larger one a flipped bit between the samples goes unnoticed, except
+    A shard of up to 1 MiB is covered wholly. In a larger one a flipped bit between the samples goes unnoticed, except
     with --full-check; what an export writes is hashed in full.
     """
     size = shard.stat().st_size

@@ -116,7 +116,9 @@ def calibrate(
     ] = None,
     dtype: Dtype = "auto",
     batch_size: Annotated[str, typer.Option(help="Blocks a forward, or auto: as many as fit.")] = "auto",
-    hidden_states: Annotated[str, typer.Option(help="Between layers on disk, or in memory: faster.")] = "disk",
+    hidden_states: Annotated[
+        str, typer.Option(help="Between layers on disk; or, faster, in memory or on the device.")
+    ] = "disk",
     num_processes: NumProcesses = 1,
     mlp_stats: Annotated[str, typer.Option(help="full Gram matrix, or its diagonal (enough for --method paper).")] = (
         "full"
@@ -325,8 +327,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Exit code 1 if so: perplexity, ppl_increase, kl or top1_agreement, like 'kl > 0.1'."),
     ] = None,
-    text_field: TextField = "text",
-    split: Split = None,
+    text_field: Annotated[
+        list[str] | None, typer.Option(help="Field of a row that holds the text: for all sets, or given for each.")
+    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Split of a hub set: for all, or given for each.")] = None,
     chat: Chat = False,
     samples: Annotated[int | None, typer.Option(help="At most so many blocks of each set (default: all).")] = None,
     seq_len: SeqLen = 2048,
@@ -359,7 +363,12 @@ def evaluate(
         revision=revision,
         against=against,
         against_revision=against_revision,
-        texts=[text_settings(name, text_field, split, chat, samples, seq_len, 0) for name in names],
+        texts=[
+            text_settings(name, field or "text", part, chat, samples, seq_len, 0)
+            for name, field, part in zip(
+                names, for_each("--text-field", text_field, names), for_each("--split", split, names), strict=True
+            )
+        ],
         fail_if=fail_if or [],
         bootstrap=bootstrap,
         seed=seed,
@@ -579,6 +588,19 @@ def text_settings(
         "seq_len": seq_len,
         "seed": seed,
     }
+
+
+def for_each(option: str, values: list[str] | None, datasets: list[str]) -> list[str] | list[None]:
+    """A value for every data set. Raises A3Error if there are neither as many nor one for all."""
+    if not values:
+        return [None] * len(datasets)
+    if len(values) == 1:
+        return values * len(datasets)
+    if len(values) != len(datasets):
+        raise A3Error(
+            f"{option} was given {len(values)} times for {len(datasets)} data sets; give it once, or once for each"
+        )
+    return values
 
 
 def open_work(folder: Path) -> "Work":

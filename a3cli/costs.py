@@ -107,11 +107,11 @@ def block_bytes(shape: ModelShape, itemsize: int, seq_len: int) -> int:
     """Activations of one block at their peak in a layer's forward with its hooks.
 
     The stream four times (input, residual, norm, output), and the larger of attention (q, k, v before and after RoPE,
-    their float32 copies, the heads' output, a mask) and of the MLP (gate, up, their product, its float32 copy).
+    their float32 copies, the heads' output, a mask) and of the MLP (gate, up, their product).
     """
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (4 * heads + 6 * keys) * itemsize + 4 * (heads + 2 * keys) + 4 * seq_len
-    mlp = shape.intermediate_size * (3 * itemsize + 4)
+    mlp = shape.intermediate_size * 3 * itemsize
     return seq_len * (4 * shape.hidden_size * itemsize + max(attention, mlp))
 
 

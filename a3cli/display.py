@@ -189,7 +189,11 @@ def print_plan(result: Json) -> None:
         column.justify = "right"
     disk, ram = result["disk_bytes"], result["peak_ram_bytes"]
     for stage, spent in result["seconds"].items():
-        written = {"calibrate": disk["statistics"] + disk["hidden_states"], "export": disk["export"]}
+        written = {
+            "calibrate": disk["statistics"] + disk["hidden_states"],
+            "solve --method paper": disk["solution_paper"],
+            "export": disk["export"],
+        }
         needs.add_row(stage, size(written.get(stage, disk["solution"])), size(ram[stage]), duration(spent))
     _print(needs)
     device, machine = result["device_memory_bytes"], result["machine"]

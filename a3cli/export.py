@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from a3cli.card import model_card
+from a3cli.card import model_card, public_dataset, public_name, public_request
 from a3cli.checkpoint import (
     INDEX,
     Checkpoint,
@@ -55,6 +55,8 @@ from a3cli.work import (
     read_manifest,
     versions,
     write_json,
+    write_manifest,
+    writing,
 )
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,11 @@ def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None
         model = open_calibrated_source(work, calibration, full_check=settings.full_check)
         check_small_files(model.source, work)
         request = describe_request(settings, solution)
-        measured = [each for file in settings.evaluations for each in read_evaluation(file)]
+        measured = [
+            {**each, "dataset": public_dataset(each["dataset"])}
+            for file in settings.evaluations
+            for each in read_evaluation(file)
+        ]
         again = settings.overwrite or settings.check_reproducible
         if not again and (finished := finished_export(out, request, measured)):
             return finished
@@ -214,7 +220,8 @@ def write_checkpoint(
             stop.before(f"writing {shard}", "the same command goes on there")
             log.info("writing %s", shard)
             tensors = transform(model, solution, shards[shard])
-            known = draft.finish(shard, write_shard(folder / shard, shards[shard], tensors))
+            with writing(folder / shard):
+                known = draft.finish(shard, write_shard(folder / shard, shards[shard], tensors))
         return str(known["sha256"])
 
     hashes = dict(zip(shards, spread(write, shards, settings.num_processes), strict=True))
@@ -227,11 +234,14 @@ def write_checkpoint(
     carry_files(model.source, folder)
     result = {
         "source": {
-            "model": model.source.name,
+            "model": public_name({"model": model.source.name, "revision": model.source.revision}),
             "revision": model.source.revision,
             "fingerprint": calibration["request"]["source"],  # checked when the source was opened
         },
-        "calibration": {key: calibration[key] for key in ("request", "tokens", "blocks", "tokens_sha256", "sha256")},
+        "calibration": {
+            "request": public_request(calibration["request"]),
+            **{key: calibration[key] for key in ("tokens", "blocks", "tokens_sha256", "sha256")},
+        },
         "solution": {key: value for key, value in solution.manifest.items() if key != "layers"},
         "dtype": settings.dtype,
         "max_shard_size": settings.max_shard_size,
@@ -241,9 +251,7 @@ def write_checkpoint(
     }
     (folder / "README.md").write_text(model_card(model, result), "utf-8")
     files = {p.name: hashes.get(p.name) or hash_file(p) for p in sorted(folder.iterdir())}
-    manifest = {**result, "files": files}
-    write_json(folder / MANIFEST, manifest)
-    return manifest
+    return write_manifest(folder / MANIFEST, {**result, "files": files})
 
 
 def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces]:

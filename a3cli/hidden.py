@@ -3,11 +3,14 @@
 A sweep reads each layer's input a batch at a time and writes its output. On disk the input stays as it is until the
 layer is finished, so a killed sweep goes on at its layer; in memory the output takes the input's place, and a sweep
 that died goes through the layers before it again.
+
+Files are not forced onto the disk, which would often take longer than a layer: what is in one is known by the check
+sums of its blocks, and a file that a power failure left half-written is not what it was.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +18,7 @@ import torch
 
 from a3cli.checkpoint import fill, tensor_bytes
 from a3cli.errors import A3Error
-from a3cli.work import writing
+from a3cli.work import hash_json, writing
 
 
 class Blocks(Protocol):
@@ -60,19 +63,49 @@ class HiddenStates:
                 raise A3Error(f"{self.path} is truncated; run the same command again, which makes it anew")
         return buffer.view(self.dtype).view(count, *self.shape[1:])
 
-    def sync(self) -> None:
-        """Onto the disk, so that a power failure cannot leave a layer that looks done without its output."""
-        with writing(self.path), self.path.open("rb") as file:
-            os.fsync(file.fileno())
-
     def write(self, start: int, blocks: torch.Tensor) -> None:
         with writing(self.path), self.path.open("r+b") as file:
             file.seek((self.first + start) * self.block_bytes)
             file.write(tensor_bytes(blocks))
 
+    def digest(self) -> str:
+        """Of the whole file, as `StatesOnDisk` has it of what was written."""
+        whole = replace(self, first=0)
+        return digest_of(check for block in range(self.shape[0]) for check in checksums(whole.read(block, 1)))
+
+
+CHECKED_AT_ONCE = 1 << 17  # numbers; what stays in a core's cache
+
+
+def checksums(blocks: torch.Tensor) -> list[int]:
+    """A number for each block of `[N, T, d]`, from its bits, on the device where they are.
+
+    `Σ_t a_t Σ_j b_j x_tj` over integers of 64 bits with odd `a` and `b`: a single bit always changes it.
+    """
+    size = blocks.shape[-1] * blocks.dtype.itemsize
+    words = blocks.contiguous().view(torch.int64 if size % 8 == 0 else torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    of_token, of_word = (
+        torch.randint(-(2**62), 2**62, (count,), generator=generator).mul_(2).add_(1).to(words.device)
+        for count in words.shape[1:]
+    )
+    at_once = words.shape[1] if words.device.type != "cpu" else max(1, CHECKED_AT_ONCE // words.shape[2])
+    totals = [
+        ((rows * of_word).sum(-1) * factors).sum(-1)
+        for rows, factors in zip(words.split(at_once, 1), of_token.split(at_once), strict=True)
+    ]
+    sums: list[int] = torch.stack(totals).sum(0).tolist()
+    return sums
+
+
+def digest_of(checks: Iterable[int]) -> str:
+    return hash_json(list(checks))
+
 
 class States(Protocol):
     """Every layer's input in turn, of the blocks that are this process's share."""
+
+    digests: dict[str, str]  # of the files that are whole, by name
 
     def has(self, layer: int) -> bool:
         """Whether the whole input of `layer` is there."""
@@ -82,21 +115,22 @@ class States(Protocol):
     def begin(self) -> Blocks:
         """Where the next layer's input is to be written."""
 
-    def end(self, layer: int) -> None:
-        """This process has written its share of the input of `layer`."""
+    def end(self, layer: int) -> list[int]:
+        """This process has written its share of the input of `layer`; the check sums of its blocks."""
 
-    def keep(self, layer: int) -> None:
-        """All processes have: from now on it is there. One of them calls this for all."""
+    def keep(self, layer: int, checks: list[int]) -> None:
+        """All processes have, with these check sums: from now on it is there. One of them calls this for all."""
 
     def retire(self, layer: int) -> None:
         """The input of `layer` is needed no more. One of them calls this for all."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class StatesOnDisk:
     """Two files that all processes share: a layer's input under its own name is whole, the next one comes to be.
 
-    A file that is done with becomes the next one: the system need not find its blocks again.
+    A file that is done with becomes the next one: the system need not find its blocks again. `digests` are of whole
+    files, in the process that keeps and retires them.
     """
 
     file_of: Callable[[int], Path]
@@ -104,6 +138,7 @@ class StatesOnDisk:
     shape: tuple[int, int, int]
     dtype: torch.dtype
     first: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
 
     def has(self, layer: int) -> bool:
         path = self.file_of(layer)
@@ -115,29 +150,51 @@ class StatesOnDisk:
     def _in(self, path: Path) -> HiddenStates:
         return HiddenStates(path, self.shape, self.dtype, self.first)
 
-    def begin(self) -> HiddenStates:
+    def begin(self) -> "Checked":
         states = self._in(self.coming)
         states.create()
-        return states
+        self._written = Checked(states)
+        return self._written
 
-    def end(self, layer: int) -> None:  # noqa: ARG002, its name comes when all processes have written theirs
-        self._in(self.coming).sync()
+    def end(self, layer: int) -> list[int]:  # noqa: ARG002, its name comes when all processes have written theirs
+        checks = self._written.checks
+        return [checks[block] for block in sorted(checks)]
 
-    def keep(self, layer: int) -> None:
-        with writing(self.file_of(layer)):
-            self.coming.replace(self.file_of(layer))
+    def keep(self, layer: int, checks: list[int]) -> None:
+        file = self.file_of(layer)
+        with writing(file):
+            self.coming.replace(file)
+        self.digests[file.name] = digest_of(checks)
 
     def retire(self, layer: int) -> None:
-        with writing(self.file_of(layer)):
-            self.file_of(layer).replace(self.coming)
+        file = self.file_of(layer)
+        with writing(file):
+            file.replace(self.coming)
+        self.digests.pop(file.name, None)
+
+
+class Checked:
+    """Blocks on their way into a file, with their check sums."""
+
+    def __init__(self, states: HiddenStates) -> None:
+        self._states = states
+        self.checks: dict[int, int] = {}
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        return self._states.read(start, count)
+
+    def write(self, start: int, blocks: torch.Tensor) -> None:
+        self.checks.update(enumerate(checksums(blocks), start))
+        self._states.write(start, blocks)
 
 
 class StatesInMemory:
-    """One process's blocks `[n, T, d]` on the CPU, each layer's output written over its input."""
+    """One process's blocks `[n, T, d]` on a device, each layer's output written over its input."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self.values = torch.empty(shape, dtype=dtype)
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.values = torch.empty(shape, dtype=dtype, device=device)
         self.layer: int | None = None  # whose input they are
+        self.digests: dict[str, str] = {}
 
     def has(self, layer: int) -> bool:
         return self.layer == layer
@@ -156,10 +213,11 @@ class StatesInMemory:
     def write(self, start: int, blocks: torch.Tensor) -> None:
         self.values[start : start + len(blocks)] = blocks
 
-    def end(self, layer: int) -> None:
+    def end(self, layer: int) -> list[int]:
         self.layer = layer
+        return []
 
-    def keep(self, layer: int) -> None:
+    def keep(self, layer: int, checks: list[int]) -> None:
         """Nothing outlives this process."""
 
     def retire(self, layer: int) -> None:

@@ -21,14 +21,14 @@ from a3cli.methods.base import check_statistics
 from a3cli.moments import gram_blocks, unpack_upper
 from a3cli.settings import COMPONENTS, Component
 from a3cli.solvers.linalg import effective_rank
-from a3cli.text import load_tokenizer
+from a3cli.text import load_tokenizer, tokenizer_fingerprint
 from a3cli.tokens import describe_blocks, describe_text
-from a3cli.work import Json, Work, check_hash, hash_json, read_json, read_manifest
+from a3cli.work import Json, Work, check_hash, hash_json, name_differences, read_json, read_manifest
 
 ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
 NEAR_SINGULAR = 1e8  # condition; beyond, the smallest eigenvalues are rounding of float32 sums
 SINGULAR = 1e-10  # of the largest eigenvalue: what the solvers' floor raises by default
-WIDEST_SPECTRUM = 2048  # MLP widths up to which all eigenvalues are computed: a wider one takes a minute a layer
+WIDEST_SPECTRUM = 2048  # widths up to which all eigenvalues are computed: a wider one takes a minute a layer
 SOURCE_REMEDY = "run a3 calibrate on the source again"
 TITLES: dict[Component, str] = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
@@ -83,6 +83,7 @@ def describe_export(folder: Path) -> Json:
         vocabulary=count_in(config, "vocab_size", path),
         item=round(solution["bytes"]["before"] / solution["parameters"]["before"]),
     )
+    check_hash(path, manifest["files"].get(path.name, ""), "run a3 export again")
     layers = describe_layers(dimensions, calibration["tokens"], solution, [])
     return {
         "path": str(folder),
@@ -116,6 +117,8 @@ def describe_work(work: Work) -> Json:
     blocks = load_file(work.tokens)["tokens"]
     recorded = read_source(work, calibration) if work.source.is_file() else {}
     source = open_source(recorded)
+    if source is not None:
+        check_source(source, work, calibration)
     solution = None
     if work.solution_manifest.is_file():
         solution = read_manifest(work.solution_manifest, "run a3 solve --overwrite")
@@ -174,18 +177,33 @@ def as_measured(figures: Json) -> Json:
 
 
 def open_source(recorded: Json) -> Checkpoint | None:
-    """The source, if it is on this machine; a hub id is looked for in the cache alone."""
+    """The source, if it is on this machine; a hub id is looked for in the cache alone.
+
+    Raises A3Error for a local folder with a damaged checkpoint.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     model, revision = str(recorded.get("model")), recorded.get("revision")
+    if Path(model).is_dir():
+        return resolve_model(model)
     try:
-        if Path(model).is_dir():
-            return resolve_model(model)
         folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
         return Checkpoint(folder, name=model, revision=revision)
     except (A3Error, HFValidationError, LocalEntryNotFoundError):
         return None
+
+
+def check_source(source: Checkpoint, work: Work, calibration: Json) -> None:
+    """Raise A3Error unless weights, configuration and tokenizer are those that were calibrated."""
+    request = calibration["request"]
+    found = {**source.fingerprint(), "tokenizer": tokenizer_fingerprint(source.folder)}
+    expected = {**{key: request["source"].get(key) for key in found}, "tokenizer": request["tokenizer"]}
+    if differs := name_differences(expected, found):
+        raise A3Error(
+            f"{source.name} is not the checkpoint of {work.calibration} (differs in {differs}); "
+            "restore what was changed, or calibrate again"
+        )
 
 
 def describe_calibration_text(blocks: torch.Tensor, source: Checkpoint | None) -> Json:
@@ -227,7 +245,11 @@ def layer_health(file: Any, dimensions: Dimensions, layer: int) -> dict[Componen
         check_statistics(found, name, layer)
         return found
 
-    outputs = unpack_upper(sums("o_gram"), dimensions.heads * dimensions.head_dim)
+    width = dimensions.heads * dimensions.head_dim
+    outputs = unpack_upper(sums("o_gram"), width)
+    attention = spectrum_health(gram_blocks(outputs, dimensions.heads))
+    if width <= WIDEST_SPECTRUM:  # what the output projection is refit on
+        attention |= conditions(outputs[None])
     energy = sums("mlp_energy").double()
     mlp: Json = {
         "effective_rank": effective_rank(energy).item(),
@@ -237,12 +259,15 @@ def layer_health(file: Any, dimensions: Dimensions, layer: int) -> dict[Componen
     }
     if "mlp_gram" in file.keys() and dimensions.intermediate <= WIDEST_SPECTRUM:  # noqa: SIM118, no dictionary
         gram = unpack_upper(sums("mlp_gram"), dimensions.intermediate)
-        mlp |= {key: value for key, value in spectrum_health(gram[None]).items() if key != "effective_rank"}
-    return {
-        "qk": spectrum_health(sums("k_gram")),
-        "ov": spectrum_health(gram_blocks(outputs, dimensions.heads)),
-        "mlp": mlp,
-    }
+        mlp |= conditions(gram[None])
+    keys = sums("k_gram")
+    scores = spectrum_health(keys) | conditions(torch.cat([sums("q_gram"), keys]))
+    return {"qk": scores, "ov": attention, "mlp": mlp}
+
+
+def conditions(grams: torch.Tensor) -> Json:
+    """`spectrum_health` without the effective rank, which other matrices tell."""
+    return {key: value for key, value in spectrum_health(grams).items() if key != "effective_rank"}
 
 
 def spectrum_health(grams: torch.Tensor) -> Json:

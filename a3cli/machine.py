@@ -86,6 +86,12 @@ def free_memory(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def load_linear_algebra(device: torch.device) -> None:
+    """Before threads use it: PyTorch loads a GPU's libraries at the first call, which two threads must not make."""
+    if device.type == "cuda":
+        torch.linalg.inv(torch.eye(1, device=device))
+
+
 def return_freed_memory() -> None:
     """From now on, make glibc give memory of more than 1 MiB back to the system as soon as it is freed.
 

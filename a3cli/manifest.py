@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from a3cli.errors import A3Error
 from a3cli.measured import Measured
 from a3cli.settings import SolveSettings, TextSettings
-from a3cli.work import Json, read_json
+from a3cli.work import Json, read_json, read_manifest
 
 MANIFEST = "a3_manifest.json"
 SCHEMA_ID = "a3_manifest.schema.json"
@@ -38,7 +38,7 @@ class Fingerprint(Part):
 
 
 class Source(Part):
-    model: str = Field(description="folder, or id on the hub")
+    model: str = Field(description="name of the folder, or id on the hub")
     revision: str | None = Field(description="commit on the hub; null for a folder")
     fingerprint: Fingerprint
 
@@ -59,6 +59,7 @@ class CalibrationRequest(Part):
     mlp_stats: Literal["full", "diagonal"]
     device: str
     dtype: str
+    trust_remote_code: bool = Field(description="whether code of the source's tokenizer or model could run")
     merged: list[Ingredient] | None = None
 
 
@@ -191,6 +192,7 @@ class Manifest(Part):
     loads_with: str
     versions: Versions
     files: dict[str, Sha256] = Field(min_length=1, description="every file of the folder but this one")
+    sha256: Sha256 = Field(description="of the rest of this file: JSON with sorted keys, as Python's json.dumps has it")
 
     @model_validator(mode="after")
     def _one_entry_a_layer(self) -> "Manifest":
@@ -209,7 +211,10 @@ def schema() -> Json:
 
 
 def read_export_manifest(path: Path) -> Json:
-    """A manifest as it was written. Raises A3Error if it has not the form that this version of a3 writes."""
+    """A manifest as it was written.
+
+    Raises A3Error if it has not the form that this version of a3 writes, or was altered.
+    """
     found = read_json(path)
     try:
         Manifest.model_validate(found)
@@ -219,4 +224,4 @@ def read_export_manifest(path: Path) -> Json:
         raise A3Error(
             f"{path} has not the form that this version of a3 writes ({where}: {first['msg']}); export again"
         ) from None
-    return found
+    return read_manifest(path, "export again")

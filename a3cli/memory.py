@@ -12,12 +12,14 @@ log = logging.getLogger(__name__)
 MARGIN = 0.9  # share of the free memory that is planned for; allocators round up, kernels have workspaces
 
 
-def choose_batch_size(shape: ModelShape, machine: Machine, seq_len: int, blocks: int, *, full_mlp: bool) -> int:
-    """The largest batch that fits beside one layer and its sums; on the CPU no more than speeds it up.
+def choose_batch_size(
+    shape: ModelShape, machine: Machine, seq_len: int, blocks: int, *, full_mlp: bool, held: int = 0
+) -> int:
+    """The largest batch that fits beside one layer, its sums and `held` bytes; on the CPU no more than speeds it up.
 
     Raises A3Error with the figures if not even one block does.
     """
-    free = int(MARGIN * machine.free_memory())
+    free = int(MARGIN * machine.free_memory()) - held
     item = machine.dtype.itemsize
     layer, sums = costs.layer_bytes(shape, item), costs.moment_bytes(shape, full_mlp=full_mlp)
     block = costs.block_bytes(shape, item, seq_len)

@@ -33,7 +33,7 @@ from a3cli.work import (
 
 log = logging.getLogger(__name__)
 
-SAME = ("source", "tokenizer", "dtype", "mlp_stats")
+SAME = ("source", "tokenizer", "dtype", "mlp_stats", "trust_remote_code")
 REMEDY = "run a3 calibrate --overwrite there"
 
 

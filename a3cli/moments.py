@@ -17,6 +17,7 @@ Products are formed in float32 per batch and added up in float64, except the two
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +46,17 @@ class LayerMoments:
         """`q`, `k` or `v` of a batch, `[..., heads · h]`."""
         flat = x.reshape(-1, x.shape[-1])
         heads = flat.shape[1] // self.head_dim
-        gram = torch.zeros(heads, self.head_dim, self.head_dim, device=self.device)
-        total = torch.zeros(flat.shape[1], device=self.device)
-        for piece, _ in self._pieces(flat):
-            by_head = piece.view(-1, heads, self.head_dim).transpose(0, 1)
-            gram.baddbmm_(by_head.mT, by_head)
-            total += piece.sum(0)
+        # A CPU's batch is small; a GPU's has so many tokens that each piece of it counts for itself.
+        kind = torch.float32 if self._on_cpu else torch.float64
+        gram = torch.zeros(heads, self.head_dim, self.head_dim, device=self.device, dtype=kind)
+        total = torch.zeros(flat.shape[1], device=self.device, dtype=kind)
+        for piece in self._pieces(flat) if self._on_cpu else flat.split(4 * PIECE):
+            by_head = piece.view(-1, heads, self.head_dim).transpose(0, 1).float()
+            if self._on_cpu:
+                gram.baddbmm_(by_head.mT, by_head)
+            else:
+                gram += by_head.mT @ by_head
+            total += piece.sum(0, dtype=kind)
         self._add(f"{name}_gram", gram)
         self._add(f"{name}_sum", total.view(heads, self.head_dim))
 
@@ -58,21 +64,22 @@ class LayerMoments:
         """Input of the output projection `[..., H · h]`."""
         flat = o.reshape(-1, o.shape[-1])
         total = torch.zeros(flat.shape[1], device=self.device)
-        for piece, factor in self._pieces(flat):
-            self._add_gram("o_gram", factor)
-            total += piece.sum(0)
+        with products_of(flat.dtype):
+            for piece in self._pieces(flat):
+                self._add_gram("o_gram", piece)
+                total += piece.sum(0, dtype=torch.float32)
         self._add("o_sum", total)
 
     def add_mlp(self, x: torch.Tensor) -> None:
         """Input of the down projection `[..., I]`."""
         flat = x.reshape(-1, x.shape[-1])
         energy, total = torch.zeros(2, flat.shape[1], device=self.device)
-        for piece, factor in self._pieces(flat):
-            total += piece.sum(0)
-            for rows in piece.split(max(1, SMALL // flat.shape[1]) if self._on_cpu else len(piece)):
-                energy += rows.square().sum(0)
-            if self.full_mlp:
-                self._add_gram("mlp_gram", factor)
+        with products_of(flat.dtype):
+            for piece in self._pieces(flat):
+                total += piece.sum(0, dtype=torch.float32)
+                energy += self._energy(piece)
+                if self.full_mlp:
+                    self._add_gram("mlp_gram", piece)
         self._add("mlp_energy", energy)
         self._add("x_sum", total)
 
@@ -80,15 +87,22 @@ class LayerMoments:
     def _on_cpu(self) -> bool:
         return self.device.type == "cpu"
 
-    def _pieces(self, flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """`[n, m]` in float32, and as a factor of the large products.
+    def _energy(self, piece: torch.Tensor) -> torch.Tensor:
+        """`Σ x²` over tokens, of `[n, m]`, a few at a time: squares of a GPU's batch would take much room."""
+        total = torch.zeros(piece.shape[1], device=self.device)
+        for rows in piece.split(max(1, SMALL // piece.shape[1]) if self._on_cpu else PIECE):
+            total += rows.float().square().sum(0)
+        return total
 
-        On the CPU it comes some hundred tokens at a time, in a buffer that is used again: touching fresh memory takes
-        longer than the cast, and what stays in the cache is read faster. Both are the same there, since its products
-        of half precision would be rounded to it. A GPU takes half precision as it is, and adds up in float32.
+    def _pieces(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The tokens of a batch `[n, m]` as a factor of the products.
+
+        On the CPU a few at a time, in float32, since its products of half precision would be rounded to it, and in a
+        buffer that is used again: touching fresh memory takes longer than the cast, and what stays in the cache is read
+        faster. A GPU takes half precision as it is, and adds up in float32.
         """
         if not self._on_cpu:
-            yield flat.float(), flat
+            yield flat
             return
         for part in flat.split(PIECE):
             piece = part
@@ -96,7 +110,7 @@ class LayerMoments:
                 if self._wide.numel() < part.numel():
                     self._wide = torch.empty(part.numel())
                 piece = self._wide[: part.numel()].view(part.shape).copy_(part)
-            yield piece, piece
+            yield piece
 
     def add_distances(
         self, q: torch.Tensor, k: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
@@ -133,6 +147,20 @@ class LayerMoments:
             value = self.sums.pop(name)
             stored[name] = pack_upper(value) if name in LARGE else value
         return stored
+
+
+@contextmanager
+def products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Float32 products of what was `dtype` before: a CPU's bfloat16 units (AMX) lose nothing of bfloat16, and add up in
+    float32. Where there are none nothing changes.
+    """
+    before = torch.get_float32_matmul_precision()
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -32,6 +32,10 @@ WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes that linear algebra takes 
 STARTUP = 4.2  # seconds until a stage begins to work
 # Seconds that a layer takes beside its arithmetic: files, and steps too small to fill a core.
 LAYER_SECONDS = {"calibrate": 0.2, "solve --method best": 1.2}
+# Seconds a channel of greedy selection on a GPU, whose steps follow one another, each some launches of tiny kernels.
+# Measured on an H200 when each step still waited for the device, so at most this: `benchmarks/solve_layer.py --device
+# cuda` took 10.5 s for Llama-3.1-70B's 28672 channels, 0.9 s of it arithmetic.
+GREEDY_STEP = 3e-4
 
 
 class DecoderConfig(BaseModel):
@@ -228,14 +232,16 @@ def describe_model(run: Run) -> Json:
 
 
 def disk(run: Run) -> Json:
-    """Bytes in the work folder, and of the export."""
+    """Bytes in the work folder, and of the export; `solution` is that of `best`, where the statistics allow it."""
     settings, shape = run.settings, run.shape
+    solution = {method: costs.solution_bytes(shape, run.size, method) * shape.layers for method in METHODS}
     layer = costs.statistics_bytes(shape, settings.seq_len, full_mlp=run.full_mlp)
     return {
         "statistics_per_layer": layer,
         "statistics": layer * shape.layers,
         "hidden_states": 2 * costs.hidden_state_bytes(shape, settings.samples, settings.seq_len, run.item),
-        "solution": costs.solution_bytes(shape, run.size, "best") * shape.layers,
+        "solution": solution["best" if run.solves("best") else "paper"],
+        "solution_paper": solution["paper"],
         "export": run.kept_parameters * run.source_item,
     }
 
@@ -275,27 +281,39 @@ def seconds(run: Run, rates: Rates) -> Json:
     """Each stage: what is computed, read, written and hashed, reading hidden behind computing where it is."""
     settings, shape = run.settings, run.shape
     flops = costs.calibration_flops_per_token(shape, settings.seq_len, full_mlp=run.full_mlp)
-    compute = run.tokens * shape.layers * flops / (rates.compute * settings.num_processes)
+    share = settings.num_processes if run.on_gpu else 1  # on a CPU they share its cores
+    compute = run.tokens * shape.layers * flops / (rates.compute * share)
     read = costs.layer_bytes(shape, run.source_item) * shape.layers / rates.disk
     places = disk(run)
     statistics, hidden = places["statistics"], places["hidden_states"] * shape.layers
     kept = (statistics + hidden) / rates.disk + statistics / (HASH_GBPS * 1e9)
     checked = statistics / rates.disk + statistics / (HASH_GBPS * 1e9)
-    work = {
-        "paper": costs.paper_flops(shape),
-        "best": costs.best_flops(shape, run.size, settings.head_multiple),
-    }
     moved = run.parameters * run.source_item + places["export"]
     spent = {
         "calibrate": max(compute, read) + kept,
         **{
-            f"solve --method {name}": checked + shape.layers * flops / rates.solve
-            for name, flops in work.items()
-            if run.solves(name)
+            f"solve --method {method}": checked + shape.layers * of_layer
+            for method, of_layer in solving(run, rates).items()
+            if run.solves(method)
         },
         "export": max(moved / rates.disk, places["export"] / (HASH_GBPS * 1e9)),
     }
     return {stage: STARTUP + shape.layers * LAYER_SECONDS.get(stage, 0.0) + found for stage, found in spent.items()}
+
+
+def solving(run: Run, rates: Rates) -> dict[str, float]:
+    """Seconds of one layer's arithmetic by each method.
+
+    Matrices of head size stay on the CPU: a GPU gets the selection of channels and the refits of `best`.
+    """
+    shape, head_multiple = run.shape, run.settings.head_multiple
+    paper, best = costs.paper_flops(shape), costs.best_flops(shape, run.size, head_multiple)
+    if not run.on_gpu:
+        return {"paper": paper / rates.solve, "best": best / rates.solve}
+    large = costs.best_flops(shape, run.size, shape.head_dim + 1) - paper  # with no rank for RoPE slots
+    on_cpu = SOLVE_TFLOPS["cpu"] * 1e12
+    on_gpu = large / rates.solve + shape.intermediate_size * GREEDY_STEP
+    return {"paper": paper / on_cpu, "best": (best - large) / on_cpu + on_gpu}
 
 
 def find_rates(settings: PlanSettings, dtype: str) -> Rates:
@@ -340,15 +358,16 @@ def disk_speed(folder: Path, size: int = 1 << 28) -> float:
         return size / max(wrote, time.perf_counter() - started)
 
 
-def product_speed(kind: str, dtype: str, size: int = 2048) -> float:
+def product_speed(kind: str, dtype: str) -> float:
     """FLOPs a second of products of square matrices. Raises A3Error for a device that is not here."""
     import torch
 
     if kind == "cuda" and not torch.cuda.is_available():
         raise A3Error("--measure: this machine has no CUDA device; give --tflops and --solve-tflops, or --devices cpu")
-    matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=kind)
+    size = 8192 if kind == "cuda" else 2048  # to fill it
+    matrix = torch.randn(size, size, dtype=torch.float32, device=kind).to(getattr(torch, dtype))
     done, elapsed = 0, 0.0
-    matrix @ matrix  # the first one sets things up
+    (matrix @ matrix)[0, 0].item()  # the first one sets things up
     started = time.perf_counter()
     while elapsed < 0.5:
         product = matrix @ matrix

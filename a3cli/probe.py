@@ -145,7 +145,6 @@ class _Run:
         for index in own:
             with cuts.layer(index) as cut:
                 self._run(cut, calls[1], index, source, target, 0, index + 1)
-        target.sync()
 
     def _run(
         self,

@@ -66,6 +66,12 @@ class Processes:
         peers = [InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
         if torch.device("cpu" if device == "auto" else device).index is not None:
             raise A3Error(f"--device {device} names one GPU for several processes; use --device cuda")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if not on_cpu and here > torch.cuda.device_count():
+            raise A3Error(
+                f"{here} processes on this machine, which has {torch.cuda.device_count()} CUDA devices; start one for "
+                "each, or use --device cpu"
+            )
         self._accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=peers)
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
 

@@ -94,8 +94,6 @@ def refit_sequentially(
         with source.layer(index) as full, smaller.layer(index) as small:
             refit = _Layer(source, full, small, streams, calls, index, batch_size).refit(rounds)
         progress(layer=index, layers=source.shape.layers, tokens=blocks.numel(), total_tokens=blocks.numel())
-        for stream in (streams.full_out, streams.small_out):
-            stream.sync()
         yield index, refit, [streams.full_out.path, streams.small_out.path]
 
 

@@ -49,7 +49,7 @@ class CalibrateSettings(Settings):
     devices: str | None = None
     dtype: Dtype = "auto"
     batch_size: BatchSize = None
-    hidden_states: Literal["disk", "memory"] = "disk"
+    hidden_states: Literal["disk", "memory", "device"] = "disk"
     mlp_stats: Literal["full", "diagonal"] = "full"
     trust_remote_code: bool = False
     full_check: bool = False

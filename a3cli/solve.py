@@ -17,7 +17,7 @@ from a3cli import costs
 from a3cli.errors import A3Error, first_line
 from a3cli.families import LayerSizes, ModelShape
 from a3cli.interrupt import Stop
-from a3cli.machine import choose_machine, return_freed_memory
+from a3cli.machine import choose_machine, load_linear_algebra, return_freed_memory
 from a3cli.methods import METHODS, Curves, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
@@ -152,7 +152,9 @@ def analyse(
     def look_at(layer: int) -> Any:
         stop.before(f"analysing layer {layer + 1} of {model.shape.layers}", AGAIN)
         alone = METHODS[settings.method](model, settings)
-        alone.add_layer(LayerInputs(model, work, layer))
+        inputs = LayerInputs(model, work, layer)
+        inputs.check()
+        alone.add_layer(inputs)
         return alone.layers[0]
 
     method = METHODS[settings.method](model, settings)
@@ -170,6 +172,7 @@ def for_each_layer(work: Callable[[int], T], model: Model, settings: SolveSettin
     try:
         if not costs.side_by_side(model.shape):
             return [work(layer) for layer in layers]
+        load_linear_algebra(choose_machine(settings.device, settings.dtype, model.source.dtype).device)
         return list(spread(work, layers, settings.num_processes or os.cpu_count() or 1))
     except torch.OutOfMemoryError as error:
         raise A3Error(f"no memory left on the device: {first_line(error)}; solve with --device cpu") from error

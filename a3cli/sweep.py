@@ -283,19 +283,31 @@ class Sweep:
         layers, width = self.decoder.shape.layers, max(1, len(self.decoder.machine.devices))
         if first_layer == layers:  # only the manifest is missing
             return
-        index, arguments = self._start(first_layer)
+        index, arguments = self._start_fitting(first_layer)
         while index < layers:
             stage = range(index, min(index + width, layers))
+            moments = None
             try:
                 with self.processes.together():
                     moments = self._run_stage(stage, first_layer, arguments)
             except torch.OutOfMemoryError as error:
                 self._halve(error)
-                index, arguments = self._start(first_layer)
+            if moments is None:  # out of the handler: the error holds what filled the memory
+                index, arguments = self._start_fitting(first_layer)
             else:
                 self._finish(stage, moments)
                 index = stage.stop
                 first_layer = max(first_layer, index)
+
+    def _start_fitting(self, layer: int) -> tuple[int, dict[int, list[Arguments]]]:
+        """`_start` with a batch for which there is memory."""
+        while True:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            try:
+                return self._start(layer)
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
 
     def _start(self, layer: int) -> tuple[int, dict[int, list[Arguments]]]:
         """The last layer up to `layer` whose input is there, made if need be, and all arguments by batch size."""
@@ -305,12 +317,16 @@ class Sweep:
             log.info("hidden states of layer %d are not there: once more through the layers before it", layer)
         with self.processes.together():
             target = self.states.begin() if there < 0 else self.states.input_of(there)
-            arguments = embed_all(self.decoder, self.own, self.batch_size, target if there < 0 else None)
-            if there < 0:
-                self.states.end(0)
+            with running_out_is_told():
+                arguments = embed_all(self.decoder, self.own, self.batch_size, target if there < 0 else None)
         if there < 0:
-            self.processes.from_main(lambda: self.states.keep(0))
+            self._keep(0)
         return max(there, 0), arguments
+
+    def _keep(self, layer: int) -> None:
+        """The input of `layer` has been written, by all processes."""
+        checks = [check for share in self.processes.gather(self.states.end(layer)) for check in share]
+        self.processes.from_main(lambda: self.states.keep(layer, checks))
 
     def _run_stage(
         self, stage: range, first_layer: int, arguments: dict[int, list[Arguments]]
@@ -333,7 +349,6 @@ class Sweep:
                     hidden = run_layer(module, hidden, arguments[len(batch)][index])
                 write(start, hidden)
                 self._report(stage, start + len(batch))
-        self.states.end(stage.stop)
         return moments
 
     def _report(self, stage: range, blocks: int) -> None:
@@ -347,7 +362,7 @@ class Sweep:
 
     def _finish(self, stage: range, moments: dict[int, LayerMoments]) -> None:
         """Sums of all processes go to the main one; only then is the stage's input given up."""
-        self.processes.from_main(lambda: self.states.keep(stage.stop))
+        self._keep(stage.stop)
         for layer in list(moments):
             own = moments.pop(layer)
             sums = self.processes.add_up(own.finished(), own.device)
@@ -365,8 +380,6 @@ class Sweep:
                 f"out of memory at {self.batch_size} blocks a batch ({first_line(error)}); {remedy}"
             ) from error
         self.batch_size //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         log.info("out of memory: going on with %d blocks a batch", self.batch_size)
 
 

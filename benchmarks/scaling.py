@@ -1,9 +1,10 @@
 """Memory and time against the number of layers and of blocks, beside what `a3 plan` predicts; writes docs/scaling.md.
 
 For random checkpoints of one shape with several numbers of layers, and for several numbers of blocks, each stage runs
-as a process of its own on the CPU, and its seconds and peak resident set are taken. `a3 plan` is asked for the same
-runs, at the speeds that `a3 plan --measure` finds at the beginning. Memory must be flat and time linear; a prediction
-counts as right within 25 %. The table goes to `--out`, with a plot beside it (`scaling.svg`).
+as a process of its own, on the CPU unless `--device` says otherwise, and its seconds and peak resident set are taken.
+`a3 plan` is asked for the same runs, at the speeds that `a3 plan --measure` finds at the beginning. Memory must be flat
+and time linear; a prediction counts as right within 25 %. The table goes to `--out`, with a plot beside it
+(`scaling.svg`).
 
     python benchmarks/scaling.py --out docs/scaling.md                # shape "small", minutes on two quiet cores
     python benchmarks/scaling.py --shape tiny --out /tmp/scaling.md   # a try: the figures are mostly imports
@@ -34,30 +35,32 @@ class Point:
     plan: dict[str, Any]
 
 
-def stages(folder: Path, blocks: int) -> dict[str, list[object]]:
+def stages(folder: Path, blocks: int, device: str) -> dict[str, list[object]]:
     work = ["--work", folder / "work", "--quiet", "--overwrite"]
+    where = ["--device", device]
     text = ["--dataset", folder / "text.txt", "--samples", blocks, "--seq-len", SEQ_LEN]
     solve = ["solve", "--attention-budget", 0.25, "--mlp-budget", 0.25, "--ridge", 1e-2]
     return {
-        "calibrate": ["calibrate", folder / "source", *text, *work],
-        **{f"solve --method {method}": [*solve, "--method", method, *work] for method in ("paper", "best")},
+        "calibrate": ["calibrate", folder / "source", *text, *where, *work],
+        **{f"solve --method {method}": [*solve, "--method", method, *where, *work] for method in ("paper", "best")},
         "export": ["export", folder / "out", *work],
     }
 
 
-def measure_point(folder: Path, shape: str, layers: int, blocks: int, rates: list[object]) -> Point:
+def measure_point(folder: Path, shape: str, layers: int, blocks: int, device: str, rates: list[object]) -> Point:
     make_in_a_child(folder / "source", shape, layers)
     make_text(folder / "text.txt")
-    asked = ["--samples", blocks, "--seq-len", SEQ_LEN, *rates, "--json"]
+    asked = ["--samples", blocks, "--seq-len", SEQ_LEN, "--devices", device, *rates, "--json"]
     plan = json.loads(run("-m", "a3cli", "plan", folder / "source", *asked).output)
-    measured = {stage: run("-m", "a3cli", *command) for stage, command in stages(folder, blocks).items()}
+    measured = {stage: run("-m", "a3cli", *command) for stage, command in stages(folder, blocks, device).items()}
     return Point(layers, blocks, measured, plan)
 
 
-def measure_rates(folder: Path, shape: str) -> list[object]:
+def measure_rates(folder: Path, shape: str, device: str) -> list[object]:
     """The machine's speeds as options of `a3 plan`."""
     make_in_a_child(folder / "source", shape, 1)
-    machine = json.loads(run("-m", "a3cli", "plan", folder / "source", "--measure", "--json").output)["machine"]
+    plan = run("-m", "a3cli", "plan", folder / "source", "--devices", device, "--measure", "--json")
+    machine = json.loads(plan.output)["machine"]
     names = {"--disk-gbps": "disk_gbps", "--tflops": "tflops", "--solve-tflops": "solve_tflops"}
     return [part for option, name in names.items() for part in (option, machine[name])]
 
@@ -79,16 +82,17 @@ def row(point: Point, stage: str) -> tuple[str, bool]:
     return f"| {' | '.join(cells)} |", right
 
 
-def write_report(points: list[Point], out: Path, shape: str, rates: list[object]) -> bool:
+def write_report(points: list[Point], out: Path, shape: str, device: str, rates: list[object]) -> bool:
     """The table; True if every prediction is right."""
     stated = " ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in rates)
-    options = f" --shape {shape}" if shape != "small" else ""
+    options = (f" --shape {shape}" if shape != "small" else "") + (f" --device {device}" if device != "cpu" else "")
+    where = "float32 on a CPU" if device == "cpu" else "bfloat16 on a GPU"
     lines = [
         "# How cost grows",
         "",
         "Memory does not depend on the number of layers or blocks, time is linear in both. Measured on random",
-        f"checkpoints of shape `{shape}` (`benchmarks/random_checkpoint.py`), blocks of {SEQ_LEN} tokens, float32 on a",
-        "CPU, beside what `a3 plan` says with the speeds that its `--measure` found at the beginning:",
+        f"checkpoints of shape `{shape}` (`benchmarks/random_checkpoint.py`), blocks of {SEQ_LEN} tokens, {where},",
+        "beside what `a3 plan` says with the speeds that its `--measure` found at the beginning:",
         f"`{stated}`.",
         "",
         "```",
@@ -133,23 +137,25 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="markdown file to write, the plot beside it")
     parser.add_argument("--folder", type=Path, help="where to make a temporary folder (default: the system's place)")
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16, 32])
     arguments = parser.parse_args()
 
     def measure(layers: int, blocks: int) -> Point:
         with tempfile.TemporaryDirectory(prefix="a3-scaling-", dir=arguments.folder) as folder:
-            point = measure_point(Path(folder), arguments.shape, layers, blocks, rates)
+            point = measure_point(Path(folder), arguments.shape, layers, blocks, arguments.device, rates)
         for stage in STAGES:
             print(row(point, stage)[0], flush=True)
         return point
 
     with tempfile.TemporaryDirectory(prefix="a3-scaling-", dir=arguments.folder) as folder:
-        rates = measure_rates(Path(folder), arguments.shape)
+        rates = measure_rates(Path(folder), arguments.shape, arguments.device)
     by_layers = [measure(layers, arguments.blocks[0]) for layers in arguments.layers]
     by_blocks = [by_layers[0], *(measure(arguments.layers[0], blocks) for blocks in arguments.blocks[1:])]
     draw(by_layers, by_blocks, arguments.out.parent / "scaling.svg")
-    right = write_report([*by_layers, *by_blocks[1:]], arguments.out, arguments.shape, rates)
+    points = [*by_layers, *by_blocks[1:]]
+    right = write_report(points, arguments.out, arguments.shape, arguments.device, rates)
     print("every prediction is within 25 %" if right else "some predictions are off by more than 25 %")
     return 0 if right or arguments.shape == "tiny" else 1
 

@@ -14,6 +14,7 @@ same run before and after; the goal is 1.5 times. The exit code is 1 if a goal i
     python benchmarks/solve_layer.py                       # 28672² float64: about 12 GB of memory, half an hour
     python benchmarks/solve_layer.py --paper-only          # a minute
     python benchmarks/solve_layer.py --shape 8b            # about 4 GB, minutes
+    python benchmarks/solve_layer.py --device cuda         # about 25 GB of the GPU's memory, seconds
     python benchmarks/solve_layer.py --shape tiny          # seconds; the ratios mean nothing at this size
 """
 
@@ -46,8 +47,11 @@ def gram_of(channels: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    wait = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     result = run()
+    wait()
     return time.perf_counter() - started, result
 
 
@@ -114,12 +118,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="70b")
     parser.add_argument("--paper-only", action="store_true", help="without the refit method: seconds")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    torch.set_default_device(arguments.device)
+    if arguments.device == "cuda":  # its libraries set themselves up the first time
+        small = Layer("tiny")
+        small.paper_attention(), small.paper_mlp(), small.best_mlp(), small.best_output()
     layer = Layer(arguments.shape)
-    size = min(4096, 2 * layer.width)
+    size = min(8192 if arguments.device == "cuda" else 4096, 2 * layer.width)
     speeds = [product_speed(size)]
     paper = {"QK + OV, paper": layer.paper_attention(), "MLP, paper": layer.paper_mlp()}
     best = {} if arguments.paper_only else {"MLP, best": layer.best_mlp(), "OV, best": layer.best_output()}

@@ -1,12 +1,14 @@
 """What the statistics cost: `a3 calibrate`'s sweep against a bare forward of the same blocks by plain transformers.
 
-Makes a random Llama of about 0.3 billion parameters in bfloat16 and blocks of random tokens, in a temporary folder.
+Makes a random Llama in bfloat16, of about 0.3 billion parameters unless `--shape` says otherwise, and blocks of random
+tokens, in a temporary folder.
 The bare forward has the whole model resident and runs the decoder (no output head) over the blocks, batch by batch.
 The sweep does the same and more: it reads each layer's weights, keeps hidden
-states in files, and accumulates and writes the statistics. Each runs in a process of its own, as it would be by itself,
+states, and accumulates and writes the statistics. Each runs in a process of its own, as it would be by itself,
 and counts with the fastest of some rounds. The exit code is 1 if a ratio is above its limit.
 
     python benchmarks/sweep_overhead.py [--layers 24] [--blocks 8] [--seq-len 2048] [--rounds 3] [--profile]
+    python benchmarks/sweep_overhead.py --device cuda --shape 8b --layers 4 --blocks 64 --batch-size 8
 """
 
 import argparse
@@ -19,53 +21,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_checkpoint import SHAPES, make_in_a_child
 
+from a3cli.calibrate import write_hashed
 from a3cli.checkpoint import Checkpoint
-from a3cli.hidden import StatesOnDisk
+from a3cli.hidden import States, StatesInMemory, StatesOnDisk
 from a3cli.machine import Machine, return_freed_memory
 from a3cli.model import describe
+from a3cli.moments import Tensors
 from a3cli.processes import Processes
 from a3cli.sweep import Decoder, Sweep
-from a3cli.work import write_tensors
 
 LIMITS = {"full": 1.6, "diagonal": 1.15}
-CONFIG = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "vocab_size": 32000,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-
-
-def make_model(folder: Path, layers: int) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG, num_hidden_layers=layers)).to(torch.bfloat16)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e9:.2f} B parameters, bfloat16", end=", ")
-    model.save_pretrained(folder)
 
 
 @torch.inference_mode()
-def forward(model: Any, blocks: torch.Tensor, batch_size: int) -> None:
+def forward(model: Any, blocks: torch.Tensor, batch_size: int, device: torch.device) -> None:
     for batch in blocks.split(batch_size):
-        model.model(batch, use_cache=False)
+        model.model(batch.to(device), use_cache=False)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def calibrate(folder: Path, blocks: torch.Tensor, batch_size: int, *, full_mlp: bool) -> None:
+def calibrate(
+    folder: Path, blocks: torch.Tensor, batch_size: int, device: torch.device, where: str, *, full_mlp: bool
+) -> None:
     """What `a3 calibrate` does between the text and the manifest."""
     model = describe(Checkpoint(folder))
-    machine = Machine(torch.device("cpu"), torch.bfloat16)
-    states = StatesOnDisk(
-        lambda layer: folder / f"hidden-{layer}.bin",
-        folder / "hidden-next.bin",
-        (*blocks.shape, model.shape.hidden_size),
-        machine.dtype,
+    machine = Machine(device, torch.bfloat16)
+    shape = (*blocks.shape, model.shape.hidden_size)
+    states: States = (
+        StatesOnDisk(lambda layer: folder / f"hidden-{layer}.bin", folder / "hidden-next.bin", shape, machine.dtype)
+        if where == "disk"
+        else StatesInMemory(shape, machine.dtype, device if where == "device" else torch.device("cpu"))
     )
+
+    def keep(layer: int, sums: Tensors) -> None:
+        write_hashed(folder / f"layer-{layer:03d}.safetensors", sums)
+
     Sweep(
         Decoder(model, machine),
         blocks,
@@ -74,7 +67,7 @@ def calibrate(folder: Path, blocks: torch.Tensor, batch_size: int, *, full_mlp: 
         batch_size,
         adapt=False,
         full_mlp=full_mlp,
-        finished=lambda layer, sums: write_tensors(folder / f"layer-{layer:03d}.safetensors", sums),
+        finished=keep,
         progress=lambda **at: None,
     ).run(0)
     for path in [*folder.glob("hidden-*.bin"), *folder.glob("layer-*.safetensors")]:
@@ -87,39 +80,48 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def prepare(kind: str, folder: Path, blocks: torch.Tensor, batch_size: int) -> Callable[[], None]:
+def prepare(
+    kind: str, folder: Path, blocks: torch.Tensor, batch_size: int, device: torch.device, where: str
+) -> Callable[[], None]:
     """What is timed."""
     if kind == "bare":
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        return lambda: forward(model, blocks, batch_size)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+        return lambda: forward(model, blocks, batch_size, device)
     return_freed_memory()  # as the command itself does
-    return lambda: calibrate(folder, blocks, batch_size, full_mlp=kind == "full")
+    return lambda: calibrate(folder, blocks, batch_size, device, where, full_mlp=kind == "full")
 
 
 def run(kind: str, folder: Path, arguments: argparse.Namespace) -> None:
     """In a child: print the fastest round's seconds, or a profile."""
     torch.manual_seed(1)
-    blocks = torch.randint(CONFIG["vocab_size"], (arguments.blocks, arguments.seq_len))
-    work = prepare(kind, folder, blocks, arguments.batch_size)
+    blocks = torch.randint(SHAPES[arguments.shape]["vocab_size"], (arguments.blocks, arguments.seq_len))
+    device = torch.device(arguments.device)
+    work = prepare(kind, folder, blocks, arguments.batch_size, device, arguments.hidden_states)
     if arguments.profile:
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        with profile(activities=activities) as profiled:
             work()
-        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50))
+        by = "self_cpu_time_total" if device.type == "cpu" else "self_cuda_time_total"
+        print(profiled.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=50))
         return
-    prepare(kind, folder, blocks[:1], 1)()  # kernels are chosen and pages read the first time
+    prepare(
+        kind, folder, blocks[:1], 1, device, arguments.hidden_states
+    )()  # kernels are chosen and pages read the first time
     print(min(seconds(work) for _ in range(arguments.rounds)))
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> bool:
     """Print the table; False if a ratio is above its limit."""
-    make_model(folder, arguments.layers)
+    make_in_a_child(folder, arguments.shape, arguments.layers)
+    size = sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
+    print(f"{arguments.shape}, {size / 2e9:.2f} B parameters, bfloat16, on {arguments.device}", end=", ")
     print(
         f"{arguments.blocks} blocks of {arguments.seq_len} tokens, {arguments.batch_size} a batch, "
-        f"{torch.get_num_threads()} threads, fastest of {arguments.rounds}"
+        f"{torch.get_num_threads()} threads, hidden states: {arguments.hidden_states}, fastest of {arguments.rounds}"
     )
     took: dict[str, float] = {}
     within = True
@@ -139,7 +141,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--shape", choices=SHAPES, default="0.3b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--hidden-states", choices=("disk", "memory", "device"), default="disk")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=1)

@@ -12,6 +12,7 @@ import torch
 from a3cli.errors import CheckFailed
 from a3cli.evaluate import bootstrap, describe_sums
 from a3cli.gates import parse_gate, raise_for_failures
+from tests.conftest import refused
 
 TEXT = ("--samples", 4, "--seq-len", 48)
 
@@ -240,3 +241,18 @@ def test_without_the_harness_the_extra_is_named(a3, checkpoint, monkeypatch):
     outcome = a3("eval", checkpoint("llama-gqa"), "--tasks", "boolq")
     assert outcome.code == 2
     assert "a3cli[lm-eval]" in outcome.stderr
+
+
+def test_a_text_field_for_each_data_set(a3, checkpoint, text_file, tmp_path):
+    text = text_file.read_text("utf-8")[:4000]
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, field in zip(files, ("body", "content"), strict=True):
+        file.write_text(json.dumps({field: text}) + "\n", "utf-8")
+    command = ("eval", checkpoint("llama-gqa"), "--dataset", files[0], "--dataset", files[1], *TEXT, "--json")
+    found = a3(*command, "--text-field", "body", "--text-field", "content")
+    assert found.code == 0, found
+    first, second = found.json["datasets"]
+    assert first["perplexity"] == second["perplexity"]
+    refused(a3(*command, "--text-field", "body"), "b.jsonl", "body")
+    refused(a3(*command, *("--text-field", "body") * 3), "--text-field was given 3 times for 2 data sets")
+    refused(a3(*command, "--split", "a", "--split", "b", "--split", "c"), "--split was given 3 times for 2 data sets")

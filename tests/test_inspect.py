@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from a3cli.inspect import name_layers, spectrum_health
+from a3cli.moments import unpack_upper
 from a3cli.solvers.linalg import effective_rank
 from a3cli.tokens import NGRAM, describe_blocks
 from tests.conftest import SHORT, put_in_statistics, refused
@@ -41,10 +42,12 @@ def test_what_it_says_is_what_the_files_hold(a3, work, tmp_path):
     solution = json.loads((work / "solution" / "manifest.json").read_text())
     sums = load_file(work / "calibration" / "layer-001.safetensors")
     layer = found["layers"][1]
-    values = torch.linalg.eigvalsh(sums["k_gram"])
+    values = torch.linalg.eigvalsh(torch.cat([sums["k_gram"], sums["q_gram"]]))
     assert found["stage"] == "solved"
     assert layer["qk"]["condition"] == pytest.approx((values[:, -1] / values[:, 0]).max().item(), rel=1e-6)
-    assert layer["qk"]["effective_rank"] == pytest.approx(effective_rank(values).mean().item(), rel=1e-3)
+    assert layer["qk"]["effective_rank"] == pytest.approx(effective_rank(values[:2]).mean().item(), rel=1e-3)
+    outputs = torch.linalg.eigvalsh(unpack_upper(sums["o_gram"], 64).double())
+    assert layer["ov"]["condition"] == pytest.approx((outputs[-1] / outputs[0]).item(), rel=1e-6)
     assert layer["mlp"]["tokens_per_dimension"] == 96 / 96
     assert layer["ov"]["tokens_per_dimension"] == 96 / (4 * 16)
     for component in ("qk", "ov", "mlp"):

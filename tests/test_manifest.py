@@ -12,7 +12,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from a3cli.calibrate import describe_request
-from a3cli.card import calibrate_commands, export_command, solve_command
+from a3cli.card import calibrate_commands, export_command, public_dataset, public_request, solve_command
 from a3cli.checkpoint import resolve_model
 from a3cli.errors import A3Error
 from a3cli.machine import choose_machine
@@ -131,6 +131,33 @@ def test_the_card_says_how_it_was_made(a3, work, source, tmp_path):
     manifest = json.loads((tmp_path / "out" / "a3_manifest.json").read_text())
     VALIDATOR.validate(manifest)
     assert manifest["measured"][0]["kl"] == EVALUATION["kl"]
+    assert manifest["calibration"]["request"]["text"]["dataset"] == "text.txt"
+    for name in ("README.md", "a3_manifest.json"):  # nobody else has these folders
+        assert "/" + str(tmp_path).split("/")[1] + "/" not in (tmp_path / "out" / name).read_text("utf-8"), name
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        ("wikitext2", "wikitext2"),
+        ("allenai/c4:en", "allenai/c4:en"),
+        ("/data/secret/train.txt", "train.txt"),
+        ("texts/train.jsonl", "train.jsonl"),
+        ("../corpus", "corpus"),
+        ("/data/corpus/", "corpus"),
+    ],
+)
+def test_data_sets_by_the_name_that_others_know(dataset, said):
+    assert public_dataset(dataset) == said
+    request = {"text": {"dataset": dataset}, "merged": [{"text": {"dataset": dataset}}]}
+    assert public_request(request) == {"text": {"dataset": said}, "merged": [{"text": {"dataset": said}}]}
+
+
+def test_a_folder_that_looks_like_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert public_dataset("some/texts") == "some/texts"
+    Path("some", "texts").mkdir(parents=True)
+    assert public_dataset("some/texts") == "texts"
 
 
 def record(a3, work, source):
@@ -177,7 +204,7 @@ def test_the_commands_of_a_card_give_the_same_bytes(probed, a3, work, source, te
 
 # What has no option, changes nothing in what is made, or is not kept.
 UNSAID = {
-    CalibrateSettings: {"devices", "hidden_states", "trust_remote_code"},
+    CalibrateSettings: {"devices", "hidden_states"},
     SolveSettings: {"eigenvalue_floor", "num_processes"},
     ExportSettings: {"overwrite", "num_processes", "full_check", "check_reproducible", "evaluations"},
     TextSettings: set(),
@@ -190,7 +217,7 @@ def test_the_commands_have_every_option_that_was_given(a3, source, monkeypatch):
     )
     calibrating = CalibrateSettings(
         model="source", revision="0123abc", text=text, device="cpu", dtype="bfloat16", batch_size=2,
-        mlp_stats="diagonal", full_check=True,
+        mlp_stats="diagonal", full_check=True, trust_remote_code=True,
     )  # fmt: skip
     solving = SolveSettings(
         budget=0.2, attention_budget=0.1, mlp_budget=0.3, method="paper", shape="per-layer", context=200,

@@ -9,6 +9,7 @@ import torch
 from a3cli import display, machine, sweep
 from a3cli.costs import block_bytes, layer_bytes, moment_bytes
 from a3cli.families import ModelShape
+from a3cli.hidden import checksums
 from a3cli.machine import Machine
 from a3cli.memory import choose_batch_size
 from a3cli.moments import LayerMoments, unpack_upper
@@ -90,13 +91,51 @@ def test_hidden_states_truncated_under_way(a3, command, whole, tmp_path, monkeyp
     finished_alike(a3, command, work, whole)
 
 
-def test_in_memory_the_same_bytes_and_no_files(a3, command, whole, tmp_path, monkeypatch):
-    options = (*command[:-1], "--hidden-states", "memory", "--work")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 5])
+def test_check_sums_know_every_bit_and_place(width, dtype):
+    blocks = torch.randn(3, 7, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = checksums(blocks)
+    assert len(set(expected)) == 3
+    for start in range(3):
+        assert checksums(blocks[start:]) == expected[start:]  # whichever batch a block is in
+    bits = blocks[1].clone().view(torch.uint8)
+    found = set()
+    for place in range(bits.numel()):
+        for bit in range(8):
+            bits.view(-1)[place] ^= 1 << bit
+            found.add(checksums(bits.view(dtype)[None])[0])
+            bits.view(-1)[place] ^= 1 << bit
+    assert expected[1] not in found
+    swapped = blocks[1, [1, 0, *range(2, 7)]]
+    assert checksums(swapped[None]) != expected[1:2]
+    assert checksums(torch.zeros_like(blocks[:1])) != expected[:1]
+
+
+def test_check_sums_of_many_tokens_are_those_of_few(monkeypatch):
+    blocks = torch.randn(2, 64, 16)
+    expected = checksums(blocks)
+    monkeypatch.setattr("a3cli.hidden.CHECKED_AT_ONCE", 24)
+    assert checksums(blocks) == expected
+
+
+def test_hidden_states_of_which_nothing_is_recorded_are_made_again(a3, command, whole, tmp_path, monkeypatch):
+    """A power failure before the first layer was finished may leave a file of the right size."""
+    work = interrupt(a3, monkeypatch, 0, *command, tmp_path / "cut")
+    file = work / "calibration" / "hidden-000.bin"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert a3(*command, work).code == 0
+    assert calibration_files(work) == calibration_files(whole)
+
+
+@pytest.mark.parametrize("where", ["memory", "device"])
+def test_in_memory_the_same_bytes_and_no_files(where, a3, command, whole, tmp_path, monkeypatch):
+    options = (*command[:-1], "--hidden-states", where, "--work")
     work = interrupt(a3, monkeypatch, 3, *options, tmp_path / "memory")
     assert not list(work.rglob("hidden-*"))
     assert "once more through the layers before it" in finished_alike(a3, command, work, whole, *options[-3:-1])
     monkeypatch.setattr("a3cli.calibrate.free_memory", lambda device: 46_000)
-    refused(a3(*options, tmp_path / "short"), "--hidden-states memory", "0.00 GB", "--hidden-states disk")
+    refused(a3(*options, tmp_path / "short"), f"--hidden-states {where}", "0.00 GB", "--hidden-states disk")
     assert not (tmp_path / "short").exists()
 
 
@@ -112,15 +151,15 @@ def test_killed_between_two_layers_of_a_pass(a3, command, whole, tmp_path, monke
     """The first of two layers that were run together is finished, the second is not."""
     from a3cli import calibrate
 
-    plain = calibrate.write_tensors
+    plain = calibrate.write_hashed
 
     def interrupting(path, tensors):
         if path.name == "layer-003.safetensors":
             raise KeyboardInterrupt
-        plain(path, tensors)
+        return plain(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate, "write_tensors", interrupting)
+        patch.setattr(calibrate, "write_hashed", interrupting)
         assert a3(*command, tmp_path / "cut", "--devices", "cpu,cpu").code == 3
     finished_alike(a3, command, tmp_path / "cut", whole)
 
@@ -187,6 +226,23 @@ def test_batches_are_halved_until_they_fit(where, a3, command, whole, tmp_path, 
     assert_close([whole, tmp_path / "auto"])
 
 
+def test_a_batch_that_cannot_even_be_embedded_is_halved(a3, command, whole, tmp_path, monkeypatch):
+    plain = sweep.Decoder.look_up
+
+    def look_up(self, blocks, table):
+        if len(blocks) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return plain(self, blocks, table)
+
+    monkeypatch.setattr(sweep.Decoder, "look_up", look_up)
+    outcome = a3(*command[:-1], "--batch-size", "auto", "--work", tmp_path / "auto", "--json")
+    assert outcome.code == 0, outcome
+    assert "going on with 3 blocks a batch" in outcome.stderr
+    assert_close([whole, tmp_path / "auto"])
+    ended = a3(*command[:-1], "--batch-size", 6, "--work", tmp_path / "asked", "--quiet")
+    refused(ended, "out of memory at 6 blocks a batch")
+
+
 def test_batch_is_halved_in_the_middle_and_kept(a3, command, whole, tmp_path, monkeypatch):
     """Memory that runs out late: finished layers stay as they are, and so does the smaller batch."""
     plain = sweep.run_layer
@@ -234,7 +290,7 @@ def test_batch_from_the_memory_that_is_free(monkeypatch):
     assert moment_bytes(LLAMA_70B, full_mlp=True) == pytest.approx(4 * 28672**2 + 2 * 28672**2, rel=0.1)
     monkeypatch.setattr(Machine, "free_memory", lambda self: 80 * 10**9)
     gpu = Machine(torch.device("cuda"), torch.bfloat16)
-    batch = choose_batch_size(LLAMA_70B, gpu, 2048, 128, full_mlp=True)
+    batch = choose_batch_size(LLAMA_70B, gpu, 2048, 512, full_mlp=True)
     needed = layer_bytes(LLAMA_70B, 2) + moment_bytes(LLAMA_70B, full_mlp=True)
     block = block_bytes(LLAMA_70B, 2, 2048)
     assert needed + batch * block <= 0.9 * 80e9 < needed + (batch + 1) * block
@@ -244,17 +300,24 @@ def test_batch_from_the_memory_that_is_free(monkeypatch):
     assert choose_batch_size(LLAMA_70B, cpu, 256, 128, full_mlp=True) == 8
 
 
+@pytest.mark.parametrize("tokens", [700, 7000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sums_of_half_precision_are_exact_to_float32(dtype):
-    """More tokens than a piece, wider than a few rows of a triangle, two batches; against float64."""
+def test_sums_of_half_precision_are_exact_to_float32(dtype, tokens, monkeypatch):
+    """More tokens than a piece, wider than a few rows of a triangle, two batches; against float64.
+
+    The larger batches as on a GPU, which takes them whole.
+    """
+    monkeypatch.setattr(LayerMoments, "_on_cpu", tokens < 1000)
     generator = torch.Generator().manual_seed(0)
-    batches = [(2 + torch.randn(2, 700, 640, generator=generator)).to(dtype) for _ in range(2)]
+    batches = [(2 + torch.randn(2, tokens, 640, generator=generator)).to(dtype) for _ in range(2)]
     moments = LayerMoments(16, full_mlp=True, device=torch.device("cpu"))
+    precision = torch.get_float32_matmul_precision()
     for batch in batches:
         moments.add_mlp(batch)
         moments.add_attention_output(batch)
         moments.add_heads("q", batch)
         moments.add_residual("mlp_residual", batch)
+    assert torch.get_float32_matmul_precision() == precision
     found = moments.finished()
     flat = torch.cat(batches).flatten(0, 1).double()
     heads = flat.unflatten(1, (-1, 16)).transpose(0, 1)

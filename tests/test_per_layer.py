@@ -73,7 +73,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
     work.solution.mkdir()
     checkpoint = Checkpoint(source)
     shape, item = describe(checkpoint).shape, checkpoint.dtype.itemsize
-    machine = {"batch_size": 1, "mlp_stats": "full", "device": "cpu", "dtype": "float32"}
+    machine = {"batch_size": 1, "mlp_stats": "full", "device": "cpu", "dtype": "float32", "trust_remote_code": False}
     request = {"source": checkpoint.fingerprint(), "text": TextSettings(dataset="by-hand").model_dump(), **machine}
     small_files = checkpoint.hash_small_files()
     write_manifest(work.source, {"model": str(source), "revision": None, "small_files": small_files})

@@ -1,5 +1,6 @@
 """Several processes: the same statistics, one error for all, nothing lost when one is killed."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from a3cli.errors import A3Error
 from a3cli.processes import ERROR_FOLDER, Processes, raise_first
+from tests.conftest import refused
 from tests.test_calibrate import calibration_files
 
 TEXT = ("--samples", 5, "--seq-len", 48, "--batch-size", 2, "--quiet")
@@ -176,6 +178,52 @@ def test_the_lock_counts_for_all_of_a_run(checkpoint, text_file, tmp_path):
     assert run(2, tmp_path, *command).codes == [0, 0]
 
 
+def waiting_in_the_second_layer(rank: int, begun: Path) -> None:
+    """The process says that it is there, and stays."""
+    from a3cli import sweep
+
+    plain, calls = sweep.run_layer, []
+
+    def run_layer(*arguments):
+        calls.append(None)
+        if len(calls) == 4:  # five blocks, two a batch
+            begun.touch()
+            time.sleep(600)
+        return plain(*arguments)
+
+    sweep.run_layer = run_layer
+
+
+def test_refused_while_another_runs_and_taken_over_when_that_was_killed(a3, checkpoint, text_file, tmp_path):
+    work, begun = tmp_path / "work", tmp_path / "begun"
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work")
+    assert a3(*command, tmp_path / "whole").code == 0
+    arguments = [str(part) for part in (*command, work)]
+    target = (0, {}, arguments, partial(waiting_in_the_second_layer, begun=begun))
+    first = CONTEXT.Process(target=command_line, args=target, daemon=True)
+    first.start()
+    try:
+        wait_for(begun)
+        refused(a3(*command, work), f"work folder {work} is in use by another a3 process")
+        refused(a3(*command, work, "--overwrite"), f"work folder {work} is in use by another a3 process")
+        assert first.is_alive()
+    finally:
+        first.kill()
+        first.join()
+    kept = (work / "calibration" / "layer-000.safetensors").stat().st_mtime_ns
+    assert (work / ".lock").exists()
+    assert a3(*command, work).code == 0
+    assert (work / "calibration" / "layer-000.safetensors").stat().st_mtime_ns == kept
+    assert calibration_files(work) == calibration_files(tmp_path / "whole")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not come"
+        time.sleep(0.01)
+
+
 def test_shares_are_even_and_cover_everything():
     for count in (1, 2, 3, 7):
         for items in (1, 2, 7, 128):
@@ -225,6 +273,34 @@ def test_num_processes_starts_them_and_says_what_became_of_them(checkpoint, text
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout.startswith("calibrated 20 layers on 8,192 tokens")
+
+
+def accelerate_launch(*arguments: object) -> list[str]:
+    """What the real launcher's processes print."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_accelerate_launches_one_process_or_two_on_a_cpu(a3, checkpoint, text_file, tmp_path):
+    """Without a GPU too, several take --multi_gpu."""
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work")
+    launched = {
+        1: ("--cpu", "--num_processes", 1),
+        2: ("--multi_gpu", "--num_processes", 2),
+    }
+    assert a3(*command, tmp_path / "plain").code == 0
+    for count, options in launched.items():
+        work = tmp_path / str(count)
+        (line,) = accelerate_launch(*options, "--num_machines", 1, "-m", "a3cli", *command, work, "--device", "cpu")
+        assert line.startswith("calibrated 2 layers on 240 tokens")
+        manifest = json.loads((work / "calibration" / "manifest.json").read_text())
+        assert [layer["processes"] for layer in manifest["made_with"]] == [count, count]
+    assert calibration_files(tmp_path / "1") == calibration_files(tmp_path / "plain")
+    assert_close([tmp_path / "plain", tmp_path / "2"])
 
 
 def everything(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.test_bad_input import refused, snapshot
+from tests.conftest import refused, snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,6 +63,24 @@ def test_the_same_as_the_commands(a3, recipe, checkpoint, text_file, tmp_path):
     assert a3("solve", "--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8, *work).code == 0
     assert a3("export", tmp_path / "out", *work).code == 0
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "recipes" / "model")
+
+
+def test_solve_and_export_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_path, monkeypatch):
+    from a3cli import processes
+
+    counts = []
+
+    def spread(work, items, count):
+        counts.append(count)
+        return processes.spread(work, items, count)
+
+    assert a3("run", recipe, "--work", tmp_path / "w", "--out", tmp_path / "o").code == 0
+    for section in ("solve", "export"):
+        edit(recipe, section, num_processes=3)
+        monkeypatch.setattr(f"a3cli.{section}.spread", spread)
+    assert a3("run", recipe).code == 0
+    assert set(counts) == {3}
+    assert snapshot(tmp_path / "o") == snapshot(tmp_path / "recipes" / "model")
 
 
 @pytest.mark.parametrize("stage", ["solve", "export", "evaluate"])
@@ -205,24 +223,37 @@ def test_random_text_is_refused_in_one_line(content, a3, tmp_path):
     refused(a3("run", path), "random.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_that_ship(path):
+SHIPPED = {
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "tiny": str(ROOT / "demo" / "model"),
+}
+
+
+def test_all_that_ship_are_known():
+    assert {path.stem for path in (ROOT / "configs").iterdir()} == set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_recipes_that_ship(name):
     from a3cli.recipe import read_recipe
     from a3cli.solve import check_settings
 
+    path = ROOT / "configs" / f"{name}.yaml"
     recipe = read_recipe(path)
     check_settings(recipe.solve)
     assert recipe.work == ROOT / "runs" / path.stem / "work"
     assert recipe.evaluation.model == str(recipe.out)
-    sources = {recipe.calibrate.model, recipe.evaluation.against}
-    assert len(sources) == 1
-    assert (path.stem == "tiny") == sources.pop().startswith("/")
+    assert recipe.calibrate.model == recipe.evaluation.against == SHIPPED[name]
+    assert recipe.calibrate.batch_size is None  # auto
     for line in path.read_text().splitlines():  # every setting that is given says what it is
         documented = "#" in line or line.endswith(":") or line.startswith(("work", "out")) or not line
         assert documented or line.split(":")[0].strip() in LATER, line
 
 
-LATER = ("model", "method", "max_shard_size", "against", "seq_len", "batch_size", "samples")
+LATER = ("model", "method", "max_shard_size", "against", "seq_len", "samples")
 
 
 def test_the_tiny_recipe(a3, tmp_path):

@@ -17,7 +17,7 @@ from a3cli.errors import A3Error
 from a3cli.families import LayerSizes
 from a3cli.machine import choose_machine
 from a3cli.model import Model
-from a3cli.moments import Tensors, gram_blocks, unpack_upper
+from a3cli.moments import LARGE, Tensors, gram_blocks, unpack_upper
 from a3cli.settings import Component, SolveSettings
 from a3cli.solvers.allocate import sizes
 from a3cli.solvers.linalg import JointDecomposition, effective_rank
@@ -50,6 +50,13 @@ class LayerInputs:
     def __init__(self, model: Model, work: Work, layer: int) -> None:
         self.shape, self.layer = model.shape, layer
         self._model, self._path, self._work = model, work.statistics(layer), work
+
+    def check(self) -> None:
+        """Look at all sums, also those that no method reads; the large ones are looked at when they are."""
+        with safe_open(self._path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
+                if name not in LARGE:
+                    check_statistics(file.get_tensor(name), name, self.layer)
 
     def mean(self, name: str) -> torch.Tensor:
         """One sum of `moments.py` over the token count, as stored: the large ones are packed triangles."""

@@ -131,23 +131,23 @@ def _take_greedily(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact greedy among a pool: indices `[count]` into it, and what each one gained.
 
-    Works on `R` and on `met = T Tᵀ`, both of the pool's size, in place: `T_j − c_j T_b` changes `T Tᵀ` by rank two.
+    Works on `R` and on `met = T Tᵀ`, both of the pool's size, in place: `T_j − c_j T_b` changes `T Tᵀ` by rank two. The
+    index stays a tensor `[1]`, so that nothing waits for the device.
     """
     left = torch.ones(len(residual), dtype=torch.bool, device=residual.device)
     taken, gains = [], []
     for _ in range(count):
         gain = torch.where(left, _gains(residual.diagonal(), met.diagonal(), least), -1.0)
-        best = gain.argmax()
-        taken.append(best)
-        gains.append(gain[best])
-        if gain[best] > 0:
-            row = residual[best].clone()
-            share = row / row[best]
-            half = met[best] - met[best, best] / 2 * share
-            residual.addr_(share, row, alpha=-1)
-            met.addr_(share, half, alpha=-1).addr_(half, share, alpha=-1)
+        best = gain.argmax()[None]
+        worth, row = gain[best], residual[best][0]
+        share = torch.where(worth > 0, row / row[best], 0.0)
+        half = met[best][0] - met[best, best] / 2 * share
+        residual.addr_(share, row, alpha=-1)
+        met.addr_(share, half, alpha=-1).addr_(half, share, alpha=-1)
         left[best] = False
-    return torch.stack(taken), torch.stack(gains)
+        taken.append(best)
+        gains.append(worth)
+    return torch.cat(taken), torch.cat(gains)
 
 
 def refit_down(gram: torch.Tensor, down_weight: torch.Tensor, kept: torch.Tensor, *, ridge: float) -> torch.Tensor:

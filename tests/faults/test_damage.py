@@ -2,12 +2,17 @@
 
 import json
 import os
+import pkgutil
 import random
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import SHORT, SOLVE, build_tokenizer, refused, snapshot
 
@@ -52,7 +57,10 @@ FILES = sorted({name for names in READS.values() for name in names})
 
 @pytest.fixture(scope="module")
 def whole(checkpoint, text_file, tmp_path_factory) -> Path:
-    """`source`, `work` up to a solution and `out`; in `other` the same of another model with the same shapes."""
+    """`source`, `work` up to a solution, `out`, and `more`, another calibration; in `other` the same of another model.
+
+    Both models have the same shapes.
+    """
     from a3cli.calibrate import calibrate
     from a3cli.export import export
     from a3cli.settings import CalibrateSettings, ExportSettings, SolveSettings, make_settings
@@ -78,6 +86,9 @@ def whole(checkpoint, text_file, tmp_path_factory) -> Path:
         rounding = {"mlp_multiple": 8, "head_multiple": 2}
         solve(make_settings(SolveSettings, budget=0.25, **rounding), work, overwrite=False, progress=lambda **at: None)
         export(place / "out", ExportSettings(), work)
+    text = {**text, "seed": 7}
+    settings = make_settings(CalibrateSettings, model=str(folder / "source"), text=text)
+    calibrate(settings, Work(folder / "more"), overwrite=False, progress=lambda **at: None)
     return folder
 
 
@@ -170,6 +181,211 @@ def test_damaged_under_way(name, damage, whole, a3, text_file, tmp_path, monkeyp
     assert snapshot(tmp_path) == before
 
 
+@dataclass(frozen=True)
+class Halfway:
+    """A command that is given twice: the first time it ends, or is cut short at its second call of `cut_at`."""
+
+    command: tuple[object, ...]
+    files: tuple[str, ...]  # that it finds the second time
+    cut_at: str | None = None
+
+
+WORK = ("--work", "work")
+QUICK = (*SOLVE, "--components", "mlp", "--overwrite", *WORK)
+PROBE = (*QUICK, "--sensitivity", "probe", "--probe-points", 2, "--probe-blocks", 2)
+DRAFT = "work/.solution.a3-partial"
+HALFWAY = {
+    "probing": Halfway(PROBE, ("work/probes/progress.json", "work/probes/streams-1.bin"), "a3cli.probe._Run._pass"),
+    "probed": Halfway(PROBE, ("work/probes/best-stock.json", "work/channels/layer-000.json")),
+    "correcting": Halfway(
+        (*QUICK, "--method", "paper", "--sequential", "--refit-rounds", 0),
+        (
+            "work/.solution.a3-progress.json",
+            *(f"{DRAFT}/{name}-000.safetensors" for name in ("one-shot", "refit")),
+            *(f"{DRAFT}/streams/{name}-1.bin" for name in ("source", "smaller")),
+        ),
+        "a3cli.sequential._Layer.refit",
+    ),
+    "exporting": Halfway(
+        ("export", "out", "--max-shard-size", "70KB", *WORK),
+        (".out.a3-progress.json", ".out.a3-partial/model-00001-of-00005.safetensors"),
+        "a3cli.export.write_shard",
+    ),
+    "comparing": Halfway(
+        ("pareto", "--budgets", "0.2", *SOLVE[3:], *WORK), ("work/pareto.json",), "a3cli.pareto.Points.add"
+    ),
+    "measured": Halfway(("run", "recipe.yaml"), ("work/evaluation.json",)),
+}
+
+
+def begin(place: Path, here: Path, number: int, text_file: Path) -> None:
+    """The work folder of `place` with its calibration and solution, and a recipe."""
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(place / "work", here / "work")
+    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32, "seed": number}
+    recipe = {
+        "work": "work",
+        "out": "out",
+        "calibrate": {"model": str(place / "source"), "text": text},
+        "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8},
+        "eval": {"text": {**text, "samples": 1}},
+    }
+    (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def made(outcome, here: Path) -> tuple[str, dict[str, bytes | None]]:
+    """What a command said and what is there, but for a speed that was measured."""
+    files = snapshot(here)
+    files.pop("work/evaluation.json", None)
+    return re.sub(r'"tokens_per_second": [^,]*', "", outcome.stdout), files
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory) -> tuple[Path, dict[str, object]]:
+    """Where what the commands left is kept, and what an undisturbed one makes, by name: for those that were run."""
+    return tmp_path_factory.mktemp("left"), {}
+
+
+@pytest.fixture
+def halfway(name, left, whole, a3, text_file, monkeypatch):
+    """The current folder as the first command left it, the other model's, and what an undisturbed one makes.
+
+    The folder is the same for all: an evaluation knows the place of its export.
+    """
+    folder, undisturbed = left
+    here, step = folder / "here", HALFWAY[name]
+    if name not in undisturbed:
+        for number, place in ((1, whole / "other"), (0, whole)):
+            begin(place, here, number, text_file)
+            monkeypatch.chdir(here)
+            cut_short(step, a3, monkeypatch)
+            shutil.copytree(here, folder / name / str(number))
+        begin(whole, here, 0, text_file)
+        monkeypatch.chdir(here)
+        outcome = a3(*step.command, "--quiet", "--json")
+        assert outcome.code == 0, outcome.stderr
+        undisturbed[name] = made(outcome, here)
+    shutil.rmtree(here)
+    shutil.copytree(folder / name / "0", here)
+    monkeypatch.chdir(here)
+    return here, folder / name / "1", undisturbed[name]
+
+
+def cut_short(step: Halfway, a3, monkeypatch) -> None:
+    calls = count(1)
+
+    def cut(*args, **options):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        if step.cut_at:
+            original = pkgutil.resolve_name(step.cut_at)
+            patch.setattr(step.cut_at, cut)
+        outcome = a3(*step.command)
+    assert outcome.code == (3 if step.cut_at else 0), outcome
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, step in HALFWAY.items() for file in step.files])
+def test_damaged_halfway(name, file, damage, halfway, a3):
+    """Refused by name, or made again with a warning that names it; what is of another request is as if it were not."""
+    here, other, undisturbed = halfway
+    damage(here / file, other / file)
+    before = snapshot(here)
+    outcome = a3(*HALFWAY[name].command, "--quiet", "--json")
+    if outcome.code:
+        refused(outcome, Path(file).name)
+        assert snapshot(here) == before
+    else:
+        assert Path(file).name in outcome.stderr or (damage is replace and file.endswith(".json"))
+        assert made(outcome, here) == undisturbed
+
+
+CALIBRATED = ["work/source.json", *(f"work/{name}" for name in (MANIFEST, TOKENS, *STATISTICS))]
+SOURCE = [f"source/{name}" for name in (*WEIGHTS, *TOKENIZER)]
+EXPORTED = ["out/config.json", "out/a3_manifest.json"]
+DESCRIBED = [*SOURCE, *CALIBRATED, "work/solution/manifest.json"]
+# Commands that only look, or make something new elsewhere, and what they read.
+LOOKING: dict[str, tuple[tuple[object, ...], list[str]]] = {
+    "inspect": (("inspect", "work"), DESCRIBED),
+    "inspect export": (("inspect", "out"), EXPORTED),
+    "report": (("report", "work", "--html", "page.html"), DESCRIBED),
+    "report export": (("report", "out", "--html", "page.html"), EXPORTED),
+    "pareto": (("pareto", "--budgets", "0.2", *SOLVE[3:], *WORK), [*SOURCE[: len(WEIGHTS)], *CALIBRATED]),
+    "merge": (("stats", "merge", "work", "more", "--into", "merged"), CALIBRATED),
+    "verify": (
+        ("verify", "out", "--require-reference", *WORK),
+        [
+            *SOURCE[: len(WEIGHTS)],
+            *(f"work/{name}" for name in ("source.json", MANIFEST, TOKENS, *SOLUTION)),
+            *EXPORTED,
+            *(f"out/{name}" for name in ("model.safetensors", *TOKENIZER, *CARRIED)),
+        ],
+    ),
+}
+
+
+@pytest.fixture
+def there(here, whole, tmp_path, monkeypatch) -> Path:
+    """As `here`, with the export, a second calibration in `more`, and of the checks of the export's files the first."""
+    from a3cli import checker
+
+    def look_at_files(request, folder):
+        outcome, detail = checker.attempt(checker.check_files, checker.Export(request))
+        return [{"name": "files", "outcome": outcome, "detail": detail}]
+
+    monkeypatch.setattr("a3cli.verify.run_checker", look_at_files)
+    shutil.copytree(whole / "out", "out")
+    shutil.copytree(whole / "more", "more")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted({name for _, names in LOOKING.values() for name in names}))
+def test_damaged_and_looked_at(name, whole, there, a3):
+    """Refused by name; of a damaged export `a3 verify` says the same as a failed check."""
+    path = there / name
+    undamaged = path.read_bytes()
+    for damage in DAMAGES:
+        damage(path, whole / "other" / name)
+        before = snapshot(there)
+        # Another model's manifest is whole in itself: named is what does not fit it.
+        named = "" if damage is replace and "manifest" in name else path.name
+        for command, names in LOOKING.values():
+            if name not in names:
+                continue
+            outcome = a3(*command, "--quiet", "--json")
+            if (name, damage) == ("work/solution/manifest.json", replace):  # a solution of an earlier calibration
+                assert f"{name} was solved from another" in outcome.stdout or "holds another solution" in outcome.stderr
+            elif command[0] == "verify":
+                assert outcome.code == 1, outcome
+                assert named in outcome.stderr
+            else:
+                refused(outcome, named)
+                assert snapshot(there) == before
+        path.write_bytes(undamaged)
+
+
+@pytest.mark.parametrize("looking", LOOKING)
+def test_damaged_and_not_looked_at(looking, whole, there, a3):
+    """What a command does not read cannot change what it says and makes."""
+    command, names = LOOKING[looking]
+
+    def say() -> tuple[object, ...]:
+        outcome = a3(*command, "--quiet", "--json")
+        page = there / "page.html"
+        made = snapshot(there / "merged"), page.read_bytes() if page.exists() else None
+        for product in ("merged", "work/channels"):
+            shutil.rmtree(there / product, ignore_errors=True)
+        return outcome, made
+
+    undisturbed = say()
+    for name in sorted({name for _, others in LOOKING.values() for name in others} - set(names)):
+        flip_a_bit(there / name, Path())
+    assert say() == undisturbed
+
+
 def flip_between_samples(path: Path) -> None:
     """In the middle of the first gap between two sampled places."""
     from a3cli.checkpoint import FINGERPRINT_BYTES, FINGERPRINT_SAMPLES
@@ -186,6 +402,7 @@ def test_a_large_source_is_sampled_except_with_full_check(full, checkpoint, a3, 
     shutil.copytree(checkpoint("llama-gqa", vocab_size=12000), "source")
     weights = Path("source", "model.safetensors")
     assert weights.stat().st_size > 1 << 22
+    monkeypatch.setattr("a3cli.checkpoint.SAMPLED_ABOVE", 1 << 22)
     text = ("--dataset", text_file, *SHORT, "--work", "work")
     check = ("--full-check",) if full else ()
     assert a3("calibrate", "source", *text, *check).code == 0
@@ -197,11 +414,19 @@ def test_a_large_source_is_sampled_except_with_full_check(full, checkpoint, a3, 
     if full:
         refused(a3("export", "out", "--work", "work", *check), "model.safetensors")
         refused(a3("calibrate", "source", *text, *check), "model.safetensors")
-    assert a3("export", "out", "--work", "work").code == 0  # sampled: it goes unnoticed, as docs/faults.md says
+    assert a3("export", "out", "--work", "work").code == 0  # sampled: it goes unnoticed, as docs/trust.md says
+
+
+def test_a_source_of_up_to_a_gigabyte_is_hashed_wholly(checkpoint, a3, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint("llama-gqa", vocab_size=12000), "source")
+    assert a3("calibrate", "source", "--dataset", text_file, *SHORT, "--work", "work").code == 0
+    flip_between_samples(Path("source", "model.safetensors"))
+    refused(a3(*SOLVE, "--work", "work"), "model.safetensors")
 
 
 @pytest.mark.parametrize("size", [1, 60_000, 65_536, 500_001, (1 << 20) - 1, 1 << 20])
-def test_the_fingerprint_covers_files_up_to_a_mebibyte_wholly(size, tmp_path):
+def test_the_fingerprint_covers_shards_up_to_a_mebibyte_wholly(size, tmp_path):
     from a3cli.checkpoint import FINGERPRINT_BYTES, FINGERPRINT_SAMPLES
 
     covered, end = 0, 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -69,27 +70,37 @@ def place(tmp_path_factory) -> Path:
 
 def check(place: Path, source: Path, text: Path, *, command: str = "calibrate") -> None:
     """Run the command, and see that it ends well."""
-    run = place / "run"
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir()
-    work = ("--work", run / "work") if command == "calibrate" else ()
-    check_command((command, source, "--dataset", text, *SHORT, "--quiet", *work), run)
+    work = ("--work", "work") if command == "calibrate" else ()
+    read = ("--dataset", text, *SHORT) if command != "plan" else ()
+    check_command((command, source, *read, "--quiet", *work), empty(place / "run"))
 
 
-def check_command(arguments: tuple[object, ...], run: Path) -> None:
+def check_command(arguments: tuple[object, ...], run: Path, *, seconds: float = SECONDS) -> None:
     """In `run`, which has nothing else in it than before if the command fails."""
     before = {path.name for path in run.iterdir()}
-    outcome = forks.run(arguments, run, seconds=SECONDS, memory=MEMORY)
-    assert outcome.code in (0, 2), outcome
+    outcome = forks.run(arguments, run, seconds=seconds, memory=MEMORY)
     assert outcome.memory < MEMORY, outcome
+    check_outcome(outcome, failed_checks=arguments[0] == "verify")
+    if outcome.code:
+        assert {path.name for path in run.iterdir()} <= before | set(forks.OUTPUTS)
+
+
+def check_outcome(outcome: Any, *, failed_checks: bool = False) -> None:
+    """Success without a word on stderr, or one line there; beside failed checks there are results."""
+    assert outcome.code in ((0, 1, 2) if failed_checks else (0, 2)), outcome
     if outcome.code:
         (line,) = outcome.stderr.splitlines()
         assert line.startswith("error: ")
         assert line.isprintable(), line
-        assert outcome.stdout == ""
-        assert {path.name for path in run.iterdir()} <= before | set(forks.OUTPUTS)
+        assert outcome.code == 1 or outcome.stdout == ""
     else:
         assert outcome.stderr == ""
+
+
+def empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
 def copy(model: Path, place: Path) -> Path:
@@ -104,7 +115,7 @@ def repeated(test: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("command", ["calibrate", "eval"])
+@pytest.mark.parametrize("command", ["calibrate", "eval", "plan"])
 @repeated
 def test_configurations(amount, command, model, place, text_file):
     original = json.loads((model / "config.json").read_text())
@@ -133,7 +144,7 @@ ABSURD = {
 }
 
 
-@pytest.mark.parametrize("command", ["calibrate", "eval"])
+@pytest.mark.parametrize("command", ["calibrate", "eval", "plan"])
 @pytest.mark.parametrize("name", ABSURD)
 def test_absurd_sizes(name, command, model, place, text_file):
     """Nothing of such a size is made before it is compared with the weights that are there."""
@@ -170,11 +181,16 @@ def headers(draw: Any, header: dict[str, Any], size: int) -> bytes:
     return struct.pack("<Q", length) + text
 
 
+def split_header(path: Path) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file's header and its data."""
+    whole = path.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+
 @repeated
 def test_safetensors_headers(amount, model, place, text_file):
-    whole = (model / "model.safetensors").read_bytes()
-    length = struct.unpack("<Q", whole[:8])[0]
-    original, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    original, data = split_header(model / "model.safetensors")
 
     @amount
     @given(header=headers(original, len(data)))
@@ -240,12 +256,100 @@ def test_recipes(amount, model, place, text_file):
     @amount
     @given(data=st.data())
     def run(data: Any) -> None:
-        folder = place / "recipe"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder = empty(place / "recipe")
         changed = data.draw(mutated({key: value for key, value in recipe.items() if key not in places}))
         content = yaml.safe_dump({**{key: recipe[key] for key in places}, **changed})
         (folder / "recipe.yaml").write_text(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
         check_command(("run", folder / "recipe.yaml", "--quiet"), folder)
 
     run()
+
+
+@pytest.fixture(scope="module")
+def finished(model, text_file, tmp_path_factory) -> Path:
+    """`source`, `work` up to a solution, and `out`."""
+    from a3cli.calibrate import calibrate
+    from a3cli.export import export
+    from a3cli.settings import CalibrateSettings, ExportSettings, SolveSettings, make_settings
+    from a3cli.solve import solve
+    from a3cli.work import Work
+
+    folder = tmp_path_factory.mktemp("finished")
+    source, work = Path(shutil.copytree(model, folder / "source")), Work(folder / "work")
+    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32}
+    settings = make_settings(CalibrateSettings, model=str(source), text=text)
+    calibrate(settings, work, overwrite=False, progress=lambda **at: None)
+    settings = make_settings(SolveSettings, budget=0.25, mlp_multiple=8, head_multiple=2, method="paper")
+    solve(settings, work, overwrite=False, progress=lambda **at: None)
+    export(folder / "out", ExportSettings(), work)
+    return folder
+
+
+@st.composite
+def malformed(draw: Any, files: list[Path]) -> tuple[Path, bytes]:
+    """One of the files, and what it is to begin with: JSON with other values, or another header."""
+    path = draw(st.sampled_from(files))
+    if path.suffix == ".json":
+        return path, json.dumps(draw(mutated(json.loads(path.read_text())))).encode()
+    header, data = split_header(path)
+    return path, draw(headers(header, len(data)))
+
+
+def rest_of(path: Path) -> bytes:
+    return split_header(path)[1] if path.suffix == ".safetensors" else b""
+
+
+@repeated
+def test_inspected(amount, finished, place):
+    """An export, and a work folder whose source is malformed."""
+    out, source = finished / "out", finished / "source"
+    files = [*(out / n for n in ("config.json", "a3_manifest.json")), source / "config.json", *source.glob("model*")]
+
+    @amount
+    @given(change=malformed(files))
+    def run(change: tuple[Path, bytes]) -> None:
+        path, beginning = change
+        whole = path.read_bytes()
+        path.write_bytes(beginning + rest_of(path))
+        try:
+            looked_at = out if path.parent == out else finished / "work"
+            check_command(("inspect", looked_at, "--quiet"), empty(place / "run"))
+        finally:
+            path.write_bytes(whole)
+
+    run()
+
+
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "apart"])
+def test_verified(apart, finished, place, a3, monkeypatch):
+    """By default without the process of its own, whose start takes seconds; some of its checks are made here."""
+    source, work = finished / "out", finished / "work"
+    if not apart:
+        monkeypatch.setattr("a3cli.verify.run_checker", looking_at_files)
+    files = [source / name for name in ("config.json", "a3_manifest.json", "model.safetensors")]
+
+    @(SOME if apart else MANY)
+    @given(change=malformed(files))
+    def run(change: tuple[Path, bytes]) -> None:
+        path, beginning = change
+        out = copy(source, place)
+        (out / path.name).write_bytes(beginning + rest_of(path))
+        command = ("verify", out, "--work", work, "--quiet")
+        if apart:
+            check_command(command, empty(place / "run"), seconds=6 * SECONDS)
+        else:
+            check_outcome(a3(*command), failed_checks=True)
+
+    run()
+
+
+def looking_at_files(request: dict[str, Any], folder: Path) -> list[dict[str, str]]:
+    """The checks that come before the model is loaded. Their tracebacks go where that process's stderr goes."""
+    from a3cli import checker
+
+    export, found = checker.Export(request), []
+    with (folder / "stderr").open("w") as stderr, redirect_stderr(stderr):
+        for name in ("files", "code", "tensors", "finite"):
+            outcome, detail = checker.attempt(checker.CHECKS[name][0], export)
+            found.append({"name": name, "outcome": outcome, "detail": detail})
+    return found

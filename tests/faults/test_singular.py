@@ -101,7 +101,12 @@ def test_damping_is_raised_where_statistics_are_singular(singular, raised, a3):
 
 @pytest.mark.parametrize(
     ("name", "component"),
-    [("q_gram", "QK"), ("k_gram", "QK"), ("k_sum", "QK"), ("v_gram", "OV"), ("o_gram", "OV"), ("mlp_gram", "MLP")],
+    [
+        *((name, "QK") for name in ("q_gram", "q_sum", "k_gram", "k_sum", "distance")),
+        *((name, "OV") for name in ("v_gram", "v_sum", "o_gram", "o_sum", "attention_residual")),
+        *((name, "MLP") for name in ("mlp_gram", "mlp_energy", "x_sum", "mlp_residual")),
+        ("tokens", "layer 1:"),
+    ],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_statistics_that_are_not_finite_are_refused(name, component, value, work, a3):
