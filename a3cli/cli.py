@@ -150,6 +150,7 @@ def calibrate(
         mlp_stats=mlp_stats,
         trust_remote_code=trust_remote_code,
         full_check=full_check,
+        num_processes=num_processes,
     )
     if num_processes > 1 and not launched():
         launch(num_processes, sys.argv[1:])

@@ -198,7 +198,7 @@ def spread(work: Callable[[S], T], items: Iterable[S], count: int) -> Iterator[T
 
 
 def launch(count: int, arguments: list[str]) -> None:
-    """Run this command in `count` processes on this machine. Raises A3Error for the first that fails."""
+    """Run a command in `count` processes on this machine. Raises A3Error for the first that fails."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -229,6 +229,19 @@ def launch(count: int, arguments: list[str]) -> None:
         finally:
             del os.environ[ERROR_FOLDER]
             logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def without_output() -> Iterator[None]:
+    """Nothing on stdout, of processes that begin in the block."""
+    before = os.dup(1)
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
 
 
 def raise_first(codes: dict[int, int], folder: Path) -> None:

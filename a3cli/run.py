@@ -5,6 +5,8 @@ one does nothing.
 """
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -14,8 +16,9 @@ from a3cli.evaluate import evaluate
 from a3cli.export import export
 from a3cli.interrupt import Stop
 from a3cli.manifest import MANIFEST, read_export_manifest
+from a3cli.processes import launch, without_output
 from a3cli.recipe import Recipe
-from a3cli.settings import EvalSettings, ExportSettings
+from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings
 from a3cli.solve import check_settings, solve
 from a3cli.sweep import Progress
 from a3cli.work import Json, Work, check_hashes, hash_json, read_manifest, write_manifest
@@ -35,8 +38,12 @@ def run_recipe(
     work = Work(recipe.work)
     results = {}
     log.info("calibrate")
+    begin_anew = overwrite
+    if recipe.calibrate.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
+        calibrate_in_processes(recipe.calibrate, work, overwrite=overwrite, stop=stop)
+        begin_anew = False
     with progress() as report:
-        results["calibrate"] = calibrate(recipe.calibrate, work, overwrite=overwrite, progress=report, stop=stop)
+        results["calibrate"] = calibrate(recipe.calibrate, work, overwrite=begin_anew, progress=report, stop=stop)
     log.info("solve")
     with progress() as report:
         results["solve"] = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
@@ -46,6 +53,20 @@ def run_recipe(
         log.info("eval")
         results["eval"] = evaluated(recipe.evaluation, work, results["export"], overwrite=overwrite)
     return results
+
+
+def calibrate_in_processes(settings: CalibrateSettings, work: Work, *, overwrite: bool, stop: Stop) -> None:
+    """`a3 calibrate` with these settings, in as many processes as they say."""
+    options = settings.model_dump(exclude={"model", "text", "num_processes"}) | settings.text.model_dump()
+    options |= {"work": work.folder, "overwrite": overwrite}
+    if stop.deadline < math.inf:
+        options["max_minutes"] = max(0.0, stop.deadline - time.monotonic()) / 60
+    arguments = ["calibrate", settings.model]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    with without_output():  # its result is a part of ours
+        launch(settings.num_processes, arguments)
 
 
 def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, stop: Stop) -> Json:

@@ -53,6 +53,7 @@ class CalibrateSettings(Settings):
     mlp_stats: Literal["full", "diagonal"] = "full"
     trust_remote_code: bool = False
     full_check: bool = False
+    num_processes: int = Field(default=1, ge=1)
 
 
 def _not_empty(components: tuple[Component, ...]) -> tuple[Component, ...]:

@@ -1,6 +1,8 @@
 """Recipes: all stages from one file, resumed where they stopped; every problem of a file in one line."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import refused, snapshot
+from tests.test_processes import assert_close
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +84,37 @@ def test_solve_and_export_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_
     assert a3("run", recipe).code == 0
     assert set(counts) == {3}
     assert snapshot(tmp_path / "o") == snapshot(tmp_path / "recipes" / "model")
+
+
+def test_a_recipe_tells_several_processes_all_that_it_says(a3, recipe, tmp_path, monkeypatch):
+    """The command that they get asks for the very calibration that was made here, alone."""
+    launched = []
+    monkeypatch.setattr("a3cli.run.launch", lambda count, arguments: launched.append((count, arguments)))
+    changes = {"num_processes": 3, "dtype": "bfloat16", "mlp_stats": "full", "full_check": True, "batch_size": 4}
+    edit(recipe, "calibrate", **changes)
+    assert a3("run", recipe, "--max-minutes", 5).code == 0
+    ((count, arguments),) = launched
+    assert count == 3
+    before = times(tmp_path / "work" / "calibration")
+    assert a3(*arguments).code == 0
+    assert times(tmp_path / "work" / "calibration") == before
+    assert a3(*arguments, "--seed", 1).code == 2  # another one would be refused
+
+
+@pytest.mark.slow
+def test_calibrate_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_path):
+    """Nothing but the result is on stdout, and what is there is not made again."""
+    assert a3("run", recipe, "--work", tmp_path / "alone", "--out", tmp_path / "o").code == 0
+    edit(recipe, "calibrate", num_processes=2)
+    command = [sys.executable, "-m", "a3cli", "run", recipe, "--json", "--quiet"]
+    first = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout)
+    assert first["calibrate"]["made_with"] == 2 * [{"processes": 2, "batch_size": 2}]
+    assert_close([tmp_path / "alone", tmp_path / "work"])
+    before = times(tmp_path / "work")
+    assert a3("run", recipe, "--json").json == first
+    assert times(tmp_path / "work") == before
+    edit(recipe, "calibrate", text={"dataset": "none.txt", "samples": 4, "seq_len": 64})
+    refused(a3("run", recipe, "--overwrite", "--quiet"), "none.txt")
 
 
 @pytest.mark.parametrize("stage", ["solve", "export", "evaluate"])
