@@ -60,7 +60,7 @@ app = typer.Typer(
 WorkOption = Annotated[Path, typer.Option("--work", envvar="A3_WORK", help="Work folder, shared by the stages.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run with other settings made.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the full result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results, warnings and errors.")]
 Dataset = Annotated[
     str,
     typer.Option(

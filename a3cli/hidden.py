@@ -89,7 +89,7 @@ def checksums(blocks: torch.Tensor) -> list[int]:
         torch.randint(-(2**62), 2**62, (count,), generator=generator).mul_(2).add_(1).to(words.device)
         for count in words.shape[1:]
     )
-    at_once = words.shape[1] if words.device.type != "cpu" else max(1, CHECKED_AT_ONCE // words.shape[2])
+    at_once = words.shape[1] if words.device.type != "cpu" else max(1, CHECKED_AT_ONCE // words[:, 0].numel())
     totals = [
         ((rows * of_word).sum(-1) * factors).sum(-1)
         for rows, factors in zip(words.split(at_once, 1), of_token.split(at_once), strict=True)

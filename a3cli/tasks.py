@@ -3,7 +3,10 @@
 import contextlib
 import importlib.util
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from a3cli.errors import A3Error, first_line
@@ -51,7 +54,7 @@ def run_tasks(manager: Any, model: Any, tokenizer: Any, settings: EvalSettings, 
 
     log.info("%s: tasks %s", name, ", ".join(settings.tasks))
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with harness_output():
             result = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
                 tasks=list(settings.tasks),
@@ -62,6 +65,21 @@ def run_tasks(manager: Any, model: Any, tokenizer: Any, settings: EvalSettings, 
     except Exception as error:  # tasks are data and programs of others
         raise A3Error(f"{name}: the tasks {', '.join(settings.tasks)} failed: {first_line(error)}") from error
     return {task: figures_of(task, found, result) for task, found in sorted(result["results"].items())}
+
+
+@contextlib.contextmanager
+def harness_output() -> Iterator[None]:
+    """What the harness prints, bars above all: on stderr, and only on a terminal where progress is wanted."""
+    if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def figures_of(task: str, found: Json, result: Json) -> Json:

@@ -218,6 +218,7 @@ def test_tasks_of_the_harness_run_offline(a3, checkpoint, own_tasks, tmp_path, m
     command = ("eval", model, "--against", source, "--tasks", "own_task", "--tasks-path", own_tasks)
     outcome = a3(*command, "--junit", tmp_path / "r.xml", "--json")
     assert outcome.code == 0, outcome.stderr
+    assert outcome.stderr.count("\n") == 2, outcome.stderr  # a line a model, and no bars
     assert outcome.json["datasets"] == []
     rows = [json.loads(line) for line in (own_tasks / "rows.jsonl").read_text().splitlines()]
     for which, folder in (("model", model), ("against", source)):
