@@ -395,12 +395,15 @@ def running_out_is_told() -> Iterator[None]:
 
 
 def read_batches(source: Blocks, blocks: int, batch_size: int, *, aside: bool) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each batch `[B, T, d]` with its first block. `aside`: the next one is read in a thread meanwhile, and pinned."""
+    """Each batch `[B, T, d]` with its first block. `aside`: the next one is read in a thread meanwhile, and pinned.
+
+    What lies on a device already is not.
+    """
     starts = range(0, blocks, batch_size)
 
     def read(start: int) -> torch.Tensor:
         batch = source.read(start, min(batch_size, blocks - start))
-        return batch.pin_memory() if aside and torch.cuda.is_available() else batch
+        return batch.pin_memory() if aside and batch.device.type == "cpu" and torch.cuda.is_available() else batch
 
     if not aside:
         yield from ((start, read(start)) for start in starts)

@@ -105,6 +105,14 @@ def test_layers_in_a_row_on_a_device_named_twice(a3, checkpoint, text_file, tmp_
         assert calibration_files(tmp_path / devices) == calibration_files(tmp_path / "one")
 
 
+@pytest.mark.parametrize("where", ["memory", "device"])
+def test_hidden_states_off_the_disk(where, a3, checkpoint, text_file, tmp_path):
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--device", "cuda", "--work")
+    assert a3(*command, tmp_path / "disk").code == 0
+    assert a3(*command, tmp_path / where, "--hidden-states", where).code == 0
+    assert calibration_files(tmp_path / where) == calibration_files(tmp_path / "disk")
+
+
 def test_half_precision_is_summed_as_on_the_cpu(a3, checkpoint, text_file, tmp_path):
     """bfloat16 activations differ between devices, their sums not by more than that."""
     folder = checkpoint("llama-gqa", dtype=torch.bfloat16, num_hidden_layers=1)

@@ -9,7 +9,7 @@ import torch
 from a3cli import display, machine, sweep
 from a3cli.costs import block_bytes, layer_bytes, moment_bytes
 from a3cli.families import ModelShape
-from a3cli.hidden import checksums
+from a3cli.hidden import StatesInMemory, checksums
 from a3cli.machine import Machine
 from a3cli.memory import choose_batch_size
 from a3cli.moments import LayerMoments, unpack_upper
@@ -126,6 +126,16 @@ def test_hidden_states_of_which_nothing_is_recorded_are_made_again(a3, command, 
     file.write_bytes(bytes(file.stat().st_size))
     assert a3(*command, work).code == 0
     assert calibration_files(work) == calibration_files(whole)
+
+
+def test_batches_on_a_device_are_not_pinned(monkeypatch):
+    """The meta device stands in for a GPU, whose memory cannot be pinned either."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    states = StatesInMemory((5, 4, 8), torch.float32, torch.device("meta"))
+    batches = list(sweep.read_batches(states, 5, 2, aside=True))
+    assert [(start, len(batch), batch.device.type) for start, batch in batches] == [
+        (0, 2, "meta"), (2, 2, "meta"), (4, 1, "meta"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("where", ["memory", "device"])
