@@ -202,8 +202,9 @@ def test_bad_devices(a3, command, tmp_path, monkeypatch):
 def test_threads_of_a_device_with_memory_of_its_own(a3, command, whole, tmp_path, monkeypatch):
     """Reading ahead, writing behind and fetching weights aside give the same bytes, and the same errors."""
     monkeypatch.setattr(Machine, "copies", True)
-    assert a3(*command, tmp_path / "aside").code == 0
-    assert calibration_files(tmp_path / "aside") == calibration_files(whole)
+    for where in ("disk", "memory", "device"):
+        assert a3(*command, tmp_path / where, "--hidden-states", where).code == 0
+        assert calibration_files(tmp_path / where) == calibration_files(whole)
 
     def failing(self, start, count):
         raise sweep.A3Error("no such block")
