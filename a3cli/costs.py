@@ -103,16 +103,20 @@ def moment_bytes(shape: ModelShape, *, full_mlp: bool) -> int:
     return 4 * sum(large) + 2 * max(large) + heads + 16 * (query + width)
 
 
-def block_bytes(shape: ModelShape, itemsize: int, seq_len: int) -> int:
+MLP_TOKENS = 512  # that the MLP takes at a time on a CPU: what it computes stays in the cache
+
+
+def block_bytes(shape: ModelShape, itemsize: int, seq_len: int, *, on_cpu: bool = False) -> int:
     """Activations of one block at their peak in a layer's forward with its hooks.
 
     The stream four times (input, residual, norm, output), and the larger of attention (q, k, v before and after RoPE,
     their float32 copies, the heads' output, a mask) and of the MLP (gate, up, their product).
     """
+    mlp_tokens = min(seq_len, MLP_TOKENS) if on_cpu else seq_len
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (4 * heads + 6 * keys) * itemsize + 4 * (heads + 2 * keys) + 4 * seq_len
     mlp = shape.intermediate_size * 3 * itemsize
-    return seq_len * (4 * shape.hidden_size * itemsize + max(attention, mlp))
+    return seq_len * 4 * shape.hidden_size * itemsize + max(seq_len * attention, mlp_tokens * mlp)
 
 
 def cpu_batch(seq_len: int) -> int:

@@ -11,6 +11,9 @@ import torch
 
 from a3cli.errors import A3Error
 
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGE_PIECE, KEPT_FREE = 16 << 20, 256 << 20  # bytes
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -93,12 +96,14 @@ def load_linear_algebra(device: torch.device) -> None:
 
 
 def return_freed_memory() -> None:
-    """From now on, make glibc give memory of more than 1 MiB back to the system as soon as it is freed.
+    """From now on, make glibc give large pieces of memory back to the system as soon as they are freed.
 
-    Left alone, it keeps pieces of up to 32 MiB, and the holes that activations leave in its heap outweigh a layer.
-    Fresh memory has to be mapped each time then; torch does that in large pages if told before its first allocation.
+    Left alone, it comes to keep pieces of up to 32 MiB, and the holes that activations leave in its heap outweigh a
+    layer. Smaller pieces it keeps for the next batch: memory that is fresh each time would have to be mapped each time.
+    torch maps in large pages if told before its first allocation.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     with suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(MMAP_THRESHOLD, LARGE_PIECE)
+        allocator.mallopt(TRIM_THRESHOLD, KEPT_FREE)

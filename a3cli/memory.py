@@ -22,7 +22,8 @@ def choose_batch_size(
     free = int(MARGIN * machine.free_memory()) - held
     item = machine.dtype.itemsize
     layer, sums = costs.layer_bytes(shape, item), costs.moment_bytes(shape, full_mlp=full_mlp)
-    block = costs.block_bytes(shape, item, seq_len)
+    on_cpu = machine.device.type == "cpu"
+    block = costs.block_bytes(shape, item, seq_len, on_cpu=on_cpu)
     if layer + sums + block > free:
         figures = f"one layer {layer / 1e9:.2f} GB, its statistics {sums / 1e9:.2f} GB, one block {block / 1e9:.2f} GB"
         remedy = "--mlp-stats diagonal or a shorter --seq-len" if full_mlp else "a shorter --seq-len"
@@ -31,6 +32,6 @@ def choose_batch_size(
             "or free some"
         )
     fitting = (free - layer - sums) // block
-    if machine.device.type == "cpu":
+    if on_cpu:
         fitting = min(fitting, costs.cpu_batch(seq_len))
     return max(1, min(fitting, blocks))

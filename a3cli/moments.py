@@ -27,7 +27,7 @@ LARGE = ("o_gram", "mlp_gram")
 SAMPLED_QUERIES = 8
 PIECE = 512  # tokens
 ROWS = 256  # of a large Gram matrix
-SMALL = 1 << 17  # numbers; memory for so few is at hand
+SMALL = 1 << 19  # numbers; memory for so few is at hand
 
 
 @dataclass

@@ -24,6 +24,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.func import functional_call
 
+from a3cli.costs import MLP_TOKENS
 from a3cli.errors import A3Error, first_line
 from a3cli.families import Family, Role
 from a3cli.hidden import Blocks, States
@@ -246,6 +247,25 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
             handle.remove()
 
 
+@contextmanager
+def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
+    """Have a layer's MLP, which knows nothing of other tokens, take a few of them at a time.
+
+    On a CPU its activations then stay in the cache, and the largest of a layer's take little memory.
+    """
+    mlp = layer.get_submodule(family.modules["down"].rpartition(".")[0])
+    whole = mlp.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([whole(piece) for piece in x.flatten(0, -2).split(MLP_TOKENS)]).view(x.shape)
+
+    mlp.forward = forward
+    try:
+        yield
+    finally:
+        del mlp.forward  # the instance's own; the class has the model's
+
+
 def hidden_states_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """A layer's output `[B, T, d]`; some families return it in a tuple."""
     return output[0] if isinstance(output, tuple) else output
@@ -338,6 +358,8 @@ class Sweep:
         with running_out_is_told(), ExitStack() as stack:
             modules = stack.enter_context(decoder.stage(stage))
             for index, module in zip(stage, modules, strict=True):
+                if not aside:
+                    stack.enter_context(mlp_in_pieces(module, decoder.family))
                 if index >= first_layer:
                     device = next(module.parameters()).device
                     moments[index] = LayerMoments(decoder.shape.head_dim, self.full_mlp, device)

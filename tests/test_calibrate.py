@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from a3cli.checkpoint import Checkpoint
-from a3cli.moments import gram_blocks, pack_upper, unpack_upper
+from a3cli.moments import LayerMoments, gram_blocks, pack_upper, unpack_upper
 from tests.conftest import MODELS
 
 SETTINGS = ("--samples", 6, "--seq-len", 80, "--batch-size", 4)
@@ -43,11 +43,21 @@ def hooked_sums(folder, blocks):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_file, tmp_path):
-    folder = checkpoint(name)
+def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_file, tmp_path, monkeypatch):
+    """With the MLP in pieces, the last of a batch smaller than the others."""
+    monkeypatch.setattr("a3cli.sweep.MLP_TOKENS", 150)
+    folder, pieces, add_mlp = checkpoint(name), [], LayerMoments.add_mlp
+
+    def noted(self, x):
+        pieces.append(len(x))
+        add_mlp(self, x)
+
+    monkeypatch.setattr(LayerMoments, "add_mlp", noted)
     assert a3("calibrate", folder, "--dataset", text_file, *SETTINGS, "--work", tmp_path).code == 0
     blocks = load_file(tmp_path / "calibration" / "tokens.safetensors")["tokens"]
-    for index, seen in enumerate(hooked_sums(folder, blocks)):
+    layers = hooked_sums(folder, blocks)
+    assert pieces == [150, 150, 20, 150, 10] * len(layers)
+    for index, seen in enumerate(layers):
         stored = load_file(tmp_path / "calibration" / f"layer-{index:03d}.safetensors")
         assert stored["tokens"].item() == blocks.numel()
         for part in "qkv":
