@@ -50,6 +50,7 @@ from a3cli.work import (
     check_space,
     drafting,
     hash_file,
+    holding_target,
     making_scratch,
     name_differences,
     read_manifest,
@@ -104,7 +105,7 @@ def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None
         shards = plan(model, solution, settings)
         size = sum(t.bytes for tensors in shards.values() for t in tensors)
         inputs = (model, calibration, solution, shards, settings, measured, stop)
-        with drafting(out.resolve(), request) as draft:
+        with holding_target(out.resolve()), drafting(out.resolve(), request) as draft:
             draft.check_space(size, "export")
             manifest = write_checkpoint(draft, *inputs)
             if settings.check_reproducible:

@@ -92,22 +92,40 @@ class Work:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for one process. The lock dies with its process, so none is ever stale."""
+        """Hold the folder for one process."""
         lock_file = self.folder / ".lock"
-        lock = FileLock(lock_file)
-        with making(self.folder):
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise A3Error(
-                    f"work folder {self.folder} is in use by another a3 process; wait for it, or use another --work"
-                ) from None
+        with making(self.folder), holding(lock_file, f"work folder {self.folder}", "use another --work"):
             try:
                 yield
             finally:
                 if list(self.folder.iterdir()) == [lock_file]:
                     lock_file.unlink()
-                lock.release()
+
+
+@contextmanager
+def holding(lock_file: Path, what: str, otherwise: str) -> Iterator[None]:
+    """Hold a lock, which dies with its process, so that none is ever stale. Raises A3Error if another has it."""
+    lock = FileLock(lock_file)
+    with writing(lock_file):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise A3Error(f"{what} is in use by another a3 process; wait for it, or {otherwise}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def holding_target(target: Path) -> Iterator[None]:
+    """Hold a folder that is to be written and its draft, which commands with other work folders could write to."""
+    lock_file = target.with_name(f".{target.name}.a3-lock")
+    with making(target.parent), holding(lock_file, str(target), "choose another folder"):
+        try:
+            yield
+        finally:
+            lock_file.unlink(missing_ok=True)
 
 
 def layer_file(layer: int) -> str:
@@ -229,7 +247,7 @@ def drafting(target: Path, request: Json) -> Iterator[Draft]:
     partial, replaced = (target.with_name(f".{target.name}.a3-{what}") for what in ("partial", "replaced"))
     draft = Draft(partial, target.with_name(f".{target.name}.a3-progress.json"), request)
     with making(target.parent), writing(target):
-        shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed: the lock is held
+        shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed: a lock is held
         try:
             draft.begin()
             yield draft

@@ -542,6 +542,20 @@ def test_one_process_a_work_folder(a3, work, source, text_file, tmp_path):
     assert a3("export", tmp_path / "out", "--work", work).code == 0
 
 
+def test_one_process_an_export(a3, work, tmp_path):
+    """Another work folder's export would write to the same draft."""
+    from a3cli.work import holding_target
+
+    out = tmp_path / "to" / "out"
+    with holding_target(out):
+        before = snapshot(tmp_path)
+        refused(a3("export", out, "--work", work), f"{out} is in use by another a3 process", "choose another folder")
+        assert snapshot(tmp_path) == before
+    assert not out.parent.exists()
+    assert a3("export", out, "--work", work).code == 0
+    assert list(out.parent.iterdir()) == [out]
+
+
 def test_eval_of_what_does_not_load(a3, checkpoint, text_file, tmp_path):
     text = ("--dataset", text_file, "--samples", 1, "--seq-len", 32)
     folder = tmp_path / "model"
