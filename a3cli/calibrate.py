@@ -51,7 +51,7 @@ def calibrate(
     Raises A3Error for another request in the same folder unless `overwrite`, and Interrupted at the end of the layer
     in which `stop` was set off.
     """
-    return_freed_memory()
+    return_freed_memory(batches=True)
     device = settings.device if settings.devices is None else settings.devices.partition(":")[0].partition(",")[0]
     with joined(device) as processes, ExitStack() as held:
         model, machine = processes.main_first(lambda: open_model(settings))

@@ -12,7 +12,6 @@ import torch
 from a3cli.errors import A3Error
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGE_PIECE, KEPT_FREE = 16 << 20, 256 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,15 @@ def load_linear_algebra(device: torch.device) -> None:
         torch.linalg.inv(torch.eye(1, device=device))
 
 
-def return_freed_memory() -> None:
-    """From now on, make glibc give large pieces of memory back to the system as soon as they are freed.
+def return_freed_memory(*, batches: bool = False) -> None:
+    """From now on, make glibc give memory of more than 1 MiB back to the system as soon as it is freed.
 
     Left alone, it comes to keep pieces of up to 32 MiB, and the holes that activations leave in its heap outweigh a
-    layer. Smaller pieces it keeps for the next batch: memory that is fresh each time would have to be mapped each time.
-    torch maps in large pages if told before its first allocation.
+    layer. Fresh memory has to be mapped each time then; torch does that in large pages if told before its first
+    allocation. With many `batches` alike it pays to keep pieces of up to 16 MiB for the next one.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with suppress(AttributeError, OSError, TypeError):  # another C library
         allocator = ctypes.CDLL(None)
-        allocator.mallopt(MMAP_THRESHOLD, LARGE_PIECE)
-        allocator.mallopt(TRIM_THRESHOLD, KEPT_FREE)
+        allocator.mallopt(MMAP_THRESHOLD, (16 if batches else 1) << 20)
+        allocator.mallopt(TRIM_THRESHOLD, 256 << 20 if batches else 128 << 10)

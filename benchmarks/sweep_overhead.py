@@ -89,7 +89,7 @@ def prepare(
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
         return lambda: forward(model, blocks, batch_size, device)
-    return_freed_memory()  # as the command itself does
+    return_freed_memory(batches=True)  # as the command itself does
     return lambda: calibrate(folder, blocks, batch_size, device, where, full_mlp=kind == "full")
 
 
