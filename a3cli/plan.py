@@ -4,9 +4,11 @@ Nothing here imports torch unless speeds are to be measured: the answer is there
 """
 
 import os
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
@@ -27,7 +29,8 @@ DISK_GBPS = 2.0
 TFLOPS = {"cpu": 0.3, "cuda": 200.0}
 SOLVE_TFLOPS = {"cpu": 0.15, "cuda": 10.0}  # float64
 HASH_GBPS = 1.5  # SHA-256 on one core
-IMPORTS = 410_000_000  # resident bytes of a process with torch, transformers and datasets in it
+# Resident bytes of a process with torch, transformers and datasets in it; a torch that can use a GPU brings far more.
+IMPORTS = {"cpu": 410_000_000, "cuda": 1_190_000_000}
 WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes that linear algebra takes in each thread
 STARTUP = 4.2  # seconds until a stage begins to work
 # Seconds that a layer takes beside its arithmetic: files, and steps too small to fill a core.
@@ -270,11 +273,17 @@ def peak_ram(run: Run) -> Json:
         for method in METHODS
     }
     largest = shape.hidden_size * shape.intermediate_size * item
+    imports = IMPORTS[torch_build()]
     return {
-        "calibrate": IMPORTS + calibrate,
-        **{f"solve --method {method}": IMPORTS + needed for method, needed in solve.items() if run.solves(method)},
-        "export": IMPORTS + costs.solution_bytes(shape, run.size, "best") + largest,
+        "calibrate": imports + calibrate,
+        **{f"solve --method {method}": imports + needed for method, needed in solve.items() if run.solves(method)},
+        "export": imports + costs.solution_bytes(shape, run.size, "best") + largest,
     }
+
+
+def torch_build() -> str:
+    """Which torch is installed, without importing it: Linux gets one for GPUs unless it says otherwise."""
+    return "cuda" if sys.platform == "linux" and not version("torch").endswith("+cpu") else "cpu"
 
 
 def seconds(run: Run, rates: Rates) -> Json:

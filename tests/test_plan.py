@@ -14,7 +14,7 @@ from a3cli.checkpoint import Checkpoint
 from a3cli.families import LayerSizes
 from a3cli.methods import best
 from a3cli.model import describe
-from a3cli.plan import GREEDY_STEP
+from a3cli.plan import GREEDY_STEP, torch_build
 from a3cli.solvers import ov, slots
 from tests.conftest import MODELS
 from tests.test_bad_input import refused
@@ -257,3 +257,18 @@ def test_rounds_counted_are_those_run():
     """costs.py does without torch, so it has its own copy of what the solvers' loops go up to."""
     assert costs.ROUNDS == slots.ROUNDS
     assert (costs.VALUE_ROUNDS, costs.VALUE_STEPS) == (best.VALUE_ROUNDS, ov.REFINEMENT_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("installed", "platform", "build"),
+    [
+        ("2.13.0+cpu", "linux", "cpu"),
+        ("2.13.0", "linux", "cuda"),
+        ("2.13.0+cu130", "linux", "cuda"),
+        ("2.13.0", "darwin", "cpu"),
+    ],
+)
+def test_imports_take_what_the_build_of_torch_takes(installed, platform, build, monkeypatch):
+    monkeypatch.setattr("a3cli.plan.version", {"torch": installed}.__getitem__)
+    monkeypatch.setattr("sys.platform", platform)
+    assert torch_build() == build
