@@ -7,8 +7,7 @@ some minutes, or taken from `--model`) is calibrated on its own task, compressed
 question to the answer. With `--shared` (`models/wikitext-llama`, `data/wikitext2`) also: by how much the loss grows at
 each position of a block of 512 tokens. Everything is calibrated, solved and exported by the command line itself.
 
-Exit code 1 if a variant is worse than the paper's method at any distance by more than chance would have it, at sizes
-up to a quarter removed; half of attention's weights (`--beyond`) is there to show where it breaks.
+Exit code 1 if a variant is worse than the paper's method at any distance by more than chance would have it.
 """
 
 import argparse
@@ -37,8 +36,8 @@ SIZES = (
     "--budget 0.1",
     "--budget 0.25",
     "--attention-budget 0.25 --mlp-budget 0",
+    "--attention-budget 0.5 --mlp-budget 0",
 )
-BEYOND = ("--attention-budget 0.5 --mlp-budget 0",)
 TEXT_SIZES = ("--budget 0.1", "--budget 0.25", "--attention-budget 0.25 --mlp-budget 0")
 RECALL_ROUNDING = ("--head-multiple", 2, "--mlp-multiple", 8)
 TEXT_ROUNDING = ("--mlp-multiple", 16)
@@ -120,7 +119,7 @@ def recall_rows(model: Path, folder: Path, args: argparse.Namespace) -> tuple[li
     distances = batch.queries[:, 2]
     measured = [("dense", "", None, Recall(*answer_queries(load(model), batch)))]
     failures = []
-    for size in (*args.sizes, *args.beyond):
+    for size in args.sizes:
         of_size = []
         for name in args.variants:
             solved = compress(
@@ -130,8 +129,7 @@ def recall_rows(model: Path, folder: Path, args: argparse.Namespace) -> tuple[li
             measured.append((name, size, solved, recall))
             of_size.append((name, recall.hits))
             print(recall_row(*measured[-1], distances), file=sys.stderr, flush=True)
-        if size in args.sizes:
-            failures += worse_than_first(of_size, distances, size)
+        failures += worse_than_first(of_size, distances, size)
     return [*recall_header(distances), *(recall_row(*one, distances) for one in measured)], failures
 
 
@@ -282,7 +280,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--write", type=Path, help="replace the tables between the markers of this file")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="methods with flags: 'best --shape per-layer'")
     parser.add_argument("--sizes", nargs="*", default=SIZES, help="options of a3 solve for the recall model")
-    parser.add_argument("--beyond", nargs="*", default=BEYOND, help="sizes that are shown, whatever comes of them")
     parser.add_argument("--text-sizes", nargs="*", default=TEXT_SIZES, help="options of a3 solve for --shared")
     parser.add_argument("--calibration-length", type=int, default=CONTEXT, help="tokens a sequence, recall")
     parser.add_argument("--calibration-tokens", type=int, default=64 * CONTEXT, help="tokens in all, recall")
