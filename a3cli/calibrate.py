@@ -327,4 +327,5 @@ def bytes_needed(shape: ModelShape, settings: CalibrateSettings, machine: Machin
     assert text.samples is not None
     files = 2 if settings.hidden_states == "disk" else 0
     hidden = files * costs.hidden_state_bytes(shape, text.samples, text.seq_len, machine.dtype.itemsize)
-    return hidden + layers * costs.statistics_bytes(shape, text.seq_len, full_mlp=settings.mlp_stats == "full")
+    full_mlp = settings.mlp_stats == "full"
+    return hidden + layers * costs.statistics_bytes(shape, text.samples, text.seq_len, full_mlp=full_mlp)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from a3cli.families import LayerSizes, ModelShape, Role
+from a3cli.sampling import sampled_blocks, sampled_queries
 
 ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
 MLP: tuple[Role, ...] = ("gate", "up", "down")
@@ -63,8 +64,8 @@ def prefill_flops_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], seq_
     return 2 * linear_weights(shape, sizes) + attention
 
 
-def statistics_bytes(shape: ModelShape, seq_len: int, *, full_mlp: bool) -> int:
-    """One layer's statistics on disk (see `moments.py`), headers not counted."""
+def statistics_bytes(shape: ModelShape, samples: int, seq_len: int, *, full_mlp: bool) -> int:
+    """One layer's statistics on disk (see `moments.py`), of `samples` blocks, headers not counted."""
     query, kv, h, width = (
         shape.heads * shape.head_dim,
         shape.kv_heads * shape.head_dim,
@@ -74,7 +75,14 @@ def statistics_bytes(shape: ModelShape, seq_len: int, *, full_mlp: bool) -> int:
     heads = (query + 2 * kv) * (h + 1) * 8
     outputs = triangle(query) * 4 + query * 8
     mlp = (triangle(width) * 4 if full_mlp else 0) + 2 * width * 8
-    return heads + outputs + mlp + (seq_len + 3) * 8
+    return heads + outputs + mlp + (seq_len + 3) * 8 + sample_bytes(shape, samples, seq_len)
+
+
+def sample_bytes(shape: ModelShape, samples: int, seq_len: int) -> int:
+    """One layer's attention that is kept whole (see `samples.py`)."""
+    queries = len(sampled_queries(seq_len))
+    of_block = (queries * shape.heads + 2 * seq_len * shape.kv_heads) * shape.head_dim * 2 + queries * 8
+    return len(sampled_blocks(samples, seq_len)) * of_block
 
 
 def hidden_state_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int) -> int:
@@ -153,6 +161,22 @@ def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
     ranks, pairs = shape.head_dim // head_multiple, shape.head_dim // 2
     slots = ranks * ROUNDS * shape.kv_heads * 10 * pairs**3 // 2 * 4  # ten complex products a round
     return paper_flops(shape) + 2 * (select + refit_mlp + refit_output + values + SMALL * slots)
+
+
+REFINEMENTS = 32  # of the loss and its gradient on all samples: those of the projections, and of the curves on a part
+CAUSAL = 0.63  # of the scores that are computed, a quarter of a block's queries at a time
+
+
+def refine_flops(shape: ModelShape, size: LayerSizes, samples: int, seq_len: int) -> int:
+    """What refining one layer's query and key maps on sampled attention takes, float32."""
+    queries = len(sampled_blocks(samples, seq_len)) * len(sampled_queries(seq_len)) * shape.heads
+    return int(REFINEMENTS * 3 * 2 * CAUSAL * queries * seq_len * (size.qk + shape.head_dim))
+
+
+def refine_memory(shape: ModelShape, samples: int, seq_len: int) -> int:
+    """Samples of one layer as stored, and of one KV head in float32, as complex numbers and with their gradients."""
+    stored = sample_bytes(shape, samples, seq_len)
+    return stored + 6 * stored // shape.kv_heads
 
 
 SMALL_LAYER = 4096  # MLP channels; statistics of some layers so wide fit in any memory at once

@@ -125,6 +125,15 @@ class Damping(Part):
     mlp: Loss | None = None
 
 
+class AttentionError(Part):
+    """Relative squared error of the stream on sampled attention, when query and key maps are of the closed form, and
+    refined.
+    """
+
+    closed_form: Loss
+    refined: Loss
+
+
 class TokensPerDimension(Part):
     head: Loss
     mlp: Loss
@@ -134,6 +143,7 @@ class Layer(Part):
     effective_rank: EffectiveRank
     floored_eigenvalues: Floored
     energy: ByComponent = Field(description="the loss of keeping nothing")
+    attention_error: AttentionError | None = Field(description="of smaller heads, with --method best")
     damping: Damping = Field(description="what the refits used")
     curves: Curves
     score_error: ByDistance

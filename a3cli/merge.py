@@ -1,6 +1,7 @@
 """Finished calibrations of one model on different text → one calibration, as if all of the text had been one.
 
-Statistics are sums, so they add up exactly. One layer of two calibrations is in memory at a time.
+Statistics are sums, so they add up exactly; attention that was kept whole is put together. One layer of two
+calibrations is in memory at a time.
 """
 
 import logging
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from a3cli.errors import A3Error
 from a3cli.inspect import read_source
 from a3cli.moments import Tensors
+from a3cli.samples import NAMES, merge_samples
 from a3cli.solve import read_calibration
 from a3cli.work import (
     Json,
@@ -151,11 +153,17 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
 
 
 def add_statistics(files: Sequence[Path]) -> Tensors:
-    """The sums of one layer over all calibrations."""
+    """The sums of one layer over all calibrations, and samples of all."""
     with safe_open(files[0], framework="pt") as first:
-        total = {name: first.get_tensor(name).clone() for name in first.keys()}  # noqa: SIM118, no dictionary
+        names = [name for name in first.keys() if name not in NAMES]  # noqa: SIM118, no dictionary
+        total = {name: first.get_tensor(name).clone() for name in names}
     for file in files[1:]:
         with safe_open(file, framework="pt") as more:
             for name, value in total.items():
                 value.add_(more.get_tensor(name))
-    return total
+    return total | merge_samples([load_samples(file) for file in files])
+
+
+def load_samples(file: Path) -> Tensors:
+    with safe_open(file, framework="pt") as statistics:
+        return {name: statistics.get_tensor(name) for name in NAMES}

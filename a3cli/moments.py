@@ -12,6 +12,8 @@ Sums, not means, so that statistics over different text add up exactly. Per laye
     distance [T]       attention mass by query-key distance, of sampled queries over all heads
     tokens []
 
+and attention kept whole of a few blocks (`samples.py`), which is joined rather than added up.
+
 Products are formed in float32 per batch and added up in float64, except the two large Gram matrices
 (`o_gram`, `mlp_gram`), which are added up in float32 and stored as the rows of their upper triangle.
 """
@@ -21,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from a3cli.samples import AttentionSamples
 
 Tensors = dict[str, torch.Tensor]
 LARGE = ("o_gram", "mlp_gram")
@@ -37,9 +41,11 @@ class LayerMoments:
     head_dim: int
     full_mlp: bool
     device: torch.device
+    samples: AttentionSamples | None = None
 
     def __post_init__(self) -> None:
         self.sums: Tensors = {}
+        self.first_block = 0  # of the batch under way
         self._wide = torch.empty(0)
 
     def add_heads(self, name: str, x: torch.Tensor) -> None:
@@ -112,11 +118,13 @@ class LayerMoments:
                 piece = self._wide[: part.numel()].view(part.shape).copy_(part)
             yield piece
 
-    def add_distances(
-        self, q: torch.Tensor, k: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
+    def add_attention(
+        self, seen: Tensors, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
     ) -> None:
-        """Where attention looks: queries `[B, T, H·h]` and keys `[B, T, K·h]` before RoPE; see `attention_mass`."""
-        self._add("distance", attention_mass(q, k, rotation, mask, head_dim=self.head_dim))
+        """Where attention looks: `q` `[B, T, H·h]`, `k` and `v` `[B, T, K·h]` before RoPE; see `attention_mass`."""
+        self._add("distance", attention_mass(seen["q"], seen["k"], rotation, mask, head_dim=self.head_dim))
+        if self.samples is not None:
+            self.samples.add(self.first_block, seen["q"], seen["k"], seen["v"], mask)
 
     def add_residual(self, name: str, x: torch.Tensor) -> None:
         """`attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
@@ -146,6 +154,8 @@ class LayerMoments:
         for name in list(self.sums):
             value = self.sums.pop(name)
             stored[name] = pack_upper(value) if name in LARGE else value
+        if self.samples is not None:
+            stored |= self.samples.tensors
         return stored
 
 

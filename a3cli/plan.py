@@ -32,6 +32,7 @@ HASH_GBPS = 1.5  # SHA-256 on one core
 # Resident bytes of a process with torch, transformers and datasets in it; a torch that can use a GPU brings far more.
 IMPORTS = {"cpu": 410_000_000, "cuda": 1_190_000_000}
 WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes that linear algebra takes in each thread
+REFINING = 2.5  # times its FLOPs take the softmax and other steps of sampled attention
 STARTUP = 4.2  # seconds until a stage begins to work
 # Seconds that a layer takes beside its arithmetic: files, and steps too small to fill a core.
 LAYER_SECONDS = {"calibrate": 0.2, "solve --method best": 1.2}
@@ -238,7 +239,7 @@ def disk(run: Run) -> Json:
     """Bytes in the work folder, and of the export; `solution` is that of `best`, where the statistics allow it."""
     settings, shape = run.settings, run.shape
     solution = {method: costs.solution_bytes(shape, run.size, method) * shape.layers for method in METHODS}
-    layer = costs.statistics_bytes(shape, settings.seq_len, full_mlp=run.full_mlp)
+    layer = costs.statistics_bytes(shape, settings.samples, settings.seq_len, full_mlp=run.full_mlp)
     return {
         "statistics_per_layer": layer,
         "statistics": layer * shape.layers,
@@ -255,7 +256,8 @@ def device_memory(run: Run) -> Json:
     parts = {
         "layer": costs.layer_bytes(shape, run.item),
         "batch": run.batch * costs.block_bytes(shape, run.item, settings.seq_len, on_cpu=not run.on_gpu),
-        "moments": costs.moment_bytes(shape, full_mlp=run.full_mlp),
+        "moments": costs.moment_bytes(shape, full_mlp=run.full_mlp)
+        + costs.sample_bytes(shape, settings.samples, settings.seq_len),
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -272,6 +274,7 @@ def peak_ram(run: Run) -> Json:
         method: costs.held_bytes(shape) + at_once * (WORKSPACE[method] + costs.solve_memory(shape, run.size, method))
         for method in METHODS
     }
+    solve["best"] += at_once * costs.refine_memory(shape, run.settings.samples, run.settings.seq_len)
     largest = shape.hidden_size * shape.intermediate_size * item
     imports = IMPORTS[torch_build()]
     return {
@@ -313,15 +316,17 @@ def seconds(run: Run, rates: Rates) -> Json:
 def solving(run: Run, rates: Rates) -> dict[str, float]:
     """Seconds of one layer's arithmetic by each method.
 
-    Matrices of head size stay on the CPU: a GPU gets the selection of channels and the refits of `best`.
+    Matrices of head size stay on the CPU: a GPU gets the selection of channels and the refits of `best`, and sampled
+    attention, with products so small that they run at a fraction of its speed.
     """
-    shape, head_multiple = run.shape, run.settings.head_multiple
+    shape, settings, head_multiple = run.shape, run.settings, run.settings.head_multiple
     paper, best = costs.paper_flops(shape), costs.best_flops(shape, run.size, head_multiple)
+    refine = REFINING * costs.refine_flops(shape, run.size, settings.samples, settings.seq_len)
     if not run.on_gpu:
-        return {"paper": paper / rates.solve, "best": best / rates.solve}
+        return {"paper": paper / rates.solve, "best": (best + refine) / rates.solve}
     large = costs.best_flops(shape, run.size, shape.head_dim + 1) - paper  # with no rank for RoPE slots
     on_cpu = SOLVE_TFLOPS["cpu"] * 1e12
-    on_gpu = large / rates.solve + shape.intermediate_size * GREEDY_STEP
+    on_gpu = (large + refine) / rates.solve + shape.intermediate_size * GREEDY_STEP
     return {"paper": paper / on_cpu, "best": (best - large) / on_cpu + on_gpu}
 
 

@@ -33,6 +33,7 @@ from a3cli.model import Model
 from a3cli.moments import LayerMoments, Tensors
 from a3cli.offload import Weights
 from a3cli.processes import Processes
+from a3cli.samples import AttentionSamples
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
     def attended(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
         moments.add_attention_output(args[0])
         if (rotation := called_with.get("position_embeddings")) is not None:
-            moments.add_distances(seen["q"], seen["k"], rotation, called_with.get("attention_mask"))
+            moments.add_attention(seen, rotation, called_with.get("attention_mask"))
         seen.clear()  # before the MLP, which needs the room
 
     def finish(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -292,7 +293,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         share = self.processes.share(len(self.blocks))
-        self.own = self.blocks[share.start : share.stop]
+        self.own, self.first = self.blocks[share.start : share.stop], share.start
 
     @torch.inference_mode()
     def run(self, first_layer: int) -> None:
@@ -362,12 +363,15 @@ class Sweep:
                     stack.enter_context(mlp_in_pieces(module, decoder.family))
                 if index >= first_layer:
                     device = next(module.parameters()).device
-                    moments[index] = LayerMoments(decoder.shape.head_dim, self.full_mlp, device)
+                    samples = AttentionSamples(len(self.blocks), self.blocks.shape[1], device)
+                    moments[index] = LayerMoments(decoder.shape.head_dim, self.full_mlp, device, samples)
                     stack.enter_context(moments_of(module, decoder.family, moments[index]))
             write = stack.enter_context(writer(target, aside=aside))
             for start, batch in read_batches(source, len(self.own), self.batch_size, aside=aside):
                 hidden = batch
                 for index, module in zip(stage, modules, strict=True):
+                    if index in moments:
+                        moments[index].first_block = self.first + start
                     hidden = run_layer(module, hidden, arguments[len(batch)][index])
                 write(start, hidden)
                 self._report(stage, start + len(batch))

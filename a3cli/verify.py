@@ -106,14 +106,14 @@ def read_export(out: Path) -> tuple[Json, list[str]]:
 
 
 def open_manifest(path: Path) -> Json:
-    """Raises A3Error if it lacks what is needed here; the manifest of another version of a3 may differ in the rest."""
+    """Raises A3Error if it was altered or lacks what is needed here; that of another version may differ in the rest."""
     manifest = read_json(path)
     lacking = [key for key in ("solution", "files") if not isinstance(manifest.get(key), dict)]
     if manifest.get("dtype") not in get_args(ExportSettings.model_fields["dtype"].annotation):
         lacking.append("dtype")
     if lacking:
         raise A3Error(f"{path} has no {', '.join(lacking)}; export again")
-    return manifest
+    return read_manifest(path, "export again")
 
 
 def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, list[int]]]:

@@ -76,8 +76,9 @@ def test_the_same_solution(options, a3, calibrated, checkpoint, text_file, tmp_p
         kl.append(evaluated.json["kl"])
     assert solved[0]["sizes"] == solved[1]["sizes"]
     for part, loss in solved[0]["predicted_loss"].items():
-        assert solved[1]["predicted_loss"][part] == pytest.approx(loss, rel=1e-5), part
-    assert kl[0] == pytest.approx(kl[1], rel=1e-2 if "--sequential" in options else 1e-3)  # its signs are random
+        close = 1e-2 if part == "qk" else 1e-5  # query and key maps are refined in float32, step by step
+        assert solved[1]["predicted_loss"][part] == pytest.approx(loss, rel=close), part
+    assert kl[0] == pytest.approx(kl[1], rel=2e-2)  # and signs of the sequential correction are random
 
 
 def test_the_same_figures(a3, calibrated, checkpoint, text_file, tmp_path):

@@ -53,7 +53,8 @@ def test_merged_halves_are_the_whole(a3, halves, checkpoint, text_file, tmp_path
         ours, theirs = load_file(tmp_path / "merged" / name), load_file(tmp_path / "whole" / name)
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            assert (ours[key] - value).norm() <= 1e-6 * value.norm(), key
+            close = 1e-3 if value.dtype == torch.bfloat16 else 1e-6  # samples may be rounded the other way
+            assert (ours[key] - value).double().norm() <= close * value.double().norm(), key
     assert torch.equal(load_file(tmp_path / "merged" / "calibration" / "tokens.safetensors")["tokens"], blocks)
     assert merged["blocks"] == [12, 40]
     assert merged["tokens"] == 480

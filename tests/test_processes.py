@@ -84,7 +84,7 @@ def statistics(work: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def assert_close(works: Sequence[Path]) -> None:
-    """The same statistics, up to the order in which float32 was added up."""
+    """The same statistics, up to the order in which float32 was added up; samples may be rounded the other way."""
     first, *others = map(statistics, works)
     for other in others:
         for expected, found in zip(first, other, strict=True):
@@ -92,7 +92,7 @@ def assert_close(works: Sequence[Path]) -> None:
             for name, value in expected.items():
                 assert found[name].dtype == value.dtype
                 difference = (found[name].double() - value.double()).norm() / value.double().norm()
-                assert difference < 1e-6, name
+                assert difference < (1e-3 if value.dtype == torch.bfloat16 else 1e-6), name
 
 
 @pytest.mark.parametrize(("samples", "counts"), [(5, (2, 3)), (2, (3,))])

@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from a3cli.errors import A3Error
-from a3cli.families.rope import affine_parameters, kept_rope_config, read_rope
+from a3cli.families.rope import affine_parameters, evenly_spaced, kept_rope_config, read_rope
 from tests.conftest import DEFAULT, LINEAR, LLAMA3, LONGROPE, YARN
 
 AFFINE = [[0, 1, 2], [0, 2, 4, 6], [1, 3, 5], [5, 6, 7], [4], [0, 3]]
@@ -58,6 +58,22 @@ def test_llama3_scaling_composes_only_from_the_first_pair():
     rope = read_rope(config(LLAMA3))
     assert affine_parameters(rope, [0, 2, 4])["rope_type"] == "llama3"
     assert affine_parameters(rope, [1, 3, 5]) is None
+
+
+def test_llama3_scaling_composes_at_whole_pairs_only():
+    """Between two pairs it is not what interpolation makes of them."""
+    rope = read_rope(config(LLAMA3))
+    assert affine_parameters(rope, [0.0, 1.5, 3.0]) is None
+    assert evenly_spaced(rope, [0.0, 1.5, 3.2]) == []
+
+
+@pytest.mark.parametrize("count", range(2, 8))
+def test_evenly_spaced_slots_may_span_all_pairs(count):
+    """Whatever rounding makes of the last one."""
+    last = len(read_rope(config(DEFAULT)).short) - 1
+    lines = evenly_spaced(read_rope(config(DEFAULT)), [0.0] * (count - 1) + [1.0])
+    assert lines[-1][0] == 0
+    assert last - 1e-9 < lines[-1][-1] <= last
 
 
 @pytest.mark.parametrize("rope", [YARN, LONGROPE], ids=lambda rope: rope["rope_type"])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.shared
 def test_a_tenth_less_costs_little(name, text, rounding, most, a3, tmp_path):
     model, work = SHARED / "models" / name, ("--work", tmp_path / "work")
     data = ("--dataset", SHARED / "data" / text, "--seq-len", 512, "--batch-size", 8)
-    assert a3("calibrate", model, *data, "--samples", 24, *work).code == 0
+    assert a3("calibrate", model, *data, "--samples", 12, *work).code == 0
     assert a3("solve", "--budget", 0.1, *rounding, *work).code == 0
     assert a3("export", tmp_path / "out", *work).code == 0
     result = a3("eval", tmp_path / "out", "--against", model, *data, "--samples", 16, "--json").json

@@ -85,7 +85,7 @@ def reseal(folder: Path) -> None:
     """Hashes of the files as they are now: damage that no hash shows."""
     manifest = json.loads((folder / "a3_manifest.json").read_text())
     manifest["files"] = {name: hash_file(folder / name) for name in manifest["files"] if (folder / name).exists()}
-    (folder / "a3_manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder / "a3_manifest.json", {key: value for key, value in manifest.items() if key != "sha256"})
 
 
 def test_a_good_export_passes_through_the_command_line(a3, export, tmp_path):
@@ -219,6 +219,15 @@ def test_a_damaged_manifest_or_config_is_a_failed_check(name, content, words, a3
     assert name in config["detail"]
     assert words in config["detail"]
     assert ElementTree.parse(junit).getroot().find("testsuite").get("failures") == "1"
+
+
+def test_a_manifest_altered_where_verify_does_not_look_fails(a3, out, no_checker):
+    path = out / "a3_manifest.json"
+    path.write_text(path.read_text().replace('"curves"', '"curvet"', 1))
+    outcome = a3("verify", out, "--work", out.parent / "none", "--json")
+    config = outcome.json["checks"][0]
+    assert (outcome.code, config["name"], config["outcome"]) == (1, "config", "failed")
+    assert "a3_manifest.json was altered" in config["detail"]
 
 
 def test_a_manifest_that_names_no_solution_fails_the_reference(a3, out, export, no_checker):

@@ -6,6 +6,7 @@ written, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5
 back to default RoPE when it finds only the second.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,14 +84,17 @@ def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
     """Evenly spaced pairs `a + s·j` as a changed theta; None where that is not exact.
 
     `theta^(-2(a+sj)/h) = theta^(-2a/h) · (theta^(s·r/h))^(-2j/r)`, r = 2·len(pairs): a new theta, and a
-    linear factor `theta^(2a/h)`. llama3 scaling looks at each frequency, so it composes only when a = 0;
+    linear factor `theta^(2a/h)`. llama3 scaling looks at each frequency, so it composes only when a = 0, and
+    what it makes of a fractional pair is not between what it makes of its neighbours;
     yarn and longrope look at the index of a pair and never compose.
     """
     if rope.kind not in ("default", "linear", "llama3") or not pairs:
         return None
     start = pairs[0]
     step = pairs[1] - start if len(pairs) > 1 else 1
-    if list(pairs) != [start + step * j for j in range(len(pairs))] or (rope.kind == "llama3" and start > 0):
+    if list(pairs) != [start + step * j for j in range(len(pairs))]:
+        return None
+    if rope.kind == "llama3" and (start > 0 or step != int(step)):
         return None
     h, r = 2 * len(rope.short), 2 * len(pairs)
     parameters = {**rope.parameters, "rope_theta": rope.theta ** (step * r / h)}
@@ -113,7 +117,10 @@ def evenly_spaced(rope: Rope, slots: Sequence[float]) -> list[list[float]]:
     centred = places - places.mean()
     step = float((centred * wanted).sum() / centred.square().sum())
     start = min(max(float(wanted.mean() - step * places.mean()), 0.0), last - step * (count - 1))
-    lines = [(start, step), (0.0, last / (count - 1))]
+    whole = last / (count - 1)
+    if whole * (count - 1) > last:  # by rounding
+        whole = math.nextafter(whole, 0)
+    lines = [(start, step), (0.0, whole)]
     if rope.kind == "llama3":
         lines = [(0.0, float((places * wanted).sum() / places.square().sum())), lines[1]]
     spaced = [[a + s * j for j in range(count)] for a, s in lines]

@@ -5,8 +5,8 @@ then is asked for curves and projections. Losses are relative squared errors of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from a3cli.families import LayerSizes
 from a3cli.machine import choose_machine
 from a3cli.model import Model
 from a3cli.moments import LARGE, Tensors, gram_blocks, unpack_upper
+from a3cli.samples import NAMES
 from a3cli.settings import Component, SolveSettings
 from a3cli.solvers.allocate import sizes
 from a3cli.solvers.linalg import JointDecomposition, effective_rank
@@ -26,8 +27,8 @@ from a3cli.work import Json, Work, read_manifest
 
 # Whose statistics are damaged, for a message.
 COMPONENT_OF = {
-    **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance"), "QK"),
-    **dict.fromkeys(("v_gram", "v_sum", "o_gram", "o_sum", "attention_residual"), "OV"),
+    **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance", "sample_q", "sample_k"), "QK"),
+    **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "attention_residual"), "OV"),
     **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "mlp_residual"), "MLP"),
 }
 
@@ -70,6 +71,19 @@ class LayerInputs:
             value = value / file.get_tensor("tokens").to(value.dtype)
         check_statistics(value, name, self.layer)
         return value
+
+    def samples(self) -> Tensors:
+        """Attention kept whole, as `samples.py` names it."""
+        with safe_open(self._path, framework="pt") as file:
+            if not set(NAMES) <= set(file.keys()):
+                raise A3Error(
+                    f"layer {self.layer}: the statistics have no samples of attention; run a3 calibrate --overwrite"
+                )
+            return {name: file.get_tensor(name) for name in NAMES}
+
+    def opened_again(self) -> "Callable[[], LayerInputs]":
+        """For later, without what has been read until now."""
+        return partial(LayerInputs, self._model, self._work, self.layer)
 
     @cached_property
     def o_gram(self) -> torch.Tensor:

@@ -1,25 +1,29 @@
 """Beyond the paper: RoPE by slots, attention-weighted OV with a joint refit, MLP that is refit.
 
-- QK: bands of neighbouring pairs choose the slots (`solvers/rope.py`), then every slot mixes every pair, refined by
-  alternating least squares (`solvers/slots.py`). Each layer and KV head has its own maps; the table of slots is shared
-  by all layers in the stock shape, and each layer's own in the per-layer shape.
+- QK: bands of neighbouring pairs choose the slots (`solvers/rope.py`), then every slot mixes every pair, by alternating
+  least squares on the scores (`solvers/slots.py`), and last the maps are refined for attention's output on sampled
+  queries (`solvers/attention.py`). Each layer and KV head has its own maps; the table of slots is shared by all layers
+  in the stock shape, and each layer's own in the per-layer shape.
 - OV: the mean attention-weighted Gram matrix of the group; then value maps and the output projection are fitted over
   all heads at once, by alternating least squares.
 - MLP: forward greedy selection that knows about the refit, then the refit of the down projection.
 """
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy
 import torch
 
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes
 from a3cli.families.rope import evenly_spaced
+from a3cli.methods.attention import Effort, RefinedMaps, refine_maps, score_penalties
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
@@ -34,8 +38,10 @@ from a3cli.solvers.rope import (
     band_costs,
     band_maps,
     best_bands,
+    distances_beyond,
     frequency_at,
     pair_grams,
+    real_map,
     spread_distances,
 )
 from a3cli.solvers.slots import HeadStatistics, SlotMaps, SlotProblem, head_statistics
@@ -47,8 +53,13 @@ ATTAINED = 1 / 3  # of the bound on what score errors do
 CENTRING = 0.95  # share of the constant part of a key that the softmax is trusted to ignore
 LONGEST_BAND = 16  # pairs; longer bands never won, and cost grows with the square
 FAR_WEIGHT = 0.05  # weight of distances up to the whole context beside those that calibration saw
-AFFINE_COST = 0.01  # how much more predicted loss evenly spaced slots may have and still be preferred
+AFFINE_COST = 0.01  # of the whole predicted loss, that evenly spaced slots may have more and still be preferred
 VALUE_ROUNDS = 3  # of refining the value maps over all heads
+THOROUGH = Effort(iterations=20)  # of refining query and key maps
+QUICK = Effort(iterations=10, share=4)  # where only the loss is asked for
+UNREFINED = Effort(iterations=0, share=4)
+PROMISING = 1.2  # times the loss allowed, which slots may have if refining them gained what it gained elsewhere
+REFINED_AT = (1 / 4, 1 / 2, 3 / 4)  # of a head: sizes whose curve is measured on sampled attention, not inferred
 BLOCKS = 256  # greedy selection takes the MLP's channels in so many blocks
 
 
@@ -87,6 +98,7 @@ class BestLayer:
     k_gram: torch.Tensor
     k_mean: torch.Tensor
     attention_mass: torch.Tensor
+    inputs: Callable[[], LayerInputs]
     score_unit: torch.Tensor
     ov: JointDecomposition
     channels: ChannelOrder
@@ -108,6 +120,14 @@ class Table:
     grams: dict[int, PairGrams]
 
 
+def interpolate(measured: dict[int, float], rank: int) -> float:
+    """A factor between ranks where it is known, geometrically; beyond them the nearest one. 1 if none is known."""
+    if not measured:
+        return 1.0
+    ranks, logs = list(measured), [math.log(max(value, 1e-30)) for value in measured.values()]
+    return math.exp(numpy.interp(rank, ranks, logs))
+
+
 class Best(Method):
     def __init__(self, model: Model, settings: SolveSettings) -> None:
         super().__init__(model, settings)
@@ -115,6 +135,9 @@ class Best(Method):
         self.tables: list[Table] = []  # of each layer
         self.affine: dict[int, list[float]] = {}  # slots that took the place of a shared table's, by rank
         self.score_losses: dict[tuple[int, int], float] = {}  # by layer and rank
+        self.gains: dict[int, dict[int, float]] = {}  # measured loss over that of the scores, by layer and rank
+        self.quick: dict[tuple[int, int], RefinedMaps] = {}  # of a table's own slots, by layer and rank
+        self.refined: dict[int, RefinedMaps] = {}  # that are part of the solution
         self.damping: defaultdict[int, dict[Component, float]] = defaultdict(dict)  # that refits used, by layer
 
     def add_layer(self, inputs: LayerInputs) -> None:
@@ -126,6 +149,7 @@ class Best(Method):
                 k_gram=inputs.mean("k_gram"),
                 k_mean=inputs.mean("k_sum"),
                 attention_mass=inputs.mean("distance"),
+                inputs=inputs.opened_again(),
                 score_unit=inputs.score_unit(ATTAINED) / 2,  # a real score has half the energy of its complex form
                 ov=solve_ov(group_outputs, inputs.output_gram, floor=self.settings.eigenvalue_floor),
                 channels=self._order_channels(inputs),
@@ -180,21 +204,34 @@ class Best(Method):
 
     def settle(self, sizes: Sequence[LayerSizes]) -> None:
         """In the stock shape, evenly spaced slots if they cost next to nothing: every runtime reads them."""
-        self.damping.clear()  # what projections that are not part of the solution took
+        self.damping.clear()  # what projections that are not part of the solution took, and what they reached
+        self.refined.clear()
         rank = sizes[0].qk
         if self.per_layer or rank == self.model.shape.head_dim or rank in self.affine:
             return
         layers = range(len(self.layers))
-        allowed = (1 + AFFINE_COST) * sum(self._score_loss(layer, rank) for layer in layers)
+        own = [self._quickly(layer, rank) for layer in layers]
+        others = sum(
+            self._output_curve(layer)[size.ov].item() + self._channel_curve(layer)[size.mlp].item()
+            for layer, size in enumerate(sizes)
+        )
+        loss, before = sum(each.refined for each in own), sum(each.closed_form for each in own)
+        allowed, gain = loss + AFFINE_COST * (loss + others), loss / before if before else 1.0
+        chosen: list[float] = []
         for slots in evenly_spaced(self.model.rope, self.rope_slots(0, rank)):
-            loss = 0.0
-            for layer in layers:
-                loss += self._loss_of(layer, self._slot_maps(layer, rank, slots))
-                if loss > allowed:
-                    break
-            else:
-                self.affine[rank] = slots
-                return
+            before = sum(self._refine(layer, rank, slots, UNREFINED).closed_form for layer in layers)
+            if before * gain <= PROMISING * allowed:
+                loss = sum(self._refine(layer, rank, slots, QUICK).refined for layer in layers)
+                if loss <= allowed:
+                    chosen, allowed = slots, loss
+        if chosen:
+            self.affine[rank] = chosen
+
+    def _quickly(self, layer: int, rank: int) -> RefinedMaps:
+        """What can be reached with the slots that bands chose."""
+        if (layer, rank) not in self.quick:
+            self.quick[layer, rank] = self._refine(layer, rank, self.rope_slots(layer, rank), QUICK)
+        return self.quick[layer, rank]
 
     def _slot_maps(self, layer: int, rank: int, slots: list[float] | None = None) -> SlotMaps:
         """Bands give the maps to start from, and the slots unless others are given; the layer's own distances count."""
@@ -203,25 +240,61 @@ class Best(Method):
         return self._problem(layer, slots or self.rope_slots(layer, rank)).solve(start)
 
     def _problem(self, layer: int, slots: list[float]) -> SlotProblem:
+        return self._score_problem(self.layers[layer].heads, slots, self._distances([layer]))
+
+    def _score_problem(self, heads: HeadStatistics, slots: list[float], distances: Distances) -> SlotProblem:
         pairs = self.model.rope.short
         return SlotProblem(
-            self.layers[layer].heads,
+            heads,
             pairs,
             frequency_at(pairs, torch.tensor(slots, dtype=torch.float64)),
-            self._distances([layer]),
+            distances,
             centring=CENTRING,
             floor=self.settings.eigenvalue_floor,
         )
 
+    @torch.inference_mode(False)  # which has no gradients, and in which probing asks for projections
+    def _refine(self, layer: int, rank: int, slots: list[float], effort: Effort) -> RefinedMaps:
+        """The closed form's maps, refined on sampled attention, and on scores beyond what was sampled."""
+        solved, context = self.layers[layer], self.settings.context or self.model.rope.context
+        inputs = solved.inputs()
+        beyond = distances_beyond(len(solved.attention_mass), context)
+        heads = [solved.heads.of(kv_head) for kv_head in range(inputs.shape.kv_heads)]
+        far = score_penalties(
+            [self._score_problem(head, slots, beyond) for head in heads],
+            FAR_WEIGHT * solved.score_unit / inputs.attention_unit,
+        )
+        closed = self._slot_maps(layer, rank, slots)
+        return refine_maps(inputs, self.model.rope, slots, closed, far, effort, self.device)
+
     def curves(self, layer: int) -> Curves:
-        solved = self.layers[layer]
-        ov = tail_sums(solved.ov.values).sum(0) * solved.attention_unit
-        mlp = solved.channels.curve * solved.mlp_unit
+        outputs, channels = self._output_curve(layer), self._channel_curve(layer)
         return {
-            "qk": {rank: self._score_loss(layer, rank) for rank in self.sizes("qk")},
-            "ov": {rank: ov[rank].item() for rank in self.sizes("ov")},
-            "mlp": {width: mlp[width].item() for width in self.sizes("mlp")},
+            "qk": {rank: self._attention_loss(layer, rank) for rank in self.sizes("qk")},
+            "ov": {rank: outputs[rank].item() for rank in self.sizes("ov")},
+            "mlp": {width: channels[width].item() for width in self.sizes("mlp")},
         }
+
+    def _output_curve(self, layer: int) -> torch.Tensor:
+        return tail_sums(self.layers[layer].ov.values).sum(0) * self.layers[layer].attention_unit
+
+    def _channel_curve(self, layer: int) -> torch.Tensor:
+        return self.layers[layer].channels.curve * self.layers[layer].mlp_unit
+
+    def _attention_loss(self, layer: int, rank: int) -> float:
+        """What the scores' error does to the stream: measured on sampled attention at some sizes, inferred between."""
+        if layer not in self.gains:
+            self.gains[layer] = {at: self._gain(layer, at) for at in self._measured_ranks()}
+        return self._score_loss(layer, rank) * interpolate(self.gains[layer], rank)
+
+    def _measured_ranks(self) -> list[int]:
+        below = [rank for rank in self.sizes("qk") if rank < self.model.shape.head_dim]
+        wanted = [share * self.model.shape.head_dim for share in REFINED_AT]
+        return sorted({min(below, key=lambda rank: abs(rank - each)) for each in wanted}) if below else []
+
+    def _gain(self, layer: int, rank: int) -> float:
+        predicted = self._score_loss(layer, rank)
+        return self._quickly(layer, rank).refined / predicted if predicted > 0 else 1.0
 
     def _score_loss(self, layer: int, rank: int) -> float:
         if rank == self.model.shape.head_dim:
@@ -239,8 +312,9 @@ class Best(Method):
         return [band.slot for band in self.tables[layer].bands[rank // 2] for _ in range(band.rank)]
 
     def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
-        query_map, key_map = self._slot_maps(inputs.layer, rank).real()
-        return {"query_map": query_map, "key_map": key_map}
+        found = self._refine(inputs.layer, rank, self.rope_slots(inputs.layer, rank), THOROUGH)
+        self.refined[inputs.layer] = found
+        return {"query_map": real_map(found.query), "key_map": real_map(found.key)}
 
     def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
         value_map = self.layers[inputs.layer].ov.shared_map[..., :rank].contiguous().to(self.device)
@@ -303,5 +377,12 @@ class Best(Method):
             "ov": float(solved.ov.values.sum()) * solved.attention_unit,
             "mlp": float(solved.channels.curve[0]) * solved.mlp_unit,
         }
+        found = self.refined.get(layer)
+        error = {"closed_form": found.closed_form, "refined": found.refined} if found else None
         ranks, damping = describe_ranks(solved.ov, solved.key_ranks, solved.channel_rank), self.damping[layer]
-        return {**ranks, "energy": energy, "damping": {c: damping[c] for c in COMPONENTS if c in damping}}
+        return {
+            **ranks,
+            "energy": energy,
+            "attention_error": error,
+            "damping": {c: damping[c] for c in COMPONENTS if c in damping},
+        }

@@ -100,4 +100,4 @@ class Paper(Method):
             "mlp": float(solved.channel_scores.sum()) * solved.mlp_unit,
         }
         ranks = describe_ranks(solved.ov, solved.key_ranks, effective_rank(solved.channel_scores).item())
-        return {**ranks, "energy": energy, "damping": {}}
+        return {**ranks, "energy": energy, "attention_error": None, "damping": {}}

@@ -79,6 +79,15 @@ def spread_distances(mass: torch.Tensor, context: int, *, far_weight: float) -> 
     return Distances(delta, weight)
 
 
+def distances_beyond(length: int, context: int) -> Distances:
+    """Distances `length` … `context` − 1, log-uniformly; none if there are no such."""
+    if context <= length:
+        return Distances(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
+    delta = torch.logspace(math.log2(length), math.log2(context - 1), 193, base=2, dtype=torch.float64).round().unique()
+    span = torch.cat([delta[1:], delta[-1:] + 1]).log() - delta.log()
+    return Distances(delta, span / span.sum())
+
+
 def frequency_at(frequencies: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Frequencies at fractional pair indices, by geometric interpolation."""
     below = slots.floor().long()

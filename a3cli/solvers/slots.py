@@ -30,6 +30,11 @@ class HeadStatistics:
     keys: torch.Tensor
     key_mean: torch.Tensor
 
+    def of(self, kv_head: int) -> "HeadStatistics":
+        """One KV head's own."""
+        own = slice(kv_head, kv_head + 1)
+        return HeadStatistics(self.queries[own], self.keys[own], self.key_mean[own])
+
 
 def head_statistics(q_gram: torch.Tensor, k_gram: torch.Tensor, k_mean: torch.Tensor) -> HeadStatistics:
     """From real Gram matrices `[H, h, h]`, `[K, h, h]` and key means `[K, h]`."""
@@ -86,12 +91,12 @@ class SlotProblem:
     def solve(self, key: torch.Tensor) -> SlotMaps:
         """Alternate from the keys' maps `[K, P, S]` given. No half-step increases the loss."""
         query = self._best_query(key)
-        loss = self._loss(query, key)
+        loss = self.loss(query, key)
         for _ in range(ROUNDS):
             last = loss
             key = self._best_key(query)
             query = self._best_query(key)
-            loss = self._loss(query, key)
+            loss = self.loss(query, key)
             if (last - loss).sum() <= ENOUGH * last.sum():
                 break
         return SlotMaps(query, key, loss)
@@ -111,7 +116,8 @@ class SlotProblem:
         query: torch.Tensor = torch.linalg.solve(_damped(left, self.floor), right, left=False)
         return query
 
-    def _loss(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def loss(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """`[K]`, of maps `[K, P, S]`."""
         left, right = self._query_equations(key)
         reached = self.heads.queries @ query
         quadratic = _real_trace(query.mH @ reached, left)

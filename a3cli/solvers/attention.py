@@ -1,0 +1,181 @@
+"""A³-QK on attention itself: query and key maps that leave a head's output as it is, on sampled queries.
+
+Scores matter by what the softmax makes of them. Where it is sure of a key, even a large error of the others changes
+nothing; where two keys compete, a small one does. So after the closed form (`solvers/slots.py`), which weighs all
+scores alike, the same maps are refined for what the squared scores stand in for, the output of attention:
+
+    min  E_m Σ_i ‖(ã_i,m − a_i,m) V W_o,i‖²,
+    ã_i,m = softmax over n of Re Σ_s (Aᴴ z^q_i,m)_s conj(Bᴴ z^k_n)_s exp(iφ_s(m−n)) · scale
+
+over the sampled queries m of a KV head's group of heads i, by L-BFGS from the closed form's maps: a smooth problem in
+`4 P S` real numbers. `z = x_p + i·x_{p+h/2}` as in `solvers/rope.py`; P = h/2 pairs, S slots.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from a3cli.solvers.rope import as_pairs
+
+FLOOR = 1e-4  # of the mean eigenvalue, when queries and keys are whitened
+ENTRIES = 1 << 17  # scores at a time, which then stay near the processor
+ENTRIES_ON_GPU = 1 << 25
+
+ROW_PARTS = 4  # a block's queries are taken in so many parts: early ones need few keys
+
+Penalty = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SampledHead:
+    """What one KV head's attention did, on the device that it is fitted on.
+
+    queries `[N, R, g, h]` of its g heads and keys `[N, T, h]` before RoPE, values `[N, T, h]`, all float32; `seen`
+    `[N, R, 2]` is the first key that each query attends to and its own place, the last one; `pairs` `[P]` are radians a
+    position; `scale` multiplies scores; `output_gram` `[g, h, h]` is `W_o,i W_o,iᵀ`.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    seen: torch.Tensor
+    pairs: torch.Tensor
+    scale: float
+    output_gram: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some blocks, some of their queries, and the keys up to `length` that these attend to."""
+
+    blocks: slice
+    rows: slice
+    length: int
+
+
+class AttentionProblem:
+    """The squared error of one KV head's contribution to the residual stream, a token, as a function of its maps."""
+
+    def __init__(self, head: SampledHead) -> None:
+        self.head = head
+        self.queries, self.keys = as_pairs(head.queries.transpose(1, 2)), as_pairs(head.keys)
+        self.pieces = list(self._cut())
+        turns = self._turns(head.pairs)
+        self.outputs = [self._outputs(piece, *self._of(piece), turns) for piece in self.pieces]
+
+    def _of(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries `[n, g, R, P]` and keys `[n, T, P]` of a piece."""
+        return self.queries[piece.blocks, :, piece.rows], self.keys[piece.blocks, : piece.length]
+
+    def _cut(self) -> Iterator[Piece]:
+        """Some blocks and some of their queries at a time, with no more keys than those attend to."""
+        blocks, group, rows = self.queries.shape[:3]
+        small = blocks * rows * group * self.keys.shape[1] <= ENTRIES
+        for some in torch.arange(rows).chunk(1 if small else ROW_PARTS):
+            inside = slice(int(some[0]), int(some[-1]) + 1)
+            length = int(self.head.seen[:, inside, 1].max()) + 1
+            entries = ENTRIES if self.keys.device.type == "cpu" else ENTRIES_ON_GPU
+            for few in torch.arange(blocks).split(max(1, entries // (len(some) * group * length))):
+                yield Piece(slice(int(few[0]), int(few[-1]) + 1), inside, length)
+
+    def loss(self, query: torch.Tensor, key: torch.Tensor, slots: torch.Tensor) -> float:
+        """Of complex maps `[P, S]` and slots `[S]` in radians a position."""
+        with torch.no_grad():
+            turns = self._turns(slots)
+            narrow = self._narrow(query, key)
+            return sum(self._error(i, narrow, turns).item() for i in range(len(self.pieces)))
+
+    def refine(
+        self, query: torch.Tensor, key: torch.Tensor, slots: torch.Tensor, *, iterations: int, penalty: Penalty
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Better maps `[P, S]`, complex128 on the device of those given.
+
+        `penalty` is what else the maps cost. The variables are the maps of whitened queries and keys, of which L-BFGS
+        needs half the iterations.
+        """
+        turns, unit = self._turns(slots), self.loss(query, key, slots)
+        if unit == 0 or iterations == 0:
+            return query, key
+        widen = [whitening(self.queries), whitening(self.keys)]
+        start = balanced(*(torch.linalg.solve(w, x.to(w)) for w, x in zip(widen, (query, key), strict=True)))
+        variables = [torch.view_as_real(x.to(torch.complex64).contiguous()).clone().requires_grad_() for x in start]
+        optimizer = torch.optim.LBFGS(
+            variables,
+            max_iter=iterations,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=0,
+            tolerance_change=1e-9,
+        )
+
+        def maps() -> list[torch.Tensor]:
+            return [w @ torch.view_as_complex(x).to(w) for w, x in zip(widen, variables, strict=True)]
+
+        def evaluate() -> torch.Tensor:
+            """The loss and its gradient, a few blocks at a time: what a softmax keeps for it would fill the memory."""
+            optimizer.zero_grad()
+            loss: torch.Tensor = penalty(*maps()) / unit
+            if loss.requires_grad:
+                loss.backward()
+            total = loss.detach()
+            for i in range(len(self.pieces)):
+                error = self._error(i, self._narrow(*maps()), turns) / unit
+                error.backward()
+                total = total + error.detach()
+            return total
+
+        with torch.enable_grad():
+            optimizer.step(evaluate)
+        refined = [x.detach().to(query) for x in maps()]
+        if not all(torch.isfinite(x).all() for x in refined):  # float32 overflowed; the closed form stands
+            return query, key
+        return refined[0], refined[1]
+
+    def _narrow(self, *maps: torch.Tensor) -> list[torch.Tensor]:
+        return [x.to(self.keys.device, torch.complex64) for x in maps]
+
+    def _turns(self, frequencies: torch.Tensor) -> torch.Tensor:
+        """`exp(i f t)` `[T, n]` at each place."""
+        places = torch.arange(self.head.keys.shape[1], dtype=torch.float64)
+        angle = places[:, None] * frequencies.cpu()
+        return torch.polar(torch.ones_like(angle), angle).to(self.keys.device, torch.complex64)
+
+    def _outputs(self, piece: Piece, queries: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Attention's outputs `[n, g, R, h]` of queries `[n, g, R, S]` and keys `[n, T, S]`."""
+        first, last = self.head.seen[piece.blocks, piece.rows].long().unbind(-1)
+        shape = (*queries.shape[:3], piece.length)
+        turned = torch.view_as_real(queries * (self.head.scale * turns[last][:, None])).flatten(-2)
+        places = torch.arange(piece.length, device=keys.device)
+        hidden = (places < first[..., None]) | (places > last[..., None])  # [n, R, T]
+        # Heads side by side with queries: a product that repeats keys and values for each would copy them.
+        scores = turned.flatten(1, 2) @ torch.view_as_real(keys * turns[: piece.length]).flatten(-2).mT
+        weights = scores.view(shape).masked_fill(hidden[:, None], float("-inf")).softmax(-1)
+        found = weights.flatten(1, 2) @ self.head.values[piece.blocks, : piece.length]
+        return found.view(*shape[:3], -1)
+
+    def _error(self, index: int, maps: list[torch.Tensor], turns: torch.Tensor) -> torch.Tensor:
+        """One piece's part of the loss."""
+        piece, (query, key) = self.pieces[index], [each.conj() for each in maps]
+        queries, keys = self._of(piece)
+        found = self._outputs(piece, queries @ query, keys @ key, turns)
+        wrong = found - self.outputs[index]
+        sampled = self.queries.shape[0] * self.queries.shape[2]
+        error: torch.Tensor = ((wrong @ self.head.output_gram) * wrong).sum() / sampled
+        return error
+
+
+def whitening(samples: torch.Tensor) -> torch.Tensor:
+    """`E[z zᴴ]^{-1/2}` `[P, P]` of samples `[..., P]`, complex128: `z̃ = Mᴴ z` with `M = E[z zᴴ]^{-1/2} M'`."""
+    flat = samples.flatten(0, -2).to(torch.complex128)
+    gram = (flat.mH @ flat).mT / len(flat)
+    values, vectors = torch.linalg.eigh(gram)
+    floor = FLOOR * values.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    root: torch.Tensor = (vectors * values.clamp_min(floor).rsqrt()) @ vectors.mH
+    return root
+
+
+def balanced(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product of each slot, shared out evenly."""
+    share = (query.abs().square().sum(0) / key.abs().square().sum(0)).nan_to_num(1.0, 1.0).clamp(1e-6, 1e6).pow(0.25)
+    return query / share, key * share
