@@ -103,6 +103,11 @@ def layer_bytes(shape: ModelShape, itemsize: int) -> int:
     return linear_weights(shape, shape.sizes[:1]) * itemsize
 
 
+def gathered_bytes(shape: ModelShape, samples: int, seq_len: int, *, full_mlp: bool) -> int:
+    """All that one layer's sweep gathers on the device: running sums, and attention kept whole."""
+    return moment_bytes(shape, full_mlp=full_mlp) + sample_bytes(shape, samples, seq_len)
+
+
 def moment_bytes(shape: ModelShape, *, full_mlp: bool) -> int:
     """One layer's running sums, and the packed copy in which the largest leaves the device."""
     query, width = shape.heads * shape.head_dim, shape.intermediate_size

@@ -22,7 +22,7 @@ def choose_batch_size(
     free = int(MARGIN * machine.free_memory()) - held
     item = machine.dtype.itemsize
     layer = costs.layer_bytes(shape, item)
-    sums = costs.moment_bytes(shape, full_mlp=full_mlp) + costs.sample_bytes(shape, blocks, seq_len)
+    sums = costs.gathered_bytes(shape, blocks, seq_len, full_mlp=full_mlp)
     on_cpu = machine.device.type == "cpu"
     block = costs.block_bytes(shape, item, seq_len, on_cpu=on_cpu)
     if layer + sums + block > free:

@@ -27,6 +27,7 @@ from a3cli.work import (
     drafting,
     hash_file,
     read_manifest,
+    read_named,
     versions,
     write_json,
     write_manifest,
@@ -161,9 +162,7 @@ def add_statistics(files: Sequence[Path]) -> Tensors:
         with safe_open(file, framework="pt") as more:
             for name, value in total.items():
                 value.add_(more.get_tensor(name))
-    return total | merge_samples([load_samples(file) for file in files])
-
-
-def load_samples(file: Path) -> Tensors:
-    with safe_open(file, framework="pt") as statistics:
-        return {name: statistics.get_tensor(name) for name in NAMES}
+    samples = [read_named(file, NAMES) for file in files]
+    if lacking := [str(file) for file, found in zip(files, samples, strict=True) if found is None]:
+        raise A3Error(f"{', '.join(lacking)}: no samples of attention; {REMEDY}")
+    return total | merge_samples([found for found in samples if found])

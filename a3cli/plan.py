@@ -256,8 +256,7 @@ def device_memory(run: Run) -> Json:
     parts = {
         "layer": costs.layer_bytes(shape, run.item),
         "batch": run.batch * costs.block_bytes(shape, run.item, settings.seq_len, on_cpu=not run.on_gpu),
-        "moments": costs.moment_bytes(shape, full_mlp=run.full_mlp)
-        + costs.sample_bytes(shape, settings.samples, settings.seq_len),
+        "moments": costs.gathered_bytes(shape, settings.samples, settings.seq_len, full_mlp=run.full_mlp),
     }
     return {**parts, "total": sum(parts.values())}
 

@@ -27,7 +27,7 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -302,6 +302,16 @@ def making_scratch(folder: Path) -> Iterator[None]:
 def write_json(path: Path, value: Json) -> None:
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+def read_named(path: Path, names: Sequence[str]) -> "dict[str, torch.Tensor] | None":
+    """The tensors of these names; None if the file lacks one."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        if not set(names) <= set(file.keys()):
+            return None
+        return {name: file.get_tensor(name) for name in names}
 
 
 def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:

@@ -36,7 +36,7 @@ def refine_maps(
     rope: Rope,
     slots: list[float],
     closed: SlotMaps,
-    far: list[Penalty],
+    far: list[Penalty | None],
     effort: Effort,
     device: torch.device,
 ) -> RefinedMaps:
@@ -46,11 +46,9 @@ def refine_maps(
     for kv_head, (head, penalty) in enumerate(zip(sampled_heads(inputs, rope, effort.share, device), far, strict=True)):
         problem = AttentionProblem(head)
         frequencies = frequency_at(head.pairs, torch.tensor(slots, dtype=torch.float64))
-        before += problem.loss(query[kv_head], key[kv_head], frequencies)
-        query[kv_head], key[kv_head] = problem.refine(
-            query[kv_head], key[kv_head], frequencies, iterations=effort.iterations, penalty=penalty
-        )
-        after += problem.loss(query[kv_head], key[kv_head], frequencies)
+        found = problem.refine(query[kv_head], key[kv_head], frequencies, iterations=effort.iterations, penalty=penalty)
+        query[kv_head], key[kv_head] = found.query, found.key
+        before, after = before + found.before, after + found.after
     return RefinedMaps(query, key, before * inputs.attention_unit, after * inputs.attention_unit)
 
 
@@ -79,10 +77,6 @@ def _heads(samples: Tensors, name: str, heads: slice, head_dim: int, device: tor
     return own.to(device).float()
 
 
-def score_penalties(problems: list[SlotProblem], weights: torch.Tensor) -> list[Penalty]:
-    """What each KV head's score errors cost, times a weight `[K]`."""
-
-    def penalty(problem: SlotProblem, weight: float) -> Penalty:
-        return lambda query, key: weight * problem.loss(query[None].cpu(), key[None].cpu())[0]
-
-    return [penalty(problem, weight) for problem, weight in zip(problems, weights.tolist(), strict=True)]
+def score_penalty(problem: SlotProblem, weight: float) -> Penalty:
+    """What one KV head's score errors cost, times a weight."""
+    return lambda query, key: weight * problem.loss(query[None].cpu(), key[None].cpu())[0]

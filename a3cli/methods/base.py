@@ -23,7 +23,7 @@ from a3cli.settings import Component, SolveSettings
 from a3cli.solvers.allocate import sizes
 from a3cli.solvers.linalg import JointDecomposition, effective_rank
 from a3cli.solvers.ov import output_gram_of
-from a3cli.work import Json, Work, read_manifest
+from a3cli.work import Json, Work, read_manifest, read_named
 
 # Whose statistics are damaged, for a message.
 COMPONENT_OF = {
@@ -74,12 +74,11 @@ class LayerInputs:
 
     def samples(self) -> Tensors:
         """Attention kept whole, as `samples.py` names it."""
-        with safe_open(self._path, framework="pt") as file:
-            if not set(NAMES) <= set(file.keys()):
-                raise A3Error(
-                    f"layer {self.layer}: the statistics have no samples of attention; run a3 calibrate --overwrite"
-                )
-            return {name: file.get_tensor(name) for name in NAMES}
+        if (samples := read_named(self._path, NAMES)) is None:
+            raise A3Error(
+                f"layer {self.layer}: the statistics have no samples of attention; run a3 calibrate --overwrite"
+            )
+        return samples
 
     def opened_again(self) -> "Callable[[], LayerInputs]":
         """For later, without what has been read until now."""

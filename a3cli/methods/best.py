@@ -23,11 +23,12 @@ import torch
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes
 from a3cli.families.rope import evenly_spaced
-from a3cli.methods.attention import Effort, RefinedMaps, refine_maps, score_penalties
+from a3cli.methods.attention import Effort, RefinedMaps, refine_maps, score_penalty
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
 from a3cli.settings import COMPONENTS, Component, SolveSettings
+from a3cli.solvers.attention import Penalty
 from a3cli.solvers.linalg import JointDecomposition, effective_rank, tail_sums
 from a3cli.solvers.mlp import ChannelOrder, order_channels, refit_down
 from a3cli.solvers.ov import refine_values, refit_output, solve_ov
@@ -201,7 +202,7 @@ class Best(Method):
 
     def _distances(self, layers: list[int]) -> Distances:
         mass = torch.stack([self.layers[layer].attention_mass for layer in layers]).sum(0)
-        return spread_distances(mass, self.settings.context or self.model.rope.context, far_weight=FAR_WEIGHT)
+        return spread_distances(mass, self._context, far_weight=FAR_WEIGHT)
 
     def settle(self, sizes: Sequence[LayerSizes]) -> None:
         """In the stock shape, evenly spaced slots if they cost next to nothing: every runtime reads them."""
@@ -257,16 +258,25 @@ class Best(Method):
     @torch.inference_mode(False)  # which has no gradients, and in which probing asks for projections
     def _refine(self, layer: int, rank: int, slots: list[float], effort: Effort) -> RefinedMaps:
         """The closed form's maps, refined on sampled attention, and on scores beyond what was sampled."""
-        solved, context = self.layers[layer], self.settings.context or self.model.rope.context
-        inputs = solved.inputs()
-        beyond = distances_beyond(len(solved.attention_mass), context)
-        heads = [solved.heads.of(kv_head) for kv_head in range(inputs.shape.kv_heads)]
-        far = score_penalties(
-            [self._score_problem(head, slots, beyond) for head in heads],
-            FAR_WEIGHT * solved.score_unit / inputs.attention_unit,
-        )
-        closed = self._slot_maps(layer, rank, slots)
+        inputs = self.layers[layer].inputs()
+        closed, far = self._slot_maps(layer, rank, slots), self._far_penalties(layer, slots)
         return refine_maps(inputs, self.model.rope, slots, closed, far, effort, self.device)
+
+    def _far_penalties(self, layer: int, slots: list[float]) -> list[Penalty | None]:
+        """What score errors beyond the samples' length cost each KV head."""
+        solved = self.layers[layer]
+        beyond = distances_beyond(len(solved.attention_mass), self._context)
+        if beyond is None:
+            return [None] * self.model.shape.kv_heads
+        weights = FAR_WEIGHT * solved.score_unit / solved.attention_unit
+        return [
+            score_penalty(self._score_problem(solved.heads.of(kv_head), slots, beyond), weight)
+            for kv_head, weight in enumerate(weights.tolist())
+        ]
+
+    @property
+    def _context(self) -> int:
+        return self.settings.context or self.model.rope.context
 
     def curves(self, layer: int) -> Curves:
         outputs, channels = self._output_curve(layer), self._channel_curve(layer)

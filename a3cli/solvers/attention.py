@@ -46,6 +46,16 @@ class SampledHead:
 
 
 @dataclass(frozen=True)
+class Refined:
+    """Complex maps `[P, S]` of queries and keys, and the loss of those given and of these."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Piece:
     """Some blocks, some of their queries, and the keys up to `length` that these attend to."""
 
@@ -87,16 +97,16 @@ class AttentionProblem:
             return sum(self._error(i, narrow, turns).item() for i in range(len(self.pieces)))
 
     def refine(
-        self, query: torch.Tensor, key: torch.Tensor, slots: torch.Tensor, *, iterations: int, penalty: Penalty
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Better maps `[P, S]`, complex128 on the device of those given.
+        self, query: torch.Tensor, key: torch.Tensor, slots: torch.Tensor, *, iterations: int, penalty: Penalty | None
+    ) -> Refined:
+        """Better maps, complex128 on the device of those given.
 
-        `penalty` is what else the maps cost. The variables are the maps of whitened queries and keys, of which L-BFGS
-        needs half the iterations.
+        `penalty` is what else the maps cost, None for nothing. The variables are the maps of whitened queries and keys,
+        of which L-BFGS needs half the iterations.
         """
         turns, unit = self._turns(slots), self.loss(query, key, slots)
         if unit == 0 or iterations == 0:
-            return query, key
+            return Refined(query, key, unit, unit)
         widen = [whitening(self.queries), whitening(self.keys)]
         start = balanced(*(torch.linalg.solve(w, x.to(w)) for w, x in zip(widen, (query, key), strict=True)))
         variables = [torch.view_as_real(x.to(torch.complex64).contiguous()).clone().requires_grad_() for x in start]
@@ -115,22 +125,26 @@ class AttentionProblem:
         def evaluate() -> torch.Tensor:
             """The loss and its gradient, a few blocks at a time: what a softmax keeps for it would fill the memory."""
             optimizer.zero_grad()
-            loss: torch.Tensor = penalty(*maps()) / unit
-            if loss.requires_grad:
-                loss.backward()
-            total = loss.detach()
+            total = torch.zeros((), dtype=torch.float64)
+            if penalty:
+                cost = penalty(*maps()) / unit
+                cost.backward()
+                total += cost.detach()
+            narrow = self._narrow(*maps())
+            leaves = [x.detach().requires_grad_() for x in narrow]
             for i in range(len(self.pieces)):
-                error = self._error(i, self._narrow(*maps()), turns) / unit
+                error = self._error(i, leaves, turns) / unit
                 error.backward()
-                total = total + error.detach()
+                total += error.detach().cpu()
+            torch.autograd.backward(narrow, [leaf.grad for leaf in leaves])
             return total
 
         with torch.enable_grad():
             optimizer.step(evaluate)
-        refined = [x.detach().to(query) for x in maps()]
-        if not all(torch.isfinite(x).all() for x in refined):  # float32 overflowed; the closed form stands
-            return query, key
-        return refined[0], refined[1]
+        found = [x.detach().to(query) for x in maps()]
+        if not all(torch.isfinite(x).all() for x in found):  # float32 overflowed; the closed form stands
+            return Refined(query, key, unit, unit)
+        return Refined(found[0], found[1], unit, self.loss(found[0], found[1], slots))
 
     def _narrow(self, *maps: torch.Tensor) -> list[torch.Tensor]:
         return [x.to(self.keys.device, torch.complex64) for x in maps]

@@ -73,19 +73,24 @@ def spread_distances(mass: torch.Tensor, context: int, *, far_weight: float) -> 
     delta = torch.cat([near, far]).unique()
     place = torch.bucketize(torch.arange(len(mass), dtype=torch.float64), delta, right=True) - 1
     measured = torch.zeros_like(delta).index_add_(0, place, mass.double())
-    span = torch.cat([delta[1:], delta[-1:] + 1]).clamp_min(1).log() - delta.clamp_min(1).log()
+    span = log_spans(delta)
     span[delta >= context] = 0
     weight = (1 - far_weight) * measured / measured.sum() + far_weight * span / span.sum()
     return Distances(delta, weight)
 
 
-def distances_beyond(length: int, context: int) -> Distances:
-    """Distances `length` … `context` − 1, log-uniformly; none if there are no such."""
+def distances_beyond(length: int, context: int) -> Distances | None:
+    """Distances `length` … `context` − 1, log-uniformly; None if there are no such."""
     if context <= length:
-        return Distances(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
+        return None
     delta = torch.logspace(math.log2(length), math.log2(context - 1), 193, base=2, dtype=torch.float64).round().unique()
-    span = torch.cat([delta[1:], delta[-1:] + 1]).log() - delta.log()
+    span = log_spans(delta)
     return Distances(delta, span / span.sum())
+
+
+def log_spans(delta: torch.Tensor) -> torch.Tensor:
+    """Of ascending distances `[D]`: how much of a log-uniform spread each stands for."""
+    return torch.cat([delta[1:], delta[-1:] + 1]).clamp_min(1).log() - delta.clamp_min(1).log()
 
 
 def frequency_at(frequencies: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
