@@ -22,13 +22,20 @@ class Effort:
 
 
 @dataclass(frozen=True)
+class AttentionError:
+    """Relative squared error of the stream on sampled attention, by the closed form's maps and by refined ones."""
+
+    closed_form: float
+    refined: float
+
+
+@dataclass(frozen=True)
 class RefinedMaps:
-    """Complex maps `[K, P, S]`, and the relative squared error of the stream on sampled attention, before and now."""
+    """Complex maps `[K, P, S]`, and what error they leave."""
 
     query: torch.Tensor
     key: torch.Tensor
-    closed_form: float
-    refined: float
+    error: AttentionError
 
 
 def refine_maps(
@@ -49,7 +56,7 @@ def refine_maps(
         found = problem.refine(query[kv_head], key[kv_head], frequencies, iterations=effort.iterations, penalty=penalty)
         query[kv_head], key[kv_head] = found.query, found.key
         before, after = before + found.before, after + found.after
-    return RefinedMaps(query, key, before * inputs.attention_unit, after * inputs.attention_unit)
+    return RefinedMaps(query, key, AttentionError(before * inputs.attention_unit, after * inputs.attention_unit))
 
 
 def sampled_heads(inputs: LayerInputs, rope: Rope, share: int, device: torch.device) -> Iterator[SampledHead]:

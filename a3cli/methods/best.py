@@ -13,7 +13,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes
 from a3cli.families.rope import evenly_spaced
-from a3cli.methods.attention import Effort, RefinedMaps, refine_maps, score_penalty
+from a3cli.methods.attention import AttentionError, Effort, RefinedMaps, refine_maps, score_penalty
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
@@ -138,8 +138,8 @@ class Best(Method):
         self.affine: dict[int, list[float]] = {}  # slots that took the place of a shared table's, by rank
         self.score_losses: dict[tuple[int, int], float] = {}  # by layer and rank
         self.gains: dict[int, dict[int, float]] = {}  # measured loss over that of the scores, by layer and rank
-        self.quick: dict[tuple[int, int], RefinedMaps] = {}  # of a table's own slots, by layer and rank
-        self.refined: dict[int, RefinedMaps] = {}  # that are part of the solution
+        self.quick: dict[tuple[int, int], AttentionError] = {}  # of a table's own slots, by layer and rank
+        self.errors: dict[int, AttentionError] = {}  # of the maps that are part of the solution
         self.damping: defaultdict[int, dict[Component, float]] = defaultdict(dict)  # that refits used, by layer
 
     def add_layer(self, inputs: LayerInputs) -> None:
@@ -207,7 +207,7 @@ class Best(Method):
     def settle(self, sizes: Sequence[LayerSizes]) -> None:
         """In the stock shape, evenly spaced slots if they cost next to nothing: every runtime reads them."""
         self.damping.clear()  # what projections that are not part of the solution took, and what they reached
-        self.refined.clear()
+        self.errors.clear()
         rank = sizes[0].qk
         if self.per_layer or rank == self.model.shape.head_dim or rank in self.affine:
             return
@@ -221,18 +221,21 @@ class Best(Method):
         allowed, gain = loss + AFFINE_COST * (loss + others), loss / before if before else 1.0
         chosen: list[float] = []
         for slots in evenly_spaced(self.model.rope, self.rope_slots(0, rank)):
-            before = sum(self._refine(layer, rank, slots, UNREFINED).closed_form for layer in layers)
+            closed = [self._slot_maps(layer, rank, slots) for layer in layers]
+            before = sum(self._refine(layer, slots, closed[layer], UNREFINED).error.closed_form for layer in layers)
             if before * gain <= PROMISING * allowed:
-                loss = sum(self._refine(layer, rank, slots, QUICK).refined for layer in layers)
+                loss = sum(self._refine(layer, slots, closed[layer], QUICK).error.refined for layer in layers)
                 if loss <= allowed:
                     chosen, allowed = slots, loss
         if chosen:
             self.affine[rank] = chosen
 
-    def _quickly(self, layer: int, rank: int) -> RefinedMaps:
+    def _quickly(self, layer: int, rank: int) -> AttentionError:
         """What can be reached with the slots that bands chose."""
         if (layer, rank) not in self.quick:
-            self.quick[layer, rank] = self._refine(layer, rank, self.rope_slots(layer, rank), QUICK)
+            closed = self._slot_maps(layer, rank)
+            self.score_losses[layer, rank] = self._loss_of(layer, closed)
+            self.quick[layer, rank] = self._refine(layer, self.rope_slots(layer, rank), closed, QUICK).error
         return self.quick[layer, rank]
 
     def _slot_maps(self, layer: int, rank: int, slots: list[float] | None = None) -> SlotMaps:
@@ -256,10 +259,9 @@ class Best(Method):
         )
 
     @torch.inference_mode(False)  # which has no gradients, and in which probing asks for projections
-    def _refine(self, layer: int, rank: int, slots: list[float], effort: Effort) -> RefinedMaps:
+    def _refine(self, layer: int, slots: list[float], closed: SlotMaps, effort: Effort) -> RefinedMaps:
         """The closed form's maps, refined on sampled attention, and on scores beyond what was sampled."""
-        inputs = self.layers[layer].inputs()
-        closed, far = self._slot_maps(layer, rank, slots), self._far_penalties(layer, slots)
+        inputs, far = self.layers[layer].inputs(), self._far_penalties(layer, slots)
         return refine_maps(inputs, self.model.rope, slots, closed, far, effort, self.device)
 
     def _far_penalties(self, layer: int, slots: list[float]) -> list[Penalty | None]:
@@ -304,8 +306,8 @@ class Best(Method):
         return sorted({min(below, key=lambda rank: abs(rank - each)) for each in wanted}) if below else []
 
     def _gain(self, layer: int, rank: int) -> float:
-        predicted = self._score_loss(layer, rank)
-        return self._quickly(layer, rank).refined / predicted if predicted > 0 else 1.0
+        reached, predicted = self._quickly(layer, rank).refined, self._score_loss(layer, rank)
+        return reached / predicted if predicted > 0 else 1.0
 
     def _score_loss(self, layer: int, rank: int) -> float:
         if rank == self.model.shape.head_dim:
@@ -323,8 +325,9 @@ class Best(Method):
         return [band.slot for band in self.tables[layer].bands[rank // 2] for _ in range(band.rank)]
 
     def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
-        found = self._refine(inputs.layer, rank, self.rope_slots(inputs.layer, rank), THOROUGH)
-        self.refined[inputs.layer] = found
+        slots = self.rope_slots(inputs.layer, rank)
+        found = self._refine(inputs.layer, slots, self._slot_maps(inputs.layer, rank, slots), THOROUGH)
+        self.errors[inputs.layer] = found.error
         return {"query_map": real_map(found.query), "key_map": real_map(found.key)}
 
     def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
@@ -388,12 +391,11 @@ class Best(Method):
             "ov": float(solved.ov.values.sum()) * solved.attention_unit,
             "mlp": float(solved.channels.curve[0]) * solved.mlp_unit,
         }
-        found = self.refined.get(layer)
-        error = {"closed_form": found.closed_form, "refined": found.refined} if found else None
+        error = self.errors.get(layer)
         ranks, damping = describe_ranks(solved.ov, solved.key_ranks, solved.channel_rank), self.damping[layer]
         return {
             **ranks,
             "energy": energy,
-            "attention_error": error,
+            "attention_error": asdict(error) if error else None,
             "damping": {c: damping[c] for c in COMPONENTS if c in damping},
         }

@@ -125,19 +125,17 @@ class AttentionProblem:
         def evaluate() -> torch.Tensor:
             """The loss and its gradient, a few blocks at a time: what a softmax keeps for it would fill the memory."""
             optimizer.zero_grad()
-            total = torch.zeros((), dtype=torch.float64)
-            if penalty:
-                cost = penalty(*maps()) / unit
-                cost.backward()
-                total += cost.detach()
-            narrow = self._narrow(*maps())
+            wide = maps()
+            costs = [penalty(*wide) / unit] if penalty else []
+            narrow = self._narrow(*wide)
             leaves = [x.detach().requires_grad_() for x in narrow]
+            total = torch.zeros((), dtype=torch.float64)
             for i in range(len(self.pieces)):
                 error = self._error(i, leaves, turns) / unit
                 error.backward()
                 total += error.detach().cpu()
-            torch.autograd.backward(narrow, [leaf.grad for leaf in leaves])
-            return total
+            torch.autograd.backward([*narrow, *costs], [*(leaf.grad for leaf in leaves), *(None for _ in costs)])
+            return total + sum(cost.detach() for cost in costs)
 
         with torch.enable_grad():
             optimizer.step(evaluate)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from a3cli.solvers.linalg import JointDecomposition, decompose_jointly, tail_sums
+from a3cli.solvers.linalg import decompose_jointly, tail_sums
 from a3cli.solvers.qk import sum_over_group
+
+TRIED = 4  # frequencies that a band may take from each pair to the next
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,18 @@ class Distances:
     delta: torch.Tensor
     weight: torch.Tensor
 
+    def expected_phase(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """`E_Δ exp(i (f_a − s_b) Δ)` `[A, B]` of frequencies `[A]` and `[B]`."""
+        return (self._turns(first) * self.weight) @ self._turns(second).mH
+
+    def _turns(self, frequencies: torch.Tensor) -> torch.Tensor:
+        angle = frequencies[:, None] * self.delta
+        return torch.polar(torch.ones_like(angle), angle)
+
     def constancy(self, frequencies: torch.Tensor) -> torch.Tensor:
         """`|E_Δ exp(iθ_pΔ)| |E_Δ exp(iθ_p'Δ)|` `[P, P]`: near 1 for pairs that hardly turn over these distances."""
-        angle = frequencies[:, None] * self.delta
-        phase = torch.complex(angle.cos() @ self.weight, angle.sin() @ self.weight).abs()
-        return phase[:, None] * phase
+        phase = self.expected_phase(frequencies, torch.zeros_like(frequencies[:1])).abs()
+        return phase * phase.mT
 
 
 def spread_distances(mass: torch.Tensor, context: int, *, far_weight: float) -> Distances:
@@ -130,8 +139,7 @@ def complex_gram(gram: torch.Tensor) -> torch.Tensor:
 
 def sharing_cost(frequencies: torch.Tensor, shared: torch.Tensor, distances: Distances) -> torch.Tensor:
     """`2 (1 − E_Δ cos((θ_p − θ)Δ))` `[B, P]`: relative squared error of turning pairs `[P]` with frequencies `[B]`."""
-    difference = (shared[:, None] - frequencies).abs()
-    return 2 * (1 - torch.cos(difference[..., None] * distances.delta) @ distances.weight)
+    return 2 * (1 - distances.expected_phase(shared, frequencies).real).clamp_min(0)
 
 
 def band_costs(
@@ -147,39 +155,37 @@ def band_costs(
 
     units[l] `[K]` turns layer l's squared scores into the common unit. Rank 0 loses all of the band's energy.
     """
+    pairs = len(frequencies)
     energy = torch.stack([unit @ gram.energy for gram, unit in zip(grams, units, strict=True)])
+    tried = torch.arange(TRIED * (pairs - 1) + 1, dtype=torch.float64) / TRIED
+    sharing = sharing_cost(frequencies, frequency_at(frequencies, tried), distances)
     costs = {}
-    for start in range(len(frequencies)):
-        for stop in range(start + 1, min(start + longest, len(frequencies)) + 1):
-            band = slice(start, stop)
-            slot, shared = best_slot(frequencies, band, energy[:, band], distances)
-            losses = torch.stack(
-                [
-                    unit @ tail_sums(_decompose(gram, band, floor).values)
-                    for gram, unit in zip(grams, units, strict=True)
-                ]
-            )
+    for length in range(1, min(longest, pairs) + 1):
+        tails = torch.stack([_tails(gram, unit, length, floor) for gram, unit in zip(grams, units, strict=True)], 1)
+        for start, losses in enumerate(tails):
+            slot, shared = best_slot(sharing, slice(start, start + length), energy)
             losses[:, 1:] += shared[:, None]
-            costs[start, stop] = BandCost(losses, slot)
+            costs[start, start + length] = BandCost(losses, slot)
     return costs
 
 
-def best_slot(
-    frequencies: torch.Tensor, band: slice, energy: torch.Tensor, distances: Distances
-) -> tuple[float, torch.Tensor]:
+def _tails(grams: PairGrams, unit: torch.Tensor, length: int, floor: float) -> torch.Tensor:
+    """What every band of `length` pairs loses in one layer at each rank, `[bands, length + 1]`."""
+    bands = [slice(start, start + length) for start in range(grams.keys.shape[-1] - length + 1)]
+    keys, queries = (torch.stack([g[:, band, band] for band in bands]) for g in (grams.keys, grams.queries))
+    return (unit[:, None] * tail_sums(decompose_jointly(keys, queries, floor=floor).values)).sum(1)
+
+
+def best_slot(sharing: torch.Tensor, band: slice, energy: torch.Tensor) -> tuple[float, torch.Tensor]:
     """The shared slot of a band with the least sharing cost over all layers, and each layer's cost `[L]`.
 
-    energy `[L, n]`. Tried are the band's own pairs and three points between each two.
+    energy `[L, P]`; sharing is the cost of each point tried for each pair. The band's own pairs are tried, and the
+    points between them.
     """
-    count = band.stop - band.start
-    tried = torch.linspace(band.start, band.stop - 1, 4 * count - 3, dtype=torch.float64)
-    cost = energy @ sharing_cost(frequencies[band], frequency_at(frequencies, tried), distances).mT
+    first = TRIED * band.start
+    cost = energy[:, band] @ sharing[first : TRIED * (band.stop - 1) + 1, band].mT
     best = int(cost.sum(0).argmin())
-    return tried[best].item(), cost[:, best]
-
-
-def _decompose(grams: PairGrams, band: slice, floor: float) -> JointDecomposition:
-    return decompose_jointly(grams.keys[:, band, band], grams.queries[:, band, band], floor=floor)
+    return (first + best) / TRIED, cost[:, best]
 
 
 def best_bands(costs: dict[tuple[int, int], BandCost], pairs: int, most: int) -> list[tuple[float, list[Band]]]:
@@ -220,7 +226,7 @@ def band_maps(grams: PairGrams, bands: list[Band], *, floor: float) -> tuple[tor
     used = 0
     for band in bands:
         inside = slice(band.start, band.stop)
-        solved = _decompose(grams, inside, floor)
+        solved = decompose_jointly(grams.keys[:, inside, inside], grams.queries[:, inside, inside], floor=floor)
         maps[0, :, inside, used : used + band.rank] = solved.other_map[..., : band.rank]
         maps[1, :, inside, used : used + band.rank] = solved.shared_map[..., : band.rank]
         used += band.rank

@@ -74,13 +74,13 @@ class SlotProblem:
     ) -> None:
         self.heads, self.centring, self.floor = heads, centring, floor
         still = torch.zeros(1, dtype=torch.float64)
-        self._mixed = expected_phase(pairs, slots, distances)
-        self._slots = expected_phase(slots, slots, distances)
-        self._pair_mean = expected_phase(pairs, still, distances)  # [P, 1]
-        self._slot_mean = expected_phase(slots, still, distances)  # [S, 1]
+        self._mixed = distances.expected_phase(pairs, slots)
+        self._slots = distances.expected_phase(slots, slots)
+        self._pair_mean = distances.expected_phase(pairs, still)  # [P, 1]
+        self._slot_mean = distances.expected_phase(slots, still)  # [S, 1]
         self._mean = heads.key_mean[..., None]  # [K, P, 1]
         self._whitened_mean = torch.linalg.solve(_damped(heads.keys, floor), self._mean)
-        self.energy = self._score_energy(expected_phase(pairs, pairs, distances))
+        self.energy = self._score_energy(distances.expected_phase(pairs, pairs))
 
     def _score_energy(self, phases: torch.Tensor) -> torch.Tensor:
         """The loss `[K]` of keeping nothing."""
@@ -137,12 +137,6 @@ class SlotProblem:
         mean_in_slots = torch.linalg.solve(_damped(eye - coupling, self.floor), mean.mH @ right @ inverse, left=False)
         key: torch.Tensor = (right + self.centring * whitened @ (mean_in_slots @ of_means)) @ inverse
         return key
-
-
-def expected_phase(first: torch.Tensor, second: torch.Tensor, distances: Distances) -> torch.Tensor:
-    """`E_Δ exp(i (f_a − s_b) Δ)` `[A, B]` of frequencies `[A]` and `[B]`."""
-    angle = (first[:, None] - second)[..., None] * distances.delta
-    return torch.complex(angle.cos() @ distances.weight, angle.sin() @ distances.weight)
 
 
 def score_error(
