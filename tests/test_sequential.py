@@ -16,15 +16,20 @@ OPTIONS = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
 def chain(a3, source: Path, text: Path, folder: Path, *options: object, rounds: int = 0) -> dict[str, Path]:
     """Exports of one calibration, one-shot and corrected."""
     work = folder / "work"
-    ran = [a3("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 60, "--work", work)]
-    outs = {"one-shot": folder / "one-shot", "corrected": folder / "corrected"}
-    for name, out in outs.items():
-        corrected = ("--sequential", "--refit-rounds", rounds, "--batch-size", 4)
-        extra = corrected if name == "corrected" else ()
-        ran.append(a3("solve", *options, *extra, "--work", work, "--overwrite"))
-        ran.append(a3("export", out, "--work", work))
-    assert [outcome.code for outcome in ran] == [0] * 5, ran
-    return outs
+    calibrated = a3("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 60, "--work", work)
+    assert calibrated.code == 0, calibrated
+    one_shot = solved(a3, folder / "one-shot", *options, "--work", work)
+    return {"one-shot": one_shot, "corrected": corrected(a3, folder / "corrected", rounds, *options, "--work", work)}
+
+
+def solved(a3, out: Path, *options: object) -> Path:
+    ran = [a3("solve", *options, "--overwrite"), a3("export", out, *options[-2:])]
+    assert [outcome.code for outcome in ran] == [0] * 2, ran
+    return out
+
+
+def corrected(a3, out: Path, rounds: int, *options: object) -> Path:
+    return solved(a3, out, "--sequential", "--refit-rounds", rounds, "--batch-size", 4, *options)
 
 
 def load(folder: Path) -> Any:
@@ -93,16 +98,17 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa"])
 def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
     """What the first layer's MLP misses of its target falls when gate and up may move."""
-    source = checkpoint(name)
-    blocks, missed = None, {}
-    for rounds in (0, 2):
-        outs = chain(a3, source, text_file, tmp_path / str(rounds), *OPTIONS, rounds=rounds)
-        blocks = load_file(tmp_path / str(rounds) / "work" / "calibration" / "tokens.safetensors")["tokens"]
-        full, small = activations(load(source), blocks)[0], activations(load(outs["corrected"]), blocks)[0]
+    source, missed = checkpoint(name), {}
+    outs = chain(a3, source, text_file, tmp_path, *OPTIONS)
+    work = ("--work", tmp_path / "work")
+    by_rounds = {0: outs["corrected"], 2: corrected(a3, tmp_path / "fitted", 2, *OPTIONS, *work)}
+    blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"]
+    full, one_shot = activations(load(source), blocks)[0], load(outs["one-shot"]).model.layers[0].mlp
+    for rounds, out in by_rounds.items():
+        model = load(out)
+        small, mlp = activations(model, blocks)[0], model.model.layers[0].mlp
         target = full["output"] - full["middle"] + DRIFT * (full["middle"] - small["middle"])
         missed[rounds] = ((small["output"] - small["middle"] - target).norm() / target.norm()).item()
-        mlp = load(outs["corrected"]).model.layers[0].mlp
-        one_shot = load(outs["one-shot"]).model.layers[0].mlp
         assert torch.equal(mlp.gate_proj.weight, one_shot.gate_proj.weight) == (rounds == 0)
         assert torch.equal(mlp.up_proj.weight, one_shot.up_proj.weight) == (rounds == 0)
     assert missed[2] < 0.9 * missed[0]
