@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from a3cli.methods.attention import JUDGING, split
 from a3cli.samples import NAMES, merge_samples
 from a3cli.sampling import sampled_blocks, sampled_queries
 from a3cli.solvers import attention
@@ -87,7 +88,7 @@ def test_it_does_not_matter_how_it_is_cut(monkeypatch):
     pieces = AttentionProblem(head)
     assert len(whole.pieces) == 1 < BLOCKS < len(pieces.pieces)
     assert pieces.loss(*start(), SLOTS) == pytest.approx(whole.loss(*start(), SLOTS), rel=1e-5)
-    refined = [p.refine(*start(), SLOTS, iterations=3, penalty=None) for p in (whole, pieces)]
+    refined = [p.refine(*start(), SLOTS, judge=p, iterations=3, penalty=None) for p in (whole, pieces)]
     torch.testing.assert_close(refined[0].query, refined[1].query, rtol=1e-2, atol=1e-2)
 
 
@@ -115,7 +116,7 @@ def test_no_optimiser_finds_better_maps():
     """From the same place, near which a minimum lies, and from where we ended."""
     problem = AttentionProblem(sampled()[0])
     near = [torch.eye(4, dtype=torch.complex128)[:, [0, 2]] + 0.2 * x for x in start()]
-    found = problem.refine(*near, SLOTS, iterations=150, penalty=None)
+    found = problem.refine(*near, SLOTS, judge=problem, iterations=150, penalty=None)
     maps = found.query, found.key
     ours = problem.loss(*maps, SLOTS)
     assert (found.before, found.after) == (problem.loss(*near, SLOTS), ours)
@@ -131,7 +132,7 @@ def test_what_fits_in_smaller_heads_is_found():
     head = replace(head, queries=head.queries * keep, keys=head.keys * keep)
     problem = AttentionProblem(head)
     near = [torch.eye(4, dtype=torch.complex128)[:, [1, 3]] + 0.3 * x for x in start()]
-    found = problem.refine(*near, PAIRS[[1, 3]], iterations=100, penalty=None)
+    found = problem.refine(*near, PAIRS[[1, 3]], judge=problem, iterations=100, penalty=None)
     assert problem.loss(found.query, found.key, PAIRS[[1, 3]]) < 1e-3 * problem.loss(*near, PAIRS[[1, 3]])
 
 
@@ -142,15 +143,73 @@ def test_a_penalty_pulls():
     def penalty(query, key):
         return 1e6 * (query - wanted).abs().square().sum()
 
-    found = problem.refine(*start(), SLOTS, iterations=100, penalty=penalty)
+    found = problem.refine(*start(), SLOTS, judge=problem, iterations=100, penalty=penalty)
     assert (found.query - wanted).abs().max() < 0.01
 
 
 def test_the_closed_form_stands_where_numbers_overflow():
     head, _ = sampled()
-    found = AttentionProblem(head).refine(*start(), SLOTS, iterations=5, penalty=lambda q, k: math.nan * q.abs().sum())
+    problem = AttentionProblem(head)
+
+    def penalty(query, key):
+        return math.nan * query.abs().sum()
+
+    found = problem.refine(*start(), SLOTS, judge=problem, iterations=5, penalty=penalty)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip((found.query, found.key), start(), strict=True))
     assert found.after == found.before > 0
+
+
+def some_blocks(head, chosen):
+    """The same heads on some of their blocks."""
+    parts = ("queries", "keys", "values", "seen")
+    return AttentionProblem(replace(head, **{name: getattr(head, name)[chosen] for name in parts}))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_other_samples_tell_when_to_stop(seed, monkeypatch):
+    """Of two blocks a long fit learns what is true of them alone; judged by others it ends no worse than it began."""
+    monkeypatch.setattr("tests.test_attention.BLOCKS", 402)
+    head, _ = sampled(seed=seed)
+    fitted, judge, text = (some_blocks(head, slice(*part)) for part in ((0, 2), (2, 102), (102, 402)))
+    eye = torch.eye(4, dtype=torch.complex128)[:, [0, 3]]
+    closed = [eye + 0.1 * x for x in start(seed)]
+    alone, judged = (fitted.refine(*closed, SLOTS, judge=by, iterations=100, penalty=None) for by in (fitted, judge))
+    assert judged.before == judge.loss(*closed, SLOTS)
+    assert judged.after == judge.loss(judged.query, judged.key, SLOTS) <= judged.before
+    before, blind, seen = (text.loss(*maps, SLOTS) for maps in (closed, *((x.query, x.key) for x in (alone, judged))))
+    assert seen < blind
+    assert seen < 1.01 * before
+
+
+def named(blocks, rows=8):
+    """Samples of one dim that say which block, and which query, they are from."""
+    place = torch.arange(blocks)[:, None, None]
+    keys = {name: place.expand(-1, 16, 1).float() for name in ("sample_k", "sample_v")}
+    queries = (100 * place + torch.arange(rows)[:, None]).float()
+    return {"sample_q": queries, "sample_seen": queries.expand(-1, -1, 2), **keys}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "all_others", "few", "judging"),
+    [(2, [0], [0], [1]), (3, [0, 2], [0], [1]), (10, [0, 2, 3, 4, 6, 7, 8], [0, 4, 8], [1, 5, 9])],
+)
+def test_blocks_that_judge_are_not_fitted(blocks, all_others, few, judging):
+    for is_few, expected in ((False, all_others), (True, few)):
+        for part, chosen in zip(split(named(blocks), few=is_few), (expected, judging), strict=True):
+            assert set(part) == set(NAMES)
+            assert all(
+                x[:, 0, 0].tolist() == [100 * c for c in chosen] for x in (part["sample_q"], part["sample_seen"])
+            )
+            assert all(x[:, 0, 0].tolist() == chosen for x in (part["sample_k"], part["sample_v"]))
+
+
+def test_queries_judge_where_there_is_one_block():
+    for few, expected in ((False, [0, 2, 3, 4, 6, 7]), (True, [0, 4])):
+        for part, chosen in zip(split(named(1), few=few), (expected, [1, 5]), strict=True):
+            assert part["sample_q"][0, :, 0].tolist() == part["sample_seen"][0, :, 1].tolist() == chosen
+            assert part["sample_k"].shape == part["sample_v"].shape == (1, 16, 1)
+    fitted, judging = split(named(1, rows=1), few=False)
+    assert fitted["sample_q"].shape == judging["sample_q"].shape == (1, 1, 1)
 
 
 def test_whitened_samples_are_white():
@@ -225,17 +284,17 @@ def test_merged_samples_are_of_all():
 
 @pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn", "mistral-gqa"])
 def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tmp_path):
-    """The first layer's attention, its queries and keys alone cut, in the source and in the export."""
+    """The first layer's attention, its queries and keys alone cut, in source and export, on what judges."""
     from transformers import AutoModelForCausalLM
 
     folder, work, out = checkpoint(name), ("--work", tmp_path / "work"), tmp_path / "out"
-    text = ("--dataset", text_file, "--samples", 4, "--seq-len", CONTEXT // 2)
+    text = ("--dataset", text_file, "--samples", 8, "--seq-len", CONTEXT // 2)
     assert a3("calibrate", folder, *text, *work).code == 0
-    cut = ("--components", "qk", "--budget", 0.08, "--head-multiple", 2, "--shape", "per-layer")
+    cut = ("--components", "qk", "--budget", 0.12, "--head-multiple", 2, "--shape", "per-layer")
     solved = a3("solve", *cut, *work, "--json").json
     assert a3("export", out, *work).code == 0
     stored = load_file(tmp_path / "work" / "calibration" / "layer-000.safetensors")
-    blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"]
+    blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"][1::JUDGING]
     heads = []
     for model_folder in (folder, out):
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, trust_remote_code=True).eval()

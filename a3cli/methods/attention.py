@@ -1,6 +1,5 @@
 """Query and key maps of one layer, refined on the attention that its statistics keep whole."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +11,20 @@ from a3cli.solvers.attention import AttentionProblem, Penalty, SampledHead
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import SlotMaps, SlotProblem
 
+JUDGING = 4  # one in so many blocks is not fitted, but judges
+
 
 @dataclass(frozen=True)
 class Effort:
-    """Iterations of refining, on one in `share` of the sampled blocks."""
+    """Iterations of refining, on all blocks that don't judge or on as many as do."""
 
     iterations: int
-    share: int = 1
+    few: bool = False
 
 
 @dataclass(frozen=True)
 class AttentionError:
-    """Relative squared error of the stream on sampled attention, by the closed form's maps and by refined ones."""
+    """Relative squared error of the stream on the attention that judges, by the closed form's maps and refined ones."""
 
     closed_form: float
     refined: float
@@ -50,32 +51,50 @@ def refine_maps(
     """From the closed form's maps for these slots; `far` is what score errors beyond the samples' length cost."""
     query, key = closed.query.clone(), closed.key.clone()
     before = after = 0.0
-    for kv_head, (head, penalty) in enumerate(zip(sampled_heads(inputs, rope, effort.share, device), far, strict=True)):
-        problem = AttentionProblem(head)
-        frequencies = frequency_at(head.pairs, torch.tensor(slots, dtype=torch.float64))
-        found = problem.refine(query[kv_head], key[kv_head], frequencies, iterations=effort.iterations, penalty=penalty)
+    parts = split(inputs.samples(), few=effort.few)
+    for kv_head, penalty in enumerate(far):
+        fitted, judge = (AttentionProblem(sampled_head(inputs, rope, part, kv_head, device)) for part in parts)
+        frequencies = frequency_at(fitted.head.pairs, torch.tensor(slots, dtype=torch.float64))
+        found = fitted.refine(
+            query[kv_head], key[kv_head], frequencies, judge=judge, iterations=effort.iterations, penalty=penalty
+        )
         query[kv_head], key[kv_head] = found.query, found.key
         before, after = before + found.before, after + found.after
     return RefinedMaps(query, key, AttentionError(before * inputs.attention_unit, after * inputs.attention_unit))
 
 
-def sampled_heads(inputs: LayerInputs, rope: Rope, share: int, device: torch.device) -> Iterator[SampledHead]:
-    """Each KV head's sampled attention, of every `share`-th block that was kept."""
-    samples = {name: value[:: min(share, len(value))] for name, value in inputs.samples().items()}
+def split(samples: Tensors, *, few: bool) -> tuple[Tensors, Tensors]:
+    """Blocks to fit, all or few, and blocks to judge by; of a single block queries."""
+    alone = len(samples["sample_k"]) == 1
+    divided = [name for name in samples if not alone or name in ("sample_q", "sample_seen")]
+    place = torch.arange(samples["sample_q"].shape[1 if alone else 0]) % JUDGING
+    fitted, judging = place == 0 if few else place != 1, place == 1
+    if not judging.any():  # a single query
+        judging = fitted
+
+    def part(chosen: torch.Tensor) -> Tensors:
+        return {
+            name: (value[:, chosen] if alone else value[chosen]) if name in divided else value
+            for name, value in samples.items()
+        }
+
+    return part(fitted), part(judging)
+
+
+def sampled_head(inputs: LayerInputs, rope: Rope, samples: Tensors, kv_head: int, device: torch.device) -> SampledHead:
+    """One KV head's sampled attention."""
     length = samples["sample_k"].shape[1]
-    pairs = rope.short if length <= rope.original_context else rope.long
-    for kv_head in range(inputs.shape.kv_heads):
-        group = slice(kv_head * inputs.shape.group, (kv_head + 1) * inputs.shape.group)
-        own = slice(kv_head, kv_head + 1)
-        yield SampledHead(
-            queries=_heads(samples, "sample_q", group, inputs.shape.head_dim, device),
-            keys=_heads(samples, "sample_k", own, inputs.shape.head_dim, device)[:, :, 0],
-            values=_heads(samples, "sample_v", own, inputs.shape.head_dim, device)[:, :, 0],
-            seen=samples["sample_seen"].to(device),
-            pairs=pairs,
-            scale=rope.attention_factor**2 * inputs.shape.head_dim**-0.5,
-            output_gram=inputs.output_gram[group].to(device, torch.float32),
-        )
+    group = slice(kv_head * inputs.shape.group, (kv_head + 1) * inputs.shape.group)
+    own = slice(kv_head, kv_head + 1)
+    return SampledHead(
+        queries=_heads(samples, "sample_q", group, inputs.shape.head_dim, device),
+        keys=_heads(samples, "sample_k", own, inputs.shape.head_dim, device)[:, :, 0],
+        values=_heads(samples, "sample_v", own, inputs.shape.head_dim, device)[:, :, 0],
+        seen=samples["sample_seen"].to(device),
+        pairs=rope.short if length <= rope.original_context else rope.long,
+        scale=rope.attention_factor**2 * inputs.shape.head_dim**-0.5,
+        output_gram=inputs.output_gram[group].to(device, torch.float32),
+    )
 
 
 def _heads(samples: Tensors, name: str, heads: slice, head_dim: int, device: torch.device) -> torch.Tensor:

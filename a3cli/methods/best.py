@@ -57,11 +57,10 @@ FAR_WEIGHT = 0.05  # weight of distances up to the whole context beside those th
 AFFINE_COST = 0.01  # of the whole predicted loss, that evenly spaced slots may have more and still be preferred
 VALUE_ROUNDS = 3  # of refining the value maps over all heads
 THOROUGH = Effort(iterations=20)  # of refining query and key maps
-QUICK = Effort(iterations=10, share=4)  # where only the loss is asked for
-UNREFINED = Effort(iterations=0, share=4)
+QUICK = Effort(iterations=10, few=True)  # where only the loss is asked for
+UNREFINED = Effort(iterations=0, few=True)
 PROMISING = 1.2  # times the loss allowed, which slots may have if refining them gained what it gained elsewhere
 REFINED_AT = (1 / 4, 1 / 2, 3 / 4)  # of a head: sizes whose curve is measured on sampled attention, not inferred
-SCORE_WEIGHT = 2  # of what score errors do to the stream, beside errors of OV and MLP: docs/experiments.md
 BLOCKS = 256  # greedy selection takes the MLP's channels in so many blocks
 
 
@@ -213,7 +212,7 @@ class Best(Method):
             return
         layers = range(len(self.layers))
         own = [self._quickly(layer, rank) for layer in layers]
-        others = (1 / SCORE_WEIGHT) * sum(
+        others = sum(
             self._output_curve(layer)[size.ov].item() + self._channel_curve(layer)[size.mlp].item()
             for layer, size in enumerate(sizes)
         )
@@ -298,7 +297,7 @@ class Best(Method):
         """What the scores' error does to the stream: measured on sampled attention at some sizes, inferred between."""
         if layer not in self.gains:
             self.gains[layer] = {at: self._gain(layer, at) for at in self._measured_ranks()}
-        return SCORE_WEIGHT * self._score_loss(layer, rank) * interpolate(self.gains[layer], rank)
+        return self._score_loss(layer, rank) * interpolate(self.gains[layer], rank)
 
     def _measured_ranks(self) -> list[int]:
         below = [rank for rank in self.sizes("qk") if rank < self.model.shape.head_dim]

@@ -8,9 +8,11 @@ scores alike, the same maps are refined for what the squared scores stand in for
     ã_i,m = softmax over n of Re Σ_s (Aᴴ z^q_i,m)_s conj(Bᴴ z^k_n)_s exp(iφ_s(m−n)) · scale
 
 over the sampled queries m of a KV head's group of heads i, by L-BFGS from the closed form's maps: a smooth problem in
-`4 P S` real numbers. `z = x_p + i·x_{p+h/2}` as in `solvers/rope.py`; P = h/2 pairs, S slots.
+`4 P S` real numbers. Few samples would be fitted better than the text that they are from, so other samples judge every
+step, and the best maps by these are taken. `z = x_p + i·x_{p+h/2}` as in `solvers/rope.py`; P = h/2 pairs, S slots.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -47,7 +49,7 @@ class SampledHead:
 
 @dataclass(frozen=True)
 class Refined:
-    """Complex maps `[P, S]` of queries and keys, and the loss of those given and of these."""
+    """Complex maps `[P, S]` of queries and keys, and the loss by the judge of those given and of these."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -97,16 +99,24 @@ class AttentionProblem:
             return sum(self._error(i, narrow, turns).item() for i in range(len(self.pieces)))
 
     def refine(
-        self, query: torch.Tensor, key: torch.Tensor, slots: torch.Tensor, *, iterations: int, penalty: Penalty | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        judge: "AttentionProblem",
+        iterations: int,
+        penalty: Penalty | None,
     ) -> Refined:
-        """Better maps, complex128 on the device of those given.
+        """The maps on the way to better ones of which `judge`, of other samples, loses least; those given if these do.
 
-        `penalty` is what else the maps cost, None for nothing. The variables are the maps of whitened queries and keys,
-        of which L-BFGS needs half the iterations.
+        Complex128 on the device of those given. `penalty` is what else the maps cost, None for nothing. The variables
+        are the maps of whitened queries and keys, of which L-BFGS needs half the iterations.
         """
-        turns, unit = self._turns(slots), self.loss(query, key, slots)
+        turns, unit, before = self._turns(slots), self.loss(query, key, slots), judge.loss(query, key, slots)
+        best, lowest = Refined(query, key, before, before), math.inf
         if unit == 0 or iterations == 0:
-            return Refined(query, key, unit, unit)
+            return best
         widen = [whitening(self.queries), whitening(self.keys)]
         start = balanced(*(torch.linalg.solve(w, x.to(w)) for w, x in zip(widen, (query, key), strict=True)))
         variables = [torch.view_as_real(x.to(torch.complex64).contiguous()).clone().requires_grad_() for x in start]
@@ -124,6 +134,7 @@ class AttentionProblem:
 
         def evaluate() -> torch.Tensor:
             """The loss and its gradient, a few blocks at a time: what a softmax keeps for it would fill the memory."""
+            nonlocal best, lowest
             optimizer.zero_grad()
             wide = maps()
             costs = [penalty(*wide) / unit] if penalty else []
@@ -135,14 +146,18 @@ class AttentionProblem:
                 error.backward()
                 total += error.detach().cpu()
             torch.autograd.backward([*narrow, *costs], [*(leaf.grad for leaf in leaves), *(None for _ in costs)])
-            return total + sum(cost.detach() for cost in costs)
+            total += sum(cost.detach() for cost in costs)
+            if total < lowest:  # a step of the line search that will be taken; never where float32 overflowed
+                lowest = total.item()
+                found = [x.detach().to(query) for x in wide]
+                after = judge.loss(found[0], found[1], slots)
+                if after < best.after:
+                    best = Refined(found[0], found[1], before, after)
+            return total
 
         with torch.enable_grad():
             optimizer.step(evaluate)
-        found = [x.detach().to(query) for x in maps()]
-        if not all(torch.isfinite(x).all() for x in found):  # float32 overflowed; the closed form stands
-            return Refined(query, key, unit, unit)
-        return Refined(found[0], found[1], unit, self.loss(found[0], found[1], slots))
+        return best
 
     def _narrow(self, *maps: torch.Tensor) -> list[torch.Tensor]:
         return [x.to(self.keys.device, torch.complex64) for x in maps]
