@@ -126,8 +126,8 @@ class Damping(Part):
 
 
 class AttentionError(Part):
-    """Relative squared error of the stream on sampled attention that was not fitted, by query and key maps of the closed
-    form and by refined ones.
+    """Relative squared error of the stream on sampled attention that was not fitted, by the closed form's query and key
+    maps and by refined ones.
     """
 
     closed_form: Loss
