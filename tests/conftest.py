@@ -197,12 +197,18 @@ def refused(outcome, *words: str) -> None:
 
 def put_in_statistics(work: Path, name: str, value: float) -> None:
     """Into layer 1 of a calibration, with the hashes in order, as if the sweep had written it."""
-    path, manifest_file = work / "calibration" / "layer-001.safetensors", work / "calibration" / "manifest.json"
+    path = work / "calibration" / "layer-001.safetensors"
     sums = load_file(path)
     sums[name].view(-1)[-1] = value
     save_file(sums, path)
+    reseal(path)
+
+
+def reseal(statistics: Path) -> None:
+    """Let the calibration's manifest name the second layer's file as it is now: damage that no hash shows."""
+    manifest_file = statistics.parent / "manifest.json"
     manifest = read_json(manifest_file)
-    manifest["layers"][1] = hash_file(path)
+    manifest["layers"][1] = hash_file(statistics)
     manifest.pop("sha256")
     write_manifest(manifest_file, manifest)
 

@@ -1,6 +1,5 @@
 """Maps refined on sampled attention: the loss is the literal one, nothing finds better maps, and it is what happens."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from a3cli.sampling import sampled_blocks, sampled_queries
 from a3cli.solvers import attention
 from a3cli.solvers.attention import AttentionProblem, SampledHead, whitening
 from a3cli.solvers.rope import as_pairs, distances_beyond, real_map
-from tests.conftest import CONTEXT
+from tests.conftest import CONTEXT, reseal
 
 PAIRS = torch.tensor([1.0, 0.4, 0.1, 0.02], dtype=torch.float64)
 SLOTS = torch.tensor([0.9, 0.06], dtype=torch.float64)
@@ -318,16 +317,12 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
 def test_statistics_without_samples_are_refused(a3, checkpoint, text_file, tmp_path):
     from safetensors.torch import save_file
 
-    from a3cli.work import hash_file, write_manifest
-
     work = ("--work", tmp_path)
     text = ("--dataset", text_file, "--samples", 2, "--seq-len", 32)
     assert a3("calibrate", checkpoint("llama-gqa"), *text, *work).code == 0
-    file, manifest = tmp_path / "calibration" / "layer-001.safetensors", tmp_path / "calibration" / "manifest.json"
+    file = tmp_path / "calibration" / "layer-001.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k not in NAMES}, file)
-    told = json.loads(manifest.read_text())
-    told["layers"][1] = hash_file(file)
-    write_manifest(manifest, {key: value for key, value in told.items() if key != "sha256"})
+    reseal(file)
     outcome = a3("solve", "--budget", 0.25, "--mlp-multiple", 8, *work)
     assert (outcome.code, outcome.stderr.count("\n")) == (2, 1)
     assert "layer 1: the statistics have no samples of attention" in outcome.stderr

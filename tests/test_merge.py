@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.samples import NAMES
-from a3cli.work import hash_file, write_manifest
+from tests.conftest import reseal
 from tests.test_bad_input import refused, snapshot
 
 SHORT = ("--samples", 6, "--seq-len", 40, "--batch-size", 2)
@@ -116,10 +116,7 @@ def test_damaged_unfinished_or_odd_folders_are_refused(a3, halves, tmp_path):
     save_file({**tensors, "tokens": tensors["tokens"] + 1}, file)
     refused(a3("stats", "merge", one, two, *into), "layer-001", "hash differs")
     save_file({name: value for name, value in tensors.items() if name not in NAMES}, file)
-    manifest = two / "calibration" / "manifest.json"
-    told = json.loads(manifest.read_text())
-    told["layers"][1] = hash_file(file)
-    write_manifest(manifest, {key: value for key, value in told.items() if key != "sha256"})
+    reseal(file)
     refused(a3("stats", "merge", one, two, *into), "layer-001", "no samples of attention", "a3 calibrate --overwrite")
     (two / "calibration" / "manifest.json").unlink()
     refused(a3("stats", "merge", one, two, *into), "no finished calibration")

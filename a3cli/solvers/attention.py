@@ -113,10 +113,11 @@ class AttentionProblem:
         Complex128 on the device of those given. `penalty` is what else the maps cost, None for nothing. The variables
         are the maps of whitened queries and keys, of which L-BFGS needs half the iterations.
         """
-        turns, unit, before = self._turns(slots), self.loss(query, key, slots), judge.loss(query, key, slots)
+        before = judge.loss(query, key, slots)
         best, lowest = Refined(query, key, before, before), math.inf
-        if unit == 0 or iterations == 0:
+        if iterations == 0 or (unit := self.loss(query, key, slots)) == 0:
             return best
+        turns = self._turns(slots)
         widen = [whitening(self.queries), whitening(self.keys)]
         start = balanced(*(torch.linalg.solve(w, x.to(w)) for w, x in zip(widen, (query, key), strict=True)))
         variables = [torch.view_as_real(x.to(torch.complex64).contiguous()).clone().requires_grad_() for x in start]
