@@ -11,6 +11,7 @@ from a3cli.checkpoint import Checkpoint
 from a3cli.escape import code_span, markdown, printable
 from a3cli.families import ModelShape
 from a3cli.model import Model
+from a3cli.settings import LOSSES
 from a3cli.work import Json
 
 # What `--dataset` takes from the hub, an id and perhaps a configuration; and the ends of local files.
@@ -30,8 +31,8 @@ A smaller version of `{{ base }}`, made in closed form and without training by
 {% for row in rows -%}
 | {{ row[0] }} | {{ row[1] }} | {{ row[2] }} |
 {% endfor %}
-Removed: {{ removed }} of the decoder's linear weights (asked: {{ asked }}). Predicted loss, relative to the residual
-stream and summed over layers: {{ predicted }}.
+Removed: {{ removed }} of the decoder's linear weights (asked: {{ asked }}). Predicted loss, {{ unit }},
+summed over layers: {{ predicted }}.
 {% if measured %}
 
 Measured with `a3 eval`:
@@ -86,6 +87,7 @@ def model_card(model: Model, manifest: Json) -> str:
         or "not stated",
         method=describe_method(solution),
         predicted=", ".join(f"{name.upper()} {value:.4g}" for name, value in solution["predicted_loss"].items()),
+        unit=LOSSES[solution["request"]["settings"]["sensitivity"]],
         measured=[measured_row(each) for each in manifest.get("measured") or []],
         rows=figures(model.shape, solution),
         removed=f"{100 * solution['budget_reached']:.2f} %",

@@ -170,7 +170,7 @@ def solve(
     budget: Annotated[float | None, typer.Option(help="Fraction of the decoder's linear weights to remove.")] = None,
     attention_budget: Annotated[float | None, typer.Option(help="Fraction of q, k, v, o to remove.")] = None,
     mlp_budget: Annotated[float | None, typer.Option(help="Fraction of gate, up, down to remove.")] = None,
-    method: Annotated[str, typer.Option(help="best: slots and refits; paper: the published method.")] = "best",
+    method: Annotated[str, typer.Option(help="best: slots, refinement, refits; paper: the published method.")] = "best",
     shape: Annotated[
         str, typer.Option(help="stock: one head size and MLP width; per-layer: each layer its own, needs remote code.")
     ] = "stock",
@@ -197,7 +197,7 @@ def solve(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose head and MLP sizes for a budget and compute the projections, from the statistics alone."""
+    """Choose head and MLP sizes for a budget and compute the projections, from statistics and the source's weights."""
     display = open_display(quiet=quiet)
     from a3cli.settings import SolveSettings, make_settings
 

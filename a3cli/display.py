@@ -17,6 +17,7 @@ from rich.text import Text
 
 from a3cli.escape import printable
 from a3cli.gates import describe
+from a3cli.settings import LOSSES
 
 Json = dict[str, Any]
 log = logging.getLogger("a3cli")
@@ -139,7 +140,8 @@ def print_solution(manifest: Json) -> None:
         + ("" if asked is None else f" (asked: {100 * asked:g} %)")
     )
     losses = ", ".join(f"{name} {value:.4g}" for name, value in manifest["predicted_loss"].items())
-    _print(f"predicted loss, relative to the residual stream, summed over layers: {losses}")
+    unit = LOSSES[manifest["request"]["settings"]["sensitivity"]]
+    _print(f"predicted loss, {unit}, summed over layers: {losses}")
 
 
 def print_pareto(result: Json) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from a3cli.errors import A3Error
 from a3cli.measured import Measured
 from a3cli.settings import SolveSettings, TextSettings
-from a3cli.work import Json, read_json, read_manifest
+from a3cli.work import Json, read_json, unaltered
 
 MANIFEST = "a3_manifest.json"
 SCHEMA_ID = "a3_manifest.schema.json"
@@ -234,4 +234,4 @@ def read_export_manifest(path: Path) -> Json:
         raise A3Error(
             f"{path} has not the form that this version of a3 writes ({where}: {first['msg']}); export again"
         ) from None
-    return read_manifest(path, "export again")
+    return unaltered(found, path, "export again")

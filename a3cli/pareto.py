@@ -17,7 +17,7 @@ from a3cli.interrupt import Stop
 from a3cli.machine import return_freed_memory
 from a3cli.methods import Curves
 from a3cli.model import Model, open_calibrated_source
-from a3cli.settings import EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
+from a3cli.settings import LOSSES, EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
 from a3cli.solve import (
     AGAIN,
     analyse,
@@ -39,7 +39,6 @@ VARIANTS = {
     "best": {"method": "best", "shape": "stock"},
     "best, per-layer": {"method": "best", "shape": "per-layer"},
 }
-UNIT = "predicted loss, relative to the residual stream"
 
 
 def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: Stop | None = None) -> Json:
@@ -76,7 +75,12 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         if all("error" in each for each in points.found):
             raise A3Error(points.found[0]["error"])
         points.forget()
-    return {"model": model.source.name, "calibration": calibration["sha256"], "points": points.found}
+    return {
+        "model": model.source.name,
+        "calibration": calibration["sha256"],
+        "sensitivity": settings.sensitivity,
+        "points": points.found,
+    }
 
 
 class Points:
@@ -165,7 +169,8 @@ def draw(result: Json, path: Path) -> None:
     from matplotlib.figure import Figure
 
     reached = [each for each in result["points"] if "error" not in each]
-    panels: dict[str, Callable[[Json], float]] = {UNIT: lambda each: each["predicted_loss"]}
+    predicted = f"predicted loss: {LOSSES[result['sensitivity']]}"
+    panels: dict[str, Callable[[Json], float]] = {predicted: lambda each: each["predicted_loss"]}
     if any("measured" in each for each in reached):
         panels["KL(source ‖ compressed), nats a token"] = lambda each: each["measured"]["kl"]
     figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")

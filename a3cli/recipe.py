@@ -7,8 +7,8 @@
     export: {}
     eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     may be left out; or `texts`, a list
 
-Relative paths start at the recipe's own folder: `work` and `out` always, models and datasets if they begin with `./` or
-`../`, since `owner/name` is a hub id.
+Relative paths start at the recipe's own folder: `work` and `out` always, models, datasets and other files if they begin
+with `./` or `../`, since `owner/name` is a hub id.
 """
 
 from pathlib import Path
@@ -20,7 +20,14 @@ from pydantic import Field, ValidationError
 from a3cli.errors import A3Error, first_line
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Settings, SolveSettings
 
-PATHS = (("calibrate", "model"), ("calibrate", "text", "dataset"), ("eval", "against"))
+PATHS = (
+    ("calibrate", "model"),
+    ("calibrate", "text", "dataset"),
+    ("export", "evaluations"),
+    ("eval", "model"),
+    ("eval", "against"),
+    ("eval", "tasks_path"),
+)
 
 
 class Recipe(Settings):
@@ -80,10 +87,20 @@ def as_evaluation(section: dict[str, Any], folder: Path, out: Any) -> dict[str, 
 
 
 def start_at(folder: Path, content: dict[str, Any], place: tuple[str, ...]) -> None:
-    """Make the path at `place`, if there is one and it is marked as relative, start at `folder`."""
+    """Make the path at `place`, or each of a list, if there is one and it is marked as relative, start at `folder`."""
     *sections, key = place
     inside: Any = content
     for section in sections:
         inside = inside.get(section) if isinstance(inside, dict) else None
-    if isinstance(inside, dict) and isinstance(inside.get(key), str) and inside[key].startswith(("./", "../")):
-        inside[key] = str((folder / inside[key]).resolve())
+    if not isinstance(inside, dict):
+        return
+    value = inside.get(key)
+    if isinstance(value, list):
+        inside[key] = [started_at(folder, each) for each in value]
+    elif key in inside:
+        inside[key] = started_at(folder, value)
+
+
+def started_at(folder: Path, value: Any) -> Any:
+    relative = isinstance(value, str) and value.startswith(("./", "../"))
+    return str((folder / value).resolve()) if relative else value

@@ -15,7 +15,7 @@ from a3cli.card import calibrate_commands, export_command, public_name, solve_co
 from a3cli.errors import A3Error
 from a3cli.escape import printable
 from a3cli.measured import read_evaluation
-from a3cli.settings import COMPONENTS
+from a3cli.settings import COMPONENTS, LOSSES
 from a3cli.work import Json, replacing
 
 TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
@@ -75,6 +75,7 @@ def content(found: Json, measured: list[Json]) -> Json:
         ]
         if solution
         else [],
+        "loss": LOSSES[solution["request"]["settings"]["sensitivity"]] if solution else None,
         "map": size_map(found["layers"]) if solution else [],
         "rope": rope(solution) if solution else None,
         "score_error": score_error(solution) if solution else None,

@@ -12,6 +12,12 @@ from a3cli.gates import Gate, parse_gate
 Component = Literal["qk", "ov", "mlp"]
 COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Sensitivity = Literal["residual", "probe"]
+# What predicted losses are, by how they were brought to one unit.
+LOSSES: dict[Sensitivity, str] = {
+    "residual": "squared error relative to the residual stream",
+    "probe": "KL(source ‖ compressed) as probed, nats a token",
+}
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
@@ -74,7 +80,7 @@ class SolveSettings(Settings):
     mlp_multiple: int = Field(default=64, ge=1)
     eigenvalue_floor: float = Field(default=1e-10, ge=0, lt=1)
     ridge: float = Field(default=1e-6, ge=0)
-    sensitivity: Literal["residual", "probe"] = "residual"
+    sensitivity: Sensitivity = "residual"
     probe_blocks: int = Field(default=8, ge=1)
     probe_points: int = Field(default=4, ge=1)
     sequential: bool = False
@@ -129,7 +135,7 @@ class ParetoSettings(Settings):
     budgets: Annotated[tuple[Fraction, ...], BeforeValidator(parse_budgets), Field(min_length=1, max_length=1000)]
     head_multiple: int = Field(default=8, ge=1)
     mlp_multiple: int = Field(default=64, ge=1)
-    sensitivity: Literal["residual", "probe"] = "residual"
+    sensitivity: Sensitivity = "residual"
     sequential: bool = False
     text: TextSettings | None = None
     device: str = "auto"

@@ -32,7 +32,7 @@ from a3cli.manifest import MANIFEST
 from a3cli.model import Model, open_calibrated_source
 from a3cli.reference import FullSizeReference, reference_logits
 from a3cli.settings import ExportSettings, VerifySettings
-from a3cli.work import Json, Work, check_hash, hash_file, read_json, read_manifest, versions
+from a3cli.work import Json, Work, check_hash, hash_file, read_json, read_manifest, unaltered, versions
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def open_manifest(path: Path) -> Json:
         lacking.append("dtype")
     if lacking:
         raise A3Error(f"{path} has no {', '.join(lacking)}; export again")
-    return read_manifest(path, "export again")
+    return unaltered(manifest, path, "export again")
 
 
 def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, list[int]]]:

@@ -17,6 +17,7 @@ manifest is written last, so a folder with a manifest is a finished stage. Nobod
     probes/progress.json, streams-{0,1}.bin   while they are measured
     pareto.json                      points of a sweep over budgets under way
     evaluation.json                  what a recipe measured, and of which export
+    .lock, .scratch/                 held while a stage writes; what it needs meanwhile
 """
 
 import hashlib
@@ -344,7 +345,11 @@ def write_manifest(path: Path, value: Json) -> Json:
 
 def read_manifest(path: Path, remedy: str) -> Json:
     """A manifest as it was written. Raises A3Error if it is missing, malformed or altered."""
-    sealed = read_json(path, remedy)
+    return unaltered(read_json(path, remedy), path, remedy)
+
+
+def unaltered(sealed: Json, path: Path, remedy: str) -> Json:
+    """What was read from a manifest. Raises A3Error if its own hash is not that of its content."""
     if hash_json({key: value for key, value in sealed.items() if key != "sha256"}) != sealed.get("sha256"):
         raise A3Error(f"{path} was altered after it was written; {remedy}")
     return sealed

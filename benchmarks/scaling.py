@@ -90,7 +90,7 @@ def write_report(points: list[Point], out: Path, shape: str, device: str, rates:
     lines = [
         "# How cost grows",
         "",
-        "Memory does not depend on the number of layers or blocks, time is linear in both. Measured on random",
+        "Memory hardly depends on the number of layers or blocks, time is linear in both. Measured on random",
         f"checkpoints of shape `{shape}` (`benchmarks/random_checkpoint.py`), blocks of {SEQ_LEN} tokens, {where},",
         "beside what `a3 plan` says with the speeds that its `--measure` found at the beginning:",
         f"`{stated}`.",

@@ -58,6 +58,17 @@ def test_a_recipe_runs_all_stages_and_then_nothing(a3, recipe, tmp_path, monkeyp
     assert a3("run", recipe.name).code == 0
 
 
+def test_relative_paths_start_at_the_recipe(recipe):
+    from a3cli.recipe import read_recipe
+
+    edit(recipe, "export", evaluations=["./eval.json", "other.json"])
+    edit(recipe, "eval", model="../smaller", against="owner/name", tasks_path="./tasks")
+    found, folder = read_recipe(recipe), recipe.parent
+    assert found.export.evaluations == (folder / "eval.json", Path("other.json"))
+    assert (found.evaluation.model, found.evaluation.against) == (str(folder.parent / "smaller"), "owner/name")
+    assert found.evaluation.tasks_path == folder / "tasks"
+
+
 def test_the_same_as_the_commands(a3, recipe, checkpoint, text_file, tmp_path):
     assert a3("run", recipe).code == 0
     work = ("--work", tmp_path / "by-hand")

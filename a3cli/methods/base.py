@@ -192,7 +192,7 @@ class Method(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the MLP's large matrices are multiplied and factorised: the GPU if there is one."""
+        """Where the heavy arithmetic is done: the GPU if there is one."""
         return choose_machine(self.settings.device, "float32", torch.float32).device
 
     @property

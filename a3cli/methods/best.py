@@ -81,7 +81,7 @@ def with_larger_diagonal(gram: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def read_order(path: Path, request: Json) -> ChannelOrder | None:
-    """What an earlier solution found: selection takes by far the longest, and no budget changes it."""
+    """What an earlier solution found: selection takes long, and no budget changes it."""
     found = read_if_of(path, request)
     if found is None:
         return None
@@ -315,6 +315,12 @@ class Best(Method):
             self.score_losses[layer, rank] = self._loss_of(layer, self._slot_maps(layer, rank))
         return self.score_losses[layer, rank]
 
+    def _loss_of_nothing(self, layer: int) -> float:
+        """What attention loses that looks at all keys alike."""
+        nothing = torch.zeros(self.model.shape.kv_heads, len(self.model.rope.short), 1, dtype=torch.complex128)
+        maps = SlotMaps(nothing, nothing, nothing.real[:, 0, 0])
+        return self._refine(layer, [0.0], maps, UNREFINED).error.closed_form
+
     def _loss_of(self, layer: int, maps: SlotMaps) -> float:
         return float(self.layers[layer].score_unit @ maps.loss)
 
@@ -386,7 +392,7 @@ class Best(Method):
     def describe(self, layer: int) -> Json:
         solved = self.layers[layer]
         energy = {
-            "qk": float(solved.score_unit @ self._problem(layer, [0.0]).energy),
+            "qk": self._loss_of_nothing(layer),
             "ov": float(solved.ov.values.sum()) * solved.attention_unit,
             "mlp": float(solved.channels.curve[0]) * solved.mlp_unit,
         }
