@@ -149,13 +149,13 @@ class Processes:
         return result[0]
 
     def add_up(self, sums: "dict[str, torch.Tensor]", device: "torch.device") -> "dict[str, torch.Tensor]":
-        """Sums over all processes, in place. One that has none (it had nothing to do) takes part with zeros."""
+        """Sums over all processes, in place. Where one has none (its blocks had no part) it takes part with zeros."""
         if self.count == 1:
             return sums
         import torch
 
-        layout = {name: (value.shape, value.dtype) for name, value in sums.items()}
-        layout = next(each for each in self.gather(layout) if each)
+        own = {name: (value.shape, value.dtype) for name, value in sums.items()}
+        layout = {name: form for each in self.gather(own) for name, form in each.items()}
         summed = {}
         with self._in_touch():
             for name, (shape, dtype) in sorted(layout.items()):

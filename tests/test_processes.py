@@ -106,6 +106,25 @@ def test_the_same_statistics_from_any_number_of_processes(samples, counts, a3, c
     assert_close([tmp_path / "1", *(tmp_path / str(count) for count in counts)])
 
 
+def last_block(blocks: int, length: int) -> list[int]:
+    return [blocks - 1]
+
+
+def sampling_the_last_block(rank: int) -> None:
+    from a3cli import samples
+
+    samples.sampled_blocks = last_block
+
+
+def test_samples_that_the_first_process_has_none_of(a3, checkpoint, text_file, tmp_path, monkeypatch):
+    """As with long blocks, of which few are kept whole."""
+    monkeypatch.setattr("a3cli.samples.sampled_blocks", last_block)
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work")
+    assert a3(*command, tmp_path / "1").code == 0
+    assert run(2, tmp_path, *command, tmp_path / "2", sabotage=sampling_the_last_block) == Ended([0] * 2, [""] * 2)
+    assert_close([tmp_path / "1", tmp_path / "2"])
+
+
 def killed_in_the_second_layer(rank: int, victim: int = 1) -> None:
     """A process dies by SIGKILL when half of its share of layer 1 is done: it has two blocks, one a batch."""
     from a3cli import sweep
