@@ -20,7 +20,7 @@ from a3cli.moments import Tensors
 from a3cli.processes import Processes, joined
 from a3cli.settings import CalibrateSettings
 from a3cli.sweep import Decoder, Progress, Sweep
-from a3cli.text import check_fit, load_tokenizer, sample_blocks, tokenizer_fingerprint
+from a3cli.text import check_fit, load_tokenizer, sample_blocks, text_fingerprint, tokenizer_fingerprint
 from a3cli.work import (
     Json,
     Work,
@@ -30,6 +30,7 @@ from a3cli.work import (
     differences,
     drop_leftovers,
     hash_file,
+    name_differences,
     read_if_of,
     read_manifest,
     replacing,
@@ -55,7 +56,7 @@ def calibrate(
     device = settings.device if settings.devices is None else settings.devices.partition(":")[0].partition(",")[0]
     with joined(device) as processes, ExitStack() as held:
         model, machine = processes.main_first(lambda: open_model(settings))
-        request = describe_request(settings, model.source, machine)
+        request = processes.from_main(lambda: describe_request(settings, model.source, machine))
         processes.from_main(lambda: held.enter_context(work.locked()))
         finished = processes.from_main(lambda: finished_manifest(work, request, overwrite=overwrite))
         if finished is None:
@@ -81,7 +82,13 @@ class Calibration:
         self.settings, self.work, self.model, self.machine, self.stop = settings, work, model, machine, stop
         self.full_mlp = settings.mlp_stats == "full"
         # Finished layers' hashes and how each was made, as in progress.json: only the main process keeps it up.
-        self.done: Json = {"request": request, "layers": [], "made_with": [], "hidden_states": {}}
+        self.done: Json = {
+            "request": request,
+            "versions": versions(),
+            "layers": [],
+            "made_with": [],
+            "hidden_states": {},
+        }
 
     def run(self, processes: Processes, progress: Progress, *, overwrite: bool) -> Json:
         """From text, or from where it stopped, to the manifest."""
@@ -153,6 +160,11 @@ class Calibration:
     def _resume(self) -> tuple[torch.Tensor, int]:
         """Blocks and number of finished layers of an unfinished calibration, checked against its files."""
         sealed = read_manifest(self.work.calibration_progress, "use --overwrite")
+        if differing := name_differences(sealed.get("versions", {}), versions()):
+            raise A3Error(
+                f"{self.work.calibration_progress} was begun with other versions ({differing}); go on with those, or "
+                "use --overwrite to begin anew"
+            )
         self.done = {key: value for key, value in sealed.items() if key != "sha256"}
         check_hash(self.work.tokens, self.done["tokens_sha256"], "use --overwrite")
         for layer, expected in enumerate(self.done["layers"]):
@@ -251,6 +263,7 @@ def describe_request(settings: CalibrateSettings, source: Checkpoint, machine: M
     """Everything that the statistics depend on: equal requests give equal bytes."""
     return {
         "text": settings.text.model_dump(),
+        "text_files": text_fingerprint(settings.text),
         "source": source.fingerprint(full=settings.full_check),
         "tokenizer": tokenizer_fingerprint(source.folder),
         "batch_size": settings.batch_size or "auto",

@@ -73,11 +73,11 @@ class Checkpoint:
                     raise A3Error(f"tensor {tensor} is in two shards of {folder}; the checkpoint is damaged")
                 self.tensors[tensor] = info
 
-    def read(self, tensor: str, device: str | torch.device = "cpu") -> torch.Tensor:
-        """One tensor in its stored dtype. On the CPU it is a view of the mapped file: don't write to it."""
+    def read(self, tensor: str) -> torch.Tensor:
+        """One tensor in its stored dtype, a view of the mapped file: don't write to it."""
         info = self.info(tensor)
         try:
-            with safe_open(info.file, framework="pt", device=str(device)) as shard:
+            with safe_open(info.file, framework="pt") as shard:
                 value: torch.Tensor = shard.get_tensor(tensor)
         except (SafetensorError, OSError) as error:  # it was whole when it was opened
             raise A3Error(f"{info.file}: tensor {tensor} cannot be read ({error}); download it again") from error

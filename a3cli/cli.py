@@ -47,6 +47,13 @@ class ErrorsToExitCodes(TyperGroup):
                 raise
             where = f" ({error.filename})" if error.filename else ""
             fail(f"{error.strerror}{where}; nothing was left half-written: mend it and run the same command again", 2)
+        except RuntimeError as error:
+            from a3cli.machine import out_of_memory
+
+            problem = out_of_memory(error)
+            if problem is None:
+                raise
+            fail(str(problem), problem.exit_code)
 
 
 app = typer.Typer(

@@ -14,6 +14,10 @@ class CannotWrite(A3Error):
     """The disk is full or a file may not be written; what was finished before stays, and the same command goes on."""
 
 
+class OutOfMemory(A3Error):
+    """A device is too small; what was finished before stays, and the same command goes on, perhaps elsewhere."""
+
+
 class CheckFailed(A3Error):
     """A check that ran to its end and found its subject wanting. Exit code 1."""
 

@@ -2,14 +2,15 @@
 
 import ctypes
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from a3cli.errors import A3Error
+from a3cli.errors import A3Error, OutOfMemory, first_line
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -86,6 +87,26 @@ def free_memory(device: torch.device) -> int:
         statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
         free = min(free, limit - used + int(statistics.get("inactive_file", 0)))  # pages that go when asked
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def explaining_memory() -> Iterator[None]:
+    """Raise OutOfMemory where torch has none left, on any device."""
+    try:
+        yield
+    except RuntimeError as error:
+        if problem := out_of_memory(error):
+            raise problem from error
+        raise
+
+
+def out_of_memory(error: RuntimeError) -> OutOfMemory | None:
+    """What torch means, if it means that."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if not should_reduce_batch_size(error):
+        return None
+    return OutOfMemory(f"no memory left: {first_line(error)}; try a smaller --batch-size or --device cpu")
 
 
 def load_linear_algebra(device: torch.device) -> None:

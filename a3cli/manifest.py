@@ -18,6 +18,7 @@ MANIFEST = "a3_manifest.json"
 SCHEMA_ID = "a3_manifest.schema.json"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+TextFiles = Annotated[dict[str, Sha256], Field(description="of each local file; none for a set on the hub")]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -48,11 +49,13 @@ class Ingredient(Part):
 
     calibration: Sha256 = Field(description="of its manifest")
     text: TextSettings
+    text_files: TextFiles
     tokens: Size
 
 
 class CalibrationRequest(Part):
     text: TextSettings
+    text_files: TextFiles
     source: Fingerprint
     tokenizer: dict[str, Sha256]
     batch_size: Size | Literal["auto"]

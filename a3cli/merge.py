@@ -91,7 +91,12 @@ def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
 def ingredients(calibration: Json) -> list[Json]:
     """What a calibration was made from: its own text, or the parts that it was merged from."""
     request = calibration["request"]
-    own = {"calibration": calibration["sha256"], "text": request["text"], "tokens": calibration["tokens"]}
+    own = {
+        "calibration": calibration["sha256"],
+        "text": request["text"],
+        "text_files": request["text_files"],
+        "tokens": calibration["tokens"],
+    }
     return list(request.get("merged", [own]))
 
 
@@ -104,7 +109,7 @@ def merged_request(calibrations: list[Json]) -> Json:
         "dataset": " + ".join(each["text"]["dataset"] for each in merged),
         "samples": sum(calibration["blocks"][0] for calibration in calibrations),
     }
-    return {**first, "text": text, "merged": merged}
+    return {**first, "text": text, "text_files": {}, "merged": merged}
 
 
 def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json | None:
@@ -125,7 +130,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
     """Layer by layer; the folder appears when it is whole, and a merge that was cut short goes on."""
     for work, calibration in zip(parts, calibrations, strict=True):
         check_hash(work.tokens, calibration["tokens_sha256"], REMEDY)
-    with drafting(target.calibration, request) as draft:
+    with drafting(target.calibration, {**request, "versions": versions()}) as draft:
         draft.check_space(bytes_on_disk(parts[0].calibration.iterdir()), "the merged calibration")
         tokens = torch.cat([load_file(work.tokens)["tokens"] for work in parts])
         tokens_file = draft.folder / target.tokens.name

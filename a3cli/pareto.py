@@ -30,6 +30,7 @@ from a3cli.solve import (
     write_solution,
 )
 from a3cli.sweep import Progress
+from a3cli.text import text_fingerprint
 from a3cli.work import Json, Work, making_scratch, read_if_of, read_json, replacing, versions, write_manifest
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,9 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         check_statistics(work, calibration)
         points = Points(settings, work, calibration)
         for name, variant in VARIANTS.items():
+            if variant["method"] == "best" and calibration["request"]["mlp_stats"] == "diagonal":
+                log.info("%s: needs statistics that --mlp-stats diagonal left out", name)
+                continue
             missing = [budget for budget in settings.budgets if not points.has(name, budget)]
             if not missing:
                 continue
@@ -90,6 +94,7 @@ class Points:
         self._file = work.points
         self._request = {
             "settings": settings.model_dump(mode="json"),
+            "text_files": settings.text and text_fingerprint(settings.text),
             "calibration": calibration["sha256"],
             "versions": versions(),
         }

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,11 @@ from a3cli.methods import Curves, LayerInputs, Method
 from a3cli.settings import COMPONENTS, Component
 from a3cli.smaller import Cut, SmallerDecoder
 from a3cli.sweep import Arguments, Decoder, Progress, embed_all, run_layer
-from a3cli.work import Json, Work, check_space, hash_file, read_if_of, read_manifest, write_manifest
+from a3cli.work import Json, Work, check_space, hash_file, read_if_of, read_manifest, versions, write_manifest
 
 log = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"
 
 
 class Probe(NamedTuple):
@@ -53,6 +56,7 @@ def probe(
     if finished.is_file():
         found = read_manifest(finished, "remove it")
         if found["request"] == request:
+            clear(work.probes)  # if it was killed right before that
             return from_json(found["layers"])
     probes = plan_probes(curves, settings.probe_points)
     if not probes:
@@ -61,8 +65,14 @@ def probe(
     run = _Run(method, work, probes, request)
     measured = run.measure(progress, stop)
     write_manifest(finished, {"request": request, "tokens": run.blocks.numel(), "layers": to_json(measured)})
-    run.clear()
+    clear(work.probes)
     return measured
+
+
+def clear(probes: Path) -> None:
+    """Remove what a sweep under way goes on with."""
+    for path in (probes / PROGRESS, *probes.glob("streams-*.bin")):
+        path.unlink(missing_ok=True)
 
 
 class _Run:
@@ -71,10 +81,12 @@ class _Run:
     def __init__(self, method: Method, work: Work, probes: list[Probe], request: Json) -> None:
         settings, model = method.settings, method.model
         self.machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
-        self.method, self.work, self.probes, self.request = method, work, probes, request
+        self.method, self.work, self.probes = method, work, probes
+        # Streams are of one type, and what one device began another does not finish.
+        self.request = {**request, "device": self.machine.device.type, "dtype": str(self.machine.dtype)}
         self.blocks = load_file(work.tokens)["tokens"][: settings.probe_blocks]
         self.batch_size = settings.batch_size
-        self.progress_file = work.probes / "progress.json"
+        self.progress_file = work.probes / PROGRESS
         self.layers = model.shape.layers
 
     def measure(self, progress: Progress, stop: Stop) -> Measured:
@@ -93,10 +105,6 @@ class _Run:
             progress(layer=layer, layers=self.layers, tokens=tokens, total_tokens=tokens)
         return self._compare(decoder)
 
-    def clear(self) -> None:
-        for path in (self.progress_file, self._streams(0).path, self._streams(1).path):
-            path.unlink(missing_ok=True)
-
     def _begin(self) -> int:
         """The layer to go on at; 0 with empty streams unless a sweep with this request was under way."""
         found = read_if_of(self.progress_file, self.request)
@@ -107,7 +115,7 @@ class _Run:
                 return int(found["layer"])
             log.warning("%s is not as it was written; probing begins anew", streams)
         self.work.probes.mkdir(exist_ok=True)
-        self.clear()
+        clear(self.work.probes)
         check_space(self.work.folder, 2 * self._streams(0).bytes, "probing")
         self._streams(0).create()
         return 0
@@ -189,7 +197,8 @@ def describe_request(method: Method, calibration: Json) -> Json:
     wanted = ("method", "shape", "context", "components", "head_multiple", "mlp_multiple", "eigenvalue_floor", "ridge")
     how = ("probe_blocks", "probe_points", "dtype")
     settings = method.settings.model_dump(mode="json")
-    return {**{key: settings[key] for key in (*wanted, *how)}, "calibration": calibration["sha256"]}
+    chosen = {key: settings[key] for key in (*wanted, *how)}
+    return {**chosen, "calibration": calibration["sha256"], "versions": versions()}
 
 
 def plan_probes(curves: list[Curves], points: int) -> list[Probe]:

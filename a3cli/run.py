@@ -21,6 +21,7 @@ from a3cli.recipe import Recipe
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings
 from a3cli.solve import check_settings, solve
 from a3cli.sweep import Progress
+from a3cli.text import text_fingerprint
 from a3cli.work import Json, Work, check_hashes, hash_json, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,11 @@ def is_asked_for(manifest: Json, settings: ExportSettings, solution: Json) -> bo
 
 def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: bool) -> Json:
     """The measures, kept in the work folder beside what they were asked of."""
-    request = {"settings": settings.model_dump(mode="json"), "export": hash_json(manifest)}
+    request = {
+        "settings": settings.model_dump(mode="json"),
+        "text_files": [text_fingerprint(text) for text in settings.texts],
+        "export": hash_json(manifest),
+    }
     if work.evaluation.is_file() and not overwrite:
         found = read_manifest(work.evaluation, "use --overwrite")
         if found["request"] == request:

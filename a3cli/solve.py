@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from a3cli import costs
-from a3cli.errors import A3Error, first_line
+from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, ModelShape
 from a3cli.interrupt import Stop
-from a3cli.machine import choose_machine, load_linear_algebra, return_freed_memory
+from a3cli.machine import choose_machine, explaining_memory, load_linear_algebra, return_freed_memory
 from a3cli.methods import METHODS, Curves, LayerInputs, Method
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
@@ -97,8 +97,10 @@ def write_solution(
     layers = range(model.shape.layers)
     sizes = choose_sizes(settings, model.shape, curves)
     method.settle(sizes)
+    slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
     request = describe_request(settings, calibration)
-    with drafting(work.solution, {**request, "versions": versions()}) as draft:
+    chosen = describe_choice(settings, model, sizes, slots)
+    with drafting(work.solution, {**request, **chosen}) as draft, explaining_memory():
         draft.check_space(bytes_needed(model.shape, sizes, settings), "the solution")
 
         def write_layer(layer: int) -> Json:
@@ -113,7 +115,6 @@ def write_solution(
             return draft.finish(name, described=method.describe(layer), score_error=errors)
 
         written = for_each_layer(write_layer, model, settings)
-        slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
         if settings.sequential:
             hashes = correct(model, settings, work, sizes, slots, draft, progress, stop)
         else:
@@ -137,7 +138,22 @@ def write_solution(
             "layers": hashes,
             "versions": versions(),
         }
-        return write_manifest(draft.folder / work.solution_manifest.name, manifest)
+        sealed = write_manifest(draft.folder / work.solution_manifest.name, manifest)
+        if settings.sequential:
+            drop_steps(draft, layers)
+        return sealed
+
+
+def describe_choice(settings: SolveSettings, model: Model, sizes: list[LayerSizes], slots: list[list[float]]) -> Json:
+    """What else a draft's layers depend on: another machine may choose in another way, and compute in another type."""
+    machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
+    return {
+        "device": machine.device.type,
+        "dtype": str(machine.dtype),
+        "sizes": [asdict(size) for size in sizes],
+        "slots": slots,
+        "versions": versions(),
+    }
 
 
 def analyse(
@@ -167,15 +183,12 @@ def analyse(
 
 
 def for_each_layer(work: Callable[[int], T], model: Model, settings: SolveSettings) -> list[T]:
-    """`work` of every layer, small ones side by side. Raises A3Error if the device's memory is too small for it."""
+    """`work` of every layer, small ones side by side."""
     layers = range(model.shape.layers)
-    try:
-        if not costs.side_by_side(model.shape):
-            return [work(layer) for layer in layers]
-        load_linear_algebra(choose_machine(settings.device, settings.dtype, model.source.dtype).device)
-        return list(spread(work, layers, settings.num_processes or os.cpu_count() or 1))
-    except torch.OutOfMemoryError as error:
-        raise A3Error(f"no memory left on the device: {first_line(error)}; solve with --device cpu") from error
+    if not costs.side_by_side(model.shape):
+        return [work(layer) for layer in layers]
+    load_linear_algebra(choose_machine(settings.device, settings.dtype, model.source.dtype).device)
+    return list(spread(work, layers, settings.num_processes or os.cpu_count() or 1))
 
 
 def check_settings(settings: SolveSettings) -> None:
@@ -256,11 +269,15 @@ def correct(
         ]
         refit_layers(model, settings, work, cuts, draft, progress, stop)
         corrected = [write_corrected(draft, layer) for layer in layers]
+    return [each["sha256"] for each in corrected]
+
+
+def drop_steps(draft: Draft, layers: Iterable[int]) -> None:
+    """Remove what the corrected layers were made from. Not before all else is there: the next command would miss it."""
     shutil.rmtree(draft.folder / STREAMS, ignore_errors=True)
     for layer in layers:
         for name in (one_shot_file, refit_file):
             (draft.folder / name(layer)).unlink(missing_ok=True)
-    return [each["sha256"] for each in corrected]
 
 
 def write_corrected(draft: Draft, layer: int) -> Json:

@@ -20,7 +20,6 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.func import functional_call
 
@@ -28,7 +27,7 @@ from a3cli.costs import MLP_TOKENS
 from a3cli.errors import A3Error, first_line
 from a3cli.families import Family, Role
 from a3cli.hidden import Blocks, States
-from a3cli.machine import Machine
+from a3cli.machine import Machine, out_of_memory
 from a3cli.model import Model
 from a3cli.moments import LayerMoments, Tensors
 from a3cli.offload import Weights
@@ -415,7 +414,7 @@ def running_out_is_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if should_reduce_batch_size(error):
+        if out_of_memory(error):
             raise torch.OutOfMemoryError(str(error)) from error
         raise
 

@@ -242,3 +242,14 @@ def tokenizer_fingerprint(folder: Path) -> Json:
     """Hash of each file that says how text becomes tokens."""
     names = (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
     return {name: hash_file(folder / name) for name in names if (folder / name).is_file()}
+
+
+def text_fingerprint(settings: TextSettings) -> Json:
+    """Hash of each local file that the text is read from; none for a set on the hub. Raises A3Error if one can't be."""
+    path, hashes = Path(settings.dataset), {}
+    for file in local_files(path) if path.exists() else []:
+        try:
+            hashes[file.name if file == path else file.relative_to(path).as_posix()] = hash_file(file)
+        except OSError as error:
+            raise A3Error(f"dataset {file}: {error.strerror}") from error
+    return hashes

@@ -38,7 +38,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from a3cli import __version__
-from a3cli.errors import A3Error, CannotWrite, Interrupted
+from a3cli.errors import A3Error, CannotWrite, Interrupted, OutOfMemory
 
 if TYPE_CHECKING:
     import torch
@@ -254,9 +254,9 @@ def drafting(target: Path, request: Json) -> Iterator[Draft]:
             yield draft
             if target.exists():  # moved, not removed: half removed it might still look whole
                 target.rename(replaced)
-            draft.forget()
             partial.rename(target)
-        except (Interrupted, KeyboardInterrupt, CannotWrite, OSError, SafetensorError):
+            draft.forget()
+        except (Interrupted, KeyboardInterrupt, CannotWrite, OutOfMemory, OSError, SafetensorError):
             draft.leave()
             raise
         except BaseException:

@@ -119,6 +119,8 @@ def test_diagonal_statistics_are_enough_for_the_paper(a3, checkpoint, text_file,
     assert refused.code == 2
     assert "mlp_gram" in refused.stderr
     assert "--mlp-stats full" in refused.stderr
+    swept = a3("pareto", "--budgets", "0.1,0.2", *options[2:], "--work", tmp_path / "diagonal", "--json").json
+    assert {point["variant"] for point in swept["points"]} == {"paper"}
     assert "mlp_gram" not in load_file(tmp_path / "diagonal" / "calibration" / "layer-000.safetensors")
     assert all(torch.equal(solutions[0][key], solutions[1][key]) for key in solutions[0])
 

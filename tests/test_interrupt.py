@@ -9,16 +9,22 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 
 from a3cli import display
+from a3cli import solve as solve_module
 from a3cli.checkpoint import HashingWriter
 from a3cli.errors import Interrupted
 from a3cli.interrupt import Stop, stopping
+from a3cli.machine import Machine
 from a3cli.methods.best import Best
+from a3cli.work import versions
+from tests.conftest import refused
 
 TEXT = ("--samples", 4, "--seq-len", 40)
 SIZES = ("--head-multiple", 2, "--mlp-multiple", 8)
@@ -94,6 +100,23 @@ def test_a_time_limit_stops_after_each_layer_until_all_is_done(overwrite, a3, lo
         interrupted(a3(*command, tmp_path / "cut", "--max-minutes", 0), "--max-minutes 0", f"layer {layer} of 3")
     assert a3(*command, tmp_path / "cut", "--max-minutes", 0).code == 0  # nothing comes after the last layer
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_another_version_does_not_go_on(a3, long_source, text_file, tmp_path, monkeypatch):
+    command = ("calibrate", long_source, "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
+    assert a3(*command, "--max-minutes", 0).code == 3
+    monkeypatch.setattr("a3cli.calibrate.versions", lambda: {**versions(), "torch": "2.0"})
+    refused(a3(*command), "other versions (torch)", "--overwrite")
+    assert a3(*command, "--overwrite").code == 0
+
+
+def test_text_that_has_changed_is_other_text(a3, long_source, tmp_path):
+    text, work = tmp_path / "text.txt", tmp_path / "work"
+    command = ("calibrate", long_source, "--dataset", text, *TEXT, "--work", work)
+    text.write_text("one two three " * 99)
+    assert a3(*command).code == 0
+    text.write_text("one two four " * 99)
+    refused(a3(*command), "differs in text_files (text.txt)", "--overwrite")
 
 
 @pytest.fixture
@@ -191,6 +214,49 @@ def test_another_request_begins_anew(a3, calibrated, monkeypatch):
     whole = contents(calibrated)
     cut_short(a3, monkeypatch, (*solve, 0.1, "--num-processes", 1), "projecting layer 2 of 2")
     assert a3(*solve, 0.3).code == 0
+    assert contents(calibrated) == whole
+
+
+def test_other_sizes_or_another_type_begin_anew(a3, calibrated, monkeypatch):
+    """The same command on another machine, where curves come out a little different or `auto` is something else."""
+    solve = ("solve", "--budget", 0.2, *SIZES, "--sequential", "--batch-size", 2, "--overwrite")
+    solve += ("--num-processes", 1, "--work", calibrated)
+    choose = solve_module.choose_sizes
+
+    def wider(*args):
+        return [replace(size, mlp=size.mlp + 8) for size in choose(*args)]
+
+    def in_float64(*_args):
+        return Machine(torch.device("cpu"), torch.float64)
+
+    for name, there in (("choose_sizes", wider), ("choose_machine", in_float64)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"a3cli.solve.{name}", there)
+            assert a3(*solve).code == 0
+            whole = contents(calibrated)
+        cut_short(a3, monkeypatch, solve, "correcting layer 2 of 2")
+        with monkeypatch.context() as patch:
+            patch.setattr(f"a3cli.solve.{name}", there)
+            assert a3(*solve).code == 0
+            assert contents(calibrated) == whole
+
+
+def test_memory_that_runs_out_keeps_what_is_finished(a3, calibrated, monkeypatch):
+    solve = ("solve", "--budget", 0.2, *SIZES, "--num-processes", 1, "--work", calibrated)
+    assert a3(*solve).code == 0
+    whole, plain = contents(calibrated), Best.project
+
+    def running_out(self, inputs, *rest):
+        if inputs.layer == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more lines")
+        return plain(self, inputs, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Best, "project", running_out)
+        refused(a3(*solve, "--overwrite"), "no memory left", "9 GiB", "--device cpu")
+    assert (calibrated / ".solution.a3-partial" / "layer-000.safetensors").is_file()
+    monkeypatch.setattr(Best, "project", only_once(plain))
+    assert a3(*solve, "--overwrite").code == 0
     assert contents(calibrated) == whole
 
 

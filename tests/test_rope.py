@@ -1,5 +1,6 @@
 """The written RoPE configuration gives each kept slot its source frequency, as stock transformers computes it."""
 
+import numpy
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -74,6 +75,18 @@ def test_evenly_spaced_slots_may_span_all_pairs(count):
     lines = evenly_spaced(read_rope(config(DEFAULT)), [0.0] * (count - 1) + [1.0])
     assert lines[-1][0] == 0
     assert last - 1e-9 < lines[-1][-1] <= last
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_nearest_line_is_not_lost_to_rounding(seed):
+    rope = read_rope(config(DEFAULT))
+    slots = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).mul(7).sort().values
+    step, start = numpy.polyfit(range(5), slots.numpy(), 1)
+    start = min(max(start, 0.0), 7 - 4 * step)
+    lines = evenly_spaced(rope, slots.tolist())
+    assert len(lines) == (2 if start >= 0 else 1)  # the span of all pairs is always there
+    if start >= 0:
+        assert lines[0] == pytest.approx([start + j * step for j in range(5)], abs=1e-9)
 
 
 @pytest.mark.parametrize("rope", [YARN, LONGROPE], ids=lambda rope: rope["rope_type"])

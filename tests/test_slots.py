@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from a3cli.solvers.rope import Band, Distances, as_pairs, band_maps, pair_grams
+from a3cli.solvers.rope import Band, Distances, as_pairs, band_maps, pair_grams, real_map
 from a3cli.solvers.slots import SlotProblem, head_statistics, score_error
 from tests.literal import random_attention
 
@@ -141,7 +141,8 @@ def test_dead_heads_stay_finite():
 def test_predicted_score_error_is_the_measured_one(heads, kv_heads, bias, distance):
     """Stock RoPE on real vectors, every query against every key at one distance."""
     a = random_attention(heads, kv_heads, bias=bias)
-    query_map, key_map = problem(a).solve(start(a)[1]).real()
+    maps = problem(a).solve(start(a)[1])
+    query_map, key_map = real_map(maps.query), real_map(maps.key)
     lost = total = 0.0
     for i in range(heads):
         k = i // a.group

@@ -242,6 +242,12 @@ def test_allocation_in_coarse_steps_never_removes_too_little():
     assert needed <= removed <= 1.02 * needed
 
 
+def test_allocation_in_coarse_steps_finds_the_only_choice():
+    """Rounded down, all removals together fall short of what they remove."""
+    items = [[Choice(1, 0, 0.0), Choice(0, 10**7 + i, 1.0)] for i in range(40)]
+    assert allocate(items, sum(item[1].removed for item in items)) == [item[1] for item in items]
+
+
 def test_sizes_end_with_the_full_size():
     assert sizes(20, 8) == [8, 16, 20]
     assert sizes(16, 8) == [8, 16]

@@ -6,7 +6,6 @@ written, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5
 back to default RoPE when it finds only the second.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from a3cli.families.base import check_rope
 from a3cli.solvers.rope import frequency_at
 from a3cli.work import Json
 
+ROUNDING = 1e-9  # pairs; a frequency in float32 is further off
 ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
@@ -92,7 +92,7 @@ def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
         return None
     start = pairs[0]
     step = pairs[1] - start if len(pairs) > 1 else 1
-    if list(pairs) != [start + step * j for j in range(len(pairs))]:
+    if any(abs(pair - start - step * j) > ROUNDING for j, pair in enumerate(pairs)):
         return None
     if rope.kind == "llama3" and (start > 0 or step != int(step)):
         return None
@@ -117,14 +117,11 @@ def evenly_spaced(rope: Rope, slots: Sequence[float]) -> list[list[float]]:
     centred = places - places.mean()
     step = float((centred * wanted).sum() / centred.square().sum())
     start = min(max(float(wanted.mean() - step * places.mean()), 0.0), last - step * (count - 1))
-    whole = last / (count - 1)
-    if whole * (count - 1) > last:  # by rounding
-        whole = math.nextafter(whole, 0)
-    lines = [(start, step), (0.0, whole)]
+    lines = [(start, step), (0.0, last / (count - 1))]
     if rope.kind == "llama3":
         lines = [(0.0, float((places * wanted).sum() / places.square().sum())), lines[1]]
-    spaced = [[a + s * j for j in range(count)] for a, s in lines]
-    return [line for line in spaced if line[0] >= 0 and line[-1] <= last and affine_parameters(rope, line) is not None]
+    spaced = [[min(max(a + s * j, 0.0), float(last)) for j in range(count)] for a, s in lines]
+    return [line for line in spaced if affine_parameters(rope, line) is not None]
 
 
 def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:

@@ -51,10 +51,15 @@ def refine_maps(
     """From the closed form's maps for these slots; `far` is what score errors beyond the samples' length cost."""
     query, key = closed.query.clone(), closed.key.clone()
     before = after = 0.0
-    parts = split(inputs.samples(), few=effort.few)
+    fitting, judging = split(inputs.samples(), few=effort.few)
     for kv_head, penalty in enumerate(far):
-        fitted, judge = (AttentionProblem(sampled_head(inputs, rope, part, kv_head, device)) for part in parts)
-        frequencies = frequency_at(fitted.head.pairs, torch.tensor(slots, dtype=torch.float64))
+        judge = AttentionProblem(sampled_head(inputs, rope, judging, kv_head, device))
+        frequencies = frequency_at(judge.head.pairs, torch.tensor(slots, dtype=torch.float64))
+        if effort.iterations == 0:
+            loss = judge.loss(query[kv_head], key[kv_head], frequencies)
+            before, after = before + loss, after + loss
+            continue
+        fitted = AttentionProblem(sampled_head(inputs, rope, fitting, kv_head, device))
         found = fitted.refine(
             query[kv_head], key[kv_head], frequencies, judge=judge, iterations=effort.iterations, penalty=penalty
         )

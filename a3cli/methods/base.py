@@ -134,13 +134,14 @@ class LayerInputs:
         return 1 / self.mean("mlp_residual").item()
 
     def score_unit(self, attained: float) -> torch.Tensor:
-        """What turns squared scores (before the softmax scale) into relative errors of the stream, `[K]`.
+        """What turns squared scores (before they are scaled) into relative errors of the stream, `[K]`.
 
         attained is the share of the bound in `attention_effect` that score errors reach: one that knows nothing of the
         values reaches Σ a² of the attention weights a; docs/experiments.md has what was measured.
         """
         effect = attained * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
-        return effect * self.attention_unit / self.shape.head_dim
+        scale: float = self._model.rope.attention_factor**2 * self.shape.head_dim**-0.5
+        return effect * (self.attention_unit * scale**2)
 
     @property
     def origin(self) -> Json:

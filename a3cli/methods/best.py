@@ -207,8 +207,9 @@ class Best(Method):
         """In the stock shape, evenly spaced slots if they cost next to nothing: every runtime reads them."""
         self.damping.clear()  # what projections that are not part of the solution took, and what they reached
         self.errors.clear()
+        self.affine.clear()
         rank = sizes[0].qk
-        if self.per_layer or rank == self.model.shape.head_dim or rank in self.affine:
+        if self.per_layer or rank == self.model.shape.head_dim:
             return
         layers = range(len(self.layers))
         own = [self._quickly(layer, rank) for layer in layers]
@@ -260,14 +261,14 @@ class Best(Method):
     @torch.inference_mode(False)  # which has no gradients, and in which probing asks for projections
     def _refine(self, layer: int, slots: list[float], closed: SlotMaps, effort: Effort) -> RefinedMaps:
         """The closed form's maps, refined on sampled attention, and on scores beyond what was sampled."""
-        inputs, far = self.layers[layer].inputs(), self._far_penalties(layer, slots)
+        inputs, far = self.layers[layer].inputs(), self._far_penalties(layer, slots, effort)
         return refine_maps(inputs, self.model.rope, slots, closed, far, effort, self.device)
 
-    def _far_penalties(self, layer: int, slots: list[float]) -> list[Penalty | None]:
-        """What score errors beyond the samples' length cost each KV head."""
+    def _far_penalties(self, layer: int, slots: list[float], effort: Effort) -> list[Penalty | None]:
+        """What score errors beyond the samples' length cost each KV head, where maps are fitted at all."""
         solved = self.layers[layer]
         beyond = distances_beyond(len(solved.attention_mass), self._context)
-        if beyond is None:
+        if beyond is None or effort.iterations == 0:
             return [None] * self.model.shape.kv_heads
         weights = FAR_WEIGHT * solved.score_unit / solved.attention_unit
         return [
@@ -378,7 +379,7 @@ class Best(Method):
             try:
                 result = refit(with_larger_diagonal(gram, damping) if damping else gram)
             except ValueError as error:
-                failure = error
+                failure = str(error)  # with its frames the error would hold matrices
                 continue
             if damping:
                 log.warning("layer %d, %s: singular statistics, damped by %g", inputs.layer, component.upper(), damping)
@@ -387,7 +388,7 @@ class Best(Method):
         raise A3Error(
             f"layer {inputs.layer}, {component.upper()}: the refit fails even when damped ({failure}); "
             "calibrate on more tokens or raise --ridge"
-        ) from failure
+        )
 
     def describe(self, layer: int) -> Json:
         solved = self.layers[layer]

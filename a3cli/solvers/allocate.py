@@ -32,8 +32,10 @@ def allocate(items: Sequence[Sequence[Choice]], needed: int) -> list[Choice]:
     unit = max(math.gcd(*(removed for item in extra for removed in item)), -(-target // FINEST), 1)
     target = -(-target // unit)
     steps = [[removed // unit for removed in item] for item in extra]
-    if sum(map(max, steps)) < target:
+    if sum(map(max, extra)) < needed - sum(least):
         raise ValueError("no choice removes enough")
+    if sum(map(max, steps)) < target:  # by rounding: everything is needed
+        return [max(item, key=lambda choice: choice.removed) for item in items]
     # One item may jump over the target by its whole removal; jumping further never pays.
     loss = torch.full((target + max(map(max, steps)) + 1,), float("inf"), dtype=torch.float64)
     loss[0] = 0

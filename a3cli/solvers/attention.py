@@ -115,7 +115,7 @@ class AttentionProblem:
         """
         before = judge.loss(query, key, slots)
         best, lowest = Refined(query, key, before, before), math.inf
-        if iterations == 0 or (unit := self.loss(query, key, slots)) == 0:
+        if (unit := self.loss(query, key, slots)) == 0:
             return best
         turns = self._turns(slots)
         widen = [whitening(self.queries), whitening(self.keys)]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from a3cli.solvers.qk import sum_over_group
-from a3cli.solvers.rope import Distances, as_pairs, complex_gram, real_map
+from a3cli.solvers.rope import Distances, as_pairs, complex_gram
 
 ROUNDS = 40
 ENOUGH = 1e-3  # stop when a round gains less than this share of the loss
@@ -49,10 +49,6 @@ class SlotMaps:
     query: torch.Tensor
     key: torch.Tensor
     loss: torch.Tensor
-
-    def real(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Real maps `[K, h, r]`, r = 2·S: `W_q ← W_q · query`, `W_k ← W_k · key`; slot j is dims `(j, j + r/2)`."""
-        return real_map(self.query), real_map(self.key)
 
 
 class SlotProblem:
