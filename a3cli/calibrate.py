@@ -41,6 +41,8 @@ from a3cli.work import (
 
 log = logging.getLogger(__name__)
 
+COMPUTING = ("a3cli", "torch", "transformers")  # what sums come from: a calibration is all of one version of these
+
 
 def calibrate(
     settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress, stop: Stop | None = None
@@ -160,7 +162,10 @@ class Calibration:
     def _resume(self) -> tuple[torch.Tensor, int]:
         """Blocks and number of finished layers of an unfinished calibration, checked against its files."""
         sealed = read_manifest(self.work.calibration_progress, "use --overwrite")
-        if differing := name_differences(sealed.get("versions", {}), versions()):
+        begun, here = (
+            {name: each.get(name) for name in COMPUTING} for each in (sealed.get("versions", {}), versions())
+        )
+        if differing := name_differences(begun, here):
             raise A3Error(
                 f"{self.work.calibration_progress} was begun with other versions ({differing}); go on with those, or "
                 "use --overwrite to begin anew"

@@ -184,6 +184,35 @@ def refine_memory(shape: ModelShape, samples: int, seq_len: int) -> int:
     return stored + 6 * stored // shape.kv_heads
 
 
+GAUSS_NEWTON_STEPS = 8  # of conjugate gradients in one round of the sequential correction
+
+
+def sequential_flops_per_token(shape: ModelShape, size: LayerSizes, rounds: int, seq_len: int) -> int:
+    """The sequential correction of one layer: forwards of both models, two regressions, rounds of Gauss-Newton."""
+    d, query, width = shape.hidden_size, shape.heads * size.ov, size.mlp
+    passed = [*shape.sizes[:1], size, size, LayerSizes(size.qk, size.ov, 0)]  # the last one ends with attention
+    forwards = prefill_flops_per_token(shape, passed, seq_len)
+    regression = 2 * width * (width + d)
+    product = 8 * width * d  # before, moved, through V twice, as weights
+    fitted = 2 * (GAUSS_NEWTON_STEPS + 1) * product + 4 * width * d + 2 * d**2 + regression
+    return forwards + 2 * query * (query + d) + regression + rounds * fitted
+
+
+def sequential_memory(shape: ModelShape, size: LayerSizes, itemsize: int) -> int:
+    """A layer of both models, and the down projection's regression or the matrices of a Gauss-Newton step."""
+    d, width = shape.hidden_size, size.mlp
+    layers = linear_weights(shape, [*shape.sizes[:1], size]) * itemsize
+    regression = width**2 * (4 + 8 + 8) + width * d * (4 + 3 * 8)
+    return layers + max(regression, 9 * 2 * width * d * 4)
+
+
+def stream_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int, rounds: int) -> int:
+    """Hidden states of the sequential correction: of both models two files, what is after attention, and with rounds
+    what gate and up are fitted on.
+    """
+    return (7 if rounds else 5) * hidden_state_bytes(shape, samples, seq_len, itemsize)
+
+
 SMALL_LAYER = 4096  # MLP channels; statistics of some layers so wide fit in any memory at once
 
 
@@ -232,6 +261,11 @@ def solution_bytes(shape: ModelShape, size: LayerSizes, method: str) -> int:
 def refit_bytes(shape: ModelShape, size: LayerSizes, rounds: int) -> int:
     """What the sequential correction writes of one layer: output and down projection, with `rounds` gate and up too."""
     return shape.hidden_size * (shape.heads * size.ov + (3 if rounds else 1) * size.mlp) * 4
+
+
+def corrected_bytes(shape: ModelShape, size: LayerSizes, method: str, rounds: int) -> int:
+    """One layer of a sequential solution at the peak: as solved in one shot, the refits, and both put together."""
+    return 2 * (solution_bytes(shape, size, method) + refit_bytes(shape, size, rounds))
 
 
 def uniform_sizes(shape: ModelShape, budget: float, *, head_multiple: int, mlp_multiple: int) -> LayerSizes | None:

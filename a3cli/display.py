@@ -194,6 +194,7 @@ def print_plan(result: Json) -> None:
         written = {
             "calibrate": disk["statistics"] + disk["hidden_states"],
             "solve --method paper": disk["solution_paper"],
+            "solve --method best --sequential": disk["solution_sequential"],
             "export": disk["export"],
         }
         needs.add_row(stage, size(written.get(stage, disk["solution"])), size(ram[stage]), duration(spent))

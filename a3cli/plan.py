@@ -32,10 +32,12 @@ HASH_GBPS = 1.5  # SHA-256 on one core
 # Resident bytes of a process with torch, transformers and datasets in it; a torch that can use a GPU brings far more.
 IMPORTS = {"cpu": 410_000_000, "cuda": 1_190_000_000}
 WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes that linear algebra takes in each thread
+REFIT_ROUNDS = 2  # of the sequential correction, as `a3 solve` has them if nothing is said
+CORRECTING = 1.8  # times its FLOPs the sequential correction takes: activations, and files between its passes
 REFINING = 2.5  # times its FLOPs take the softmax and other steps of sampled attention
 STARTUP = 4.2  # seconds until a stage begins to work
 # Seconds that a layer takes beside its arithmetic: files, and steps too small to fill a core.
-LAYER_SECONDS = {"calibrate": 0.2, "solve --method best": 1.2}
+LAYER_SECONDS = {"calibrate": 0.2, "solve --method best": 1.2, "solve --method best --sequential": 1.2}
 # Seconds a channel of greedy selection on a GPU, whose steps follow one another, each some launches of tiny kernels.
 # Measured on an H200 when each step still waited for the device, so at most this: `benchmarks/solve_layer.py --device
 # cuda` took 10.5 s for Llama-3.1-70B's 28672 channels, 0.9 s of it arithmetic.
@@ -236,7 +238,11 @@ def describe_model(run: Run) -> Json:
 
 
 def disk(run: Run) -> Json:
-    """Bytes in the work folder, and of the export; `solution` is that of `best`, where the statistics allow it."""
+    """Bytes in the work folder, and of the export.
+
+    `solution` is that of `best`, where the statistics allow it; `solution_sequential` that with `--sequential`, while
+    it is made.
+    """
     settings, shape = run.settings, run.shape
     solution = {method: costs.solution_bytes(shape, run.size, method) * shape.layers for method in METHODS}
     layer = costs.statistics_bytes(shape, settings.samples, settings.seq_len, full_mlp=run.full_mlp)
@@ -246,6 +252,8 @@ def disk(run: Run) -> Json:
         "hidden_states": 2 * costs.hidden_state_bytes(shape, settings.samples, settings.seq_len, run.item),
         "solution": solution["best" if run.solves("best") else "paper"],
         "solution_paper": solution["paper"],
+        "solution_sequential": costs.corrected_bytes(shape, run.size, "best", REFIT_ROUNDS) * shape.layers
+        + costs.stream_bytes(shape, settings.samples, settings.seq_len, run.item, REFIT_ROUNDS),
         "export": run.kept_parameters * run.source_item,
     }
 
@@ -274,6 +282,8 @@ def peak_ram(run: Run) -> Json:
         for method in METHODS
     }
     solve["best"] += at_once * costs.refine_memory(shape, run.settings.samples, run.settings.seq_len)
+    corrected = costs.sequential_memory(shape, run.size, run.item) + device_memory(run)["batch"]
+    solve["best --sequential"] = max(solve["best"], costs.held_bytes(shape) + corrected)
     largest = shape.hidden_size * shape.intermediate_size * item
     imports = IMPORTS[torch_build()]
     return {
@@ -321,12 +331,22 @@ def solving(run: Run, rates: Rates) -> dict[str, float]:
     shape, settings, head_multiple = run.shape, run.settings, run.settings.head_multiple
     paper, best = costs.paper_flops(shape), costs.best_flops(shape, run.size, head_multiple)
     refine = REFINING * costs.refine_flops(shape, run.size, settings.samples, settings.seq_len)
+    # In float32, which a CPU multiplies twice as fast as float64, and a GPU without tensor cores about as fast.
+    correct = (
+        CORRECTING * run.tokens * costs.sequential_flops_per_token(shape, run.size, REFIT_ROUNDS, settings.seq_len)
+    )
     if not run.on_gpu:
-        return {"paper": paper / rates.solve, "best": (best + refine) / rates.solve}
+        refined = (best + refine) / rates.solve
+        return {
+            "paper": paper / rates.solve,
+            "best": refined,
+            "best --sequential": refined + correct / (2 * rates.solve),
+        }
     large = costs.best_flops(shape, run.size, shape.head_dim + 1) - paper  # with no rank for RoPE slots
     on_cpu = SOLVE_TFLOPS["cpu"] * 1e12
     on_gpu = (large + refine) / rates.solve + shape.intermediate_size * GREEDY_STEP
-    return {"paper": paper / on_cpu, "best": (best - large) / on_cpu + on_gpu}
+    refined = (best - large) / on_cpu + on_gpu
+    return {"paper": paper / on_cpu, "best": refined, "best --sequential": refined + correct / rates.solve}
 
 
 def find_rates(settings: PlanSettings, dtype: str) -> Rates:

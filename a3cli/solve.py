@@ -221,10 +221,9 @@ def read_calibration(work: Work) -> Json:
 
 
 def bytes_needed(shape: ModelShape, sizes: list[LayerSizes], settings: SolveSettings) -> int:
-    """At the peak: of a sequential solution the one-shot layers, the refits, and both put together."""
-    one_shot = sum(costs.solution_bytes(shape, size, settings.method) for size in sizes)
-    refits = sum(costs.refit_bytes(shape, size, settings.refit_rounds) for size in sizes)
-    return 2 * (one_shot + refits) if settings.sequential else one_shot
+    if settings.sequential:
+        return sum(costs.corrected_bytes(shape, size, settings.method, settings.refit_rounds) for size in sizes)
+    return sum(costs.solution_bytes(shape, size, settings.method) for size in sizes)
 
 
 def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | None:
@@ -300,8 +299,8 @@ def refit_layers(
     blocks = load_file(work.tokens)["tokens"]
     streams = draft.folder / STREAMS
     streams.mkdir(exist_ok=True)
-    files = 7 if settings.refit_rounds else 5
-    needed = files * blocks.numel() * model.shape.hidden_size * machine.dtype.itemsize
+    samples, seq_len = blocks.shape
+    needed = costs.stream_bytes(model.shape, samples, seq_len, machine.dtype.itemsize, settings.refit_rounds)
     check_space(streams, needed - bytes_on_disk(streams.iterdir()), "the sequential correction")
     swept = refit_sequentially(
         Decoder(model, machine),

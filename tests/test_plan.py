@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from a3cli import costs
+from a3cli import costs, sequential
 from a3cli.checkpoint import Checkpoint
 from a3cli.families import LayerSizes
 from a3cli.methods import best
 from a3cli.model import describe
-from a3cli.plan import GREEDY_STEP, torch_build
+from a3cli.plan import GREEDY_STEP, REFIT_ROUNDS, torch_build
+from a3cli.settings import SolveSettings
 from a3cli.solvers import ov, slots
 from tests.conftest import MODELS
 from tests.test_bad_input import refused
@@ -257,6 +258,8 @@ def test_rounds_counted_are_those_run():
     """costs.py does without torch, so it has its own copy of what the solvers' loops go up to."""
     assert costs.ROUNDS == slots.ROUNDS
     assert (costs.VALUE_ROUNDS, costs.VALUE_STEPS) == (best.VALUE_ROUNDS, ov.REFINEMENT_STEPS)
+    assert costs.GAUSS_NEWTON_STEPS == sequential.ITERATIONS
+    assert SolveSettings.model_fields["refit_rounds"].default == REFIT_ROUNDS
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from a3cli import costs
+from a3cli.checkpoint import Checkpoint
+from a3cli.families import LayerSizes
+from a3cli.model import describe
 from a3cli.sequential import DRIFT, RIDGE
 
 OPTIONS = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
@@ -112,6 +117,37 @@ def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
         assert torch.equal(mlp.gate_proj.weight, one_shot.gate_proj.weight) == (rounds == 0)
         assert torch.equal(mlp.up_proj.weight, one_shot.up_proj.weight) == (rounds == 0)
     assert missed[2] < 0.9 * missed[0]
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of matrix products; torch's own counter knows neither `addmm_` nor attention on a CPU."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.flops += 2 * a.numel() * b.shape[-1]
+        elif name == "_scaled_dot_product_flash_attention_for_cpu":
+            q, k, v = args[:3]
+            self.flops += 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_its_products_are_those_that_a_plan_counts(a3, checkpoint, text_file, tmp_path, rounds):
+    source, work, tokens = checkpoint("llama-gqa", hidden_size=96, intermediate_size=192), tmp_path / "work", 32 * 60
+    assert a3("calibrate", source, "--dataset", text_file, "--samples", 32, "--seq-len", 60, "--work", work).code == 0
+    solve = ("solve", *OPTIONS, "--method", "paper", "--overwrite", "--num-processes", 1, "--json", "--work", work)
+    counted = []
+    for options in ((), ("--sequential", "--refit-rounds", rounds, "--batch-size", 8)):
+        with Products() as products:
+            solved = a3(*solve, *options).json
+        counted.append(products.flops)
+    shape = describe(Checkpoint(source)).shape
+    flops = [costs.sequential_flops_per_token(shape, LayerSizes(**size), rounds, 60) for size in solved["sizes"]]
+    assert counted[1] - counted[0] == pytest.approx(tokens * sum(flops), rel=0.1)
 
 
 def test_nothing_removed_stays_as_it_is(a3, checkpoint, text_file, tmp_path):
