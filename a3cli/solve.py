@@ -295,6 +295,7 @@ def refit_layers(
     stop: Stop,
 ) -> None:
     """The second sweep, from where an earlier one was cut short."""
+    return_freed_memory(batches=True)
     machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
     blocks = load_file(work.tokens)["tokens"]
     streams = draft.folder / STREAMS
