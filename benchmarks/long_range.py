@@ -4,8 +4,9 @@
 
 Recall: a small model that finds a token anywhere in its context of 1024 (`scripts/train_recall_model.py`, trained in
 some minutes, or taken from `--model`) is calibrated on its own task, compressed and asked again, by distance from the
-question to the answer. With `--shared` (`models/wikitext-llama`, `data/wikitext2`) also: by how much the loss grows at
-each position of a block of 512 tokens. Everything is calibrated, solved and exported by the command line itself.
+question to the answer. With `--shared` (the models and texts of `benchmarks/results.py`) also: by how much the loss
+grows at each position of a block of 512 tokens. Everything is calibrated, solved and exported by the command line
+itself.
 
 Exit code 1 if a variant is worse than the paper's method at any distance by more than chance would have it.
 """
@@ -29,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from recall_task import accuracy_by_distance, answer_queries, make_batch, to_text  # noqa: E402
 
-from benchmarks.results import a3, write_between  # noqa: E402
+from benchmarks.results import Subject, a3, subjects, write_between  # noqa: E402
 
 VARIANTS = ("paper", "best", "best --shape per-layer")  # the first is what the others are held against
 SIZES = (
@@ -40,7 +41,6 @@ SIZES = (
 )
 TEXT_SIZES = ("--budget 0.1", "--budget 0.25", "--attention-budget 0.25 --mlp-budget 0")
 RECALL_ROUNDING = ("--head-multiple", 2, "--mlp-multiple", 8)
-TEXT_ROUNDING = ("--mlp-multiple", 16)
 CONTEXT, SHORTEST_ASKED = 1024, 8
 CALIBRATION_SEED, TEST_SEED = 2**41, 2**42  # none of training's
 POSITIONS = (1, 32, 64, 128, 256, 384, 512)  # of the predicted token: where buckets begin, and the end of the last
@@ -206,28 +206,28 @@ def bucket_means(losses: torch.Tensor, starts: Sequence[int] = POSITIONS) -> tor
     return torch.stack([losses[:, a - 1 : b - 1].mean(1) for a, b in itertools.pairwise(starts)], 1)
 
 
-def position_rows(shared: Path, folder: Path, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def position_rows(subject: Subject, folder: Path, args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The table of mean increases, and one line for each variant whose increase grows more than the first one's."""
-    model, data, work = shared / "models" / "wikitext-llama", shared / "data" / "wikitext2", folder / "text-work"
-    text = ("--samples", 128, "--seq-len", 512, "--batch-size", 8)
-    a3("calibrate", model, "--dataset", data / "train.txt", *text, "--work", work)
-    blocks = text_blocks(model, data / "test.txt", args.blocks)
-    dense = bucket_means(loss_by_position(load(model), blocks))
+    work = folder / f"{subject.name}-work"
+    text = ("--samples", subject.samples, "--seq-len", 512, "--batch-size", 8)
+    a3("calibrate", subject.model, "--dataset", subject.calibration, *text, "--work", work)
+    blocks = text_blocks(subject.model, subject.evaluation, args.blocks)
+    dense = bucket_means(loss_by_position(load(subject.model), blocks))
     columns = [f"{a}–{b - 1}" for a, b in itertools.pairwise(POSITIONS)]
-    columns = ["model", "size", "QK / OV / MLP", *columns, "last − first", SCORE_ERROR]
+    columns = [subject.name, "size", "QK / OV / MLP", *columns, "last − first", SCORE_ERROR]
     rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     rows.append("| dense | | | " + " | ".join(f"{x:.3f}" for x in dense.mean(0).tolist()) + " | | |")
     flags = []
     for size in args.text_sizes:
         of_size = []
         for name in args.variants:
-            out = folder / f"text-{len(rows)}"
-            solved = compress(work, out, (*TEXT_ROUNDING, *Variant(name, size).options()))
+            out = folder / f"{subject.name}-{len(rows)}"
+            solved = compress(work, out, (*subject.rounding, *Variant(name, size).options()))
             increase = bucket_means(loss_by_position(load(out), blocks)) - dense
             of_size.append((name, increase))
             rows.append(position_row(name, size, solved, increase))
             print(rows[-1], file=sys.stderr, flush=True)
-        flags += growing_faster(of_size, size)
+        flags += growing_faster(of_size, f"{subject.name}, {size}")
     return rows, flags
 
 
@@ -275,7 +275,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a recall model that is trained already")
     parser.add_argument(
-        "--shared", type=Path, help="also measure loss by position, with the model and text found there"
+        "--shared", type=Path, help="also measure loss by position, with the models and texts found there"
     )
     parser.add_argument("--write", type=Path, help="replace the tables between the markers of this file")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="methods with flags: 'best --shape per-layer'")
@@ -294,8 +294,8 @@ def main() -> None:
         folder = Path(name)
         rows, failures = recall_rows(args.model or train_model(folder), folder, args)
         tables = "\n".join(rows)
-        if args.shared:
-            rows, flags = position_rows(args.shared, folder, args)
+        for subject in subjects(args.shared, folder) if args.shared else ():
+            rows, flags = position_rows(subject, folder, args)
             tables += "\n\n" + "\n".join(rows)
             failures += flags
     print(tables)
