@@ -104,7 +104,8 @@ def out_of_memory(error: RuntimeError) -> OutOfMemory | None:
     """What torch means, if it means that."""
     from accelerate.utils.memory import should_reduce_batch_size
 
-    if not should_reduce_batch_size(error):
+    said = error.args and isinstance(error.args[0], str)  # an exit of the parser's is a RuntimeError, too
+    if not said or not should_reduce_batch_size(error):
         return None
     return OutOfMemory(f"no memory left: {first_line(error)}; try a smaller --batch-size or --device cpu")
 

@@ -515,7 +515,8 @@ def test_output_folder_in_the_way(a3, work, source, tmp_path):
         refused(a3("export", out, *options, "--work", work), *words)
         assert snapshot(tmp_path) == before
     for folder in (file, file / "work"):
-        refused(a3("calibrate", source, "--dataset", file, *SHORT, "--work", folder), str(folder), "cannot be written")
+        calibrate = ("calibrate", source, "--dataset", full / "precious.txt", *SHORT, "--work", folder)
+        refused(a3(*calibrate), str(folder), "cannot be written")
     link = tmp_path / "link"
     link.symlink_to(full)
     refused(a3("export", link, "--work", work), "no folder")

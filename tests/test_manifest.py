@@ -79,7 +79,7 @@ def may_be_gone(path):
     return bool(inside) or path[-1] in ("head_dim", "intermediate_size", "sha256")
 
 
-OPEN = {"files", "shards", "tokenizer"}  # any file names; their hashes are checked
+OPEN = {"files", "shards", "tokenizer", "text_files"}  # any file names; their hashes are checked
 
 
 def paths(value, before=()):
