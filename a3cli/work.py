@@ -31,6 +31,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -431,5 +432,8 @@ def versions() -> Json:
     return {
         "a3cli": __version__,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: installed_version(name) for name in packages},
     }
+
+
+installed_version = cache(importlib.metadata.version)  # reads a file each time
