@@ -33,7 +33,7 @@ HASH_GBPS = 1.5  # SHA-256 on one core
 IMPORTS = {"cpu": 410_000_000, "cuda": 1_190_000_000}
 WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes that linear algebra takes in each thread
 REFIT_ROUNDS = 2  # of the sequential correction, as `a3 solve` has them if nothing is said
-CORRECTING = 1.8  # times its FLOPs the sequential correction takes: activations, and files between its passes
+CORRECTING = 1.3  # times its FLOPs the sequential correction takes: activations, and files between its passes
 REFINING = 2.5  # times its FLOPs take the softmax and other steps of sampled attention
 STARTUP = 4.2  # seconds until a stage begins to work
 # Seconds that a layer takes beside its arithmetic: files, and steps too small to fill a core.
