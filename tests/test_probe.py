@@ -103,7 +103,11 @@ def test_measured_once_and_reused_by_every_later_budget(a3, calibrated, monkeypa
     monkeypatch.undo()
     more = (*PROBE[:-1], 3)  # another question is another measurement
     assert a3("solve", "--budget", 0.3, *ROUNDING, *more, "--work", work, "--overwrite").code == 0
-    assert json.loads((work / "probes" / "best-stock.json").read_text())["request"]["probe_points"] == 3
+    finished = work / "probes" / "best-stock.json"
+    assert json.loads(finished.read_text())["request"]["probe_points"] == 3
+    monkeypatch.setattr(module, "versions", lambda: {"a3cli": "0.0"})  # predicted curves may be others
+    assert a3("solve", "--budget", 0.3, *ROUNDING, *more, "--work", work, "--overwrite").code == 0
+    assert json.loads(finished.read_text())["request"]["versions"] == {"a3cli": "0.0"}
 
 
 def test_predicted_losses_are_called_what_they_are(a3, calibrated, tmp_path):
