@@ -24,7 +24,7 @@ def open_tasks(settings: EvalSettings) -> Any:
     if not settings.tasks:
         return None
     if importlib.util.find_spec("lm_eval") is None:
-        raise A3Error("--tasks needs the lm-evaluation-harness, which is not installed: pip install lm-eval")
+        raise A3Error("--tasks needs the lm-evaluation-harness, which is not installed: pip install 'a3cli[lm-eval]'")
     if settings.tasks_path and not settings.tasks_path.is_dir():
         raise A3Error(f"--tasks-path {settings.tasks_path}: no such folder")
     from lm_eval.tasks import TaskManager

@@ -241,7 +241,7 @@ def test_without_the_harness_the_extra_is_named(a3, checkpoint, monkeypatch):
     )
     outcome = a3("eval", checkpoint("llama-gqa"), "--tasks", "boolq")
     assert outcome.code == 2
-    assert "pip install lm-eval" in outcome.stderr
+    assert "a3cli[lm-eval]" in outcome.stderr
 
 
 def test_a_text_field_for_each_data_set(a3, checkpoint, text_file, tmp_path):
