@@ -273,8 +273,7 @@ def describe_request(settings: CalibrateSettings, source: Checkpoint, machine: M
         "tokenizer": tokenizer_fingerprint(source.folder),
         "batch_size": settings.batch_size or "auto",
         "mlp_stats": settings.mlp_stats,
-        "device": machine.device.type,
-        "dtype": str(machine.dtype).removeprefix("torch."),
+        **machine.describe(),
         "trust_remote_code": settings.trust_remote_code,
     }
 

@@ -28,6 +28,10 @@ class Machine:
         """Whether the device has memory of its own, so that getting data there is worth a thread's time."""
         return self.device.type != "cpu"
 
+    def describe(self) -> dict[str, str]:
+        """What rounding depends on, for a request: files of another kind are not gone on with."""
+        return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+
     def free_memory(self) -> int:
         """Bytes that a stage could still take on the device, or on the tightest of them."""
         return min(free_memory(device) for device in self.devices or (self.device,))

@@ -83,7 +83,7 @@ class _Run:
         self.machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
         self.method, self.work, self.probes = method, work, probes
         # Streams are of one type, and what one device began another does not finish.
-        self.request = {**request, "device": self.machine.device.type, "dtype": str(self.machine.dtype)}
+        self.request = {**request, **self.machine.describe()}
         self.blocks = load_file(work.tokens)["tokens"][: settings.probe_blocks]
         self.batch_size = settings.batch_size
         self.progress_file = work.probes / PROGRESS

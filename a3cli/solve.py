@@ -146,10 +146,8 @@ def write_solution(
 
 def describe_choice(settings: SolveSettings, model: Model, sizes: list[LayerSizes], slots: list[list[float]]) -> Json:
     """What else a draft's layers depend on: another machine may choose in another way, and compute in another type."""
-    machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
     return {
-        "device": machine.device.type,
-        "dtype": str(machine.dtype),
+        **choose_machine(settings.device, settings.dtype, model.source.dtype).describe(),
         "sizes": [asdict(size) for size in sizes],
         "slots": slots,
         "versions": versions(),
