@@ -162,9 +162,9 @@ def truncate_whitened(W: torch.Tensor, gram: torch.Tensor, rank: int) -> torch.T
 
 
 def cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """Lower factor. A Gram matrix that is singular to float precision gets the least ridge, in decades, that helps."""
+    """Lower factor. A Gram matrix that is singular to float32 rounding gets the least ridge, in decades, that helps."""
     scale = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for damping in (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6):
+    for damping in (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4):
         factor, failed = torch.linalg.cholesky_ex(gram + damping * scale)
         if not failed:
             return factor

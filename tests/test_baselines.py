@@ -90,6 +90,16 @@ def test_svd_error_is_the_tail(calibration):
             torch.testing.assert_close((W - weight_of(layer, role)).square().sum(), tail, rtol=1e-4, atol=0)
 
 
+def test_a_gram_matrix_with_negative_eigenvalues_from_rounding_has_a_factor():
+    x = torch.randn(30, 48, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gram = x.T @ x / 30
+    rounded = gram - 2e-6 * gram.diagonal().mean() * torch.eye(48)
+    L = baselines.cholesky(rounded)
+    assert torch.linalg.eigvalsh(rounded)[0] < 0
+    torch.testing.assert_close(L @ L.T, gram, rtol=0, atol=1e-4)
+    assert L.equal(L.tril())
+
+
 def test_svd_llm_loss_is_the_whitened_tail_and_below_svd(calibration):
     whitened, plain = (BASELINES[name](calibration, 0.3).model for name in ("svd_llm", "svd"))
     ranks, _ = baselines.factor_ranks(calibration.shape, 0.3)
