@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from a3cli.errors import Interrupted
+from a3cli.processes import ended_by_launcher
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ def stopping(minutes: float | None = None) -> Iterator[Stop]:
     def first(number: int, _frame: FrameType | None) -> None:
         stop.signal = signal.Signals(number)
         _handle(at_once)
-        log.warning("%s: finishing the step in progress; once more stops at once", stop.signal.name)
+        # A launcher of ours ends the peers of a process that failed, and says itself why.
+        if not (ended_by_launcher() and stop.signal is signal.SIGTERM):
+            log.warning("%s: finishing the step in progress; once more stops at once", stop.signal.name)
 
     with _handling(first):
         yield stop

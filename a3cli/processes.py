@@ -41,6 +41,11 @@ def is_main() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
+def ended_by_launcher() -> bool:
+    """Whether SIGTERM comes from a launcher of ours."""
+    return launched() and ERROR_FOLDER in os.environ
+
+
 def hand_over(message: str) -> bool:
     """Leave an error's line to whoever speaks for this process; False if that is the process itself."""
     if launched() and (folder := os.environ.get(ERROR_FOLDER)):

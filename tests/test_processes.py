@@ -283,7 +283,11 @@ def test_num_processes_starts_them_and_says_what_became_of_them(checkpoint, text
     deadline = time.monotonic() + 120
     while not (tmp_path / "w/calibration/layer-001.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.kill(children(first)[-1], signal.SIGKILL)
+    survivor, killed = children(first)
+    os.kill(survivor, signal.SIGSTOP)  # so that the launcher's SIGTERM is the first that it hears of it
+    os.kill(killed, signal.SIGKILL)
+    time.sleep(2)
+    os.kill(survivor, signal.SIGCONT)
     printed, said = first.communicate(timeout=60)
     assert (first.returncode, printed) == (3, ""), said
     (line,) = said.splitlines()
