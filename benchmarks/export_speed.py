@@ -6,6 +6,8 @@ Makes a random checkpoint (`--shape 1b`, bfloat16), calibrates it on two short b
 export   `a3 export` with the process's start and imports taken off (timed on their own: `a3 --version` with torch and
          transformers imported)
 cp       `cp` of one file of half of all bytes that export reads and writes (source, solution, result), and `sync` of it
+SHA-256  of the files that export writes, on one core: an export takes no less, and on a processor without instructions
+         for it this alone is longer than `cp`
 
 Every file is read once before, so that both find it in memory where it fits, and nothing waits to be written. Both
 begin a process's start later, in which a virtual machine may take freed memory away, and both end on the disk. The
@@ -26,6 +28,8 @@ import time
 from pathlib import Path
 
 from random_checkpoint import SHAPES, make_in_a_child, make_text, run
+
+from a3cli.work import hash_file
 
 LIMIT = 1.5
 IMPORTS = ("-c", "import a3cli.cli, a3cli.export; from transformers import LlamaConfig, AutoTokenizer; LlamaConfig()")
@@ -81,6 +85,14 @@ def time_copy(folder: Path, size: int) -> float:
     return time.perf_counter() - started
 
 
+def time_hash(folder: Path) -> float:
+    read_all(folder)
+    started = time.perf_counter()
+    for file in folder.rglob("*.safetensors"):
+        hash_file(file)
+    return time.perf_counter() - started
+
+
 def measure(folder: Path, arguments: argparse.Namespace) -> bool:
     """Print the table; False if export is slower than it may be."""
     prepare(folder, arguments)
@@ -91,10 +103,12 @@ def measure(folder: Path, arguments: argparse.Namespace) -> bool:
         copies.append(time_copy(folder, (source + solution + written) // 2))
         exports.append(time_export(folder))
     export, copy = statistics.median(exports[1:]), statistics.median(copies)
+    hashing = time_hash(folder / "out")
     print(f"source {source / 1e9:.2f} GB, solution {solution / 1e9:.2f} GB, export {written / 1e9:.2f} GB")
     print(f"{'':10}{'seconds':>10}{'GB/s read + written':>22}")
     for name, seconds in (("export", export), ("cp", copy)):
         print(f"{name:10}{seconds:>10.2f}{(source + solution + written) / seconds / 1e9:>22.2f}")
+    print(f"{'SHA-256':10}{hashing:>10.2f}")
     print(f"ratio {export / copy:.2f} (limit {LIMIT})")
     return export <= LIMIT * copy
 
