@@ -29,6 +29,8 @@ ERROR_FOLDER = "A3_ERROR_FOLDER"
 # Processes wait for the main one while it downloads text or writes a large layer. On one machine, one that died is
 # noticed at once.
 LONGEST_WAIT = timedelta(hours=6)
+# Signals for which torch's launcher sets handlers, and leaves them.
+ELASTIC_HANDLES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PIECE = 1 << 24  # numbers summed at a time: a reduction needs as much room again
 
 
@@ -133,8 +135,11 @@ class Processes:
         except (A3Error, OSError, OutOfMemoryError) as error:
             problem = error
         first = next((each for each in self.gather(problem) if each is not None), None)
-        if first is not None:
-            raise first
+        try:
+            if first is not None:
+                raise first
+        finally:  # they hold the frames that they went through, this one too, and all that filled the memory there
+            del problem, first
 
     def from_main(self, work: Callable[[], T]) -> T:
         """What the main process returns from `work`, in all processes. The others wait."""
@@ -224,14 +229,16 @@ def launch(count: int, arguments: list[str]) -> None:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
+        handlers = {number: signal.getsignal(number) for number in ELASTIC_HANDLES}
         try:
             elastic_launch(config, sys.executable)("-m", "a3cli", *arguments)
         except ChildFailedError as error:
-            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            raise_first(codes, Path(folder))
+            raise_first({rank: failure.exitcode for rank, failure in error.failures.items()}, Path(folder))
         except SignalException as error:
             raise KeyboardInterrupt from error
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             del os.environ[ERROR_FOLDER]
             logging.disable(logging.NOTSET)
 
@@ -250,15 +257,19 @@ def without_output() -> Iterator[None]:
 
 
 def raise_first(codes: dict[int, int], folder: Path) -> None:
-    """Raise what went wrong first: an error, or a process that was killed, which takes its peers with it."""
+    """Raise what went wrong first: an error, a bug, or a process that was killed, which takes its peers with it."""
     said = {rank: (folder / str(rank)).read_text("utf-8") for rank in sorted(codes) if (folder / str(rank)).exists()}
     killed = [rank for rank, code in sorted(codes.items()) if code < 0 and -code != signal.SIGTERM]  # SIGTERM is ours
     causes = [rank for rank in said if codes[rank] not in (Interrupted.exit_code, -signal.SIGTERM)]
+    bugs = [rank for rank, code in codes.items() if code > 0 and rank not in said]
+    if bugs and not causes:
+        sys.exit(1)  # its traceback has been printed; the others only lost it
     if killed and not causes:
-        name = signal.Signals(-codes[killed[0]]).name
-        raise Interrupted(f"process {killed[0]} was killed ({name}); the same command goes on where it stopped")
+        # With those that the launcher killed since they did not end in time: it does not say which came first.
+        deaths = " and ".join(f"process {rank} was killed ({signal.Signals(-codes[rank]).name})" for rank in killed)
+        raise Interrupted(f"{deaths}; the same command goes on where it stopped")
     for rank in (*causes, *said):  # the first of them
         problem = A3Error(said[rank])
         problem.exit_code = codes[rank] if codes[rank] > 0 else Interrupted.exit_code
         raise problem
-    sys.exit(1)  # a bug, whose traceback has been printed
+    raise Interrupted("all processes were terminated (SIGTERM); the same command goes on where it stopped")

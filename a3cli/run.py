@@ -28,9 +28,14 @@ log = logging.getLogger(__name__)
 
 
 def run_recipe(
-    recipe: Recipe, *, overwrite: bool, progress: Callable[[], AbstractContextManager[Progress]], stop: Stop
+    recipe: Recipe,
+    *,
+    overwrite: bool,
+    progress: Callable[[], AbstractContextManager[Progress]],
+    stop: Stop,
+    quiet: bool = False,
 ) -> Json:
-    """Each stage's result by its name; `overwrite` makes all anew.
+    """Each stage's result by its name; `overwrite` makes all anew, and further processes are as `quiet` as asked.
 
     Raises A3Error where a stage does, and before any of them for settings that contradict one another, and Interrupted
     at the end of the step in which `stop` was set off.
@@ -41,7 +46,7 @@ def run_recipe(
     log.info("calibrate")
     begin_anew = overwrite
     if recipe.calibrate.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
-        calibrate_in_processes(recipe.calibrate, work, overwrite=overwrite, stop=stop)
+        calibrate_in_processes(recipe.calibrate, work, overwrite=overwrite, stop=stop, quiet=quiet)
         begin_anew = False
     with progress() as report:
         results["calibrate"] = calibrate(recipe.calibrate, work, overwrite=begin_anew, progress=report, stop=stop)
@@ -56,10 +61,12 @@ def run_recipe(
     return results
 
 
-def calibrate_in_processes(settings: CalibrateSettings, work: Work, *, overwrite: bool, stop: Stop) -> None:
+def calibrate_in_processes(
+    settings: CalibrateSettings, work: Work, *, overwrite: bool, stop: Stop, quiet: bool
+) -> None:
     """`a3 calibrate` with these settings, in as many processes as they say."""
     options = settings.model_dump(exclude={"model", "text", "num_processes"}) | settings.text.model_dump()
-    options |= {"work": work.folder, "overwrite": overwrite}
+    options |= {"work": work.folder, "overwrite": overwrite, "quiet": quiet}
     if stop.deadline < math.inf:
         options["max_minutes"] = max(0.0, stop.deadline - time.monotonic()) / 60
     arguments = ["calibrate", settings.model]

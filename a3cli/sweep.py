@@ -103,7 +103,8 @@ class Decoder:
         """Fill a meta module with the checkpoint's tensors. Raises A3Error for missing, misshaped or NaN ones."""
         for name, parameter in module.named_parameters():
             value = self.read(prefix + name, parameter.shape).to(device, non_blocking=True)
-            set_module_tensor_to_device(module, name, device, value=value, dtype=self.machine.dtype)
+            # What is freed is taken again at once, by the next parameter or layer: the allocator may keep it.
+            set_module_tensor_to_device(module, name, device, value=value, dtype=self.machine.dtype, clear_cache=False)
 
     def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
         """A weight in its stored dtype, mapped. Raises A3Error if it is missing, misshaped or has a NaN."""
@@ -311,6 +312,7 @@ class Sweep:
                 with self.processes.together():
                     moments = self._run_stage(stage, first_layer, arguments)
             except torch.OutOfMemoryError as error:
+                moments = None  # also where another process ran out, and this one did not
                 self._halve(error)
             if moments is None:  # out of the handler: the error holds what filled the memory
                 index, arguments = self._start_fitting(first_layer)

@@ -1,8 +1,10 @@
 """Several processes: the same statistics, one error for all, nothing lost when one is killed."""
 
+import gc
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import signal
@@ -10,7 +12,9 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +24,8 @@ import torch
 from safetensors.torch import load_file
 
 from a3cli.errors import A3Error
-from a3cli.processes import ERROR_FOLDER, Processes, raise_first
+from a3cli.interrupt import stopping
+from a3cli.processes import ELASTIC_HANDLES, ERROR_FOLDER, Processes, launch, raise_first
 from tests.conftest import refused
 from tests.test_calibrate import calibration_files
 
@@ -357,6 +362,8 @@ def test_solve_and_export_give_the_same_bytes_from_any_number(method, a3, checkp
         ({0: 2, 1: -6}, {0: "no text"}, (2, "no text")),  # one that aborts when the others have gone
         ({0: 3, 1: -15}, {0: "interrupted"}, (3, "interrupted")),
         ({0: 1, 1: 2}, {1: "no text"}, (2, "no text")),
+        ({0: -9, 1: -9}, {}, (3, "process 0 was killed (SIGKILL) and process 1 was killed (SIGKILL);")),
+        ({0: -15, 1: -15}, {}, (3, "all processes were terminated (SIGTERM)")),
     ],
 )
 def test_of_several_failures_the_cause_is_told(codes, said, expected, tmp_path):
@@ -367,7 +374,87 @@ def test_of_several_failures_the_cause_is_told(codes, said, expected, tmp_path):
     assert raised.value.exit_code == expected[0]
 
 
-def test_a_bug_keeps_its_exit_code(tmp_path):
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ({0: 3, 1: 1}, {}),
+        ({0: 3, 1: 1}, {0: "lost another one"}),
+        ({0: -15, 1: 1}, {0: "interrupted"}),
+        ({0: -9, 1: 1}, {}),  # by the launcher, which waits for no long layer
+    ],
+)
+def test_a_bug_keeps_its_exit_code(codes, said, tmp_path):
+    """Code 3 would say that the same command goes on, again and again."""
+    for rank, message in said.items():
+        (tmp_path / str(rank)).write_text(message)
     with pytest.raises(SystemExit) as stop:
-        raise_first({0: 3, 1: 1}, tmp_path)
+        raise_first(codes, tmp_path)
     assert stop.value.code == 1
+
+
+def test_launching_leaves_signals_as_they_were(monkeypatch):
+    """What handles them then belongs to the stage that comes next."""
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    with stopping() as stop:
+        before = [signal.getsignal(number) for number in ELASTIC_HANDLES]
+        launch(2, [])
+        assert [signal.getsignal(number) for number in ELASTIC_HANDLES] == before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal is signal.SIGTERM
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_memory_that_one_of_them_lacks_makes_all_batches_smaller(victim, a3, checkpoint, text_file, tmp_path):
+    auto = (*TEXT, "--batch-size", "auto", "--work")
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *auto)
+    ended = run(2, tmp_path, *command, tmp_path / "2", sabotage=partial(short_of_memory, victim=victim))
+    assert ended == Ended([0, 0], ["", ""])
+    manifest = json.loads((tmp_path / "2" / "calibration" / "manifest.json").read_text())
+    assert manifest["made_with"] == [{"processes": 2, "batch_size": 1}] * 2
+    assert a3(*command, tmp_path / "1").code == 0
+    assert_close([tmp_path / "1", tmp_path / "2"])
+
+
+def short_of_memory(rank: int, victim: int) -> None:
+    """One process alone has no room for two blocks."""
+    from a3cli import sweep
+
+    plain = sweep.run_layer
+
+    def run_layer(layer, batch, arguments):
+        if rank == victim and len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return plain(layer, batch, arguments)
+
+    sweep.run_layer = run_layer
+
+
+def test_what_filled_the_memory_is_free_once_its_error_has_been_handled(monkeypatch):
+    """Without waiting for the garbage collector: the next attempt needs the room."""
+    processes = Processes()
+    processes.count = 2
+    monkeypatch.setattr(processes, "gather", lambda error: [pickle.loads(pickle.dumps(error)), None])
+    there = []
+
+    def fill() -> None:
+        activations = torch.zeros(1)
+        there.append(weakref.ref(activations))
+        with processes.together():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    gc.disable()
+    try:
+        with suppress(torch.OutOfMemoryError):
+            fill()
+        assert there[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("options", [("--device", "gpu"), ("--devices", "gpu,gpu")])
+def test_a_device_that_is_none_is_told_by_each_process(options, checkpoint, text_file, tmp_path):
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
+    ended = run(2, tmp_path, *command, *options)
+    assert ended.codes == [2, 2]
+    assert all(error.startswith(f"{options[0]} 'gpu' is no device") for error in ended.errors)
+    assert not (tmp_path / "work").exists()

@@ -103,9 +103,10 @@ def test_a_recipe_tells_several_processes_all_that_it_says(a3, recipe, tmp_path,
     monkeypatch.setattr("a3cli.run.launch", lambda count, arguments: launched.append((count, arguments)))
     changes = {"num_processes": 3, "dtype": "bfloat16", "mlp_stats": "full", "full_check": True, "batch_size": 4}
     edit(recipe, "calibrate", **changes)
-    assert a3("run", recipe, "--max-minutes", 5).code == 0
+    assert a3("run", recipe, "--max-minutes", 5, "--quiet").code == 0
     ((count, arguments),) = launched
     assert count == 3
+    assert "--quiet" in arguments
     before = times(tmp_path / "work" / "calibration")
     assert a3(*arguments).code == 0
     assert times(tmp_path / "work" / "calibration") == before
@@ -118,7 +119,9 @@ def test_calibrate_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_path):
     assert a3("run", recipe, "--work", tmp_path / "alone", "--out", tmp_path / "o").code == 0
     edit(recipe, "calibrate", num_processes=2)
     command = [sys.executable, "-m", "a3cli", "run", recipe, "--json", "--quiet"]
-    first = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout)
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    assert ended.stderr == ""
+    first = json.loads(ended.stdout)
     assert first["calibrate"]["made_with"] == 2 * [{"processes": 2, "batch_size": 2}]
     assert_close([tmp_path / "alone", tmp_path / "work"])
     before = times(tmp_path / "work")
