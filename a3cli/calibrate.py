@@ -13,7 +13,7 @@ from a3cli.errors import A3Error
 from a3cli.families import ModelShape
 from a3cli.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
 from a3cli.interrupt import Stop
-from a3cli.machine import Machine, choose_machine, free_memory, return_freed_memory
+from a3cli.machine import Machine, choose_machine, find_device, free_memory, return_freed_memory
 from a3cli.memory import choose_batch_size
 from a3cli.model import Model, describe
 from a3cli.moments import Tensors
@@ -55,8 +55,7 @@ def calibrate(
     in which `stop` was set off.
     """
     return_freed_memory(batches=True)
-    device = settings.device if settings.devices is None else settings.devices.partition(":")[0].partition(",")[0]
-    with joined(device) as processes, ExitStack() as held:
+    with joined(meeting_device(settings)) as processes, ExitStack() as held:
         model, machine = processes.main_first(lambda: open_model(settings))
         request = processes.from_main(lambda: describe_request(settings, model.source, machine))
         processes.from_main(lambda: held.enter_context(work.locked()))
@@ -67,6 +66,14 @@ def calibrate(
         processes.from_main(lambda: record_source(settings, model.source, request, work))
         processes.from_main(lambda: remove_leftovers(work))
         return finished
+
+
+def meeting_device(settings: CalibrateSettings) -> str:
+    """Where several processes add up. Raises A3Error for what is no device, before they meet there."""
+    if settings.devices is None:
+        find_device(settings.device, "--device")
+        return settings.device
+    return find_device(settings.devices.partition(",")[0].strip(), "--devices").type
 
 
 def open_model(settings: CalibrateSettings) -> tuple[Model, Machine]:
@@ -129,13 +136,32 @@ class Calibration:
         """Blocks a batch that fit in every process; checked even when the user names a number."""
         blocks, seq_len = self.settings.text.samples, self.settings.text.seq_len
         assert blocks is not None
-        of_block = costs.hidden_state_bytes(self.model.shape, 1, seq_len, self.machine.dtype.itemsize)
-        held = len(processes.share(blocks)) * of_block if self.settings.hidden_states == "device" else 0
         with processes.together():
+            held = self._held_hidden_states(len(processes.share(blocks)))
             fitting = choose_batch_size(
                 self.model.shape, self.machine, seq_len, blocks, full_mlp=self.full_mlp, held=held
             )
         return self.settings.batch_size or min(processes.gather(fitting))
+
+    def _held_hidden_states(self, share: int) -> int:
+        """Bytes that the hidden states of so many blocks take beside a layer. Raises A3Error if they don't fit."""
+        device, seq_len = self._held_on, self.settings.text.seq_len
+        if device is None:
+            return 0
+        needed = costs.hidden_state_bytes(self.model.shape, share, seq_len, self.machine.dtype.itemsize)
+        free = free_memory(device)
+        if needed > free:
+            raise A3Error(
+                f"--hidden-states {self.settings.hidden_states}: {needed / 1e9:.2f} GB for the hidden states of "
+                f"{share} blocks, {free / 1e9:.2f} GB can be had; use --hidden-states disk"
+            )
+        return needed if device.type == self.machine.device.type else 0
+
+    @property
+    def _held_on(self) -> torch.device | None:
+        """The device whose memory holds hidden states, None if files do."""
+        places = {"disk": None, "memory": torch.device("cpu"), "device": self.machine.device}
+        return places[self.settings.hidden_states]
 
     def _cut(self, batch_size: int) -> tuple[torch.Tensor, int]:
         """The blocks `[N, T]` of a new calibration, and that no layer is finished."""
@@ -211,19 +237,11 @@ class Calibration:
         write_manifest(self.work.calibration_progress, self.done)
 
     def _states(self, blocks: torch.Tensor, processes: Processes) -> States:
-        """Where this process's hidden states lie. Raises A3Error if they cannot be where they are wanted."""
+        """Where this process's hidden states lie. Raises A3Error if its node does not see the work folder."""
         share = processes.share(len(blocks))
         width, dtype = self.model.shape.hidden_size, self.machine.dtype
-        where = self.settings.hidden_states
-        if where != "disk":
-            device = torch.device("cpu") if where == "memory" else self.machine.device
-            needed, free = len(share) * blocks.shape[1] * width * dtype.itemsize, free_memory(device)
-            if needed > free:
-                raise A3Error(
-                    f"--hidden-states {where}: {needed / 1e9:.2f} GB for the hidden states of {len(share)} blocks, "
-                    f"{free / 1e9:.2f} GB can be had; use --hidden-states disk"
-                )
-            return StatesInMemory((len(share), blocks.shape[1], width), dtype, device)
+        if self._held_on is not None:
+            return StatesInMemory((len(share), blocks.shape[1], width), dtype, self._held_on)
         if not self.work.tokens.is_file():
             raise A3Error(
                 f"{self.work.tokens} is not there for process {processes.rank}: all nodes must share the work folder; "

@@ -198,7 +198,10 @@ def solve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 1,
-    num_processes: Annotated[int | None, typer.Option(help="Layers at a time (default: as many as cores).")] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(help="Layers at a time (default: as many as cores); those of over 4096 MLP channels go singly."),
+    ] = None,
     max_minutes: MaxMinutes = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -525,7 +528,7 @@ def run(
 
     progress = partial(display.sweep_progress, quiet=quiet)
     with stopping(max_minutes) as stop:
-        results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop)
+        results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
     display.print_json(results) if as_json else display.print_run(results, str(settings.out))
     if "eval" in results:
         raise_for_failures(results["eval"]["datasets"])

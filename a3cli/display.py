@@ -200,10 +200,11 @@ def print_plan(result: Json) -> None:
         needs.add_row(stage, size(written.get(stage, disk["solution"])), size(ram[stage]), duration(spent))
     _print(needs)
     device, machine = result["device_memory_bytes"], result["machine"]
+    least = "at least " if machine["batch_size_is"] == "the least" else ""  # auto takes more where memory is free
     _print(
         f"statistics {size(disk['statistics_per_layer'])} a layer, hidden states {size(disk['hidden_states'])} while "
-        f"calibrating; {machine['devices']} at its peak {size(device['total'])} (layer {size(device['layer'])}, batch "
-        f"{size(device['batch'])}, statistics {size(device['moments'])})"
+        f"calibrating; {machine['devices']} at its peak {least}{size(device['total'])} (layer {size(device['layer'])}, "
+        f"batch {size(device['batch'])}, statistics {size(device['moments'])})"
     )
     rates = machine["rates_are"]
     _print(

@@ -12,6 +12,8 @@ import torch
 
 from a3cli.errors import A3Error, OutOfMemory, first_line
 
+# What CUDA's own calls say, pinned memory's among them; accelerate knows what PyTorch's allocators say.
+CUDA_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -108,8 +110,9 @@ def out_of_memory(error: RuntimeError) -> OutOfMemory | None:
     """What torch means, if it means that."""
     from accelerate.utils.memory import should_reduce_batch_size
 
-    said = error.args and isinstance(error.args[0], str)  # an exit of the parser's is a RuntimeError, too
-    if not said or not should_reduce_batch_size(error):
+    if not error.args or not isinstance(error.args[0], str):  # an exit of the parser's is a RuntimeError, too
+        return None
+    if not should_reduce_batch_size(error) and not any(words in error.args[0] for words in CUDA_IS_FULL):
         return None
     return OutOfMemory(f"no memory left: {first_line(error)}; try a smaller --batch-size or --device cpu")
 

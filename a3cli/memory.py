@@ -27,9 +27,10 @@ def choose_batch_size(
     block = costs.block_bytes(shape, item, seq_len, on_cpu=on_cpu)
     if layer + sums + block > free:
         figures = f"one layer {layer / 1e9:.2f} GB, its statistics {sums / 1e9:.2f} GB, one block {block / 1e9:.2f} GB"
+        beside = f" beside {held / 1e9:.2f} GB of hidden states" if held else ""
         remedy = "--mlp-stats diagonal or a shorter --seq-len" if full_mlp else "a shorter --seq-len"
         raise A3Error(
-            f"not enough memory on {machine.device}: {figures}, {free / 1e9:.2f} GB can be had; use {remedy}, "
+            f"not enough memory on {machine.device}: {figures}, {free / 1e9:.2f} GB can be had{beside}; use {remedy}, "
             "or free some"
         )
     fitting = (free - layer - sums) // block

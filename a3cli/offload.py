@@ -14,7 +14,7 @@ from a3cli.machine import Machine
 
 
 class Weights:
-    """A checkpoint's tensors, checked, in their stored dtype on the CPU."""
+    """A checkpoint's tensors, checked, in their stored dtype on the CPU: mapped, or pinned if prefetched for a GPU."""
 
     def __init__(self, source: Checkpoint, machine: Machine) -> None:
         self._source, self._copies = source, machine.copies
@@ -26,7 +26,7 @@ class Weights:
         for tensor in tensors:
             if tensor in self._source.tensors and tensor not in self._coming:
                 if self._copies:
-                    self._coming[tensor] = self._thread.submit(self._fetch, tensor)
+                    self._coming[tensor] = self._thread.submit(self._fetch_pinned, tensor)
                 else:
                     self._thread.submit(self._source.read_ahead, tensor)
 
@@ -38,4 +38,8 @@ class Weights:
     def _fetch(self, tensor: str) -> torch.Tensor:
         value = self._source.read(tensor)
         check_finite(value, tensor, self._source.name)
-        return value.pin_memory() if self._copies and torch.cuda.is_available() else value
+        return value
+
+    def _fetch_pinned(self, tensor: str) -> torch.Tensor:
+        value = self._fetch(tensor)
+        return value.pin_memory() if torch.cuda.is_available() else value

@@ -165,6 +165,8 @@ def plan(settings: PlanSettings) -> Json:
         "machine": {
             "devices": settings.devices,
             "num_processes": settings.num_processes,
+            "batch_size": run.batch,
+            "batch_size_is": "the least" if run.on_gpu and not settings.batch_size else "taken",
             "calibration_dtype": compute,
             "disk_gbps": rates.disk / 1e9,
             "tflops": rates.compute / 1e12,

@@ -13,6 +13,7 @@ from a3cli.hidden import StatesInMemory, checksums
 from a3cli.machine import Machine
 from a3cli.memory import choose_batch_size
 from a3cli.moments import LayerMoments, unpack_upper
+from tests.conftest import snapshot
 from tests.test_bad_input import refused
 from tests.test_calibrate import calibration_files
 from tests.test_processes import assert_close
@@ -147,6 +148,9 @@ def test_in_memory_the_same_bytes_and_no_files(where, a3, command, whole, tmp_pa
     monkeypatch.setattr("a3cli.calibrate.free_memory", lambda device: 46_000)
     refused(a3(*options, tmp_path / "short"), f"--hidden-states {where}", "0.00 GB", "--hidden-states disk")
     assert not (tmp_path / "short").exists()
+    before = snapshot(whole)
+    refused(a3(*options, whole, "--seed", 1, "--overwrite"), f"--hidden-states {where}")
+    assert snapshot(whole) == before
 
 
 @pytest.mark.parametrize("devices", ["cpu,cpu", "cpu,cpu,cpu"])
@@ -284,6 +288,34 @@ def test_a_batch_that_was_asked_for_is_not_changed(a3, command, tmp_path, monkey
     monkeypatch.setattr(sweep, "run_layer", running_out_above(0, sweep.run_layer))
     refused(a3(*command, tmp_path / "w", "--quiet", "--batch-size", "auto"), "out of memory at 1 blocks", "--seq-len")
     assert not (tmp_path / "w").exists()
+
+
+def test_hidden_states_in_memory_leave_less_for_the_layer(a3, command, tmp_path, monkeypatch):
+    """Both fit alone, and not together."""
+    monkeypatch.setattr("a3cli.calibrate.free_memory", lambda device: 50_000)
+    options = (*command[:-1], "--hidden-states", "memory", "--work")
+    assert a3(*options, tmp_path / "w").code == 0
+    monkeypatch.setattr("a3cli.calibrate.costs.hidden_state_bytes", lambda *sizes: 10**12)
+    monkeypatch.setattr("a3cli.calibrate.free_memory", lambda device: 10**12)
+    refused(a3(*options, tmp_path / "v"), "not enough memory on cpu", "beside 1000.00 GB of hidden states")
+    assert not (tmp_path / "v").exists()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA out of memory. Tried to allocate 9 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_what_running_out_of_memory_looks_like(said):
+    with pytest.raises(torch.OutOfMemoryError), sweep.running_out_is_told():
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="device-side") as other, sweep.running_out_is_told():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    assert not isinstance(other.value, torch.OutOfMemoryError)
 
 
 def test_a_layer_that_does_not_fit(a3, command, tmp_path, monkeypatch):

@@ -199,6 +199,9 @@ def test_disk_for_the_solution_of_each_method(a3, config):
 def test_devices_shape_and_dtype(a3, config):
     cpu, gpu = (a3("plan", config(), "--devices", kind, "--json").json for kind in ("cpu", "cuda:0,cuda:1"))
     assert gpu["machine"]["calibration_dtype"] == "bfloat16"
+    assert (gpu["machine"]["batch_size_is"], cpu["machine"]["batch_size_is"]) == ("the least", "taken")
+    assert "cuda at its peak at least" in a3("plan", config(), "--devices", "cuda").stdout.replace("\n", " ")
+    assert "at least" not in a3("plan", config(), "--devices", "cuda", "--batch-size", 2).stdout
     assert gpu["device_memory_bytes"]["layer"] == cpu["device_memory_bytes"]["layer"] / 2
     per_layer = a3("plan", config(), "--shape", "per-layer", "--json").json
     assert "trust_remote_code" in per_layer["loads_with"]
