@@ -305,8 +305,8 @@ def stock_changes(model: Model, solution: Solution) -> Json:
     changes: Json = {"intermediate_size": sizes.mlp}
     if sizes.qk < model.shape.head_dim:
         rope = replace(model.rope, context=solution.manifest["context"])
-        changes |= {"head_dim": sizes.qk, **kept_rope_config(rope, solution.manifest["rope_slots"])}
-    return changes
+        return changes | {"head_dim": sizes.qk, **kept_rope_config(rope, solution.manifest["rope_slots"])}
+    return changes | lowered_rope(model, solution)
 
 
 def per_layer_changes(model: Model, solution: Solution) -> Json:
@@ -320,7 +320,14 @@ def per_layer_changes(model: Model, solution: Solution) -> Json:
         "head_dim": model.shape.head_dim,
         "per_layer_config": per_layer_config(solution.sizes, solution.manifest["rope_slots"]),
         **both_spellings(model.rope.parameters),
+        **lowered_rope(model, solution),
     }
+
+
+def lowered_rope(model: Model, solution: Solution) -> Json:
+    """RoPE of all pairs, if `--context` lowered `max_position_embeddings`: of some kinds it would change with that."""
+    context, pairs = solution.manifest["context"], range(len(model.rope.short))
+    return {} if context == model.rope.context else kept_rope_config(replace(model.rope, context=context), pairs)
 
 
 def carry_files(source: Checkpoint, folder: Path) -> None:

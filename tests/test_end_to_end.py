@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import MODELS, VOCABULARY, build_tokenizer
+from tests.conftest import DEFAULT, LINEAR, LLAMA3, LONGROPE, MODELS, VOCABULARY, YARN, build_tokenizer
 
 LENGTH = 120  # tokens of the compared logits, beyond the longrope source's original context
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -382,3 +382,18 @@ def test_disk_that_a_solution_takes_is_what_was_asked_for(method, sequential, a3
 def test_tokenizer_of_the_fixtures_round_trips():
     tokenizer = build_tokenizer()
     assert tokenizer.decode(tokenizer("héllo\n  x")["input_ids"]) == "héllo\n  x"
+
+
+# In these config.json leaves to the model's context what transformers scales by.
+YARN_BY_CONTEXT = {key: value for key, value in YARN.items() if key != "original_max_position_embeddings"}
+LONGROPE_BY_CONTEXT = {key: value for key, value in LONGROPE.items() if key != "factor"}
+ROPES = (DEFAULT, LINEAR, LLAMA3, YARN, YARN_BY_CONTEXT, LONGROPE, LONGROPE_BY_CONTEXT)
+
+
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: f"{rope['rope_type']}-{len(rope)}")
+def test_a_lower_context_changes_nothing_within_it(rope, shape, a3, checkpoint, text_file, tmp_path):
+    source = checkpoint("llama-gqa", rope_parameters=rope)
+    out = run_chain(a3, source, text_file, tmp_path, "--budget", 0, "--shape", shape, "--context", 128)
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
+    torch.testing.assert_close(logits(load(out, trust_remote_code=True)), logits(load(source)), rtol=1e-4, atol=1e-4)
