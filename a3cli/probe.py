@@ -194,10 +194,10 @@ class _Run:
 
 def describe_request(method: Method, calibration: Json) -> Json:
     """Everything that the measurements depend on; not the budget."""
-    wanted = ("method", "shape", "context", "components", "head_multiple", "mlp_multiple", "eigenvalue_floor", "ridge")
-    how = ("probe_blocks", "probe_points", "dtype")
+    sizes = ("components", "head_multiple", "mlp_multiple", "min_head", "min_mlp")
+    wanted = ("method", "shape", "context", "eigenvalue_floor", "ridge", "probe_blocks", "probe_points", "dtype")
     settings = method.settings.model_dump(mode="json")
-    chosen = {key: settings[key] for key in (*wanted, *how)}
+    chosen = {key: settings[key] for key in (*sizes, *wanted)}
     return {**chosen, "calibration": calibration["sha256"], "versions": versions()}
 
 

@@ -78,6 +78,8 @@ class SolveSettings(Settings):
     components: Annotated[tuple[Component, ...], AfterValidator(_not_empty)] = COMPONENTS
     head_multiple: int = Field(default=8, ge=1)
     mlp_multiple: int = Field(default=64, ge=1)
+    min_head: int = Field(default=1, ge=1)
+    min_mlp: int = Field(default=1, ge=1)
     eigenvalue_floor: float = Field(default=1e-10, ge=0, lt=1)
     ridge: float = Field(default=1e-6, ge=0)
     sensitivity: Sensitivity = "residual"

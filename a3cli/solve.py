@@ -353,7 +353,7 @@ def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves
         raise A3Error(
             f"budget {settings.budget} cannot be reached: {','.join(settings.components)} with head multiple "
             f"{settings.head_multiple} and MLP multiple {settings.mlp_multiple} remove at most "
-            f"{most / total:.4f}; lower the budget or the multiples"
+            f"{most / total:.4f}; lower the budget, the multiples or the least sizes (--min-head, --min-mlp)"
         ) from None
     heads, widths = [c.size for c in chosen[: len(attention)]], [c.size for c in chosen[len(attention) :]]
     if settings.shape == "stock":
@@ -404,7 +404,7 @@ def keep_to_budget(items: Items, budget: float | None, weights: int, name: str, 
         most = sum(max(choice.removed for choice in item) for item in items) / weights
         raise A3Error(
             f"{name} budget {budget} cannot be reached: multiples of {multiple} remove at most {most:.4f}; "
-            "lower the budget or the multiple"
+            "lower the budget, the multiple or the least size"
         ) from None
 
 

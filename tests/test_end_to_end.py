@@ -384,6 +384,24 @@ def test_tokenizer_of_the_fixtures_round_trips():
     assert tokenizer.decode(tokenizer("héllo\n  x")["input_ids"]) == "héllo\n  x"
 
 
+@pytest.mark.parametrize("method", ["paper", "best"])
+def test_no_size_is_below_the_least(method, a3, checkpoint, text_file, tmp_path):
+    source, work = checkpoint("llama-gqa"), ("--work", tmp_path / "work")
+    assert a3("calibrate", source, "--dataset", text_file, "--samples", 4, "--seq-len", 64, *work).code == 0
+    common = ("solve", "--method", method, "--shape", "per-layer", "--head-multiple", 2, "--mlp-multiple", 8)
+    floors = ("--min-head", 9, "--min-mlp", 50)
+    free, held = (
+        a3(*common, "--budget", 0.35, *options, "--overwrite", "--json", *work).json["sizes"]
+        for options in ((), floors)
+    )
+    assert any(min(layer["qk"], layer["ov"]) < 10 or layer["mlp"] < 56 for layer in free)
+    assert all(min(layer["qk"], layer["ov"]) >= 10 and layer["mlp"] >= 56 for layer in held)
+    refused = a3(*common, "--budget", 0.5, *floors, "--overwrite", *work)
+    assert refused.code == 2
+    assert "cannot be reached" in refused.stderr
+    assert "--min-mlp" in refused.stderr
+
+
 # In these config.json leaves to the model's context what transformers scales by.
 YARN_BY_CONTEXT = {key: value for key, value in YARN.items() if key != "original_max_position_embeddings"}
 LONGROPE_BY_CONTEXT = {key: value for key, value in LONGROPE.items() if key != "factor"}

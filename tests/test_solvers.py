@@ -252,3 +252,5 @@ def test_sizes_end_with_the_full_size():
     assert sizes(20, 8) == [8, 16, 20]
     assert sizes(16, 8) == [8, 16]
     assert sizes(6, 8) == [6]
+    assert sizes(20, 4, least=9) == [12, 16, 20]
+    assert sizes(20, 4, least=30) == [20]

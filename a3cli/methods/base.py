@@ -202,11 +202,13 @@ class Method(ABC):
 
     def sizes(self, component: Component) -> list[int]:
         """The sizes that a component may take, ascending; the full one alone if it is not to be cut."""
-        shape = self.model.shape
+        shape, settings = self.model.shape, self.settings
         full = shape.intermediate_size if component == "mlp" else shape.head_dim
-        if component not in self.settings.components:
+        if component not in settings.components:
             return [full]
-        return sizes(full, self.settings.mlp_multiple if component == "mlp" else self.settings.head_multiple)
+        if component == "mlp":
+            return sizes(full, settings.mlp_multiple, least=settings.min_mlp)
+        return sizes(full, settings.head_multiple, least=settings.min_head)
 
     @abstractmethod
     def add_layer(self, inputs: LayerInputs) -> None:

@@ -62,6 +62,6 @@ def _add_item(loss: torch.Tensor, steps: list[int], losses: list[float]) -> tupl
     return best, which
 
 
-def sizes(full: int, multiple: int) -> list[int]:
-    """Sizes that a dimension may take, ascending: the multiples below `full`, and `full` itself."""
-    return [*range(multiple, full, multiple), full]
+def sizes(full: int, multiple: int, *, least: int = 1) -> list[int]:
+    """Sizes that a dimension may take, ascending: the multiples from `least` to below `full`, and `full` itself."""
+    return [*(size for size in range(multiple, full, multiple) if size >= least), full]
