@@ -53,7 +53,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto"{{ remote_code 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
-Loads with {{ loaders }}. {{ rope }}.
+Loads with {{ loaders }}. {{ rope }}
 
 ## How it was made
 
@@ -94,7 +94,7 @@ def model_card(model: Model, manifest: Json) -> str:
         asked="per component" if solution["budget_asked"] is None else f"{100 * solution['budget_asked']:g} %",
         remote_code=", trust_remote_code=True" if solution["shape"] == "per-layer" else "",
         loaders=manifest["loads_with"],
-        rope=describe_rope(model.shape, solution),
+        rope=" ".join(filter(None, (describe_rope(model.shape, solution), describe_context(solution)))),
         tokens=f"{calibration['tokens']:,}",
         blocks=calibration["blocks"],
         datasets=" and ".join(
@@ -179,10 +179,17 @@ def spread(values: list[int]) -> str:
 
 def describe_rope(shape: ModelShape, solution: Json) -> str:
     if all(sizes["qk"] == shape.head_dim for sizes in solution["sizes"]):
-        return "RoPE as in the source"
+        return "RoPE as in the source."
     if solution["shape"] == "per-layer":
-        return "Each layer has its own RoPE slots (`rope_slots` in config.json)"
-    return f"RoPE has {len(solution['rope_slots'])} rotated pairs of {shape.head_dim // 2}"
+        return "Each layer has its own RoPE slots (`rope_slots` in config.json)."
+    return f"RoPE has {len(solution['rope_slots'])} rotated pairs of {shape.head_dim // 2}."
+
+
+def describe_context(solution: Json) -> str:
+    """What `--context` asked for; nothing if it was not given."""
+    if (context := solution["request"]["settings"]["context"]) is None:
+        return ""
+    return f"Made for texts of up to {context:,} tokens, which is `max_position_embeddings` in config.json."
 
 
 def public_name(source: Json) -> str:

@@ -142,6 +142,7 @@ def print_solution(manifest: Json) -> None:
     losses = ", ".join(f"{name} {value:.4g}" for name, value in manifest["predicted_loss"].items())
     unit = LOSSES[manifest["request"]["settings"]["sensitivity"]]
     _print(f"predicted loss, {unit}, summed over layers: {losses}")
+    _print_context(manifest)
 
 
 def print_pareto(result: Json) -> None:
@@ -234,7 +235,15 @@ def duration(spent: float) -> str:
 def print_export(manifest: Json, out: str) -> None:
     size = sum(1 for name in manifest["files"] if name.endswith(".safetensors"))
     _print(f"wrote {size} weight file{'s' if size > 1 else ''}; loads with {manifest['loads_with']}")
+    _print_context(manifest["solution"])
     _print(printable(out))
+
+
+def _print_context(solution: Json) -> None:
+    from a3cli.card import describe_context
+
+    if said := describe_context(solution):
+        _print(said)
 
 
 def print_evaluation(result: Json) -> None:

@@ -182,8 +182,10 @@ def test_per_layer_solution_keeps_to_its_budget(a3, checkpoint, text_file, tmp_p
 def test_lower_context_is_written_and_a_longer_one_refused(a3, checkpoint, text_file, tmp_path):
     source, work = checkpoint("llama-gqa"), tmp_path / "work"
     assert a3("calibrate", source, "--dataset", text_file, "--samples", 6, "--seq-len", 60, "--work", work).code == 0
-    assert a3("solve", *OPTIONS, "--context", 100, "--work", work).code == 0
-    assert a3("export", tmp_path / "out", "--work", work).code == 0
+    said = "texts of up to 100 tokens"
+    assert said in a3("solve", *OPTIONS, "--context", 100, "--work", work).stdout
+    assert said in a3("export", tmp_path / "out", "--work", work).stdout
+    assert said in (tmp_path / "out" / "README.md").read_text("utf-8")
     assert load(tmp_path / "out").config.max_position_embeddings == 100
     refused = a3("solve", *OPTIONS, "--context", 100000, "--work", work, "--overwrite")
     assert refused.code == 2
