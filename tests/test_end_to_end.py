@@ -415,3 +415,16 @@ def test_a_lower_context_changes_nothing_within_it(rope, shape, a3, checkpoint, 
     out = run_chain(a3, source, text_file, tmp_path, "--budget", 0, "--shape", shape, "--context", 128)
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
     torch.testing.assert_close(logits(load(out, trust_remote_code=True)), logits(load(source)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("allowed", [0.0, 1e3])
+def test_evenly_spaced_slots_are_taken_where_they_cost_little(allowed, a3, checkpoint, text_file, tmp_path, monkeypatch):
+    """Every runtime reads a changed theta; longrope factors only some."""
+    monkeypatch.setattr("a3cli.methods.best.AFFINE_COST", allowed)
+    options = ("--attention-budget", 0.25, "--components", "qk,ov", "--head-multiple", 2)
+    out = run_chain(a3, checkpoint("llama-gqa"), text_file, tmp_path, *options)
+    config = json.loads((out / "config.json").read_text())
+    assert config["head_dim"] == 12
+    assert config["rope_parameters"]["rope_type"] in (("default", "linear") if allowed else ("longrope",))
+    verified = a3("verify", out, "--work", tmp_path / "work", "--quiet")
+    assert verified.code == 0, verified
