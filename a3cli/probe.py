@@ -2,9 +2,10 @@
 
 A stream of hidden states is a model under way. The source's own stream passes each layer whole; at each layer new
 streams branch off it, through that layer with one component cut to one size; all streams pass the layers after it
-whole. At the end each stream's logits are compared with the source's. So each weight is read once, however many probes
-there are, and memory holds one layer and one batch. The files of the streams take 2 · (1 + probes) times the hidden
-states of the probe's blocks. A killed probe goes on at its layer.
+whole. At the end each stream's logits are compared with the source's. So the model is passed through once, however many
+probes there are (a layer's weights are read once more for each of its own cuts), and memory holds one layer and one
+batch. The files of the streams take 2 · (1 + probes) times the hidden states of the probe's blocks. A killed probe goes
+on at its layer.
 """
 
 import logging
