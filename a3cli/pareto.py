@@ -5,7 +5,7 @@ evaluates in a temporary folder inside the work folder; the solution that is the
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from a3cli import costs
@@ -55,7 +55,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         model = open_calibrated_source(work, calibration)
         check_statistics(work, calibration)
         points = Points(settings, work, calibration)
-        for name, variant in VARIANTS.items():
+        for name, variant in variants_of(settings):
             if variant["method"] == "best" and calibration["request"]["mlp_stats"] == "diagonal":
                 log.info("%s: needs statistics that --mlp-stats diagonal left out", name)
                 continue
@@ -87,6 +87,13 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
     }
 
 
+def variants_of(settings: ParetoSettings) -> Iterator[tuple[str, Json]]:
+    """What is compared, by name: the paper's method as it was published, ours with what was asked for."""
+    for name, variant in VARIANTS.items():
+        corrected = settings.sequential and variant["method"] == "best"
+        yield f"{name}, sequential" if corrected else name, {**variant, "sequential": corrected}
+
+
 class Points:
     """What is known so far, in a file of the work folder: measuring one point can take long."""
 
@@ -112,8 +119,8 @@ class Points:
         self._file.unlink(missing_ok=True)
 
 
-def settings_of(settings: ParetoSettings, variant: dict[str, str], budget: float) -> SolveSettings:
-    shared = ("head_multiple", "mlp_multiple", "sensitivity", "sequential", "device", "dtype", "batch_size")
+def settings_of(settings: ParetoSettings, variant: Json, budget: float) -> SolveSettings:
+    shared = ("head_multiple", "mlp_multiple", "sensitivity", "device", "dtype", "batch_size")
     return SolveSettings.model_validate(
         {"budget": budget, **variant, **{name: getattr(settings, name) for name in shared}}
     )
@@ -180,7 +187,7 @@ def draw(result: Json, path: Path) -> None:
         panels["KL(source ‖ compressed), nats a token"] = lambda each: each["measured"]["kl"]
     figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
     for axes, (label, loss) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name in VARIANTS:
+        for name in dict.fromkeys(each["variant"] for each in reached):
             of_variant = [each for each in reached if each["variant"] == name]
             axes.plot([100 * p["budget_reached"] for p in of_variant], [loss(p) for p in of_variant], "o-", label=name)
         axes.set(xlabel="decoder weights removed, %", ylabel=label, yscale="log")

@@ -53,6 +53,18 @@ def test_plot_is_a_picture(a3, work, tmp_path, suffix):
         assert text.count("<path") > 10
 
 
+def test_sequential_corrects_ours_and_leaves_the_paper_as_published(a3, work, text_file):
+    text = ("--dataset", text_file, "--seq-len", 60, "--samples", 3)
+    command = ("pareto", "--budgets", "0.3", *ROUNDING, *text, "--work", work, "--json")
+    plain, corrected = (a3(*command, *options).json["points"] for options in ((), ("--sequential",)))
+    names = ["paper", "best, sequential", "best, per-layer, sequential"]
+    assert [point["variant"] for point in corrected] == names
+    assert corrected[0] == plain[0]
+    for before, after in zip(plain[1:], corrected[1:], strict=True):
+        assert after["sizes"] == before["sizes"]
+        assert after["measured"] != before["measured"]
+
+
 def test_a_budget_out_of_reach_is_said_and_the_rest_is_shown(a3, work):
     outcome = a3("pareto", "--budgets", "0.2,0.95", "--head-multiple", 8, "--mlp-multiple", 64, "--work", work)
     assert outcome.code == 0, outcome.stderr
