@@ -258,7 +258,7 @@ def pareto(
     head_multiple: HeadMultiple = 8,
     mlp_multiple: MlpMultiple = 64,
     sensitivity: Sensitivity = "residual",
-    sequential: Annotated[bool, typer.Option("--sequential", help="Measure best with the sequential correction.")] = False,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Measure best so corrected, not paper.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 1,

@@ -418,7 +418,7 @@ def test_a_lower_context_changes_nothing_within_it(rope, shape, a3, checkpoint, 
 
 
 @pytest.mark.parametrize("allowed", [0.0, 1e3])
-def test_evenly_spaced_slots_are_taken_where_they_cost_little(allowed, a3, checkpoint, text_file, tmp_path, monkeypatch):
+def test_evenly_spaced_slots_are_taken_if_they_cost_little(allowed, a3, checkpoint, text_file, tmp_path, monkeypatch):
     """Every runtime reads a changed theta; longrope factors only some."""
     monkeypatch.setattr("a3cli.methods.best.AFFINE_COST", allowed)
     options = ("--attention-budget", 0.25, "--components", "qk,ov", "--head-multiple", 2)
