@@ -11,7 +11,6 @@ from a3cli.families import LayerSizes, ModelShape, Role
 from a3cli.sampling import sampled_blocks, sampled_queries
 
 ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
-MLP: tuple[Role, ...] = ("gate", "up", "down")
 
 
 def attention_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
@@ -21,7 +20,7 @@ def attention_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
 
 def mlp_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Weights of gate, up and down over all layers, biases not counted."""
-    return _weights(shape, sizes, MLP)
+    return _weights(shape, sizes, shape.mlp_roles)
 
 
 def _weights(shape: ModelShape, sizes: Sequence[LayerSizes], roles: Sequence[Role]) -> int:
@@ -38,7 +37,7 @@ def bias_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Biases that shrink with the head or MLP width, over all layers."""
     roles: list[Role] = [
         *(("q", "k", "v") if shape.attention_bias else ()),
-        *(("gate", "up") if shape.mlp_bias else ()),
+        *(shape.mlp_inputs if shape.mlp_bias else ()),
     ]
     return sum(shape.linear_shapes(size)[role][0] for size in sizes for role in roles)
 
@@ -123,12 +122,12 @@ def block_bytes(shape: ModelShape, itemsize: int, seq_len: int, *, on_cpu: bool 
     """Activations of one block at their peak in a layer's forward with its hooks.
 
     The stream four times (input, residual, norm, output), and the larger of attention (q, k, v before and after RoPE,
-    their float32 copies, the heads' output, a mask) and of the MLP (gate, up, their product).
+    their float32 copies, the heads' output, a mask) and of the MLP (gate, up, what feeds down).
     """
     mlp_tokens = min(seq_len, MLP_TOKENS) if on_cpu else seq_len
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (4 * heads + 6 * keys) * itemsize + 4 * (heads + 2 * keys) + 4 * seq_len
-    mlp = shape.intermediate_size * 3 * itemsize
+    mlp = shape.intermediate_size * len(shape.mlp_roles) * itemsize
     return seq_len * 4 * shape.hidden_size * itemsize + max(seq_len * attention, mlp_tokens * mlp)
 
 
@@ -189,12 +188,12 @@ GAUSS_NEWTON_STEPS = 8  # of conjugate gradients in one round of the sequential 
 
 def sequential_flops_per_token(shape: ModelShape, size: LayerSizes, rounds: int, seq_len: int) -> int:
     """The sequential correction of one layer: forwards of both models, two regressions, rounds of Gauss-Newton."""
-    d, query, width = shape.hidden_size, shape.heads * size.ov, size.mlp
+    d, query, width, inputs = shape.hidden_size, shape.heads * size.ov, size.mlp, len(shape.mlp_inputs)
     passed = [*shape.sizes[:1], size, size, LayerSizes(size.qk, size.ov, 0)]  # the last one ends with attention
     forwards = prefill_flops_per_token(shape, passed, seq_len)
     regression = 2 * width * (width + d)
-    product = 8 * width * d  # before, moved, through V twice, as weights
-    fitted = 2 * (GAUSS_NEWTON_STEPS + 1) * product + 4 * width * d + 2 * d**2 + regression
+    step = (6 * inputs + 4) * width * d  # before, moved and as weights, each of gate and up; through V twice
+    fitted = (GAUSS_NEWTON_STEPS + 1) * step + 2 * inputs * width * d + 2 * d**2 + regression
     return forwards + 2 * query * (query + d) + regression + rounds * fitted
 
 
@@ -203,7 +202,7 @@ def sequential_memory(shape: ModelShape, size: LayerSizes, itemsize: int) -> int
     d, width = shape.hidden_size, size.mlp
     layers = linear_weights(shape, [*shape.sizes[:1], size]) * itemsize
     regression = width**2 * (4 + 8 + 8) + width * d * (4 + 3 * 8)
-    return layers + max(regression, 9 * 2 * width * d * 4)
+    return layers + max(regression, 9 * len(shape.mlp_inputs) * width * d * 4)
 
 
 def stream_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int, rounds: int) -> int:
@@ -260,7 +259,7 @@ def solution_bytes(shape: ModelShape, size: LayerSizes, method: str) -> int:
 
 def refit_bytes(shape: ModelShape, size: LayerSizes, rounds: int) -> int:
     """What the sequential correction writes of one layer: output and down projection, with `rounds` gate and up too."""
-    return shape.hidden_size * (shape.heads * size.ov + (3 if rounds else 1) * size.mlp) * 4
+    return shape.hidden_size * (shape.heads * size.ov + (len(shape.mlp_roles) if rounds else 1) * size.mlp) * 4
 
 
 def corrected_bytes(shape: ModelShape, size: LayerSizes, method: str, rounds: int) -> int:
@@ -274,7 +273,7 @@ def uniform_sizes(shape: ModelShape, budget: float, *, head_multiple: int, mlp_m
     """
     total = linear_weights(shape, shape.sizes[:1])
     needed = math.ceil(Fraction(str(budget)) * total)
-    channel = 3 * shape.hidden_size
+    channel = len(shape.mlp_roles) * shape.hidden_size
     found = []
     for head in (*range(head_multiple, shape.head_dim, head_multiple), shape.head_dim):
         of_heads = total - linear_weights(shape, [LayerSizes(head, head, shape.intermediate_size)])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
+from a3cli.families import family_of
 from a3cli.manifest import MANIFEST, read_export_manifest
 from a3cli.measured import Measured
 from a3cli.methods.base import check_statistics
@@ -35,7 +36,9 @@ TITLES: dict[Component, str] = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
 @dataclass(frozen=True)
 class Dimensions:
-    """H, K, h, I; and where the source or the export is at hand d, the vocabulary and the bytes of a weight."""
+    """H, K, h, I; and where the source or the export is at hand d, the vocabulary, the bytes of a weight, and whether
+    the MLP has a gate.
+    """
 
     heads: int
     kv_heads: int
@@ -44,6 +47,7 @@ class Dimensions:
     hidden: int | None = None
     vocabulary: int | None = None
     item: int | None = None
+    gated: bool = True
 
     def of_gram(self, component: Component) -> int:
         """The largest matrix that is inverted: all heads together for the refit of the output projection."""
@@ -53,7 +57,7 @@ class Dimensions:
         """Of a component's weights in one layer, biases left out."""
         if self.hidden is None or self.item is None:
             return None
-        rows = 3 if component == "mlp" else self.heads + self.kv_heads
+        rows = (3 if self.gated else 2) if component == "mlp" else self.heads + self.kv_heads
         return rows * size * self.hidden * self.item
 
 
@@ -82,6 +86,7 @@ def describe_export(folder: Path) -> Json:
         hidden=count_in(config, "hidden_size", path),
         vocabulary=count_in(config, "vocab_size", path),
         item=round(solution["bytes"]["before"] / solution["parameters"]["before"]),
+        gated=family_of(config.get("model_type")).gated,
     )
     check_hash(path, manifest["files"].get(path.name, ""), "run a3 export again")
     layers = describe_layers(dimensions, calibration["tokens"], solution, [])
@@ -232,6 +237,7 @@ def describe_statistics(
                 intermediate=file.get_slice("mlp_energy").get_shape()[0],
                 hidden=source.config.get("hidden_size") if source else None,
                 item=source.dtype.itemsize if source else None,
+                gated=source is None or family_of(source.config.get("model_type")).gated,
             )
             health.append(layer_health(file, dimensions, layer))
     return dimensions, health

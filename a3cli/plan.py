@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from a3cli import costs
 from a3cli.errors import A3Error
-from a3cli.families import LayerSizes, ModelShape, family_of, read_shape
+from a3cli.families import Family, LayerSizes, ModelShape, family_of, read_shape
 from a3cli.families.base import check_bounds, check_rope
 from a3cli.families.loaders import describe_loaders
 from a3cli.hub import find_folder, read_config, refuse_per_layer
@@ -61,7 +61,8 @@ class DecoderConfig(BaseModel):
     head_dim: PositiveInt | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
-    tie_word_embeddings: bool = False
+    use_bias: bool = True
+    tie_word_embeddings: bool | None = None
     max_position_embeddings: PositiveInt | None = None
     rope_parameters: Json | None = None
     rope_scaling: Json | None = None
@@ -149,7 +150,7 @@ def plan(settings: PlanSettings) -> Json:
         choose_sizes(settings, shape),
         ITEMSIZES[dtype],
         ITEMSIZES[compute],
-        count_parameters(decoder, shape, output_bias=decoder.attention_bias and not family.qkv_bias),
+        count_parameters(decoder, shape, family),
     )
     rates = find_rates(settings, compute)
     return {
@@ -198,12 +199,14 @@ def choose_sizes(settings: PlanSettings, shape: ModelShape) -> LayerSizes:
     return found
 
 
-def count_parameters(decoder: DecoderConfig, shape: ModelShape, *, output_bias: bool) -> int:
+def count_parameters(decoder: DecoderConfig, shape: ModelShape, family: Family) -> int:
     """All tensors of the checkpoint: linear weights and biases, norms, embedding, and output layer unless tied."""
     biases = costs.bias_parameters(shape, shape.sizes)
+    output_bias = shape.attention_bias and not family.qkv_bias
     fixed_biases = (int(output_bias) + int(shape.mlp_bias)) * shape.hidden_size * shape.layers
-    norms = (2 * shape.layers + 1) * shape.hidden_size
-    tables = (1 if decoder.tie_word_embeddings else 2) * decoder.vocab_size * shape.hidden_size
+    norms = (2 * shape.layers + 1) * shape.hidden_size * (2 if family.norm_bias else 1)
+    tied = family.tied if decoder.tie_word_embeddings is None else decoder.tie_word_embeddings
+    tables = (1 if tied else 2) * decoder.vocab_size * shape.hidden_size
     return costs.linear_weights(shape, shape.sizes) + biases + fixed_biases + norms + tables
 
 

@@ -3,9 +3,9 @@
 A second sweep runs the source and the smaller model side by side over the calibration blocks. In each layer the output
 projection, then the down projection, are fitted by least squares on the smaller model's own activations to what the
 source's layer puts out, plus half of the drift that has built up in the residual stream. The ridge pulls towards the
-one-shot weights, so that few tokens do not over-fit. Then the MLP's gate and up projections are fitted to the same
-target by Gauss-Newton steps (`solvers/gauss_newton.py`), each followed by another fit of the down projection.
-Weights are read once; memory holds one layer of both models.
+one-shot weights, so that few tokens do not over-fit. Then the MLP's gate, where it has one, and up projections are
+fitted to the same target by Gauss-Newton steps (`solvers/gauss_newton.py`), each followed by another fit of the down
+projection. Weights are read once; memory holds one layer of both models.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -159,12 +159,12 @@ class _Layer:
             error = self._improve_inputs(error)
         for start, count in self._batches():
             self.streams.small_out.write(start, self._run_small(start, count))
-        refit: list[Role] = ["o", "down", *(self._mlp_inputs if rounds else ())]
+        refit: list[Role] = ["o", "down", *(self.decoder.shape.mlp_inputs if rounds else ())]
         return {REFIT_NAMES[role]: self._linear(role).weight.float().cpu().clone() for role in refit}
 
     def _improve_inputs(self, error: float) -> float:
         """One Gauss-Newton step of gate and up, and a new fit of down; as before if the error does not fall."""
-        linears = [self._linear(role) for role in (*self._mlp_inputs, "down")]
+        linears = [self._linear(role) for role in (*self.decoder.shape.mlp_inputs, "down")]
         before = [linear.weight.clone() for linear in linears]
         step = self._gauss_newton_step()
         for halving in range(HALVINGS):
@@ -180,7 +180,7 @@ class _Layer:
 
     def _gauss_newton_step(self) -> torch.Tensor:
         """Steps of the weights `[n, m, d]` of the linear layers that read the MLP's input."""
-        linears = [self._linear(role) for role in self._mlp_inputs]
+        linears = [self._linear(role) for role in self.decoder.shape.mlp_inputs]
         weights = torch.stack([linear.weight for linear in linears]).float()
         biases = torch.stack(
             [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
@@ -212,11 +212,6 @@ class _Layer:
     def _mlp(self) -> nn.Module:
         """What holds the MLP's linear layers."""
         return self.small.get_submodule(self.decoder.family.modules["down"].rpartition(".")[0])
-
-    @property
-    def _mlp_inputs(self) -> tuple[Role, ...]:
-        roles: tuple[Role, ...] = ("gate", "up")
-        return tuple(role for role in roles if role in self.decoder.family.modules)
 
     def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> float:
         """Collect, solve, and put the new weight in the smaller layer; returns the squared error that is left."""

@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 from a3cli.work import hash_file, read_json, write_manifest
@@ -70,6 +72,12 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen2ForCausalLM,
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},  # from the second layer on
     ),
+    "starcoder2-gqa": (Starcoder2Config, Starcoder2ForCausalLM, {}),
+    "starcoder2-window": (
+        Starcoder2Config,
+        Starcoder2ForCausalLM,
+        {"use_bias": False, "sliding_window": 24, "tie_word_embeddings": True},
+    ),
 }
 
 
@@ -113,6 +121,14 @@ def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
             else:
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+def mlp_linears(layer: Any) -> dict[str, Any]:
+    """The linear layers of a decoder layer's MLP by role."""
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    if hasattr(layer.mlp, "c_fc"):
+        names = {"up": "c_fc", "down": "c_proj"}
+    return {role: getattr(layer.mlp, name) for role, name in names.items()}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from a3cli.checkpoint import Checkpoint
 from a3cli.moments import LayerMoments, gram_blocks, pack_upper, unpack_upper
-from tests.conftest import MODELS
+from tests.conftest import MODELS, mlp_linears
 
 SETTINGS = ("--samples", 6, "--seq-len", 80, "--batch-size", 4)
 
@@ -35,7 +35,7 @@ def hooked_sums(folder, blocks):
             projection = getattr(attention, f"{name}_proj")
             projection.register_forward_hook(lambda m, a, out, i=i, name=name: keep(i, name, out))
         attention.o_proj.register_forward_pre_hook(lambda m, a, i=i: keep(i, "o", a[0]))
-        layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, i=i: keep(i, "x", a[0]))
+        mlp_linears(layer)["down"].register_forward_pre_hook(lambda m, a, i=i: keep(i, "x", a[0]))
         layer.post_attention_layernorm.register_forward_pre_hook(lambda m, a, i=i: keep(i, "after_attention", a[0]))
         layer.register_forward_hook(lambda m, a, out, i=i: keep(i, "after_mlp", out))
     model(blocks, use_cache=False)
@@ -82,7 +82,7 @@ def test_fewer_tokens_than_channels_are_solved_or_refused_in_one_line(a3, checkp
     assert outcome.code == 0
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-yarn", "mistral-gqa"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-yarn", "mistral-gqa", "starcoder2-gqa"])
 def test_attention_mass_is_that_of_the_models_own_attention(name, a3, checkpoint, text_file, tmp_path):
     from transformers import AutoModelForCausalLM
 

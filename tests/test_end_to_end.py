@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import DEFAULT, LINEAR, LLAMA3, LONGROPE, MODELS, VOCABULARY, YARN, build_tokenizer
+from tests.conftest import DEFAULT, LINEAR, LLAMA3, LONGROPE, MODELS, VOCABULARY, YARN, build_tokenizer, mlp_linears
 
 LENGTH = 120  # tokens of the compared logits, beyond the longrope source's original context
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -55,7 +55,7 @@ def zeroed_reference(source: Path, work: Path) -> Any:
     model = load(source)
     for index, layer in enumerate(model.model.layers):
         solution = load_file(work / "solution" / f"layer-{index:03d}.safetensors")
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, down = layer.self_attn, mlp_linears(layer)["down"]
         if "pairs" in solution:
             size = attention.head_dim
             gone = torch.ones(size, dtype=torch.bool)
@@ -68,9 +68,9 @@ def zeroed_reference(source: Path, work: Path) -> Any:
                 for k, head in enumerate(parameter.view(-1, size, *parameter.shape[1:])):
                     head.copy_((projectors[k].T @ head.double()).float())
         if "channels" in solution:
-            gone = torch.ones(mlp.down_proj.in_features, dtype=torch.bool)
+            gone = torch.ones(down.in_features, dtype=torch.bool)
             gone[solution["channels"]] = False
-            mlp.down_proj.weight[:, gone] = 0
+            down.weight[:, gone] = 0
     return model
 
 
@@ -83,7 +83,7 @@ def banded_reference(source: Path, work: Path) -> Any:
     dims = [*range(len(slots)), *range(size // 2, size // 2 + len(slots))]
     for index, layer in enumerate(model.model.layers):
         solution = load_file(work / "solution" / f"layer-{index:03d}.safetensors")
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, down = layer.self_attn, mlp_linears(layer)["down"]
         for role in ("query", "key", "value"):
             for parameter in getattr(attention, f"{role[0]}_proj").parameters():
                 heads = parameter.view(-1, size, *parameter.shape[1:])
@@ -92,9 +92,9 @@ def banded_reference(source: Path, work: Path) -> Any:
                     head.zero_()[dims] = mixed.float()
         wide = attention.o_proj.weight.zero_().view(len(attention.o_proj.weight), -1, size)
         wide[:, :, dims] = solution["output_weight"].view(len(wide), wide.shape[1], -1)
-        mlp.down_proj.weight.zero_()[:, solution["channels"]] = solution["down_weight"]
-        if mlp.down_proj.bias is not None:
-            mlp.down_proj.bias.copy_(solution["down_bias"])
+        down.weight.zero_()[:, solution["channels"]] = solution["down_weight"]
+        if down.bias is not None:
+            down.bias.copy_(solution["down_bias"])
     return model
 
 
@@ -154,7 +154,7 @@ def test_a_configuration_without_head_dim(options, a3, checkpoint, text_file, tm
     assert torch.equal(*(logits(model) for model in models))
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-longrope"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-longrope", "starcoder2-gqa"])
 def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file, tmp_path):
     out = run_chain(
         a3, checkpoint(name), text_file, tmp_path, "--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8
@@ -168,7 +168,7 @@ def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file,
     assert texts[0].tolist() == texts[1].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn"])
+@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn", "starcoder2-gqa"])
 def test_budget_zero_keeps_every_byte(name, a3, checkpoint, text_file, tmp_path):
     source = checkpoint(name)
     out = run_chain(a3, source, text_file, tmp_path, "--budget", 0)
@@ -178,19 +178,24 @@ def test_budget_zero_keeps_every_byte(name, a3, checkpoint, text_file, tmp_path)
     assert torch.equal(logits(load(out)), logits(load(source)))
 
 
-def test_mlp_only_leaves_everything_else_bit_identical(a3, checkpoint, text_file, tmp_path):
-    source = checkpoint("llama-gqa-bias", dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("name", "linears"),
+    [("llama-gqa-bias", {"gate_proj", "up_proj", "down_proj"}), ("starcoder2-gqa", {"c_fc", "c_proj"})],
+)
+def test_mlp_only_leaves_everything_else_bit_identical(name, linears, a3, checkpoint, text_file, tmp_path):
+    source = checkpoint(name, dtype=torch.bfloat16)
     out = run_chain(a3, source, text_file, tmp_path, "--budget", 0.2, "--components", "mlp", "--mlp-multiple", 8)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, source))
     changed = {key for key in theirs if ours[key].shape != theirs[key].shape or not torch.equal(ours[key], theirs[key])}
-    assert {key.split(".")[-2] for key in changed} == {"gate_proj", "up_proj", "down_proj"}
+    assert {key.split(".")[-2] for key in changed} == linears
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (out, source))
     assert {key for key in config if config[key] != before.get(key)} == {"intermediate_size"}
 
 
+@pytest.mark.parametrize("name", ["llama-gqa-bias", "starcoder2-gqa"])
 @torch.no_grad()
-def test_down_projection_with_a_bias_is_a_regression_with_intercept(a3, checkpoint, text_file, tmp_path):
-    source, work, out = checkpoint("llama-gqa-bias"), tmp_path / "work", tmp_path / "out"
+def test_down_projection_with_a_bias_is_a_regression_with_intercept(name, a3, checkpoint, text_file, tmp_path):
+    source, work, out = checkpoint(name), tmp_path / "work", tmp_path / "out"
     a3("calibrate", source, "--dataset", text_file, "--samples", 8, "--seq-len", 60, "--work", work)
     a3("solve", "--mlp-budget", 0.4, "--components", "mlp", "--mlp-multiple", 8, "--work", work)
     assert a3("export", out, "--work", work).code == 0
@@ -198,15 +203,37 @@ def test_down_projection_with_a_bias_is_a_regression_with_intercept(a3, checkpoi
     solution = load_file(work / "solution" / "layer-000.safetensors")
     seen = []
     full = load(source)
-    down = full.model.layers[0].mlp.down_proj
+    down = mlp_linears(full.model.layers[0])["down"]
     down.register_forward_hook(lambda _m, args, output: seen.extend([args[0], output]))
     full(blocks)
     x, target = (part.flatten(0, 1).double() for part in seen)
     kept = torch.cat([x[:, solution["channels"]], torch.ones(len(x), 1)], 1)
     expected = torch.linalg.lstsq(kept, target).solution
-    found = load(out).model.layers[0].mlp.down_proj
+    found = mlp_linears(load(out).model.layers[0])["down"]
     torch.testing.assert_close(found.weight.double(), expected[:-1].mT, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.bias.double(), expected[-1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "starcoder2-gqa", "starcoder2-window"])
+@torch.no_grad()
+def test_predicted_mlp_loss_is_the_measured_one(name, a3, checkpoint, text_file, tmp_path):
+    """What the first layer's MLP puts out in source and export, of which nothing else was cut."""
+    source, work, out = checkpoint(name), tmp_path / "work", tmp_path / "out"
+    a3("calibrate", source, "--dataset", text_file, "--samples", 8, "--seq-len", 60, "--work", work)
+    cut = ("--mlp-budget", 0.4, "--components", "mlp", "--mlp-multiple", 8)
+    solved = a3("solve", *cut, "--work", work, "--json").json
+    assert a3("export", out, "--work", work).code == 0
+    blocks, put_out = load_file(work / "calibration" / "tokens.safetensors")["tokens"], []
+    for folder in (source, out):
+        model = load(folder)
+        model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, output: put_out.append(output.double()))
+        model(blocks)
+    stored = load_file(work / "calibration" / "layer-000.safetensors")
+    measured = (put_out[1] - put_out[0]).square().sum() / stored["mlp_residual"]
+    curve = solved["per_layer"][0]["curves"]["mlp"]
+    predicted = curve["loss"][curve["size"].index(solved["sizes"][0]["mlp"])]
+    assert predicted == pytest.approx(measured.item(), rel=1e-3)
+    assert predicted > 1e-4
 
 
 def test_attention_only_leaves_the_mlp_bit_identical(a3, checkpoint, text_file, tmp_path):

@@ -24,7 +24,7 @@ from a3cli.families.loaders import describe_loaders
 from a3cli.model import describe
 from a3cli.settings import ExportSettings, SolveSettings, TextSettings
 from a3cli.work import Json, Work, hash_file, write_manifest, write_tensors
-from tests.conftest import MODELS, VOCABULARY, build_model, build_tokenizer
+from tests.conftest import MODELS, VOCABULARY, build_model, build_tokenizer, mlp_linears
 
 LENGTH = 120  # beyond the longrope source's original context
 # Three layers: everything smaller, QK < OV; QK and MLP kept, OV < QK; only QK smaller.
@@ -234,9 +234,10 @@ def literal_logits(folder: Path) -> torch.Tensor:
         solution = load_file(folder / "work" / "solution" / f"layer-{index:03d}.safetensors")
         layer.self_attn = LiteralAttention(layer.self_attn, model.model.rotary_emb, solution, slots[index])
         if "channels" in solution:
-            channels, down = solution["channels"], layer.mlp.down_proj.weight.clone()
-            layer.mlp.down_proj.weight.zero_()
-            layer.mlp.down_proj.weight[:, channels] = solution.get("down_weight", down[:, channels])
+            channels, weight = solution["channels"], mlp_linears(layer)["down"].weight
+            down = weight.clone()
+            weight.zero_()
+            weight[:, channels] = solution.get("down_weight", down[:, channels])
     return logits(model.double())
 
 
@@ -281,7 +282,9 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-longrope", "mistral-gqa", "qwen2-window"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa-bias", "llama-longrope", "mistral-gqa", "qwen2-window", "starcoder2-window"]
+)
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):
     model = load(random_export(name, tmp_path), attn_implementation=implementation)
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}

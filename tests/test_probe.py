@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from a3cli import probe as module
 from a3cli.probe import interpolate, plan_probes, weigh_curve
 from a3cli.solvers.qk import keep_pairs, score_pairs
+from tests.conftest import mlp_linears
 from tests.test_bad_input import flip
 
 ROUNDING = ("--head-multiple", 4, "--mlp-multiple", 16)
@@ -43,7 +44,7 @@ def divergence(source: Any, other: Any, blocks: torch.Tensor) -> float:
 
 def zero_channels(model: Any, layer: int, statistics: dict[str, torch.Tensor], width: int) -> None:
     """The paper's choice of channels, written out on the stock model."""
-    down = model.model.layers[layer].mlp.down_proj.weight
+    down = mlp_linears(model.model.layers[layer])["down"].weight
     score = statistics["mlp_energy"] * down.double().square().sum(0)
     down[:, score.argsort(descending=True)[width:]] = 0
 
@@ -60,7 +61,7 @@ def zero_pairs(model: Any, layer: int, statistics: dict[str, torch.Tensor], rank
             part.view(-1, size, *part.shape[1:])[:, dropped] = 0
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-tied", "llama-gqa-bias", "mistral-gqa"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-tied", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa"])
 def test_probes_equal_the_zeroed_stock_model(a3, calibrated, name):
     source, work = calibrated(name)
     options = ("--budget", 0.2, "--method", "paper", "--shape", "per-layer", "--batch-size", 2)

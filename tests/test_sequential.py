@@ -14,6 +14,7 @@ from a3cli.checkpoint import Checkpoint
 from a3cli.families import LayerSizes
 from a3cli.model import describe
 from a3cli.sequential import DRIFT, RIDGE
+from tests.conftest import mlp_linears
 
 OPTIONS = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
 
@@ -59,7 +60,7 @@ def activations(model: Any, blocks: torch.Tensor) -> list[dict[str, torch.Tensor
         layer.register_forward_pre_hook(keep(i, "input"))
         layer.post_attention_layernorm.register_forward_pre_hook(keep(i, "middle"))
         layer.self_attn.o_proj.register_forward_pre_hook(keep(i, "o"))
-        layer.mlp.down_proj.register_forward_pre_hook(keep(i, "down"))
+        mlp_linears(layer)["down"].register_forward_pre_hook(keep(i, "down"))
         layer.register_forward_hook(keep_output(i))
     model.model(blocks, use_cache=False)
     return seen
@@ -72,7 +73,7 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
 
 
 @pytest.mark.parametrize("shape", ["stock", "per-layer"])
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "llama-longrope"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "llama-longrope", "starcoder2-gqa"])
 def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):
     source = checkpoint(name)
     outs = chain(a3, source, text_file, tmp_path, *OPTIONS, "--shape", shape)
@@ -86,7 +87,7 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
         }
         modules = {
             "o": (before.self_attn.o_proj, after.self_attn.o_proj),
-            "down": (before.mlp.down_proj, after.mlp.down_proj),
+            "down": (mlp_linears(before)["down"], mlp_linears(after)["down"]),
         }
         for role, (was, now) in modules.items():
             target = targets[role] if now.bias is None else targets[role] - now.bias.detach().double()
@@ -100,7 +101,7 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
     assert drift["corrected"] < drift["one-shot"]
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa", "starcoder2-window"])
 def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
     """What the first layer's MLP misses of its target falls when gate and up may move."""
     source, missed = checkpoint(name), {}
@@ -108,14 +109,14 @@ def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
     work = ("--work", tmp_path / "work")
     by_rounds = {0: outs["corrected"], 2: corrected(a3, tmp_path / "fitted", 2, *OPTIONS, *work)}
     blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"]
-    full, one_shot = activations(load(source), blocks)[0], load(outs["one-shot"]).model.layers[0].mlp
+    full, one_shot = activations(load(source), blocks)[0], mlp_linears(load(outs["one-shot"]).model.layers[0])
     for rounds, out in by_rounds.items():
         model = load(out)
-        small, mlp = activations(model, blocks)[0], model.model.layers[0].mlp
+        small, fitted = activations(model, blocks)[0], mlp_linears(model.model.layers[0])
         target = full["output"] - full["middle"] + DRIFT * (full["middle"] - small["middle"])
         missed[rounds] = ((small["output"] - small["middle"] - target).norm() / target.norm()).item()
-        assert torch.equal(mlp.gate_proj.weight, one_shot.gate_proj.weight) == (rounds == 0)
-        assert torch.equal(mlp.up_proj.weight, one_shot.up_proj.weight) == (rounds == 0)
+        for role in fitted.keys() - {"down"}:
+            assert torch.equal(fitted[role].weight, one_shot[role].weight) == (rounds == 0), role
     assert missed[2] < 0.9 * missed[0]
 
 
@@ -135,9 +136,9 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("rounds", [0, 2])
-def test_its_products_are_those_that_a_plan_counts(a3, checkpoint, text_file, tmp_path, rounds):
-    source, work, tokens = checkpoint("llama-gqa", hidden_size=96, intermediate_size=192), tmp_path / "work", 32 * 60
+@pytest.mark.parametrize(("name", "rounds"), [("llama-gqa", 0), ("llama-gqa", 2), ("starcoder2-gqa", 2)])
+def test_its_products_are_those_that_a_plan_counts(a3, checkpoint, text_file, tmp_path, name, rounds):
+    source, work, tokens = checkpoint(name, hidden_size=96, intermediate_size=192), tmp_path / "work", 32 * 60
     assert a3("calibrate", source, "--dataset", text_file, "--samples", 32, "--seq-len", 60, "--work", work).code == 0
     solve = ("solve", *OPTIONS, "--method", "paper", "--overwrite", "--num-processes", 1, "--json", "--work", work)
     counted = []

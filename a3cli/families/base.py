@@ -17,15 +17,23 @@ class Family:
     """Where a model type keeps its parts. Linear weights are `[out, in]`, rotated pairs `(p, p + h/2)`.
 
     `modules` maps a role to the module path inside one decoder layer; q, k, v, o, gate, up and down are
-    the linear weights that a budget counts; `mlp_norm` is where the MLP reads the residual stream.
+    the linear weights that a budget counts; `mlp_norm` is where the MLP reads the residual stream. Without a gate
+    the MLP is `down(act(up(x)))`.
     """
 
     modules: dict[Role, str]
     per_layer_class: str  # in modeling/modeling_a3_llama.py
     qkv_bias: bool = False  # q, k and v always have biases, o never, and config.json does not say so
+    use_bias: bool = False  # config.json's use_bias, true unless it says otherwise, gives biases to all linear layers
+    norm_bias: bool = False
+    tied: bool = False  # what tie_word_embeddings is where config.json does not say it
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
+
+    @property
+    def gated(self) -> bool:
+        return "gate" in self.modules
 
     def tensor(self, layer: int, role: Role, kind: Literal["weight", "bias"] = "weight") -> str:
         """The checkpoint's name of one tensor."""
@@ -58,10 +66,19 @@ LLAMA_MODULES: dict[Role, str] = {
     "down": "mlp.down_proj",
 }
 
+STARCODER2_MODULES: dict[Role, str] = {
+    **{role: module for role, module in LLAMA_MODULES.items() if role != "gate"},
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(LLAMA_MODULES, per_layer_class="A3LlamaForCausalLM"),
     "mistral": Family(LLAMA_MODULES, per_layer_class="A3MistralForCausalLM"),
     "qwen2": Family(LLAMA_MODULES, per_layer_class="A3Qwen2ForCausalLM", qkv_bias=True),
+    "starcoder2": Family(
+        STARCODER2_MODULES, per_layer_class="A3Starcoder2ForCausalLM", use_bias=True, norm_bias=True, tied=True
+    ),
 }
 
 
@@ -97,7 +114,7 @@ def per_layer_config(sizes: Sequence[LayerSizes], slots: Sequence[Sequence[float
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder: d, L, H, K, h and I of the method, and which linear layers have biases."""
+    """The sizes of a decoder: d, L, H, K, h and I of the method, which linear layers it has, and which have biases."""
 
     hidden_size: int
     layers: int
@@ -107,6 +124,16 @@ class ModelShape:
     intermediate_size: int
     attention_bias: bool = False
     mlp_bias: bool = False
+    gated: bool = True
+
+    @property
+    def mlp_inputs(self) -> tuple[Role, ...]:
+        """The linear layers that read the MLP's input."""
+        return ("gate", "up") if self.gated else ("up",)
+
+    @property
+    def mlp_roles(self) -> tuple[Role, ...]:
+        return (*self.mlp_inputs, "down")
 
     @property
     def group(self) -> int:
@@ -130,15 +157,15 @@ class ModelShape:
             "k": (self.kv_heads * size.qk, d),
             "v": (self.kv_heads * size.ov, d),
             "o": (d, self.heads * size.ov),
-            "gate": (size.mlp, d),
-            "up": (size.mlp, d),
+            **dict.fromkeys(self.mlp_inputs, (size.mlp, d)),
             "down": (d, size.mlp),
         }
 
 
 def read_shape(config: Any) -> ModelShape:
     """The shape that a transformers config describes. Raises A3Error if its sizes do not fit together."""
-    heads = config.num_attention_heads
+    family, heads = family_of(config.model_type), config.num_attention_heads
+    attention_bias, mlp_bias = read_biases(family, config)
     shape = ModelShape(
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -146,8 +173,9 @@ def read_shape(config: Any) -> ModelShape:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         intermediate_size=config.intermediate_size,
-        attention_bias=family_of(config.model_type).qkv_bias or bool(getattr(config, "attention_bias", False)),
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        gated=family.gated,
     )
     sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)
     if min(sizes) < 1 or shape.heads % shape.kv_heads or shape.head_dim % 2:
@@ -157,6 +185,14 @@ def read_shape(config: Any) -> ModelShape:
             f"layers {shape.layers})"
         )
     return shape
+
+
+def read_biases(family: Family, config: Any) -> tuple[bool, bool]:
+    """Whether q, k and v, and whether the MLP's linear layers have biases."""
+    if family.use_bias:
+        every = bool(getattr(config, "use_bias", True))
+        return every, every
+    return family.qkv_bias or bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
 
 
 # Beyond any model that there is; up to here lists of layers and of head sizes are gone through in no time.

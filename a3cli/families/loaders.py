@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# Whose head size vLLM and llama.cpp take to be hidden size over heads.
+WITHOUT_HEAD_DIM = {"qwen2": "Qwen2", "starcoder2": "Starcoder2"}
+
 
 def describe_loaders(config: dict[str, Any]) -> str:
     """What loads an export with this config.json, in one line."""
@@ -10,9 +13,10 @@ def describe_loaders(config: dict[str, Any]) -> str:
             "transformers 4.57 and 5 with trust_remote_code=True (the code is in the folder); vLLM only through its "
             "Transformers backend, llama.cpp not at all"
         )
-    if config.get("model_type") == "qwen2" and not _heads_make_the_width(config):
+    name = WITHOUT_HEAD_DIM.get(config.get("model_type", ""))
+    if name and not _heads_make_the_width(config):
         return (
-            "stock transformers 4.57 and 5; the Qwen2 of vLLM and of llama.cpp does not read head_dim, so they load "
+            f"stock transformers 4.57 and 5; the {name} of vLLM and of llama.cpp does not read head_dim, so they load "
             "only exports whose heads keep their size (--components mlp)"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -1,4 +1,4 @@
-"""Llama, Mistral and Qwen2 whose layers differ in size: each has its own QK rank, OV rank, MLP width and RoPE slots.
+"""Llama, Mistral, Qwen2 and Starcoder2 whose layers differ in size: QK rank, OV rank, MLP width and RoPE slots.
 
 `per_layer_config` in config.json gives each layer `qk_head_dim`, `v_head_dim`, `intermediate_size` and `rope_slots`.
 Slot j of a layer, dims `(j, j + qk_head_dim/2)`, turns like pair `rope_slots[j]` of the full head; a fraction turns
@@ -36,6 +36,12 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen2RMSNorm,
+)
+from transformers.models.starcoder2.modeling_starcoder2 import (
+    Starcoder2Attention,
+    Starcoder2DecoderLayer,
+    Starcoder2ForCausalLM,
+    Starcoder2Model,
 )
 
 PER_LAYER = ("qk_head_dim", "v_head_dim", "intermediate_size", "rope_slots")
@@ -170,7 +176,12 @@ def pad(heads: torch.Tensor, width: int) -> torch.Tensor:
 class PerLayerWeights:
     """Goes before a stock model class: buffers that no checkpoint holds are filled when weights are initialised."""
 
-    _no_split_modules = ("A3LlamaDecoderLayer", "A3MistralDecoderLayer", "A3Qwen2DecoderLayer")
+    _no_split_modules = (
+        "A3LlamaDecoderLayer",
+        "A3MistralDecoderLayer",
+        "A3Qwen2DecoderLayer",
+        "A3Starcoder2DecoderLayer",
+    )
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -183,6 +194,7 @@ class PerLayerModel(PerLayerWeights):
 
     layer_class: Any
     norm_class: Any
+    norm_epsilon = "rms_norm_eps"  # in the config
 
     def __init__(self, config: Any) -> None:
         PreTrainedModel.__init__(self, config)
@@ -192,7 +204,7 @@ class PerLayerModel(PerLayerWeights):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(self.layer_class(config, layer, slots) for layer in layers)
-        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = self.norm_class(config.hidden_size, eps=getattr(config, self.norm_epsilon))
         self.rotary_emb = A3RotaryEmbedding(config, slots)
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
@@ -268,4 +280,28 @@ class A3Qwen2ForCausalLM(PerLayerCausalLM, Qwen2ForCausalLM):
     model_class = A3Qwen2Model
 
 
-__all__ = ["A3LlamaForCausalLM", "A3MistralForCausalLM", "A3Qwen2ForCausalLM"]
+class A3Starcoder2Attention(PerLayerAttention, Starcoder2Attention):
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, weights = super().forward(*args, **kwargs)
+        return nn.functional.dropout(output, p=self.residual_dropout, training=self.training), weights
+
+
+class A3Starcoder2DecoderLayer(Starcoder2DecoderLayer):
+    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+        super().__init__(layer_config(config, layer_idx), layer_idx)
+        self.self_attn = A3Starcoder2Attention(config, layer_idx, slots)
+
+
+class A3Starcoder2Model(PerLayerModel, Starcoder2Model):
+    layer_class, norm_class, norm_epsilon = A3Starcoder2DecoderLayer, nn.LayerNorm, "norm_epsilon"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embedding_dropout = config.embedding_dropout
+
+
+class A3Starcoder2ForCausalLM(PerLayerCausalLM, Starcoder2ForCausalLM):
+    model_class = A3Starcoder2Model
+
+
+__all__ = ["A3LlamaForCausalLM", "A3MistralForCausalLM", "A3Qwen2ForCausalLM", "A3Starcoder2ForCausalLM"]
