@@ -176,7 +176,7 @@ def solve(
     work: WorkOption = DEFAULT_WORK,
     budget: Annotated[float | None, typer.Option(help="Fraction of the decoder's linear weights to remove.")] = None,
     attention_budget: Annotated[float | None, typer.Option(help="Fraction of q, k, v, o to remove.")] = None,
-    mlp_budget: Annotated[float | None, typer.Option(help="Fraction of gate, up, down to remove.")] = None,
+    mlp_budget: Annotated[float | None, typer.Option(help="Fraction of the MLP's linear weights to remove.")] = None,
     method: Annotated[str, typer.Option(help="best: slots, refinement, refits; paper: the published method.")] = "best",
     shape: Annotated[
         str, typer.Option(help="stock: one head size and MLP width; per-layer: each layer its own, needs remote code.")

@@ -80,6 +80,8 @@ class Calibration:
         self.shape: ModelShape = read_shape(model.config)
         if self.shape.attention_bias or self.shape.mlp_bias:
             raise ValueError("the baselines know no biases in linear layers")
+        if not self.shape.gated:
+            raise ValueError("the baselines know no MLP without a gate")
 
     @property
     def batches(self) -> tuple[torch.Tensor, ...]:

@@ -99,6 +99,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unknown family": (edit_config(model_type="gpt2"), ("'gpt2'", "llama, mistral, qwen2")),
     "unknown activation": (edit_config(hidden_act="swish\x9f"), ("config.json", "hidden_act", "transformers")),
     "more layers than configured": (edit_config(num_hidden_layers=1), ("model.layers.1.", "config.json says 1 layers")),
+    "a mixture of experts": (edit_config(model_type="mixtral"), ("'mixtral'", "qwen2, starcoder2")),
     "no family": (edit_config(model_type=None), ("None", "llama, mistral, qwen2")),
     "pickle only": (pickle_only, ("pickle", "safetensors")),
     "truncated shard": (truncate_shard, ("model-00003", "truncated")),

@@ -332,6 +332,11 @@ def test_biases_are_refused(tokens):
         Calibration(build_model("llama-gqa-bias"), tokens)
 
 
+def test_an_mlp_without_a_gate_is_refused(tokens):
+    with pytest.raises(ValueError, match="gate"):
+        Calibration(build_model("starcoder2-window"), tokens)
+
+
 def test_the_mlp_alone_has_only_so_much(calibration):
     with pytest.raises(ValueError, match="the MLP alone"):
         BASELINES["modegpt_mlp"](calibration, 0.9)

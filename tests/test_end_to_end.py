@@ -137,12 +137,19 @@ def test_export_equals_the_full_size_reference(name, method, reference, a3, chec
     assert (expected - logits(load(source))).norm() / expected.norm() > 1e-2
 
 
-@pytest.mark.parametrize("options", [("--shape", "stock"), ("--shape", "per-layer", "--sequential")])
-def test_a_configuration_without_head_dim(options, a3, checkpoint, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen2-gqa", ("--shape", "stock")),
+        ("qwen2-gqa", ("--shape", "per-layer", "--sequential")),
+        ("starcoder2-gqa", ("--shape", "stock")),
+    ],
+)
+def test_a_configuration_without_head_dim(name, options, a3, checkpoint, text_file, tmp_path, monkeypatch):
     """As Qwen2's is: hidden size over heads. The same model comes out as of a configuration that says it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    said, unsaid = checkpoint("qwen2-gqa", hidden_size=64), tmp_path / "source"
+    said, unsaid = checkpoint(name, hidden_size=64), tmp_path / "source"
     shutil.copytree(said, unsaid)
     config = json.loads((unsaid / "config.json").read_text())
     del config["head_dim"]

@@ -8,9 +8,17 @@ from a3cli.solvers.gauss_newton import gauss_newton_step, pre_activations
 from a3cli.solvers.linalg import conjugate_gradients
 
 
+def gated(z: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(z[:, 0]) * z[:, 1]
+
+
+def plain(z: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(z[:, 0], approximate="tanh")
+
+
 @pytest.fixture
 def problem():
-    """A gated MLP of 5 channels on 6 inputs and 4 outputs, 300 tokens in two batches, float64."""
+    """An MLP of 5 channels on 6 inputs and 4 outputs, 300 tokens in two batches, float64; two layers read its input."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -21,38 +29,38 @@ def problem():
     return down, draw(2, 5, 6), draw(2, 5), x, target
 
 
-def gated(z: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.silu(z[:, 0]) * z[:, 1]
-
-
 def batches_of(x: torch.Tensor, target: torch.Tensor):
     return lambda: [(x[:120], target[:120]), (x[120:], target[120:])]
 
 
-def test_undamped_step_is_the_least_squares_solution(problem):
+@pytest.mark.parametrize(("hidden", "inputs"), [(gated, 2), (plain, 1)])
+def test_undamped_step_is_the_least_squares_solution(hidden, inputs, problem):
     down, weights, biases, x, target = problem
-    step = gauss_newton_step(gated, down, weights, biases, batches_of(x, target), damping=0.0, iterations=200)
-    jacobian = jacrev(lambda w: gated(pre_activations(x, w, biases)) @ down.mT)(weights).reshape(target.numel(), -1)
-    residual = (target - gated(pre_activations(x, weights, biases)) @ down.mT).reshape(-1, 1)
+    weights, biases = weights[:inputs], biases[:inputs]
+    step = gauss_newton_step(hidden, down, weights, biases, batches_of(x, target), damping=0.0, iterations=200)
+    jacobian = jacrev(lambda w: hidden(pre_activations(x, w, biases)) @ down.mT)(weights).reshape(target.numel(), -1)
+    residual = (target - hidden(pre_activations(x, weights, biases)) @ down.mT).reshape(-1, 1)
     literal = torch.linalg.lstsq(jacobian, residual).solution.view_as(weights)
     torch.testing.assert_close(step, literal, rtol=1e-6, atol=1e-8)
 
 
-def test_few_iterations_lower_the_error(problem):
+@pytest.mark.parametrize(("hidden", "inputs"), [(gated, 2), (plain, 1)])
+def test_few_iterations_lower_the_error(hidden, inputs, problem):
     down, weights, biases, x, _ = problem
+    weights, biases = weights[:inputs], biases[:inputs]
     reachable = weights + 0.05 * torch.randn(
         weights.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
-    target = gated(pre_activations(x, reachable, biases)) @ down.mT
+    target = hidden(pre_activations(x, reachable, biases)) @ down.mT
 
     def error(w: torch.Tensor) -> float:
-        return (target - gated(pre_activations(x, w, biases)) @ down.mT).square().sum().item()
+        return (target - hidden(pre_activations(x, w, biases)) @ down.mT).square().sum().item()
 
     reached = weights
     errors = [error(reached)]
     for _ in range(3):
         reached = reached + gauss_newton_step(
-            gated, down, reached, biases, batches_of(x, target), damping=1e-3, iterations=8
+            hidden, down, reached, biases, batches_of(x, target), damping=1e-3, iterations=8
         )
         errors.append(error(reached))
     assert errors[1] < 0.1 * errors[0]

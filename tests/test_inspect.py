@@ -11,7 +11,7 @@ from a3cli.inspect import name_layers, spectrum_health
 from a3cli.moments import unpack_upper
 from a3cli.solvers.linalg import effective_rank
 from a3cli.tokens import NGRAM, describe_blocks
-from tests.conftest import SHORT, put_in_statistics, refused
+from tests.conftest import SHORT, SOLVE, put_in_statistics, refused
 
 
 def test_a_calibration_under_way(a3, checkpoint, text_file, tmp_path, monkeypatch):
@@ -35,6 +35,16 @@ def test_a_calibration_under_way(a3, checkpoint, text_file, tmp_path, monkeypatc
     found = a3("inspect", tmp_path / "work", "--json").json
     assert (found["stage"], len(found["layers"])) == ("calibrated", 2)
     assert found["layers"][0]["qk"]["size"] is None
+
+
+def test_an_mlp_without_a_gate_is_smaller(a3, checkpoint, text_file, tmp_path):
+    work = ("--work", tmp_path / "work")
+    assert a3("calibrate", checkpoint("starcoder2-gqa"), "--dataset", text_file, *SHORT, *work).code == 0
+    assert a3(*SOLVE, *work).code == 0
+    assert a3("export", tmp_path / "out", *work).code == 0
+    for folder in ("work", "out"):
+        layer = a3("inspect", tmp_path / folder, "--json").json["layers"][0]["mlp"]
+        assert layer["bytes"] == {"before": 2 * 96 * 48 * 4, "after": 2 * layer["size"] * 48 * 4}
 
 
 def test_what_it_says_is_what_the_files_hold(a3, work, tmp_path):

@@ -259,6 +259,19 @@ def test_full_sizes_are_bit_for_bit_the_source(name, tmp_path):
         assert torch.equal(logits(load(out), length), logits(load(source, trust_remote_code=False), length))
 
 
+def test_training_drops_what_the_source_drops(tmp_path):
+    model = build_model("starcoder2-gqa", num_hidden_layers=3, residual_dropout=0.2, embedding_dropout=0.2)
+    source = save(model, tmp_path / "source")
+    out = exported(tmp_path, source, FULL, [WHOLE] * 3, [{"unchanged": torch.zeros(0)}] * 3)
+    models = load(out).train(), load(source, trust_remote_code=False).train()
+    found = []
+    for each in models:
+        torch.manual_seed(5)
+        found.append(logits(each))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], logits(models[0].eval()))
+
+
 @torch.no_grad()
 def test_what_is_zero_can_be_dropped_exactly(tmp_path):
     """A source with zero pairs, value dims and channels that differ by layer loses nothing."""
@@ -436,6 +449,10 @@ def test_every_export_says_what_loads_it():
     qwen = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}
     assert "does not read head_dim" in describe_loaders({**qwen, "head_dim": 12})
     assert describe_loaders({**qwen, "head_dim": 16}) == describe_loaders(qwen) == describe_loaders({})
+    starcoder = {**qwen, "model_type": "starcoder2"}
+    assert "the Starcoder2 of vLLM and of llama.cpp does not read" in describe_loaders({**starcoder, "head_dim": 12})
+    # What they make of a missing bias, a window or a scaled RoPE is a matter of the source.
+    assert "where they load the source" in describe_loaders({**starcoder, "use_bias": False})
 
 
 def keep_mlp(config: Json) -> None:

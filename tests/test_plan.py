@@ -61,6 +61,33 @@ def test_llama_8b(a3, config):
     assert 0 < found["seconds"]["solve --method paper"] < found["seconds"]["solve --method best"]
 
 
+STARCODER2_3B = {
+    "model_type": "starcoder2",
+    "hidden_size": 3072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "vocab_size": 49152,
+    "tie_word_embeddings": None,  # on the hub it does not say so
+    "use_bias": None,
+}
+
+
+def test_what_a_starcoder2_does_not_say(a3, config):
+    """Embeddings are tied, every linear layer has a bias; an MLP without a gate has two weights a channel."""
+    found = a3("plan", config(**STARCODER2_3B), "--json").json
+    d, width, kv = 3072, 12288, 2 * 128
+    linear, biases, norms = 2 * d * (d + kv) + 2 * width * d, 2 * d + 2 * kv + width + d, 4 * d
+    assert found["parameters"]["before"] == 49152 * d + 30 * (linear + biases + norms) + 2 * d
+    assert found["budget_reached"] == 0.25
+    without = a3("plan", config(**{**STARCODER2_3B, "use_bias": False}), "--json").json
+    assert found["parameters"]["before"] - without["parameters"]["before"] == 30 * biases
+    untied = a3("plan", config(**{**STARCODER2_3B, "tie_word_embeddings": False}), "--json").json
+    assert untied["parameters"]["before"] - found["parameters"]["before"] == 49152 * d
+    assert "the Starcoder2 of vLLM" in found["loads_with"]
+
+
 def test_in_two_seconds_and_without_torch(config):
     code = "import sys; from a3cli.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     took = []

@@ -236,7 +236,9 @@ def test_a_manifest_that_names_no_solution_fails_the_reference(a3, out, export, 
     assert outcomes(outcome.json) == {"config": "failed", "reference": "failed"}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the second lists its layers' kinds as soon as it is read
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "starcoder2"]
+)  # the second lists its layers' kinds as soon as it is read
 def test_an_absurd_config_fails_at_once(family, a3, out, tmp_path):
     edit_config(model_type=family, num_hidden_layers=200_000_000, layer_types=None, vocab_size=2**64)(out)
     outcome = a3("verify", out, "--work", tmp_path / "none", "--json")
@@ -412,6 +414,8 @@ def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         ("llama-mha-bias", "paper", torch.bfloat16),
         ("llama-longrope", "best", torch.float32),
         ("llama-gqa-tied", "paper", torch.float32),
+        ("starcoder2-gqa", "best", torch.float32),
+        ("starcoder2-window", "paper", torch.bfloat16),
     ],
 )
 def test_reference_agrees_within_rounding_and_notices_more(name, method, dtype, a3, checkpoint, text_file, tmp_path):

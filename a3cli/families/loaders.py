@@ -19,6 +19,10 @@ def describe_loaders(config: dict[str, Any]) -> str:
             f"stock transformers 4.57 and 5; the {name} of vLLM and of llama.cpp does not read head_dim, so they load "
             "only exports whose heads keep their size (--components mlp)"
         )
+    if config.get("model_type") == "starcoder2":
+        return (
+            "stock transformers 4.57 and 5, and vLLM and llama.cpp where they load the source: only the MLP is smaller"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) == "longrope":
         return "stock transformers 4.57 and 5, and vLLM; llama.cpp's converter drops longrope factors without a word"
