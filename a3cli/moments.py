@@ -194,8 +194,9 @@ def attention_mass(
 ) -> torch.Tensor:
     """Attention weights by distance `[T]`, summed over blocks, heads and a few evenly spaced queries a block.
 
-    q `[B, T, H·h]`, k `[B, T, K·h]` before RoPE; rotation is the layer's (cos, sin), each `[·, T, h]`, with pairs
-    `(p, p + h/2)`; mask `[B or 1, 1, T, T]` is boolean (True attends) or additive, None is causal.
+    q `[B, T, H·h]`, k `[B, T, K·h]` before RoPE; rotation is the layer's (cos, sin), each `[·, T, r]`, with pairs
+    `(p, p + r/2)`, r < h where RoPE passes dims through; mask `[B or 1, 1, T, T]` is boolean (True attends) or
+    additive, None is causal.
     """
     length = q.shape[1]
     rows = torch.linspace(0, length - 1, min(SAMPLED_QUERIES + 1, length))[1:].round().long().to(q.device)
@@ -217,6 +218,8 @@ def attention_mass(
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    if (turned := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([_rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 

@@ -66,6 +66,7 @@ class DecoderConfig(BaseModel):
     max_position_embeddings: PositiveInt | None = None
     rope_parameters: Json | None = None
     rope_scaling: Json | None = None
+    partial_rotary_factor: float | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
 
@@ -134,7 +135,7 @@ def plan(settings: PlanSettings) -> Json:
     decoder = read_decoder(config, folder)
     shape = read_shape(decoder)
     check_bounds(shape, decoder.vocab_size)
-    check_rope(decoder.rope_parameters or decoder.rope_scaling or {})
+    check_rope(decoder.rope_parameters or decoder.rope_scaling or {}, partial=family.rotary_factor is not None)
     if decoder.max_position_embeddings and settings.seq_len > decoder.max_position_embeddings:
         raise A3Error(
             f"--seq-len {settings.seq_len} is longer than the context of {settings.model} "

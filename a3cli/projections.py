@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import torch
 
 from a3cli.families import ModelShape, Role
+from a3cli.families.base import pair_dims
 from a3cli.moments import Tensors
 
 PIECE = 1 << 21  # bytes of a weight that are looked at at a time
@@ -107,7 +108,7 @@ def _take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:
     if "pairs" in solution:
-        dims = torch.cat([solution["pairs"], solution["pairs"] + shape.head_dim // 2])
+        dims = kept_dims(solution["pairs"], shape)
         return tensor.view(-1, shape.head_dim, *tensor.shape[1:])[:, dims].flatten(0, 1)
     if "query_map" not in solution:
         return tensor
@@ -116,11 +117,21 @@ def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, s
     )
 
 
+def kept_dims(pairs: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """Of a head that keeps these pairs `[r/2]`, ascending: the source's dims `[r]` in its own order."""
+    full = shape.head_dim // 2
+    turning = full if shape.turning_pairs is None else shape.turning_pairs
+    sources = torch.tensor(pair_dims(full, turning))[torch.cat([pairs, pairs + full])]
+    kept = torch.empty_like(sources)
+    kept[pair_dims(len(pairs), int((pairs < turning).sum()))] = sources
+    return kept
+
+
 def head_maps(solution: Tensors, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:
     """The query and key maps `[K, h, r]` of a layer whose QK is cut, kept pairs written as maps too."""
     if "query_map" in solution:
         return solution["query_map"], solution["key_map"]
-    dims = torch.cat([solution["pairs"], solution["pairs"] + shape.head_dim // 2])
+    dims = kept_dims(solution["pairs"], shape)
     chosen = torch.eye(shape.head_dim, dtype=torch.float64)[:, dims].expand(shape.kv_heads, -1, -1)
     return chosen, chosen
 

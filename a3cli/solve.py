@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from a3cli import costs
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes, ModelShape
+from a3cli.families.base import pair_dims
 from a3cli.interrupt import Stop
 from a3cli.machine import choose_machine, explaining_memory, load_linear_algebra, return_freed_memory
 from a3cli.methods import METHODS, Curves, LayerInputs, Method
@@ -455,8 +456,10 @@ def score_errors(method: Method, inputs: LayerInputs, solution: Tensors, rank: i
         return {"distance": distances, "relative": [0.0] * len(distances)}
     pairs = method.model.rope.short
     slots = frequency_at(pairs, torch.tensor(method.rope_slots(inputs.layer, rank), dtype=torch.float64))
-    grams = inputs.mean("q_gram"), inputs.mean("k_gram")
-    maps = head_maps(solution, inputs.shape)
+    dims, kept = pair_dims(len(pairs), inputs.shape.turning_pairs), pair_dims(len(slots), int(slots.count_nonzero()))
+    queries, keys = (inputs.mean(name)[:, dims][..., dims] for name in ("q_gram", "k_gram"))
+    query_map, key_map = (each[:, dims][..., kept] for each in head_maps(solution, inputs.shape))
+    grams, maps = (queries, keys), (query_map, key_map)
     return {
         "distance": distances,
         "relative": [float(f"{score_error(grams, maps, pairs, slots, distance):.4g}") for distance in distances],

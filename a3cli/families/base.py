@@ -3,8 +3,9 @@
 The rest of the package asks for roles (`q`, `down`, …), never for names of modules or tensors.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from a3cli.errors import A3Error
@@ -14,7 +15,8 @@ Role = Literal["q", "k", "v", "o", "mlp_norm", "gate", "up", "down"]
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model type keeps its parts. Linear weights are `[out, in]`, rotated pairs `(p, p + h/2)`.
+    """Where a model type keeps its parts. Linear weights are `[out, in]`, rotated pairs `(p, p + h/2)`, of a head of
+    which RoPE turns only the first r dims `(p, p + r/2)`.
 
     `modules` maps a role to the module path inside one decoder layer; q, k, v, o, gate, up and down are
     the linear weights that a budget counts; `mlp_norm` is where the MLP reads the residual stream. Without a gate
@@ -27,6 +29,7 @@ class Family:
     use_bias: bool = False  # config.json's use_bias, true unless it says otherwise, gives biases to all linear layers
     norm_bias: bool = False
     tied: bool = False  # what tie_word_embeddings is where config.json does not say it
+    rotary_factor: float | None = None  # share of a head that RoPE turns where config.json does not say it; None: all
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -125,6 +128,7 @@ class ModelShape:
     attention_bias: bool = False
     mlp_bias: bool = False
     gated: bool = True
+    passed_dims: int = 0  # of a query or key head, which RoPE does not turn
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
@@ -134,6 +138,11 @@ class ModelShape:
     @property
     def mlp_roles(self) -> tuple[Role, ...]:
         return (*self.mlp_inputs, "down")
+
+    @property
+    def turning_pairs(self) -> int | None:
+        """How many pairs RoPE turns; None if all."""
+        return (self.head_dim - self.passed_dims) // 2 if self.passed_dims else None
 
     @property
     def group(self) -> int:
@@ -177,6 +186,7 @@ def read_shape(config: Any) -> ModelShape:
         mlp_bias=mlp_bias,
         gated=family.gated,
     )
+    shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
     sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)
     if min(sizes) < 1 or shape.heads % shape.kv_heads or shape.head_dim % 2:
         raise A3Error(
@@ -193,6 +203,37 @@ def read_biases(family: Family, config: Any) -> tuple[bool, bool]:
         every = bool(getattr(config, "use_bias", True))
         return every, every
     return family.qkv_bias or bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
+
+
+def rotary_dims(config: Any, head_dim: int) -> int:
+    """Dims of a head that RoPE turns. Raises A3Error if these are not pairs."""
+    default = family_of(config.model_type).rotary_factor
+    if default is None:
+        return head_dim
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    said = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    factor = default if said is None else said
+    turned = int(head_dim * factor) if isinstance(factor, (int, float)) and 0 <= factor <= 1 else -1
+    if turned % 2:
+        raise A3Error(f"config.json: partial_rotary_factor {factor!r} of head_dim {head_dim} is no number of pairs")
+    return turned
+
+
+def rotary_factor(turned: int, head_dim: int) -> float:
+    """The `partial_rotary_factor` of which loaders, who round down, make `turned` dims."""
+    factor = turned / head_dim
+    return factor if int(head_dim * factor) == turned else math.nextafter(factor, 1.0)
+
+
+def pair_dims(pairs: int, turning: int | None = None) -> list[int]:
+    """Dims of a head of so many pairs: the first of every pair, then the second of every pair.
+
+    Where RoPE turns only `turning` pairs, theirs are the first dims; what is passed through is paired likewise.
+    """
+    turning = pairs if turning is None else turning
+    still, behind = pairs - turning, 2 * turning
+    first = [*range(turning), *range(behind, behind + still)]
+    return [*first, *range(turning, behind), *range(behind + still, 2 * pairs)]
 
 
 # Beyond any model that there is; up to here lists of layers and of head sizes are gone through in no time.
@@ -217,8 +258,11 @@ def check_bounds(shape: ModelShape, vocabulary: int) -> None:
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
-def check_rope(parameters: dict[str, Any]) -> str:
-    """The RoPE type of `rope_parameters`. Raises A3Error if a subset of pairs cannot express it."""
+def check_rope(parameters: dict[str, Any], *, partial: bool) -> str:
+    """The RoPE type of `rope_parameters`. Raises A3Error if a subset of pairs cannot express it.
+
+    `partial`: the family knows heads of which RoPE turns only some dims.
+    """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise A3Error(
@@ -226,6 +270,6 @@ def check_rope(parameters: dict[str, Any]) -> str:
             f"the length of the text); supported are {', '.join(ROPE_TYPES)}; remove rope_scaling from config.json "
             "to compress the model at its original context"
         )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    if not partial and parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise A3Error("config.json: partial_rotary_factor other than 1 is not supported for this family")
     return str(kind)

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from a3cli.families.base import check_rope
+from a3cli.errors import A3Error
+from a3cli.families.base import check_rope, family_of, rotary_dims, rotary_factor
 from a3cli.solvers.rope import frequency_at
 from a3cli.work import Json
 
 ROUNDING = 1e-9  # pairs; a frequency in float32 is further off
-ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
+ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Rope:
     """The rotation of a source model.
 
     `short` and `long` `[h/2]` float64 are the frequencies (radians a position) of each pair up to
-    `original_context` positions and beyond; they differ for longrope only. `attention_factor` scales cos
-    and sin. `parameters` is the configuration they were read from.
+    `original_context` positions and beyond; they differ for longrope only. What is passed through is pairs too, the
+    last ones, whose frequency is 0. `attention_factor` scales cos and sin. `parameters` is the configuration they were
+    read from.
     """
 
     parameters: Json
@@ -35,6 +37,15 @@ class Rope:
     attention_factor: float
     context: int
     original_context: int
+
+    @property
+    def turning(self) -> int:
+        """How many pairs turn."""
+        return int(self.short.count_nonzero())
+
+    @property
+    def partial(self) -> bool:
+        return self.turning < len(self.short)
 
     @property
     def kind(self) -> str:
@@ -50,20 +61,27 @@ def read_rope(config: Any) -> Rope:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = dict(config.rope_parameters or {})
-    kind = check_rope(parameters)
+    kind = check_rope(parameters, partial=family_of(config.model_type).rotary_factor is not None)
+    turned = rotary_dims(config, config.head_dim)
     original = int(parameters.get("original_max_position_embeddings", config.max_position_embeddings))
     if kind == "default":
-        pairs = torch.arange(config.head_dim // 2, dtype=torch.float64)
-        short = long = parameters["rope_theta"] ** (-2 * pairs / config.head_dim)
+        pairs = torch.arange(turned // 2, dtype=torch.float64)
+        short = long = parameters["rope_theta"] ** (-2 * pairs / turned)
         factor = 1.0
     else:
         frequencies = ROPE_INIT_FUNCTIONS[kind]
         short, factor = frequencies(config, torch.device("cpu"), seq_len=1)
         long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1)
+    if factor != 1 and turned < config.head_dim:
+        raise A3Error(
+            f"config.json: RoPE type {kind!r} scales what it turns by {factor:g} and not what it passes through, which "
+            "is not supported with partial_rotary_factor; remove rope_scaling from config.json"
+        )
+    still = torch.zeros((config.head_dim - turned) // 2, dtype=torch.float64)
     return Rope(
         parameters={**parameters, "rope_type": kind},
-        short=short.double(),
-        long=long.double(),
+        short=torch.cat([short.double(), still]),
+        long=torch.cat([long.double(), still]),
         attention_factor=float(factor),
         context=int(config.max_position_embeddings),
         original_context=original,
@@ -73,11 +91,21 @@ def read_rope(config: Any) -> Rope:
 def kept_rope_config(rope: Rope, slots: Sequence[float]) -> Json:
     """The config entries that give slot `j` of a smaller head the rotation of source pair `slots[j]`.
 
-    A fractional pair turns between its neighbours, by geometric interpolation of their frequencies.
+    A fractional pair turns between its neighbours, by geometric interpolation of their frequencies. Slots that don't
+    turn come last, as a `partial_rotary_factor`.
     """
-    affine = affine_parameters(rope, slots)
-    parameters = affine if affine is not None else longrope_parameters(rope, slots)
+    turning = turning_slots(rope, slots)
+    parameters = affine_parameters(rope, turning) or longrope_parameters(rope, turning)
+    if not turning:
+        parameters = {"rope_type": "default", "rope_theta": rope.theta}
+    if "partial_rotary_factor" in rope.parameters:
+        parameters = {**parameters, "partial_rotary_factor": rotary_factor(len(turning), len(slots))}
     return both_spellings(parameters)
+
+
+def turning_slots(rope: Rope, slots: Sequence[float]) -> list[float]:
+    """Those that turn at all: the first ones."""
+    return [slot for slot in slots if slot < rope.turning]
 
 
 def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
@@ -96,7 +124,7 @@ def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
         return None
     if rope.kind == "llama3" and (start > 0 or step != int(step)):
         return None
-    h, r = 2 * len(rope.short), 2 * len(pairs)
+    h, r = 2 * rope.turning, 2 * len(pairs)
     parameters = {**rope.parameters, "rope_theta": rope.theta ** (step * r / h)}
     factor = float(parameters.get("factor", 1.0)) * rope.theta ** (2 * start / h)
     if rope.kind != "llama3" and factor != 1.0:
@@ -107,21 +135,23 @@ def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
 def evenly_spaced(rope: Rope, slots: Sequence[float]) -> list[list[float]]:
     """Evenly spaced slots near the given ones that `affine_parameters` can write: candidates, best guess first.
 
-    The straight line nearest to the slots, and all pairs' span; from pair 0 where scaling composes only there.
+    The straight line nearest to the slots, and all pairs' span; from pair 0 where scaling composes only there, or where
+    not every runtime knows scaling. Slots that don't turn stay as they are.
     """
-    if len(slots) < 2:
+    turning = turning_slots(rope, slots)
+    if len(turning) < 2:
         return []
-    last, count = len(rope.short) - 1, len(slots)
+    last, count = rope.turning - 1, len(turning)
     places = torch.arange(count, dtype=torch.float64)
-    wanted = torch.tensor(sorted(slots), dtype=torch.float64)
+    wanted = torch.tensor(sorted(turning), dtype=torch.float64)
     centred = places - places.mean()
     step = float((centred * wanted).sum() / centred.square().sum())
     start = min(max(float(wanted.mean() - step * places.mean()), 0.0), last - step * (count - 1))
     lines = [(start, step), (0.0, last / (count - 1))]
-    if rope.kind == "llama3":
+    if rope.kind == "llama3" or rope.partial:
         lines = [(0.0, float((places * wanted).sum() / places.square().sum())), lines[1]]
     spaced = [[min(max(a + s * j, 0.0), float(last)) for j in range(count)] for a, s in lines]
-    return [line for line in spaced if affine_parameters(rope, line) is not None]
+    return [[*line, *slots[count:]] for line in spaced if affine_parameters(rope, line) is not None]
 
 
 def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
@@ -145,9 +175,10 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
 
 def both_spellings(parameters: Json) -> Json:
     """`rope_parameters` as transformers 5 reads them, and `rope_theta` + `rope_scaling` for version 4."""
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    beside: Json = {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
+    scaling = {key: value for key, value in parameters.items() if key not in beside}
     config: Json = {
-        "rope_theta": parameters["rope_theta"],
+        **beside,
         "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
         "rope_parameters": parameters,
     }

@@ -6,10 +6,11 @@ import torch
 
 from a3cli.families.rope import Rope
 from a3cli.methods.base import LayerInputs
+from a3cli.methods.heads import Problem
 from a3cli.moments import Tensors
 from a3cli.solvers.attention import AttentionProblem, Penalty, SampledHead
 from a3cli.solvers.rope import frequency_at
-from a3cli.solvers.slots import SlotMaps, SlotProblem
+from a3cli.solvers.slots import SlotMaps
 
 JUDGING = 4  # one in so many blocks is not fitted, but judges
 
@@ -32,7 +33,7 @@ class AttentionError:
 
 @dataclass(frozen=True)
 class RefinedMaps:
-    """Complex maps `[K, P, S]`, and what error they leave."""
+    """Complex maps `[K, P, S]`, and what error they leave; `[K, h, S]` where RoPE turns only some dims."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -99,6 +100,7 @@ def sampled_head(inputs: LayerInputs, rope: Rope, samples: Tensors, kv_head: int
         pairs=rope.short if length <= rope.original_context else rope.long,
         scale=rope.attention_factor**2 * inputs.shape.head_dim**-0.5,
         output_gram=inputs.output_gram[group].to(device, torch.float32),
+        turning=inputs.shape.turning_pairs,
     )
 
 
@@ -108,6 +110,6 @@ def _heads(samples: Tensors, name: str, heads: slice, head_dim: int, device: tor
     return own.to(device).float()
 
 
-def score_penalty(problem: SlotProblem, weight: float) -> Penalty:
+def score_penalty(problem: Problem, weight: float) -> Penalty:
     """What one KV head's score errors cost, times a weight."""
     return lambda query, key: weight * problem.loss(query[None].cpu(), key[None].cpu())[0]

@@ -25,6 +25,7 @@ from a3cli.families import LayerSizes
 from a3cli.families.rope import evenly_spaced
 from a3cli.methods.attention import AttentionError, Effort, RefinedMaps, refine_maps, score_penalty
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
+from a3cli.methods.heads import Heads, Problem, heads_of
 from a3cli.model import Model
 from a3cli.moments import Tensors
 from a3cli.settings import COMPONENTS, Component, SolveSettings
@@ -37,21 +38,16 @@ from a3cli.solvers.rope import (
     Distances,
     PairGrams,
     band_costs,
-    band_maps,
     best_bands,
     distances_beyond,
-    frequency_at,
-    pair_grams,
-    real_map,
     spread_distances,
 )
-from a3cli.solvers.slots import HeadStatistics, SlotMaps, SlotProblem, head_statistics
+from a3cli.solvers.slots import HeadStatistics, SlotMaps
 from a3cli.work import Json, read_if_of, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
 ATTAINED = 1 / 3  # of the bound on what score errors do
-CENTRING = 0.95  # share of the constant part of a key that the softmax is trusted to ignore
 LONGEST_BAND = 16  # pairs; longer bands never won, and cost grows with the square
 FAR_WEIGHT = 0.05  # weight of distances up to the whole context beside those that calibration saw
 AFFINE_COST = 0.01  # of the whole predicted loss, that evenly spaced slots may have more and still be preferred
@@ -107,10 +103,11 @@ class BestLayer:
     mlp_unit: float
     key_ranks: list[float]
     channel_rank: float
+    form: Heads
 
     @cached_property
     def heads(self) -> HeadStatistics:
-        return head_statistics(self.q_gram, self.k_gram, self.k_mean)
+        return self.form.statistics(self.q_gram, self.k_gram, self.k_mean)
 
 
 @dataclass(frozen=True)
@@ -132,6 +129,7 @@ def interpolate(measured: dict[int, float], rank: int) -> float:
 class Best(Method):
     def __init__(self, model: Model, settings: SolveSettings) -> None:
         super().__init__(model, settings)
+        self.form = heads_of(model.rope, floor=settings.eigenvalue_floor)
         self.layers: list[BestLayer] = []
         self.tables: list[Table] = []  # of each layer
         self.affine: dict[int, list[float]] = {}  # slots that took the place of a shared table's, by rank
@@ -158,6 +156,7 @@ class Best(Method):
                 mlp_unit=inputs.mlp_unit,
                 key_ranks=inputs.key_ranks(),
                 channel_rank=effective_rank(inputs.mean("mlp_energy")).item(),
+                form=self.form,
             )
         )
 
@@ -189,14 +188,14 @@ class Best(Method):
 
     def _table(self, layers: list[int]) -> Table:
         """Bands that these layers share, by dynamic programming over their summed costs."""
-        pairs, floor = self.model.rope.short, self.settings.eigenvalue_floor
-        distances = self._distances(layers)
-        constancy = distances.constancy(pairs)
+        rope, floor = self.model.rope, self.settings.eigenvalue_floor
+        distances, pairs = self._distances(layers), len(rope.short)
         chosen = [self.layers[layer] for layer in layers]
-        grams = [pair_grams(x.q_gram, x.k_gram, x.k_mean, constancy, centring=CENTRING) for x in chosen]
+        grams = [self.form.grams(x.q_gram, x.k_gram, x.k_mean, distances) for x in chosen]
         units = [layer.score_unit for layer in chosen]
-        costs = band_costs(grams, units, pairs, distances, longest=LONGEST_BAND, floor=floor)
-        bands = [bands for _, bands in best_bands(costs, len(pairs), len(pairs))]
+        turning = rope.short[: rope.turning]
+        costs = band_costs(grams, units, turning, distances, longest=LONGEST_BAND, floor=floor)
+        bands = [bands for _, bands in best_bands(costs, pairs, pairs)]
         return Table(bands, dict(zip(layers, grams, strict=True)))
 
     def _distances(self, layers: list[int]) -> Distances:
@@ -241,22 +240,11 @@ class Best(Method):
     def _slot_maps(self, layer: int, rank: int, slots: list[float] | None = None) -> SlotMaps:
         """Bands give the maps to start from, and the slots unless others are given; the layer's own distances count."""
         table = self.tables[layer]
-        _, start = band_maps(table.grams[layer], table.bands[rank // 2], floor=self.settings.eigenvalue_floor)
+        start = self.form.start(table.grams[layer], table.bands[rank // 2])
         return self._problem(layer, slots or self.rope_slots(layer, rank)).solve(start)
 
-    def _problem(self, layer: int, slots: list[float]) -> SlotProblem:
-        return self._score_problem(self.layers[layer].heads, slots, self._distances([layer]))
-
-    def _score_problem(self, heads: HeadStatistics, slots: list[float], distances: Distances) -> SlotProblem:
-        pairs = self.model.rope.short
-        return SlotProblem(
-            heads,
-            pairs,
-            frequency_at(pairs, torch.tensor(slots, dtype=torch.float64)),
-            distances,
-            centring=CENTRING,
-            floor=self.settings.eigenvalue_floor,
-        )
+    def _problem(self, layer: int, slots: list[float]) -> Problem:
+        return self.form.problem(self.layers[layer].heads, slots, self._distances([layer]))
 
     @torch.inference_mode(False)  # which has no gradients, and in which probing asks for projections
     def _refine(self, layer: int, slots: list[float], closed: SlotMaps, effort: Effort) -> RefinedMaps:
@@ -272,7 +260,7 @@ class Best(Method):
             return [None] * self.model.shape.kv_heads
         weights = FAR_WEIGHT * solved.score_unit / solved.attention_unit
         return [
-            score_penalty(self._score_problem(solved.heads.of(kv_head), slots, beyond), weight)
+            score_penalty(self.form.problem(solved.heads.of(kv_head), slots, beyond), weight)
             for kv_head, weight in enumerate(weights.tolist())
         ]
 
@@ -318,7 +306,7 @@ class Best(Method):
 
     def _loss_of_nothing(self, layer: int) -> float:
         """What attention loses that looks at all keys alike."""
-        nothing = torch.zeros(self.model.shape.kv_heads, len(self.model.rope.short), 1, dtype=torch.complex128)
+        nothing = torch.zeros(self.model.shape.kv_heads, self.form.coordinates, 1, dtype=torch.complex128)
         maps = SlotMaps(nothing, nothing, nothing.real[:, 0, 0])
         return self._refine(layer, [0.0], maps, UNREFINED).error.closed_form
 
@@ -334,7 +322,7 @@ class Best(Method):
         slots = self.rope_slots(inputs.layer, rank)
         found = self._refine(inputs.layer, slots, self._slot_maps(inputs.layer, rank, slots), THOROUGH)
         self.errors[inputs.layer] = found.error
-        return {"query_map": real_map(found.query), "key_map": real_map(found.key)}
+        return {"query_map": self.form.real_map(found.query, slots), "key_map": self.form.real_map(found.key, slots)}
 
     def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
         value_map = self.layers[inputs.layer].ov.shared_map[..., :rank].contiguous().to(self.device)

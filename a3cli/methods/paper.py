@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from a3cli.families import LayerSizes
+from a3cli.families.base import pair_dims
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.model import Model
 from a3cli.moments import Tensors
@@ -41,11 +42,12 @@ class Paper(Method):
         self.scores: list[torch.Tensor] = []  # of pairs, for each layer: its own or those that all share
 
     def add_layer(self, inputs: LayerInputs) -> None:
+        dims = pair_dims(inputs.shape.head_dim // 2, inputs.shape.turning_pairs)
         # The paper weighs values by attention for MHA, and not for GQA.
         value_gram = inputs.head_outputs if inputs.shape.group == 1 else inputs.mean("v_gram")
         self.layers.append(
             PaperLayer(
-                pair_scores=score_pairs(inputs.mean("q_gram"), inputs.mean("k_gram")),
+                pair_scores=score_pairs(*(inputs.mean(name)[:, dims][..., dims] for name in ("q_gram", "k_gram"))),
                 ov=solve_ov(value_gram, inputs.output_gram, floor=self.settings.eigenvalue_floor),
                 channel_scores=score_channels(inputs.mean("mlp_energy"), inputs.down),
                 score_unit=inputs.score_unit(ATTAINED),

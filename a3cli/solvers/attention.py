@@ -10,6 +10,7 @@ scores alike, the same maps are refined for what the squared scores stand in for
 over the sampled queries m of a KV head's group of heads i, by L-BFGS from the closed form's maps: a smooth problem in
 `4 P S` real numbers. Few samples would be fitted better than the text that they are from, so other samples judge every
 step, and the best maps by these are taken. `z = x_p + i·x_{p+h/2}` as in `solvers/rope.py`; P = h/2 pairs, S slots.
+Where RoPE turns only some dims, `z` are the h real dims themselves, as in `solvers/partial.py`.
 """
 
 import math
@@ -35,7 +36,8 @@ class SampledHead:
 
     queries `[N, R, g, h]` of its g heads and keys `[N, T, h]` before RoPE, values `[N, T, h]`, all float32; `seen`
     `[N, R, 2]` is the first key that each query attends to and its own place, the last one; `pairs` `[P]` are radians a
-    position; `scale` multiplies scores; `output_gram` `[g, h, h]` is `W_o,i W_o,iᵀ`.
+    position; `scale` multiplies scores; `output_gram` `[g, h, h]` is `W_o,i W_o,iᵀ`; `turning` counts the pairs that
+    RoPE turns, None if all.
     """
 
     queries: torch.Tensor
@@ -45,6 +47,7 @@ class SampledHead:
     pairs: torch.Tensor
     scale: float
     output_gram: torch.Tensor
+    turning: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,13 @@ class AttentionProblem:
 
     def __init__(self, head: SampledHead) -> None:
         self.head = head
-        self.queries, self.keys = as_pairs(head.queries.transpose(1, 2)), as_pairs(head.keys)
+        real = head.queries.transpose(1, 2), head.keys
+        self.queries, self.keys = (as_pairs(x, head.turning) for x in real)
         self.pieces = list(self._cut())
         turns = self._turns(head.pairs)
         self.outputs = [self._outputs(piece, *self._of(piece), turns) for piece in self.pieces]
+        if head.turning is not None:
+            self.queries, self.keys = (x.to(self.keys.dtype) for x in real)
 
     def _of(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries `[n, g, R, P]` and keys `[n, T, P]` of a piece."""

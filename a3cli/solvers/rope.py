@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from a3cli.solvers.linalg import decompose_jointly, tail_sums
+from a3cli.solvers.linalg import JointDecomposition, decompose_jointly, tail_sums
 from a3cli.solvers.qk import sum_over_group
 
 TRIED = 4  # frequencies that a band may take from each pair to the next
@@ -21,12 +21,14 @@ TRIED = 4  # frequencies that a band may take from each pair to the next
 class PairGrams:
     """Complex Gram matrices `[K, P, P]` of one layer's queries (summed over the group) and keys.
 
-    `keys` is centred: what is constant over keys has no effect on the softmax where pairs hardly turn.
+    `keys` is centred: what is constant over keys has no effect on the softmax where pairs hardly turn. Where RoPE
+    passes dims through, P are the pairs that turn, and `still` is what becomes of the others (`solvers/partial.py`).
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
     energy: torch.Tensor  # [K, P], E|z^q_p|² E|z^k_p|², keys not centred
+    still: JointDecomposition | None = None
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,12 @@ def log_spans(delta: torch.Tensor) -> torch.Tensor:
 
 
 def frequency_at(frequencies: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Frequencies at fractional pair indices, by geometric interpolation."""
+    """Frequencies at fractional pair indices, by geometric interpolation; 0 where a pair has it."""
     below = slots.floor().long()
     above = (below + 1).clamp_max(len(frequencies) - 1)
-    return frequencies[below].log().lerp(frequencies[above].log(), slots - below).exp()
+    above = torch.where(frequencies[above] > 0, above, below)
+    between = frequencies[below].log().lerp(frequencies[above].log(), slots - below).exp()
+    return between.masked_fill(frequencies[below] == 0, 0)
 
 
 def pair_grams(
@@ -125,8 +129,13 @@ def pair_grams(
     return PairGrams(queries, keys, energy)
 
 
-def as_pairs(x: torch.Tensor) -> torch.Tensor:
-    """`[..., h]` real → `[..., P]` complex."""
+def as_pairs(x: torch.Tensor, turning: int | None = None) -> torch.Tensor:
+    """`[..., h]` real → `[..., P]` complex.
+
+    Of a head of which RoPE turns only the first `turning` pairs: those, then the rest paired in the same way.
+    """
+    if turning is not None:
+        return torch.cat([as_pairs(x[..., : 2 * turning]), as_pairs(x[..., 2 * turning :])], -1)
     real, imaginary = x.chunk(2, -1)
     return torch.complex(real, imaginary)
 
@@ -153,11 +162,12 @@ def band_costs(
 ) -> dict[tuple[int, int], BandCost]:
     """Cost of every band `(start, stop)` of at most `longest` consecutive pairs.
 
-    units[l] `[K]` turns layer l's squared scores into the common unit. Rank 0 loses all of the band's energy.
+    units[l] `[K]` turns layer l's squared scores into the common unit. Rank 0 loses all of the band's energy. All that
+    RoPE passes through is one band behind those of the pairs that turn.
     """
     pairs = len(frequencies)
     energy = torch.stack([unit @ gram.energy for gram, unit in zip(grams, units, strict=True)])
-    tried = torch.arange(TRIED * (pairs - 1) + 1, dtype=torch.float64) / TRIED
+    tried = torch.arange(max(0, TRIED * (pairs - 1) + 1), dtype=torch.float64) / TRIED
     sharing = sharing_cost(frequencies, frequency_at(frequencies, tried), distances)
     costs = {}
     for length in range(1, min(longest, pairs) + 1):
@@ -166,6 +176,11 @@ def band_costs(
             slot, shared = best_slot(sharing, slice(start, start + length), energy)
             losses[:, 1:] += shared[:, None]
             costs[start, start + length] = BandCost(losses, slot)
+    if still := [gram.still for gram in grams if gram.still is not None]:
+        # Two dims a slot. A real score has half the energy of its complex form, which the units are for.
+        doubled = [2 * (unit @ tail_sums(each.values)[:, ::2]) for unit, each in zip(units, still, strict=True)]
+        losses = torch.stack(doubled)
+        costs[pairs, pairs + losses.shape[1] - 1] = BandCost(losses, float(pairs))
     return costs
 
 
