@@ -162,8 +162,8 @@ def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
     refit_output = kept * query * (query + d) + kept**2 * (query + d) + kept**3 // 6
     step = query**2 * size.ov + kept**2 * shape.head_dim
     values = query**2 * d + VALUE_ROUNDS * (refit_output + kept**2 * d + (VALUE_STEPS + 1) * step)
-    ranks, pairs = shape.head_dim // head_multiple, shape.head_dim // 2
-    slots = ranks * ROUNDS * shape.kv_heads * 10 * pairs**3 // 2 * 4  # ten complex products a round
+    ranks, coordinates = shape.head_dim // head_multiple, shape.head_dim // (1 if shape.passed_dims else 2)
+    slots = ranks * ROUNDS * shape.kv_heads * 10 * coordinates**3 // 2 * 4  # ten complex products a round
     return paper_flops(shape) + 2 * (select + refit_mlp + refit_output + values + SMALL * slots)
 
 

@@ -4,7 +4,8 @@ The source's own stock class at its own sizes, in which what a solution drops is
 first dims of the full head:
 
     pairs                  rows of the other pairs are zero, RoPE as in the source               (paper), or
-    query_map, key_map     slot j lies in pair j and turns as `rope_slots[j]` says, the rest zero   (best)
+    query_map, key_map     slot j lies in pair j and turns as `rope_slots[j]` says, slots that don't turn lie among the
+                           dims that RoPE passes through, the rest is zero   (best)
     value_map              the mixed value in the first dims of each head, the rest zero, and so the columns of
                            `output_weight` or `output_map`
     channels               columns of the down projection of the other channels are zero; `gate_weight` and `up_weight`
@@ -20,6 +21,7 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.families import Role
+from a3cli.families.base import pair_dims
 from a3cli.machine import Machine
 from a3cli.model import Model
 from a3cli.moments import Tensors
@@ -30,17 +32,21 @@ KNOWN = ATTENTION | {"channels", "gate_weight", "up_weight", "down_weight", "dow
 
 
 class FullSizeReference(Decoder):
-    """The source with a solution applied in place; with `rounded`, each weight rounded to the dtype that it names."""
+    """The source with a solution applied in place; with `rounded`, each weight rounded to the dtype that it names.
+
+    `slots` are each layer's, where heads are smaller.
+    """
 
     def __init__(
         self,
         model: Model,
         machine: Machine,
         solution: Callable[[int], Tensors],
+        slots: Sequence[Sequence[float]],
         *,
         rounded: Callable[[torch.dtype], torch.dtype] | None = None,
     ) -> None:
-        self._solution, self._rounded = solution, rounded
+        self._solution, self._slots, self._rounded = solution, slots, rounded
         super().__init__(model, machine)
 
     def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
@@ -48,7 +54,7 @@ class FullSizeReference(Decoder):
         stored = value.dtype
         if found := self.family.find_role(tensor):
             layer, role, kind = found
-            value = self._apply(value, role, kind, self._layer_solution(layer))
+            value = self._apply(value, layer, role, kind)
         return value if self._rounded is None else value.to(self._rounded(stored))
 
     def _layer_solution(self, layer: int) -> Tensors:
@@ -57,9 +63,10 @@ class FullSizeReference(Decoder):
             raise A3Error(f"layer {layer}: the reference does not know what {', '.join(sorted(unknown))} does")
         return solution
 
-    def _apply(self, value: torch.Tensor, role: Role, kind: str, solution: Tensors) -> torch.Tensor:
+    def _apply(self, value: torch.Tensor, layer: int, role: Role, kind: str) -> torch.Tensor:
+        solution = self._layer_solution(layer)
         if role in ("q", "k"):
-            return self._place_slots(value, role, solution)
+            return self._place_slots(value, layer, role, solution)
         if role == "v" and "value_map" in solution:
             mapped = mixed(self._heads(value), solution["value_map"])
             return self._placed(mapped, range(mapped.shape[1]))
@@ -82,17 +89,20 @@ class FullSizeReference(Decoder):
         kept[channels] = (rows[channels] if refit is None else refit.mT if role == "down" else refit).double()
         return kept.mT if role == "down" else kept
 
-    def _place_slots(self, value: torch.Tensor, role: Role, solution: Tensors) -> torch.Tensor:
+    def _place_slots(self, value: torch.Tensor, layer: int, role: Role, solution: Tensors) -> torch.Tensor:
         """Rows of q or k, `[n·h, …]`: pairs where they are, or slot j in pair j."""
-        half = self.shape.head_dim // 2
+        half, turning = self.shape.head_dim // 2, self.shape.turning_pairs
+        turning = half if turning is None else turning
         if "pairs" in solution:
-            dims = [*solution["pairs"].tolist(), *(solution["pairs"] + half).tolist()]
+            every = pair_dims(half, turning)
+            dims = [every[pair + second] for second in (0, half) for pair in solution["pairs"].tolist()]
             return self._placed(self._heads(value)[:, dims].double(), dims)
         if "query_map" not in solution:
             return value
         mapped = mixed(self._heads(value), solution["query_map" if role == "q" else "key_map"])
-        slots = mapped.shape[1] // 2
-        return self._placed(mapped, [*range(slots), *range(half, half + slots)])
+        slots = sum(slot < turning for slot in self._slots[layer])
+        still = range(2 * turning, 2 * turning + mapped.shape[1] - 2 * slots)
+        return self._placed(mapped, [*range(slots), *range(turning, turning + slots), *still])
 
     def _place_outputs(self, value: torch.Tensor, solution: Tensors) -> torch.Tensor:
         """The output projection `[d, H·h]`: columns that meet the values in the first dims of each head."""
@@ -131,17 +141,18 @@ def mixed(heads: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 def turn_slots(arguments: Arguments, slots: Sequence[float]) -> Arguments:
     """A layer's arguments with slot j in pair j: `position_embeddings` as the slots turn, nothing in the other pairs.
 
-    The frequencies are those that the source's own cos and sin `[1, T, h]` show between the first two positions.
+    The frequencies are those that the source's own cos and sin `[1, T, h]` show between the first two positions. Slots
+    beyond their pairs don't turn.
     """
     cos, sin = (table.double() for table in arguments["position_embeddings"])
     half = cos.shape[-1] // 2
-    factor, frequency = cos[0, 0, 0], torch.atan2(sin[0, 1, :half], cos[0, 1, :half])
-    place = torch.tensor(slots, dtype=torch.float64, device=cos.device)
+    factor, frequency = cos[0, 0, :1], torch.atan2(sin[0, 1, :half], cos[0, 1, :half])
+    place = torch.tensor([slot for slot in slots if slot < half], dtype=torch.float64, device=cos.device)
     low = place.floor().long().clamp(max=half - 1)
     share, high = place - low, (low + 1).clamp(max=half - 1)
     turned = frequency[low] ** (1 - share) * frequency[high] ** share
     angle = torch.zeros(cos.shape[1], half, dtype=torch.float64, device=cos.device)
-    angle[:, : len(slots)] = torch.arange(cos.shape[1], device=cos.device)[:, None] * turned
+    angle[:, : len(place)] = torch.arange(cos.shape[1], device=cos.device)[:, None] * turned
     table = torch.cat([angle, angle], -1)[None]
     return {**arguments, "position_embeddings": (table.cos() * factor, table.sin() * factor)}
 

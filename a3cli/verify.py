@@ -227,11 +227,12 @@ class Reference:
         """In float64, and in `machine.dtype` with weights rounded to what an export of `dtype` stores: `[B, T, V]`."""
         rope_slots, layers = self.solution.manifest["rope_slots"], self.model.shape.layers
         slots = rope_slots if self.solution.per_layer else [rope_slots] * layers
-        exact = FullSizeReference(self.model, Machine(machine.device, torch.float64), self.solution.layer)
+        exact = FullSizeReference(self.model, Machine(machine.device, torch.float64), self.solution.layer, slots)
         rounded = FullSizeReference(
             self.model,
             machine,
             self.solution.layer,
+            slots,
             rounded=lambda stored: stored if dtype == "source" else getattr(torch, dtype),
         )
         return reference_logits(exact, rounded, slots, tokens)

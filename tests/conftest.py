@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -78,6 +80,17 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Starcoder2ForCausalLM,
         {"use_bias": False, "sliding_window": 24, "tie_word_embeddings": True},
     ),
+    "nemotron-gqa": (NemotronConfig, NemotronForCausalLM, {"partial_rotary_factor": 0.5}),
+    "nemotron-mha-bias": (
+        NemotronConfig,
+        NemotronForCausalLM,
+        {
+            "rope_parameters": LINEAR | {"partial_rotary_factor": 0.75},
+            "attention_bias": True,
+            "mlp_bias": True,
+            "num_key_value_heads": 4,
+        },
+    ),
 }
 
 
@@ -128,7 +141,25 @@ def mlp_linears(layer: Any) -> dict[str, Any]:
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     if hasattr(layer.mlp, "c_fc"):
         names = {"up": "c_fc", "down": "c_proj"}
-    return {role: getattr(layer.mlp, name) for role, name in names.items()}
+    return {role: getattr(layer.mlp, name) for role, name in names.items() if hasattr(layer.mlp, name)}
+
+
+def turning_pairs(config: Any) -> int:
+    """How many pairs of a head stock transformers turns."""
+    return int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
+
+
+def as_slots(x: torch.Tensor, turning: int) -> torch.Tensor:
+    """A head `[..., 2n]` as complex pairs `[..., n]`: those that turn first, each kind halved."""
+    parts = x[..., : 2 * turning], x[..., 2 * turning :]
+    return torch.cat([torch.complex(*part.chunk(2, -1)) for part in parts], -1)
+
+
+def slot_dims(size: int, turning: int, chosen: list[int]) -> list[int]:
+    """Dims of some pairs of a full head, in the order in which a head of these pairs alone has them."""
+    places = as_slots(torch.arange(float(size)), turning)[chosen]
+    kinds = [places[[c < turning for c in chosen]], places[[c >= turning for c in chosen]]]
+    return [int(dim) for kind in kinds for part in (kind.real, kind.imag) for dim in part]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

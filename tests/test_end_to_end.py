@@ -14,7 +14,19 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import DEFAULT, LINEAR, LLAMA3, LONGROPE, MODELS, VOCABULARY, YARN, build_tokenizer, mlp_linears
+from tests.conftest import (
+    DEFAULT,
+    LINEAR,
+    LLAMA3,
+    LONGROPE,
+    MODELS,
+    VOCABULARY,
+    YARN,
+    build_tokenizer,
+    mlp_linears,
+    slot_dims,
+    turning_pairs,
+)
 
 LENGTH = 120  # tokens of the compared logits, beyond the longrope source's original context
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -59,7 +71,7 @@ def zeroed_reference(source: Path, work: Path) -> Any:
         if "pairs" in solution:
             size = attention.head_dim
             gone = torch.ones(size, dtype=torch.bool)
-            gone[solution["pairs"]] = gone[solution["pairs"] + size // 2] = False
+            gone[slot_dims(size, turning_pairs(model.config), solution["pairs"].tolist())] = False
             projectors = solution["value_map"] @ solution["output_map"]
             for module in (attention.q_proj, attention.k_proj):
                 for parameter in module.parameters():
@@ -79,8 +91,10 @@ def banded_reference(source: Path, work: Path) -> Any:
     """The full-size source with each slot in a pair of its own, turning as the manifest says, and the rest zero."""
     model = load(source)
     size, slots = model.config.head_dim, json.loads((work / "solution" / "manifest.json").read_text())["rope_slots"]
-    model.model.rotary_emb = Turning(model.model.rotary_emb, slots, LENGTH)
-    dims = [*range(len(slots)), *range(size // 2, size // 2 + len(slots))]
+    turning = turning_pairs(model.config)
+    turned = sum(slot < turning for slot in slots)
+    dims = slot_dims(size, turning, [*range(turned), *range(turning, turning + len(slots) - turned)])
+    model.model.rotary_emb = Turning(model.model.rotary_emb, slots[:turned], LENGTH)
     for index, layer in enumerate(model.model.layers):
         solution = load_file(work / "solution" / f"layer-{index:03d}.safetensors")
         attention, down = layer.self_attn, mlp_linears(layer)["down"]

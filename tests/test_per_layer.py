@@ -24,7 +24,7 @@ from a3cli.families.loaders import describe_loaders
 from a3cli.model import describe
 from a3cli.settings import ExportSettings, SolveSettings, TextSettings
 from a3cli.work import Json, Work, hash_file, write_manifest, write_tensors
-from tests.conftest import MODELS, VOCABULARY, build_model, build_tokenizer, mlp_linears
+from tests.conftest import MODELS, VOCABULARY, as_slots, build_model, build_tokenizer, mlp_linears
 
 LENGTH = 120  # beyond the longrope source's original context
 # Three layers: everything smaller, QK < OV; QK and MLP kept, OV < QK; only QK smaller.
@@ -181,15 +181,16 @@ class LiteralAttention(torch.nn.Module):
 
     def frequency(self, slot: float) -> float:
         low, share = int(slot), slot % 1
+        if slot >= len(self.inv_freq):  # passed through
+            return 0.0
         return self.inv_freq[low] if share == 0 else self.inv_freq[low] ** (1 - share) * self.inv_freq[low + 1] ** share
 
     def slots_of(self, x: torch.Tensor, name: str, kv_head: int) -> torch.Tensor:
         """`[T, 16]` → complex `[T, slots]`, not yet turned."""
         if "pairs" in self.solution:
-            pairs = self.solution["pairs"]
-            return torch.complex(x[:, pairs], x[:, pairs + 8])
+            return as_slots(x, len(self.inv_freq))[:, self.solution["pairs"]]
         mixed = x @ self.solution[f"{name}_map"][kv_head] if f"{name}_map" in self.solution else x
-        return torch.complex(*mixed.chunk(2, -1))
+        return as_slots(mixed, sum(slot < len(self.inv_freq) for slot in self.slots))
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return torch.stack([self.one(row) for row in hidden_states]), None

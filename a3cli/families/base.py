@@ -69,8 +69,10 @@ LLAMA_MODULES: dict[Role, str] = {
     "down": "mlp.down_proj",
 }
 
+UNGATED_MODULES: dict[Role, str] = {role: module for role, module in LLAMA_MODULES.items() if role != "gate"}
+
 STARCODER2_MODULES: dict[Role, str] = {
-    **{role: module for role, module in LLAMA_MODULES.items() if role != "gate"},
+    **UNGATED_MODULES,
     "up": "mlp.c_fc",
     "down": "mlp.c_proj",
 }
@@ -82,6 +84,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(
         STARCODER2_MODULES, per_layer_class="A3Starcoder2ForCausalLM", use_bias=True, norm_bias=True, tied=True
     ),
+    "nemotron": Family(UNGATED_MODULES, per_layer_class="A3NemotronForCausalLM", norm_bias=True, rotary_factor=0.5),
 }
 
 

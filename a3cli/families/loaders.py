@@ -24,7 +24,12 @@ def describe_loaders(config: dict[str, Any]) -> str:
             "stock transformers 4.57 and 5, and vLLM and llama.cpp where they load the source: only the MLP is smaller"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) == "longrope":
+    kind = rope.get("rope_type", rope.get("type"))
+    if config.get("model_type") == "nemotron":
+        if kind in (None, "default"):
+            return "stock transformers 4.57 and 5"
+        return "stock transformers 5; the Nemotron of 4.57 takes RoPE to be unscaled without a word"
+    if kind == "longrope":
         return "stock transformers 4.57 and 5, and vLLM; llama.cpp's converter drops longrope factors without a word"
     return "stock transformers 4.57 and 5, vLLM and llama.cpp"
 

@@ -1,8 +1,10 @@
-"""Llama, Mistral, Qwen2 and Starcoder2 whose layers differ in size: QK rank, OV rank, MLP width and RoPE slots.
+"""Llama, Mistral, Qwen2, Starcoder2 and Nemotron whose layers differ in size: QK and OV ranks, MLP width, RoPE slots.
 
 `per_layer_config` in config.json gives each layer `qk_head_dim`, `v_head_dim`, `intermediate_size` and `rope_slots`.
 Slot j of a layer, dims `(j, j + qk_head_dim/2)`, turns like pair `rope_slots[j]` of the full head; a fraction turns
-between two pairs, by geometric interpolation of their frequencies. `head_dim` stays that of the full head: it defines
+between two pairs, by geometric interpolation of their frequencies. Where RoPE turns only the first dims of a head
+(Nemotron), slots beyond its pairs don't turn: theirs are the last dims, and slot j of the s others has `(j, j + s)`.
+`head_dim` stays that of the full head: it defines
 the pairs and the softmax scale. Everything else is stock transformers, 4.57 or 5.
 """
 
@@ -30,6 +32,15 @@ from transformers.models.mistral.modeling_mistral import (
     MistralModel,
     MistralRMSNorm,
 )
+from transformers.models.nemotron.modeling_nemotron import (
+    NemotronAttention,
+    NemotronDecoderLayer,
+    NemotronForCausalLM,
+    NemotronLayerNorm1P,
+    NemotronModel,
+    NemotronRotaryEmbedding,
+)
+from transformers.models.nemotron.modeling_nemotron import apply_rotary_pos_emb as turn_first_dims
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Attention,
     Qwen2DecoderLayer,
@@ -69,14 +80,14 @@ def layer_config(config: Any, layer_idx: int) -> Any:
 
 
 class A3RotaryEmbedding(LlamaRotaryEmbedding):
-    """cos and sin `[B, T, S]` of every slot that some layer has; each layer picks its own (see `PerLayerAttention`).
+    """cos and sin `[B, T, S]` of every slot that turns in some layer; each picks its own (see `PerLayerAttention`).
 
     Frequencies come from the stock module, so every RoPE type works. A whole slot turns exactly like its pair.
     """
 
     def __init__(self, config: Any, slots: list[float]) -> None:
         super().__init__(config)
-        self.slots = slots
+        self.slots = slots = [slot for slot in slots if slot < len(self.inv_freq)]
         self.register_buffer("pair", torch.zeros(len(slots), dtype=torch.long), persistent=False)
         self.register_buffer("fraction", torch.zeros(len(slots), dtype=torch.float32), persistent=False)
         self.fill_buffers()
@@ -111,6 +122,8 @@ class PerLayerAttention:
     Fused kernels want one size, so for them the smaller is padded with zeros at the time of the call.
     """
 
+    rotate = staticmethod(apply_rotary_pos_emb)
+
     def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
         super().__init__(config, layer_idx)
         own = layer_config(config, layer_idx)
@@ -122,8 +135,8 @@ class PerLayerAttention:
         self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=self.o_proj.bias is not None)
         # Types whose layers differ in their window keep it in the layer.
         self.window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
-        self.places = [slots.index(slot) for slot in own.rope_slots] * 2  # both halves of the head
-        self.register_buffer("slot_index", torch.zeros(self.qk_head_dim, dtype=torch.long), persistent=False)
+        self.places = [slots.index(slot) for slot in own.rope_slots if slot in slots] * 2  # both halves of what turns
+        self.register_buffer("slot_index", torch.zeros(len(self.places), dtype=torch.long), persistent=False)
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
@@ -143,7 +156,7 @@ class PerLayerAttention:
         key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
         cos, sin = (table[..., self.slot_index] for table in position_embeddings)
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        query, key = self.rotate(query, key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
@@ -181,6 +194,7 @@ class PerLayerWeights:
         "A3MistralDecoderLayer",
         "A3Qwen2DecoderLayer",
         "A3Starcoder2DecoderLayer",
+        "A3NemotronDecoderLayer",
     )
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -195,6 +209,7 @@ class PerLayerModel(PerLayerWeights):
     layer_class: Any
     norm_class: Any
     norm_epsilon = "rms_norm_eps"  # in the config
+    rotary_class: Any = A3RotaryEmbedding
 
     def __init__(self, config: Any) -> None:
         PreTrainedModel.__init__(self, config)
@@ -203,9 +218,9 @@ class PerLayerModel(PerLayerWeights):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(self.layer_class(config, layer, slots) for layer in layers)
+        self.rotary_emb = self.rotary_class(config, slots)
+        self.layers = nn.ModuleList(self.layer_class(config, layer, self.rotary_emb.slots) for layer in layers)
         self.norm = self.norm_class(config.hidden_size, eps=getattr(config, self.norm_epsilon))
-        self.rotary_emb = A3RotaryEmbedding(config, slots)
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         self.post_init()
@@ -304,4 +319,38 @@ class A3Starcoder2ForCausalLM(PerLayerCausalLM, Starcoder2ForCausalLM):
     model_class = A3Starcoder2Model
 
 
-__all__ = ["A3LlamaForCausalLM", "A3MistralForCausalLM", "A3Qwen2ForCausalLM", "A3Starcoder2ForCausalLM"]
+class A3NemotronRotaryEmbedding(A3RotaryEmbedding):
+    if hasattr(NemotronRotaryEmbedding, "compute_default_rope_parameters"):  # 4.57 has one for Llama as well
+        compute_default_rope_parameters = staticmethod(NemotronRotaryEmbedding.compute_default_rope_parameters)
+
+
+class A3NemotronAttention(PerLayerAttention, NemotronAttention):
+    rotate = staticmethod(turn_first_dims)
+
+    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+        super().__init__(config, layer_idx, slots)
+        self.scaling = config.head_dim**-0.5  # 4.57 has it in its forward
+
+
+class A3NemotronDecoderLayer(NemotronDecoderLayer):
+    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+        super().__init__(layer_config(config, layer_idx), layer_idx)
+        self.self_attn = A3NemotronAttention(config, layer_idx, slots)
+
+
+class A3NemotronModel(PerLayerModel, NemotronModel):
+    layer_class, norm_class, norm_epsilon = A3NemotronDecoderLayer, NemotronLayerNorm1P, "norm_eps"
+    rotary_class = A3NemotronRotaryEmbedding
+
+
+class A3NemotronForCausalLM(PerLayerCausalLM, NemotronForCausalLM):
+    model_class = A3NemotronModel
+
+
+__all__ = [
+    "A3LlamaForCausalLM",
+    "A3MistralForCausalLM",
+    "A3NemotronForCausalLM",
+    "A3Qwen2ForCausalLM",
+    "A3Starcoder2ForCausalLM",
+]
