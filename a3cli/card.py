@@ -182,7 +182,12 @@ def describe_rope(shape: ModelShape, solution: Json) -> str:
         return "RoPE as in the source."
     if solution["shape"] == "per-layer":
         return "Each layer has its own RoPE slots (`rope_slots` in config.json)."
-    return f"RoPE has {len(solution['rope_slots'])} rotated pairs of {shape.head_dim // 2}."
+    slots, pairs, turning = solution["rope_slots"], shape.head_dim // 2, shape.turning_pairs
+    if turning is None:
+        return f"RoPE has {len(slots)} rotated pairs of {pairs}."
+    turned = sum(slot < turning for slot in slots)
+    still = f"{len(slots) - turned} of {pairs - turning}"
+    return f"RoPE has {turned} rotated pairs of {turning}, and passes the dims of {still} others through."
 
 
 def describe_context(solution: Json) -> str:

@@ -181,7 +181,8 @@ class Solution(Part):
     kv_bytes_per_token: Change
     prefill_flops_per_token: Flops
     rope_slots: list[Pair] | list[list[Pair]] | None = Field(
-        description="pair of the source that each slot turns like; null where heads keep their size"
+        description="pair of the source that each slot turns like, those of pairs that RoPE does not turn included; "
+        "null where heads keep their size"
     )
     context: Size
     predicted_loss: ByComponent

@@ -244,7 +244,7 @@ def test_queries_that_are_kept(length, kept):
     assert len(found) == kept
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-bias", "mistral-gqa", "qwen2-window", "starcoder2-window"])
+@pytest.mark.parametrize("name", ["llama-gqa-bias", "mistral-gqa", "qwen2-window", "starcoder2-window", "nemotron-gqa"])
 def test_samples_are_the_models_own(name, a3, checkpoint, text_file, tmp_path):
     """What q, k and v put out, rounded; and the keys that a query sees are those that it attends to."""
     from transformers import AutoModelForCausalLM
@@ -281,7 +281,7 @@ def test_merged_samples_are_of_all():
     assert [int((merged["sample_q"][:, 0, 0] == i).sum()) for i in range(2)] == [16, 16]
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa"])
+@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa"])
 def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tmp_path):
     """The first layer's attention, its queries and keys alone cut, in source and export, on what judges."""
     from transformers import AutoModelForCausalLM

@@ -175,7 +175,7 @@ def test_a_configuration_without_head_dim(name, options, a3, checkpoint, text_fi
     assert torch.equal(*(logits(model) for model in models))
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-longrope", "starcoder2-gqa"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-longrope", "starcoder2-gqa", "nemotron-gqa"])
 def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file, tmp_path):
     out = run_chain(
         a3, checkpoint(name), text_file, tmp_path, "--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8
@@ -189,7 +189,7 @@ def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file,
     assert texts[0].tolist() == texts[1].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn", "starcoder2-gqa"])
+@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn", "starcoder2-gqa", "nemotron-gqa"])
 def test_budget_zero_keeps_every_byte(name, a3, checkpoint, text_file, tmp_path):
     source = checkpoint(name)
     out = run_chain(a3, source, text_file, tmp_path, "--budget", 0)

@@ -1,8 +1,12 @@
 """Heads of which RoPE turns only some dims: real scores, and the theorem without RoPE for what is passed through."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
+from a3cli.card import describe_rope
+from a3cli.families import LayerSizes, ModelShape
 from a3cli.families.base import pair_dims, rotary_factor
 from a3cli.solvers.attention import AttentionProblem, SampledHead
 from a3cli.solvers.linalg import tail_sums
@@ -272,6 +276,14 @@ def test_attention_is_the_literal_one():
                 weights = (full / H**0.5).softmax(-1) - (mixed / H**0.5).softmax(-1)
                 loss += (weights @ values[block, : row + 1] @ output[i]).square().sum().item() / 6
     assert AttentionProblem(head).loss(*maps, SLOTS) == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_card_counts_what_turns():
+    shape = ModelShape(64, 2, 4, 2, 16, 96, passed_dims=12)
+    solution = {"sizes": [asdict(LayerSizes(8, 8, 96))] * 2, "shape": "stock", "rope_slots": [0.0, 2.0, 2.0, 2.0]}
+    assert (
+        describe_rope(shape, solution) == "RoPE has 1 rotated pairs of 2, and passes the dims of 3 of 6 others through"
+    )
 
 
 @pytest.mark.parametrize("head_dim", range(2, 258, 2))

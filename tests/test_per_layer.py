@@ -297,7 +297,7 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "name", ["llama-gqa-bias", "llama-longrope", "mistral-gqa", "qwen2-window", "starcoder2-window"]
+    "name", ["llama-gqa-bias", "llama-longrope", "mistral-gqa", "qwen2-window", "starcoder2-window", "nemotron-gqa"]
 )
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):
     model = load(random_export(name, tmp_path), attn_implementation=implementation)
@@ -452,6 +452,9 @@ def test_every_export_says_what_loads_it():
     assert describe_loaders({**qwen, "head_dim": 16}) == describe_loaders(qwen) == describe_loaders({})
     starcoder = {**qwen, "model_type": "starcoder2"}
     assert "the Starcoder2 of vLLM and of llama.cpp does not read" in describe_loaders({**starcoder, "head_dim": 12})
+    nemotron = {"model_type": "nemotron", "rope_parameters": {"rope_type": "default"}}
+    assert describe_loaders(nemotron) == "stock transformers 4.57 and 5"
+    assert "4.57" not in describe_loaders({**nemotron, **longrope}).split(";")[0]
     # What they make of a missing bias, a window or a scaled RoPE is a matter of the source.
     assert "where they load the source" in describe_loaders({**starcoder, "use_bias": False})
 

@@ -1,17 +1,20 @@
 """`a3 plan` against what calibrate, solve and export then do; from config.json alone, and at once."""
 
+import copy
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import NemotronConfig
 
 from a3cli import costs, sequential
 from a3cli.checkpoint import Checkpoint
-from a3cli.families import LayerSizes
+from a3cli.families import LayerSizes, read_shape
 from a3cli.methods import best
 from a3cli.model import describe
 from a3cli.plan import GREEDY_STEP, REFIT_ROUNDS, torch_build
@@ -86,6 +89,37 @@ def test_what_a_starcoder2_does_not_say(a3, config):
     untied = a3("plan", config(**{**STARCODER2_3B, "tie_word_embeddings": False}), "--json").json
     assert untied["parameters"]["before"] - found["parameters"]["before"] == 49152 * d
     assert "the Starcoder2 of vLLM" in found["loads_with"]
+
+
+@pytest.mark.parametrize("name", ["nemotron-gqa", "nemotron-mha-bias"])
+def test_a_head_that_turns_in_part(name, a3, checkpoint):
+    """Norms have biases; the shape is read of either spelling."""
+    found = a3("plan", checkpoint(name), "--head-multiple", 2, "--mlp-multiple", 8, "--seq-len", 64, "--json").json
+    assert found["parameters"]["before"] == Checkpoint(checkpoint(name)).parameters()
+    assert "transformers" in found["loads_with"]
+
+
+@pytest.mark.parametrize(
+    ("said", "passed"),
+    [
+        ({}, 8),
+        ({"partial_rotary_factor": 0.25}, 12),
+        ({"partial_rotary_factor": 1.0}, 0),
+        ({"partial_rotary_factor": 0.25, "rope_parameters": {"partial_rotary_factor": 0.75}}, 4),
+    ],
+)
+def test_how_much_of_a_head_turns(said, passed):
+    """As transformers reads it."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 1}
+    theirs = NemotronConfig(**sizes, **copy.deepcopy(said))
+    plain = SimpleNamespace(**sizes, model_type="nemotron", **said)
+    assert read_shape(plain).passed_dims == read_shape(theirs).passed_dims == passed
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.5, -0.5, float("nan"), "half"])
+def test_what_is_no_number_of_pairs_is_refused(factor, a3, config):
+    sizes = {"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": factor}}
+    refused(a3("plan", config(model_type="nemotron", **sizes)), "partial_rotary_factor", "head_dim 16")
 
 
 def test_in_two_seconds_and_without_torch(config):

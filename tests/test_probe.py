@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from a3cli import probe as module
 from a3cli.probe import interpolate, plan_probes, weigh_curve
 from a3cli.solvers.qk import keep_pairs, score_pairs
-from tests.conftest import mlp_linears
+from tests.conftest import as_slots, mlp_linears, turning_pairs
 from tests.test_bad_input import flip
 
 ROUNDING = ("--head-multiple", 4, "--mlp-multiple", 16)
@@ -52,16 +52,20 @@ def zero_channels(model: Any, layer: int, statistics: dict[str, torch.Tensor], w
 def zero_pairs(model: Any, layer: int, statistics: dict[str, torch.Tensor], rank: int) -> None:
     q_gram, k_gram = statistics["q_gram"], statistics["k_gram"]
     size = q_gram.shape[-1]
-    pairs = keep_pairs(score_pairs(q_gram, k_gram).sum(0), rank // 2)
+    turning = turning_pairs(model.config)
+    dims = torch.view_as_real(as_slots(torch.arange(float(size)), turning)).long().mT.flatten()
+    pairs = keep_pairs(score_pairs(q_gram[:, dims][..., dims], k_gram[:, dims][..., dims]).sum(0), rank // 2)
     dropped = torch.ones(size, dtype=torch.bool)
-    dropped[torch.cat([pairs, pairs + size // 2])] = False
+    dropped[dims[torch.cat([pairs, pairs + size // 2])]] = False
     key = model.model.layers[layer].self_attn.k_proj
     for part in (key.weight, key.bias):
         if part is not None:
             part.view(-1, size, *part.shape[1:])[:, dropped] = 0
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-tied", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "llama-gqa-tied", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa"]
+)
 def test_probes_equal_the_zeroed_stock_model(a3, calibrated, name):
     source, work = calibrated(name)
     options = ("--budget", 0.2, "--method", "paper", "--shape", "per-layer", "--batch-size", 2)

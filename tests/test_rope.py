@@ -1,16 +1,21 @@
 """The written RoPE configuration gives each kept slot its source frequency, as stock transformers computes it."""
 
+import copy
+
 import numpy
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, NemotronConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
 
 from a3cli.errors import A3Error
 from a3cli.families.rope import affine_parameters, evenly_spaced, kept_rope_config, read_rope
 from tests.conftest import DEFAULT, LINEAR, LLAMA3, LONGROPE, YARN
 
 AFFINE = [[0, 1, 2], [0, 2, 4, 6], [1, 3, 5], [5, 6, 7], [4], [0, 3]]
+# Without the factor by which longrope scales attention.
+PLAIN_LONGROPE = LONGROPE | {"attention_factor": 1.0}
 SCATTERED = [[0, 1, 3], [1, 2, 6, 7], [0, 1, 2, 4, 7]]
 
 
@@ -22,6 +27,23 @@ def config(rope: dict, head_dim: int = 16) -> LlamaConfig:
         max_position_embeddings=256,
         rope_parameters=dict(rope),
     )
+
+
+def half(rope: dict, *, factor: float = 0.5, head_dim: int = 32) -> NemotronConfig:
+    """Of a head of 32 dims, 8 pairs turn and 8 are passed through."""
+    return NemotronConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=256,
+        rope_parameters={**rope, "partial_rotary_factor": factor},
+    )
+
+
+def partial_tables(written: NemotronConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = NemotronRotaryEmbedding(written)(torch.zeros(1, dtype=torch.float64), torch.arange(length)[None])
+    turning = cos.shape[-1] // 2
+    return cos[0, :, :turning], sin[0, :, :turning]
 
 
 def tables(written: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +68,43 @@ def test_kept_pairs_turn_as_in_the_source(rope, pairs, length):
         for ours, theirs in zip(tables(written, length), tables(source, length), strict=True):
             # float32 frequencies: an error of 1e-7 a radian, times the position
             torch.testing.assert_close(ours, theirs[:, pairs], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("length", [40, 200])
+@pytest.mark.parametrize("still", [0, 1, 4])
+@pytest.mark.parametrize("pairs", [[], *AFFINE, *SCATTERED], ids=str)
+@pytest.mark.parametrize("rope", [DEFAULT, LINEAR, LLAMA3, PLAIN_LONGROPE], ids=lambda rope: rope["rope_type"])
+def test_kept_pairs_of_heads_that_turn_in_part(rope, pairs, still, length):
+    """Stock Nemotron turns as many dims as there are slots that turn, and these as in the source."""
+    if not pairs and not still:
+        return
+    source = half(rope)
+    entries = kept_rope_config(read_rope(source), [*pairs, *[8.0] * still])
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 2 * (len(pairs) + still)}
+    assert entries["partial_rotary_factor"] == entries["rope_parameters"]["partial_rotary_factor"]
+    for spelling in (("rope_parameters",), ("rope_scaling", "rope_theta", "partial_rotary_factor")):
+        said = copy.deepcopy({key: entries[key] for key in spelling})
+        written = NemotronConfig(**sizes, max_position_embeddings=256, **said)
+        for ours, theirs in zip(partial_tables(written, length), partial_tables(source, length), strict=True):
+            assert ours.shape[1] == len(pairs)
+            torch.testing.assert_close(ours, theirs[:, pairs], rtol=0, atol=2e-4)
+
+
+def test_evenly_spaced_slots_of_heads_that_turn_in_part_begin_with_pair_0():
+    """So that they need no scaling, of which the Nemotron of 4.57 knows nothing."""
+    rope = read_rope(half(DEFAULT))
+    lines = evenly_spaced(rope, [1.0, 2.0, 4.5, 8.0, 8.0])
+    assert len(lines) == 2
+    for line in lines:
+        assert (line[0], line[3:]) == (0, [8.0, 8.0])
+        assert kept_rope_config(rope, line)["rope_scaling"] is None
+    assert lines[-1][2] == pytest.approx(7)
+
+
+def test_scaled_attention_is_refused_where_part_of_a_head_is_passed_through():
+    with pytest.raises(A3Error, match="partial_rotary_factor"):
+        read_rope(half(YARN))
+    assert read_rope(half(YARN, factor=1.0, head_dim=16)).attention_factor > 1
 
 
 @pytest.mark.parametrize("pairs", AFFINE, ids=str)

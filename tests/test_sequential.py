@@ -73,7 +73,9 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
 
 
 @pytest.mark.parametrize("shape", ["stock", "per-layer"])
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "llama-longrope", "starcoder2-gqa"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "llama-longrope", "starcoder2-gqa", "nemotron-gqa"]
+)
 def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):
     source = checkpoint(name)
     outs = chain(a3, source, text_file, tmp_path, *OPTIONS, "--shape", shape)
@@ -101,7 +103,9 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
     assert drift["corrected"] < drift["one-shot"]
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa", "starcoder2-window"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa", "starcoder2-window", "nemotron-gqa"]
+)
 def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
     """What the first layer's MLP misses of its target falls when gate and up may move."""
     source, missed = checkpoint(name), {}

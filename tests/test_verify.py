@@ -139,6 +139,12 @@ def test_a_per_layer_export_runs_only_the_code_that_a3_ships(a3, checkpoint, tex
     assert not ran.exists()
 
 
+def test_heads_that_turn_in_part_are_checked_too(a3, checkpoint, text_file, tmp_path):
+    out = make_export(a3, checkpoint("nemotron-gqa"), text_file, tmp_path, "--shape", "per-layer")
+    command = ("verify", out, "--work", tmp_path / "work", "--trust-remote-code", "--json")
+    assert outcomes(a3(*command).json) == dict.fromkeys(CHECKS, "passed")
+
+
 def test_the_checking_process_knows_nothing_of_a3():
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); print([m for m in sys.modules if m.startswith('a3cli')])"
     printed = subprocess.check_output([sys.executable, "-I", "-c", code, checker.__file__], text=True)
@@ -416,6 +422,8 @@ def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         ("llama-gqa-tied", "paper", torch.float32),
         ("starcoder2-gqa", "best", torch.float32),
         ("starcoder2-window", "paper", torch.bfloat16),
+        ("nemotron-gqa", "best", torch.float32),
+        ("nemotron-mha-bias", "paper", torch.bfloat16),
     ],
 )
 def test_reference_agrees_within_rounding_and_notices_more(name, method, dtype, a3, checkpoint, text_file, tmp_path):

@@ -26,9 +26,8 @@ def describe_loaders(config: dict[str, Any]) -> str:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type"))
     if config.get("model_type") == "nemotron":
-        if kind in (None, "default"):
-            return "stock transformers 4.57 and 5"
-        return "stock transformers 5; the Nemotron of 4.57 takes RoPE to be unscaled without a word"
+        scaled = kind not in (None, "default")
+        return f"stock transformers {'5; that of 4.57 leaves RoPE unscaled without a word' if scaled else '4.57 and 5'}"
     if kind == "longrope":
         return "stock transformers 4.57 and 5, and vLLM; llama.cpp's converter drops longrope factors without a word"
     return "stock transformers 4.57 and 5, vLLM and llama.cpp"
