@@ -8,18 +8,19 @@ pytestmark = pytest.mark.shared
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "rounding", "most"),
+    ("name", "text", "rounding", "perplexity", "kl"),
     [
-        ("wikitext-llama", "wikitext2/train.txt", ("--mlp-multiple", 16), 1.25),
-        ("stories260k", "tinystories.txt", ("--head-multiple", 2, "--mlp-multiple", 4), 1.5),
+        ("wikitext-llama", "wikitext2/train.txt", ("--mlp-multiple", 16), 1.01, 0.005),
+        ("stories260k", "tinystories.txt", ("--head-multiple", 2, "--mlp-multiple", 4), 1.3, 0.25),
     ],
 )
-def test_a_tenth_less_costs_little(name, text, rounding, most, a3, tmp_path):
+def test_a_tenth_less_costs_little(name, text, rounding, perplexity, kl, a3, tmp_path):
+    """Far less than by the paper's method: 1.016 times the perplexity and 0.020 nats, 1.41 times and 0.34 nats."""
     model, work = SHARED / "models" / name, ("--work", tmp_path / "work")
     data = ("--dataset", SHARED / "data" / text, "--seq-len", 512, "--batch-size", 8)
     assert a3("calibrate", model, *data, "--samples", 12, *work).code == 0
     assert a3("solve", "--budget", 0.1, *rounding, *work).code == 0
     assert a3("export", tmp_path / "out", *work).code == 0
     result = a3("eval", tmp_path / "out", "--against", model, *data, "--samples", 16, "--json").json
-    assert result["perplexity"] < most * result["source_perplexity"]
-    assert result["kl"] < 0.4
+    assert result["perplexity"] < perplexity * result["source_perplexity"]
+    assert result["kl"] < kl
