@@ -281,9 +281,8 @@ def test_attention_is_the_literal_one():
 def test_the_card_counts_what_turns():
     shape = ModelShape(64, 2, 4, 2, 16, 96, passed_dims=12)
     solution = {"sizes": [asdict(LayerSizes(8, 8, 96))] * 2, "shape": "stock", "rope_slots": [0.0, 2.0, 2.0, 2.0]}
-    assert (
-        describe_rope(shape, solution) == "RoPE has 1 rotated pairs of 2, and passes the dims of 3 of 6 others through"
-    )
+    said = "RoPE has 1 rotated pairs of 2, and passes the dims of 3 of 6 others through."
+    assert describe_rope(shape, solution) == said
 
 
 @pytest.mark.parametrize("head_dim", range(2, 258, 2))
