@@ -2,7 +2,8 @@
 
 Several processes come from `accelerate launch -m a3cli …`, on one node or several, or from `--num-processes N`, which
 starts them on this machine. Between meetings each works alone. An error in one is an error in all, raised where they
-meet next; the main process alone speaks. Importing this is cheap, so that the command line can ask who it is.
+meet next; the main process alone speaks, of errors the first one on each machine. Importing this is cheap, so that
+the command line can ask who it is.
 """
 
 import logging
@@ -49,11 +50,14 @@ def ended_by_launcher() -> bool:
 
 
 def hand_over(message: str) -> bool:
-    """Leave an error's line to whoever speaks for this process; False if that is the process itself."""
+    """Leave an error's line to whoever speaks for this process; False if that is the process itself.
+
+    On each machine the first one speaks: what is wrong may be wrong there alone.
+    """
     if launched() and (folder := os.environ.get(ERROR_FOLDER)):
         (Path(folder) / os.environ["RANK"]).write_text(message, "utf-8")
         return True
-    return not is_main()
+    return launched() and os.environ.get("LOCAL_RANK", os.environ["RANK"]) != "0"
 
 
 class Processes:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from a3cli.errors import A3Error
 from a3cli.interrupt import stopping
-from a3cli.processes import ELASTIC_HANDLES, ERROR_FOLDER, Processes, launch, raise_first
+from a3cli.processes import ELASTIC_HANDLES, ERROR_FOLDER, Processes, hand_over, launch, raise_first
 from tests.conftest import refused
 from tests.test_calibrate import calibration_files
 
@@ -390,6 +390,14 @@ def test_a_bug_keeps_its_exit_code(codes, said, tmp_path):
     with pytest.raises(SystemExit) as stop:
         raise_first(codes, tmp_path)
     assert stop.value.code == 1
+
+
+@pytest.mark.parametrize(("rank", "local", "speaks"), [(0, 0, True), (1, 1, False), (8, 0, True), (9, 1, False)])
+def test_on_each_machine_one_process_speaks(rank, local, speaks, monkeypatch):
+    """Under a launcher that is not ours: two machines, of eight processes each."""
+    for name, value in {"WORLD_SIZE": 16, "RANK": rank, "LOCAL_RANK": local}.items():
+        monkeypatch.setenv(name, str(value))
+    assert hand_over("no text") != speaks
 
 
 def test_launching_leaves_signals_as_they_were(monkeypatch):
