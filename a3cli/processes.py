@@ -139,11 +139,8 @@ class Processes:
         except (A3Error, OSError, OutOfMemoryError) as error:
             problem = error
         first = next((each for each in self.gather(problem) if each is not None), None)
-        try:
-            if first is not None:
-                raise first
-        finally:  # they hold the frames that they went through, this one too, and all that filled the memory there
-            del problem, first
+        if first is not None:
+            raise first
 
     def from_main(self, work: Callable[[], T]) -> T:
         """What the main process returns from `work`, in all processes. The others wait."""

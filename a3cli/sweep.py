@@ -6,6 +6,7 @@ model's own `forward` says what each layer is called with (masks, position embed
 of the work folder or in CPU memory (`hidden.py`). Several processes take a share of the blocks each.
 """
 
+import gc
 import inspect
 import logging
 from collections import deque
@@ -314,7 +315,7 @@ class Sweep:
             except torch.OutOfMemoryError as error:
                 moments = None  # also where another process ran out, and this one did not
                 self._halve(error)
-            if moments is None:  # out of the handler: the error holds what filled the memory
+            if moments is None:  # out of the handler, which holds the error
                 index, arguments = self._start_fitting(first_layer)
             else:
                 self._finish(stage, moments)
@@ -324,6 +325,7 @@ class Sweep:
     def _start_fitting(self, layer: int) -> tuple[int, dict[int, list[Arguments]]]:
         """`_start` with a batch for which there is memory."""
         while True:
+            gc.collect()  # an error and the frames that it came through, with what filled the memory, hold one another
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             try:

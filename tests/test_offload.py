@@ -1,6 +1,8 @@
 """Where things lie while a sweep runs: hidden states, weights ahead of time, several devices, batches that fit."""
 
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -239,6 +241,26 @@ def test_batches_are_halved_until_they_fit(where, a3, command, whole, tmp_path, 
     ]
     assert outcome.json["made_with"] == [{"processes": 1, "batch_size": 1}] * LAYERS
     assert_close([whole, tmp_path / "auto"])
+
+
+def test_what_filled_the_memory_is_free_for_the_next_attempt(a3, command, tmp_path, monkeypatch):
+    """Without waiting for the garbage collector, whatever it is that holds the error."""
+    plain, failed = sweep.run_layer, []
+
+    def run_layer(layer, batch, arguments):
+        assert not any(there() is not None for there in failed)
+        if len(batch) > 1:
+            failed.append(weakref.ref(batch))
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+        return plain(layer, batch, arguments)
+
+    monkeypatch.setattr(sweep, "run_layer", run_layer)
+    gc.disable()
+    try:
+        assert a3(*command[:-1], "--batch-size", "auto", "--work", tmp_path / "auto").code == 0
+    finally:
+        gc.enable()
+    assert len(failed) == 2
 
 
 def test_a_batch_that_cannot_even_be_embedded_is_halved(a3, command, whole, tmp_path, monkeypatch):

@@ -1,10 +1,8 @@
 """Several processes: the same statistics, one error for all, nothing lost when one is killed."""
 
-import gc
 import json
 import multiprocessing
 import os
-import pickle
 import re
 import resource
 import signal
@@ -12,9 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -435,28 +431,6 @@ def short_of_memory(rank: int, victim: int) -> None:
         return plain(layer, batch, arguments)
 
     sweep.run_layer = run_layer
-
-
-def test_what_filled_the_memory_is_free_once_its_error_has_been_handled(monkeypatch):
-    """Without waiting for the garbage collector: the next attempt needs the room."""
-    processes = Processes()
-    processes.count = 2
-    monkeypatch.setattr(processes, "gather", lambda error: [pickle.loads(pickle.dumps(error)), None])
-    there = []
-
-    def fill() -> None:
-        activations = torch.zeros(1)
-        there.append(weakref.ref(activations))
-        with processes.together():
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    gc.disable()
-    try:
-        with suppress(torch.OutOfMemoryError):
-            fill()
-        assert there[0]() is None
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("options", [("--device", "gpu"), ("--devices", "gpu,gpu")])
