@@ -183,7 +183,7 @@ def describe_rope(shape: ModelShape, solution: Json) -> str:
     if solution["shape"] == "per-layer":
         return "Each layer has its own RoPE slots (`rope_slots` in config.json)."
     slots, pairs, turning = solution["rope_slots"], shape.head_dim // 2, shape.turning_pairs
-    if turning is None:
+    if turning == pairs:
         return f"RoPE has {len(slots)} rotated pairs of {pairs}."
     turned = sum(slot < turning for slot in slots)
     still = f"{len(slots) - turned} of {pairs - turning}"

@@ -119,8 +119,7 @@ def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, s
 
 def kept_dims(pairs: torch.Tensor, shape: ModelShape) -> torch.Tensor:
     """Of a head that keeps these pairs `[r/2]`, ascending: the source's dims `[r]` in its own order."""
-    full = shape.head_dim // 2
-    turning = full if shape.turning_pairs is None else shape.turning_pairs
+    full, turning = shape.head_dim // 2, shape.turning_pairs
     sources = torch.tensor(pair_dims(full, turning))[torch.cat([pairs, pairs + full])]
     kept = torch.empty_like(sources)
     kept[pair_dims(len(pairs), int((pairs < turning).sum()))] = sources

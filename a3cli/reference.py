@@ -92,7 +92,6 @@ class FullSizeReference(Decoder):
     def _place_slots(self, value: torch.Tensor, layer: int, role: Role, solution: Tensors) -> torch.Tensor:
         """Rows of q or k, `[n·h, …]`: pairs where they are, or slot j in pair j."""
         half, turning = self.shape.head_dim // 2, self.shape.turning_pairs
-        turning = half if turning is None else turning
         if "pairs" in solution:
             every = pair_dims(half, turning)
             dims = [every[pair + second] for second in (0, half) for pair in solution["pairs"].tolist()]

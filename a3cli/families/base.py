@@ -143,9 +143,9 @@ class ModelShape:
         return (*self.mlp_inputs, "down")
 
     @property
-    def turning_pairs(self) -> int | None:
-        """How many pairs RoPE turns; None if all."""
-        return (self.head_dim - self.passed_dims) // 2 if self.passed_dims else None
+    def turning_pairs(self) -> int:
+        """How many pairs RoPE turns."""
+        return (self.head_dim - self.passed_dims) // 2
 
     @property
     def group(self) -> int:
@@ -228,12 +228,11 @@ def rotary_factor(turned: int, head_dim: int) -> float:
     return factor if int(head_dim * factor) == turned else math.nextafter(factor, 1.0)
 
 
-def pair_dims(pairs: int, turning: int | None = None) -> list[int]:
+def pair_dims(pairs: int, turning: int) -> list[int]:
     """Dims of a head of so many pairs: the first of every pair, then the second of every pair.
 
     Where RoPE turns only `turning` pairs, theirs are the first dims; what is passed through is paired likewise.
     """
-    turning = pairs if turning is None else turning
     still, behind = pairs - turning, 2 * turning
     first = [*range(turning), *range(behind, behind + still)]
     return [*first, *range(turning, behind), *range(behind + still, 2 * pairs)]

@@ -100,7 +100,7 @@ def sampled_head(inputs: LayerInputs, rope: Rope, samples: Tensors, kv_head: int
         pairs=rope.short if length <= rope.original_context else rope.long,
         scale=rope.attention_factor**2 * inputs.shape.head_dim**-0.5,
         output_gram=inputs.output_gram[group].to(device, torch.float32),
-        turning=inputs.shape.turning_pairs,
+        turning=inputs.shape.turning_pairs if inputs.shape.passed_dims else None,
     )
 
 
