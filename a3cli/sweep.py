@@ -316,6 +316,7 @@ class Sweep:
                 moments = None  # also where another process ran out, and this one did not
                 self._halve(error)
             if moments is None:  # out of the handler, which holds the error
+                collect_garbage()
                 index, arguments = self._start_fitting(first_layer)
             else:
                 self._finish(stage, moments)
@@ -325,13 +326,11 @@ class Sweep:
     def _start_fitting(self, layer: int) -> tuple[int, dict[int, list[Arguments]]]:
         """`_start` with a batch for which there is memory."""
         while True:
-            gc.collect()  # an error and the frames that it came through, with what filled the memory, hold one another
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             try:
                 return self._start(layer)
             except torch.OutOfMemoryError as error:
                 self._halve(error)
+            collect_garbage()
 
     def _start(self, layer: int) -> tuple[int, dict[int, list[Arguments]]]:
         """The last layer up to `layer` whose input is there, made if need be, and all arguments by batch size."""
@@ -410,6 +409,13 @@ class Sweep:
             ) from error
         self.batch_size //= 2
         log.info("out of memory: going on with %d blocks a batch", self.batch_size)
+
+
+def collect_garbage() -> None:
+    """After an error for want of memory: it and the frames that it came through hold one another, and their tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
+from a3cli.methods.attention import Effort
 from a3cli.work import hash_file, read_json, write_manifest
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -33,6 +34,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARY = 260
 CONTEXT = 256
+TEXT = 30_000  # characters, about as many tokens
 SHORT = ("--samples", 3, "--seq-len", 32)
 SOLVE = ("solve", "--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2)
 
@@ -177,10 +179,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our own source as calibration text."""
+    """Some of our own source as calibration text."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     sources = sorted((Path(__file__).resolve().parents[1] / "a3cli").rglob("*.py"))
-    path.write_text("\n".join(source.read_text("utf-8") for source in sources), "utf-8")
+    path.write_text("\n".join(source.read_text("utf-8") for source in sources)[:TEXT], "utf-8")
     return path
 
 
@@ -213,23 +215,44 @@ class Outcome:
         return json.loads(self.stdout)
 
 
+@pytest.fixture(scope="session")
+def command_line() -> Any:
+    """The parser, which a process of its own builds once."""
+    import typer
+
+    from a3cli.cli import app
+
+    return typer.main.get_command(app)
+
+
 @pytest.fixture
-def a3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def a3(
+    command_line: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
     """Run the real command line in this process: arguments in, exit code and output back."""
-    from a3cli.cli import main
+    from a3cli import cli
+
+    monkeypatch.setattr(cli, "app", command_line)
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr("sys.argv", ["a3", *map(str, arguments)])
         capsys.readouterr()
         code = 0
         try:
-            main()
+            cli.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps of refining query and key maps, for tests of what holds after any number of them."""
+    monkeypatch.setattr("a3cli.methods.best.QUICK", Effort(iterations=2, few=True))
+    monkeypatch.setattr("a3cli.methods.best.THOROUGH", Effort(iterations=4))
 
 
 def refused(outcome, *words: str) -> None:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import SHORT, SOLVE, Outcome, build_tokenizer, refused, snapshot
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:

@@ -10,10 +10,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import typer
 import yaml
 
-from a3cli.cli import app
 from a3cli.errors import A3Error, CheckFailed, Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,8 +67,7 @@ def test_the_shell_example_runs_as_it_stands(environment, tmp_path):
     assert "\x1b" not in done.stdout
 
 
-def test_every_command_of_the_page_exists_with_its_options():
-    group = typer.main.get_command(app)
+def test_every_command_of_the_page_exists_with_its_options(command_line):
     workflow = yaml.safe_load(block("yaml"))
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     shell = block("sh").replace("\\\n", " ").splitlines()
@@ -79,7 +76,7 @@ def test_every_command_of_the_page_exists_with_its_options():
     assert {words[1] for words in used} == {"calibrate", "solve", "export", "verify", "eval"}
     assert len(used) == 10
     for _, command, *words in used:
-        known = {option for parameter in group.commands[command].params for option in parameter.opts}
+        known = {option for parameter in command_line.commands[command].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known
 
 

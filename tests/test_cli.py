@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("calibrate", "solve", "pareto", "export", "eval")
 COMMANDS = (*STAGES, "verify", "plan", "run", "stats merge", "inspect", "report")
@@ -23,12 +25,8 @@ def test_help_and_version_import_nothing_heavy():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_has_help(command, a3):
-    import typer
-
-    from a3cli.cli import app
-
-    commands = commands_of(typer.main.get_command(app))
+def test_every_option_has_help(command, a3, command_line):
+    commands = commands_of(command_line)
     assert set(commands) == set(COMMANDS)
     for parameter in commands[command].params:
         if parameter.name != "help":
@@ -55,13 +53,9 @@ def test_unknown_option_is_exit_code_two(a3):
     assert a3("solve", "--no-such-option").code == 2
 
 
-def test_readme_uses_only_options_that_exist(a3):
+def test_readme_uses_only_options_that_exist(command_line):
     """Every `a3 …` line of README and docs parses: its command exists and knows its options."""
-    import typer
-
-    from a3cli.cli import app
-
-    commands = commands_of(typer.main.get_command(app))
+    commands = commands_of(command_line)
     text = "\n".join(path.read_text("utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
     lines = re.findall(r"^\$? ?a3 (.+)$", text, re.M)
     used = {line: next((c for c in COMMANDS if f"{line} ".startswith(f"{c} ")), None) for line in lines}

@@ -13,6 +13,8 @@ from a3cli.solvers.linalg import effective_rank
 from a3cli.tokens import NGRAM, describe_blocks
 from tests.conftest import SHORT, SOLVE, put_in_statistics, refused
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 def test_a_calibration_under_way(a3, checkpoint, text_file, tmp_path, monkeypatch):
     from a3cli import display

@@ -26,6 +26,8 @@ from a3cli.methods.best import Best
 from a3cli.work import versions
 from tests.conftest import refused
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 TEXT = ("--samples", 4, "--seq-len", 40)
 SIZES = ("--head-multiple", 2, "--mlp-multiple", 8)
 

@@ -21,6 +21,8 @@ from a3cli.settings import CalibrateSettings, ExportSettings, SolveSettings, Tex
 from tests.conftest import refused, snapshot
 from tests.test_report import EVALUATION
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 SCHEMA = Path(__file__).resolve().parents[1] / "docs" / SCHEMA_ID
 VALIDATOR = Draft202012Validator(json.loads(SCHEMA.read_text("utf-8")))
 

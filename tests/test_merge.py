@@ -13,6 +13,8 @@ from a3cli.samples import NAMES
 from tests.conftest import reseal
 from tests.test_bad_input import refused, snapshot
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 SHORT = ("--samples", 6, "--seq-len", 40, "--batch-size", 2)
 
 

@@ -20,6 +20,8 @@ from tests.test_bad_input import refused
 from tests.test_calibrate import calibration_files
 from tests.test_processes import assert_close
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 TEXT = ("--samples", 6, "--seq-len", 40, "--batch-size", 4)
 LAYERS = 5
 

@@ -5,6 +5,8 @@ import shutil
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 @pytest.fixture
 def work(a3, checkpoint, text_file, tmp_path):

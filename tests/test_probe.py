@@ -17,6 +17,8 @@ from a3cli.solvers.qk import keep_pairs, score_pairs
 from tests.conftest import as_slots, mlp_linears, turning_pairs
 from tests.test_bad_input import flip
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 ROUNDING = ("--head-multiple", 4, "--mlp-multiple", 16)
 PROBE = ("--sensitivity", "probe", "--probe-blocks", 3, "--probe-points", 2)
 

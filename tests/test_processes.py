@@ -25,6 +25,8 @@ from a3cli.processes import ELASTIC_HANDLES, ERROR_FOLDER, Processes, hand_over,
 from tests.conftest import refused
 from tests.test_calibrate import calibration_files
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 TEXT = ("--samples", 5, "--seq-len", 48, "--batch-size", 2, "--quiet")
 # Processes that have imported everything once are forked from: each then starts at once, without our threads.
 CONTEXT = multiprocessing.get_context("forkserver")

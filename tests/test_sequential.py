@@ -16,6 +16,8 @@ from a3cli.model import describe
 from a3cli.sequential import DRIFT, RIDGE
 from tests.conftest import mlp_linears
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 OPTIONS = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
 
 

@@ -33,6 +33,8 @@ from a3cli.verify import (
 from a3cli.work import Work, hash_file, write_manifest
 from tests.conftest import MODELS
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 SIZES = ("--attention-budget", 0.3, "--mlp-budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
 CHECKS = ["config", *checker.CHECKS, "reference"]
 CPU = Machine(torch.device("cpu"), torch.float32)

@@ -16,6 +16,8 @@ import yaml
 
 from tests.conftest import SHORT, SOLVE, build_tokenizer, refused, snapshot
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 def truncate(path: Path, other: Path) -> None:
     os.truncate(path, path.stat().st_size * 2 // 3)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import build_tokenizer, put_in_statistics, refused
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 ROUNDING = ("--head-multiple", 2, "--mlp-multiple", 8)
 
 
