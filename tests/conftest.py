@@ -34,7 +34,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARY = 260
 CONTEXT = 256
-TEXT = 30_000  # characters, about as many tokens
+TEXT_LENGTH = 30_000  # characters, about as many tokens
 SHORT = ("--samples", 3, "--seq-len", 32)
 SOLVE = ("solve", "--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2)
 
@@ -182,7 +182,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some of our own source as calibration text."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     sources = sorted((Path(__file__).resolve().parents[1] / "a3cli").rglob("*.py"))
-    path.write_text("\n".join(source.read_text("utf-8") for source in sources)[:TEXT], "utf-8")
+    path.write_text("\n".join(source.read_text("utf-8") for source in sources)[:TEXT_LENGTH], "utf-8")
     return path
 
 

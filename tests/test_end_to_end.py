@@ -461,8 +461,8 @@ ROPES = (DEFAULT, LINEAR, LLAMA3, YARN, YARN_BY_CONTEXT, LONGROPE, LONGROPE_BY_C
 @pytest.mark.parametrize("shape", ["stock", "per-layer"])
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: f"{rope['rope_type']}-{len(rope)}")
 def test_a_lower_context_changes_nothing_within_it(rope, shape, a3, checkpoint, text_file, tmp_path):
-    source, nothing = checkpoint("llama-gqa", rope_parameters=rope), ("--method", "paper", "--budget", 0)
-    out = run_chain(a3, source, text_file, tmp_path, *nothing, "--shape", shape, "--context", 128)
+    source = checkpoint("llama-gqa", rope_parameters=rope)
+    out = run_chain(a3, source, text_file, tmp_path, "--budget", 0, "--shape", shape, "--context", 128)
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
     torch.testing.assert_close(logits(load(out, trust_remote_code=True)), logits(load(source)), rtol=1e-4, atol=1e-4)
 

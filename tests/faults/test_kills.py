@@ -34,7 +34,7 @@ class Step:
 
 @pytest.fixture(scope="module")
 def road(checkpoint, text_file, tmp_path_factory) -> dict[str, Step]:
-    source = checkpoint("llama-gqa", num_hidden_layers=3, intermediate_size=160, max_shard_size="200KB")
+    source = checkpoint("llama-gqa", num_hidden_layers=4, intermediate_size=160, max_shard_size="200KB")
     commands = {
         "calibrate": ("calibrate", source, "--dataset", text_file, *TEXT, "--work", "work", "--quiet"),
         "solve": (*SOLVE, "--work", "work", "--quiet"),
