@@ -197,7 +197,7 @@ class Calibration:
                 "use --overwrite to begin anew"
             )
         self.done = {key: value for key, value in sealed.items() if key != "sha256"}
-        check_hash(self.work.tokens, self.done["tokens_sha256"], "use --overwrite")
+        check_hash(self.work.tokens, self.done["tokens_hash"], "use --overwrite")
         for layer, expected in enumerate(self.done["layers"]):
             check_hash(self.work.statistics(layer), expected, "use --overwrite")
         blocks = load_file(self.work.tokens)["tokens"]
@@ -233,7 +233,7 @@ class Calibration:
         clear(self.work)
         self.work.calibration.mkdir(exist_ok=True)
         write_tensors(self.work.tokens, {"tokens": blocks})
-        self.done["tokens_sha256"] = hash_file(self.work.tokens)
+        self.done["tokens_hash"] = hash_file(self.work.tokens)
         write_manifest(self.work.calibration_progress, self.done)
 
     def _states(self, blocks: torch.Tensor, processes: Processes) -> States:
@@ -272,7 +272,7 @@ class Calibration:
             "request": self.done["request"],
             "tokens": int(blocks.numel()),
             "blocks": list(blocks.shape),
-            "tokens_sha256": self.done["tokens_sha256"],
+            "tokens_hash": self.done["tokens_hash"],
             "layers": self.done["layers"],
             "made_with": self.done["made_with"],
             "versions": versions(),

@@ -216,7 +216,7 @@ def calibrate_commands(base: str, revision: str | None, request: Json) -> list[s
         options: Json = {"revision": revision, "dataset": public_dataset(text["dataset"])}
         options |= {key: text[key] for key in ("text_field", "split", "chat", "samples", "seq_len", "seed")}
         options |= {key: request[key] for key in ("device", "dtype", "batch_size", "mlp_stats", "trust_remote_code")}
-        options["full_check"] = bool(request["source"].get("sha256"))
+        options["full_check"] = bool(request["source"].get("in_full"))
         commands.append(command("calibrate", base, {**options, "work": work}))
     merging = [f"a3 stats merge {' '.join(work for work in works if work)} --into a3-work"]
     return commands if len(texts) == 1 else commands + merging

@@ -1,4 +1,4 @@
-"""The part of `a3 verify` that runs in a process of its own, as a script, on torch, transformers and safetensors alone.
+"""The part of `a3 verify` that runs in a process of its own, a script on torch, transformers, safetensors and blake3.
 
     python checker.py REQUEST.json
 
@@ -6,7 +6,6 @@ Reads the request, prints one JSON object a line for each check: name, outcome (
 Nothing of a3 is imported, so what passes here passes for whoever loads the folder with stock transformers.
 """
 
-import hashlib
 import json
 import sys
 import traceback
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -35,7 +35,7 @@ class Export:
 
     def __init__(self, request: Json) -> None:
         self.folder = Path(request["folder"])
-        self.code: Json | None = request["code"]  # file, sha256 and class of the code that may run; None: none may
+        self.code: Json | None = request["code"]  # file, hash and class of the code that may run; None: none may
         self.shapes: dict[str, list[int]] = request["shapes"]
         self.tokens: torch.Tensor = load_file(request["tokens"])["tokens"]
         self.logits = Path(request["logits"])
@@ -100,7 +100,7 @@ def check_code(export: Export) -> str:
     if found != wanted:
         raise Failed(f"config.json: auto_map is {found}, not {wanted}")
     path = export.folder / export.code["file"]
-    if not path.is_file() or hash_file(path) != export.code["sha256"]:
+    if not path.is_file() or hash_file(path) != export.code["hash"]:
         raise Failed(f"{export.code['file']} is not the file that this a3 ships; its code was not run")
     return f"{export.code['file']} is the file that a3 ships, so it may run"
 
@@ -238,10 +238,10 @@ def check_forward(export: Export) -> str:
 
 def hash_file(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.sha256()
+        digest = blake3()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+    return f"blake3:{digest.hexdigest()}"
 
 
 def raise_for(problems: list[str]) -> None:

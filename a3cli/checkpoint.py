@@ -5,7 +5,6 @@ memory is what the caller keeps. `write_shard` takes one tensor at a time, so a 
 memory.
 """
 
-import hashlib
 import json
 import os
 from collections import deque
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from a3cli.errors import A3Error
 from a3cli.hub import find_folder, read_config
-from a3cli.work import Json, hash_file, hash_json, read_json
+from a3cli.work import Json, hash_file, hash_json, name_hash, read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -117,7 +117,7 @@ class Checkpoint:
         """
         identify = hash_file if self.bytes() <= SAMPLED_ABOVE else fingerprint_shard
         found = {"config.json": hash_json(self.config), "shards": self._of_shards(identify)}
-        return found | ({"sha256": self._of_shards(hash_file)} if full else {})
+        return found | ({"in_full": self._of_shards(hash_file)} if full else {})
 
     def _of_shards(self, identify: Callable[[Path], str]) -> Json:
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
@@ -205,18 +205,18 @@ def header_bytes(shard: Path) -> bytes:
 
 
 def fingerprint_shard(shard: Path) -> str:
-    """SHA-256 over size, header and 16 evenly spaced samples of 64 KiB: cheap on a 140 GB checkpoint.
+    """BLAKE3 over size, header and 16 evenly spaced samples of 64 KiB: cheap on a 140 GB checkpoint.
 
     A shard of up to 1 MiB is covered wholly. In a larger one a flipped bit between the samples goes unnoticed, except
     with --full-check; what an export writes is hashed in full.
     """
     size = shard.stat().st_size
-    digest = hashlib.sha256(str(size).encode() + header_bytes(shard))
+    digest = blake3(str(size).encode() + header_bytes(shard))
     with shard.open("rb") as file:
         for i in range(FINGERPRINT_SAMPLES):
             file.seek(i * max(0, size - FINGERPRINT_BYTES) // (FINGERPRINT_SAMPLES - 1))
             digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
+    return f"sampled-{name_hash(digest)}"
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
@@ -267,7 +267,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[Iterable[torch.Tensor]]) -> str:
-    """Write one safetensors file, tensor by tensor; returns its SHA-256.
+    """Write one safetensors file, tensor by tensor; returns its hash.
 
     `values` yields the tensors in the planned order, each as pieces: rows that follow one another. Raises ValueError if
     one differs from its plan.
@@ -295,7 +295,7 @@ def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[Itera
                 file.write(tensor_bytes(piece))
             if left:
                 raise ValueError(f"planned {tensor}, got {left} bytes less")
-    return file.digest.hexdigest()
+    return name_hash(file.digest)
 
 
 class HashingWriter:
@@ -308,11 +308,11 @@ class HashingWriter:
     AHEAD = 4
 
     def __init__(self, path: Path) -> None:
-        self.digest = hashlib.sha256()
+        self.digest = blake3()
         self._file = path.open("wb", buffering=0)
         self._hashing, self._writing, self._syncing = (ThreadPoolExecutor(1) for _ in range(3))
         self._unsynced, self._syncs = 0, list[Future[None]]()
-        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
+        self._pending: deque[tuple[Future[blake3], Future[None]]] = deque()
 
     def __enter__(self) -> "HashingWriter":
         return self

@@ -223,7 +223,7 @@ def write_checkpoint(
             tensors = transform(model, solution, shards[shard])
             with writing(folder / shard):
                 known = draft.finish(shard, write_shard(folder / shard, shards[shard], tensors))
-        return str(known["sha256"])
+        return str(known["hash"])
 
     hashes = dict(zip(shards, spread(write, shards, settings.num_processes), strict=True))
     if len(shards) > 1:
@@ -241,7 +241,7 @@ def write_checkpoint(
         },
         "calibration": {
             "request": public_request(calibration["request"]),
-            **{key: calibration[key] for key in ("tokens", "blocks", "tokens_sha256", "sha256")},
+            **{key: calibration[key] for key in ("tokens", "blocks", "tokens_hash", "sha256")},
         },
         "solution": {key: value for key, value in solution.manifest.items() if key != "layers"},
         "dtype": settings.dtype,

@@ -118,7 +118,7 @@ def describe_work(work: Work) -> Json:
     under_way = not work.calibration_manifest.is_file()
     path = work.calibration_progress if under_way else work.calibration_manifest
     calibration = read_manifest(path, "run a3 calibrate --overwrite")
-    check_hash(work.tokens, calibration["tokens_sha256"], "run a3 calibrate --overwrite")
+    check_hash(work.tokens, calibration["tokens_hash"], "run a3 calibrate --overwrite")
     blocks = load_file(work.tokens)["tokens"]
     recorded = read_source(work, calibration) if work.source.is_file() else {}
     source = open_source(recorded)

@@ -17,8 +17,10 @@ from a3cli.work import Json, read_json, unaltered
 MANIFEST = "a3_manifest.json"
 SCHEMA_ID = "a3_manifest.schema.json"
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-TextFiles = Annotated[dict[str, Sha256], Field(description="of each local file; none for a set on the hub")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of what JSON says
+FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
+ShardHash = Annotated[str, Field(pattern="^(sampled-)?blake3:[0-9a-f]{64}$")]
+TextFiles = Annotated[dict[str, FileHash], Field(description="of each local file; none for a set on the hub")]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -34,8 +36,8 @@ class Fingerprint(Part):
     """What identifies a source: its configuration, sampled content of each shard, and with --full-check all of it."""
 
     config: Sha256 = Field(alias="config.json", description="of config.json in canonical form")
-    shards: dict[str, Sha256] = Field(min_length=1)
-    sha256: dict[str, Sha256] | None = None
+    shards: dict[str, ShardHash] = Field(min_length=1)
+    in_full: dict[str, FileHash] | None = None
 
 
 class Source(Part):
@@ -57,7 +59,7 @@ class CalibrationRequest(Part):
     text: TextSettings
     text_files: TextFiles
     source: Fingerprint
-    tokenizer: dict[str, Sha256]
+    tokenizer: dict[str, FileHash]
     batch_size: Size | Literal["auto"]
     mlp_stats: Literal["full", "diagonal"]
     device: str
@@ -70,7 +72,7 @@ class Calibration(Part):
     request: CalibrationRequest
     tokens: Size
     blocks: tuple[Size, Size] = Field(description="number and length")
-    tokens_sha256: Sha256
+    tokens_hash: FileHash
     sha256: Sha256 = Field(description="of the calibration's own manifest")
 
 
@@ -205,7 +207,7 @@ class Manifest(Part):
     measured: list[Measured] = Field(description="what a3 eval measured, where it was given to a3 export")
     loads_with: str
     versions: Versions
-    files: dict[str, Sha256] = Field(min_length=1, description="every file of the folder but this one")
+    files: dict[str, FileHash] = Field(min_length=1, description="every file of the folder but this one")
     sha256: Sha256 = Field(description="of the rest of this file: JSON with sorted keys, as Python's json.dumps has it")
 
     @model_validator(mode="after")

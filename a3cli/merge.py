@@ -129,7 +129,7 @@ def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json |
 def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, target: Work, request: Json) -> Json:
     """Layer by layer; the folder appears when it is whole, and a merge that was cut short goes on."""
     for work, calibration in zip(parts, calibrations, strict=True):
-        check_hash(work.tokens, calibration["tokens_sha256"], REMEDY)
+        check_hash(work.tokens, calibration["tokens_hash"], REMEDY)
     with drafting(target.calibration, {**request, "versions": versions()}) as draft:
         draft.check_space(bytes_on_disk(parts[0].calibration.iterdir()), "the merged calibration")
         tokens = torch.cat([load_file(work.tokens)["tokens"] for work in parts])
@@ -145,13 +145,13 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
                     check_hash(work.statistics(layer), calibration["layers"][layer], REMEDY)
                 write_tensors(draft.folder / name, add_statistics([work.statistics(layer) for work in parts]))
                 known = draft.finish(name)
-            hashes.append(known["sha256"])
+            hashes.append(known["hash"])
         write_json(target.source, source)
         manifest = {
             "request": request,
             "tokens": int(tokens.numel()),
             "blocks": list(tokens.shape),
-            "tokens_sha256": hash_file(tokens_file),
+            "tokens_hash": hash_file(tokens_file),
             "layers": hashes,
             "versions": versions(),
         }

@@ -110,7 +110,7 @@ def open_calibrated_source(work: Work, calibration: Json, *, full_check: bool = 
     except A3Error as error:
         raise A3Error(f"the source of {work.folder}: {error}; if it was moved, run a3 calibrate on it again") from error
     expected, found = calibration["request"]["source"], source.fingerprint(full=full_check)
-    if full_check and "sha256" not in expected:
+    if full_check and "in_full" not in expected:
         raise A3Error(
             f"--full-check: {work.calibration_manifest} has only sampled hashes of its source; "
             "run a3 calibrate --full-check --overwrite, or leave the option out"

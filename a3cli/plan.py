@@ -28,7 +28,7 @@ ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DISK_GBPS = 2.0
 TFLOPS = {"cpu": 0.3, "cuda": 200.0}
 SOLVE_TFLOPS = {"cpu": 0.15, "cuda": 10.0}  # float64
-HASH_GBPS = 1.5  # SHA-256 on one core
+HASH_GBPS = 2.5  # BLAKE3 on one core
 # Resident bytes of a process with torch, transformers and datasets in it; a torch that can use a GPU brings far more.
 IMPORTS = {"cpu": 410_000_000, "cuda": 1_190_000_000}
 WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes that linear algebra takes in each thread

@@ -219,10 +219,10 @@ def hashes(found: Json) -> list[tuple[str, str]]:
     fingerprint = found["calibration"]["request"]["source"]
     rows = [("source config.json", fingerprint["config.json"])]
     rows += [(f"source {name} (sampled)", value) for name, value in sorted(fingerprint["shards"].items())]
-    rows += [(f"source {name} (in full)", value) for name, value in sorted((fingerprint.get("sha256") or {}).items())]
+    rows += [(f"source {name} (in full)", value) for name, value in sorted((fingerprint.get("in_full") or {}).items())]
     rows += [(f"source {name}", value) for name, value in sorted(found["calibration"]["request"]["tokenizer"].items())]
     rows += [
-        ("calibration tokens", found["calibration"]["tokens_sha256"]),
+        ("calibration tokens", found["calibration"]["tokens_hash"]),
         ("calibration", found["calibration"]["sha256"]),
     ]
     return rows + ([("solution", found["solution"]["sha256"])] if found["solution"] else [])

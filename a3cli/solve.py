@@ -119,7 +119,7 @@ def write_solution(
         if settings.sequential:
             hashes = correct(model, settings, work, sizes, slots, draft, progress, stop)
         else:
-            hashes = [each["sha256"] for each in written]
+            hashes = [each["hash"] for each in written]
         manifest = {
             "request": request,
             **describe_result(model, settings, calibration, sizes),
@@ -241,7 +241,7 @@ def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | N
 def check_statistics(work: Work, calibration: Json) -> None:
     """Raise A3Error if a file of the calibration is not what it wrote."""
     files = {work.statistics(layer): expected for layer, expected in enumerate(calibration["layers"])}
-    check_hashes({work.tokens: calibration["tokens_sha256"], **files}, "run a3 calibrate --overwrite")
+    check_hashes({work.tokens: calibration["tokens_hash"], **files}, "run a3 calibrate --overwrite")
 
 
 def correct(
@@ -267,7 +267,7 @@ def correct(
         ]
         refit_layers(model, settings, work, cuts, draft, progress, stop)
         corrected = [write_corrected(draft, layer) for layer in layers]
-    return [each["sha256"] for each in corrected]
+    return [each["hash"] for each in corrected]
 
 
 def drop_steps(draft: Draft, layers: Iterable[int]) -> None:

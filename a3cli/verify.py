@@ -157,7 +157,7 @@ def code_of(config: Json) -> Json:
     """The file that may run as part of a per-layer export, and as which class."""
     return {
         "file": MODELING.name,
-        "sha256": hash_file(MODELING),
+        "hash": hash_file(MODELING),
         "class": family_of(config.get("model_type")).per_layer_class,
     }
 
@@ -253,7 +253,7 @@ def open_reference(work: Work, manifest: Json) -> Reference | Json:
         # A folder in use fails too: the solution is there and was not compared; the same command will do it later.
         with work.locked():
             calibration, solution = read_solution(work)
-            check_hash(work.tokens, calibration["tokens_sha256"], "run a3 calibrate --overwrite")
+            check_hash(work.tokens, calibration["tokens_hash"], "run a3 calibrate --overwrite")
             return Reference(open_calibrated_source(work, calibration), solution)
     except A3Error as error:
         return check("reference", "failed", str(error))

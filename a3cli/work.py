@@ -35,6 +35,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -135,12 +136,17 @@ def layer_file(layer: int) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of the whole file, as hex."""
-    digest = hashlib.sha256()
+    """BLAKE3 of the whole file, as `name_hash` has it."""
+    digest = blake3()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+    return name_hash(digest)
+
+
+def name_hash(digest: blake3) -> str:
+    """The hash of a file's content with the name of its function, as manifests have it: `b3sum` prints the rest."""
+    return f"blake3:{digest.hexdigest()}"
 
 
 def hash_json(value: Any) -> str:
@@ -199,14 +205,14 @@ class Draft:
         if known is None:
             return None
         path = self.folder / name
-        if path.is_file() and hash_file(path) == known["sha256"]:
+        if path.is_file() and hash_file(path) == known["hash"]:
             return known
         log.warning("%s is not as it was written; it is made again", path)
         return None
 
-    def finish(self, name: str, sha256: str | None = None, **learnt: Any) -> Json:
+    def finish(self, name: str, written: str | None = None, **learnt: Any) -> Json:
         """Record that a file is whole, with its hash and what later steps want to know; returns this."""
-        known = {**learnt, "sha256": sha256 or hash_file(self.folder / name)}
+        known = {**learnt, "hash": written or hash_file(self.folder / name)}
         with self._lock:
             self._finished[name] = known
             write_manifest(self._progress, {"request": self._request, "finished": self._finished})

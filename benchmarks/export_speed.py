@@ -6,8 +6,7 @@ Makes a random checkpoint (`--shape 1b`, bfloat16), calibrates it on two short b
 export   `a3 export` with the process's start and imports taken off (timed on their own: `a3 --version` with torch and
          transformers imported)
 cp       `cp` of one file of half of all bytes that export reads and writes (source, solution, result), and `sync` of it
-SHA-256  of the files that export writes, on one core: an export takes no less, and on a processor without instructions
-         for it this alone is longer than `cp`
+BLAKE3   of the files that export writes, on one core: an export takes no less
 
 Every file is read once before, so that both find it in memory where it fits, and nothing waits to be written. Both
 begin a process's start later, in which a virtual machine may take freed memory away, and both end on the disk. The
@@ -108,7 +107,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> bool:
     print(f"{'':10}{'seconds':>10}{'GB/s read + written':>22}")
     for name, seconds in (("export", export), ("cp", copy)):
         print(f"{name:10}{seconds:>10.2f}{(source + solution + written) / seconds / 1e9:>22.2f}")
-    print(f"{'SHA-256':10}{hashing:>10.2f}")
+    print(f"{'BLAKE3':10}{hashing:>10.2f}")
     print(f"ratio {export / copy:.2f} (limit {LIMIT})")
     return export <= LIMIT * copy
 

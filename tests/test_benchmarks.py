@@ -70,7 +70,7 @@ def test_solve_layer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     ("name", "options", "words"),
     [
         ("chain_8b.py", ("--shape", "tiny", "--seq-len", 256), ("calibrate", "solve --method best", "export")),
-        ("export_speed.py", ("--shape", "tiny", "--repeats", 1), ("export", "cp", "SHA-256", "ratio")),
+        ("export_speed.py", ("--shape", "tiny", "--repeats", 1), ("export", "cp", "BLAKE3", "ratio")),
     ],
 )
 def test_chain_and_export_speed(

@@ -1,11 +1,11 @@
 """Shards written and checked: bytes copied or made, errors of the writing threads, values that overflow a sum."""
 
-import hashlib
 import io
 import os
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from a3cli.checkpoint import (
@@ -42,7 +42,7 @@ def test_stored_tensors_are_copied_and_made_ones_written(tmp_path, monkeypatch):
     values = [stored_rows(infos["t0"]), [tensors["t1"]], stored_rows(infos["t2"]), tensors["t3"].split(7)]
     values += [stored_rows(infos[name]) for name in ("scalar", "empty", "long")]
     digest = write_shard(tmp_path / "out.safetensors", planned, iter(values))
-    assert digest == hashlib.sha256((tmp_path / "out.safetensors").read_bytes()).hexdigest()
+    assert digest == f"blake3:{blake3((tmp_path / 'out.safetensors').read_bytes()).hexdigest()}"
     written = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(written[name], value) for name, value in tensors.items())
 

@@ -78,7 +78,7 @@ def mutations(manifest):
 def may_be_gone(path):
     """Settings have defaults, files any name, and a shape or method its own fields."""
     inside = {"settings", "text", "damping", *OPEN} & {name for name in path[:-1] if isinstance(name, str)}
-    return bool(inside) or path[-1] in ("head_dim", "intermediate_size", "sha256")
+    return bool(inside) or path[-1] in ("head_dim", "intermediate_size", "in_full")
 
 
 OPEN = {"files", "shards", "tokenizer", "text_files"}  # any file names; their hashes are checked

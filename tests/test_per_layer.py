@@ -79,7 +79,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
     write_manifest(work.source, {"model": str(source), "revision": None, "small_files": small_files})
     calibration = write_manifest(
         work.calibration_manifest,
-        {"request": request, "tokens": 8, "blocks": [2, 4], "tokens_sha256": "", "layers": []},
+        {"request": request, "tokens": 8, "blocks": [2, 4], "tokens_hash": "", "layers": []},
     )
     for layer, solution in enumerate(solutions):
         write_tensors(work.layer_solution(layer), solution)
