@@ -7,11 +7,12 @@ on with the weight files that it had finished.
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from a3cli.manifest import MANIFEST, read_export_manifest
 from a3cli.measured import read_evaluation
 from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
-from a3cli.processes import spread
+from a3cli.processes import ahead, one_core_each, spread
 from a3cli.projections import apply_projection, pieces
 from a3cli.settings import ExportSettings
 from a3cli.work import (
@@ -64,6 +65,7 @@ log = logging.getLogger(__name__)
 
 MODELING = Path(__file__).parent / "modeling" / "modeling_a3_llama.py"
 NOT_CARRIED = ("README.md", MANIFEST)
+MAKERS = 4  # threads that make what a weight file is to hold: as fast as one can be written
 
 Pieces = Iterator[torch.Tensor]  # rows of one weight that follow one another
 
@@ -256,27 +258,38 @@ def write_checkpoint(
 
 
 def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces]:
-    """One tensor after another, while the system reads the next."""
-    for this, following in zip(planned, [*planned[1:], None], strict=True):
-        if following:
-            model.source.read_ahead(following.name)
-        yield transformed(model, solution, this)
+    """One tensor after another, made by several threads while the system reads the next."""
+    with one_core_each(min(MAKERS, os.cpu_count() or 1)) as threads:
+        for this, following in zip(planned, [*planned[1:], None], strict=True):
+            if following:
+                model.source.read_ahead(following.name)
+            yield ahead(threads, transformed(model, solution, this), MAKERS)
 
 
-def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Pieces:
-    """One tensor as the export stores it, some rows at a time. Raises A3Error for what is not finite."""
+def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Iterator[Callable[[], torch.Tensor]]:
+    """What makes one tensor as the export stores it, some rows each. Raises A3Error for what is not finite."""
     found = model.family.find_role(planned.name)
     if found is None:
         for rows in stored_rows(model.source.info(planned.name)):
-            check_finite(rows, planned.name, model.source.name)
-            yield converted(rows, planned)
+            yield partial(made, rows, planned, model)
         return
     layer, role, _ = found
     weight = model.source.read(planned.name)
     for part, of_rows in pieces(weight, role, solution.layer(layer), model.shape):
-        check_finite(part, planned.name, model.source.name)
-        kept = apply_projection(part, role, of_rows, model.shape, fold_scale=not solution.per_layer)
-        yield converted(kept, planned)
+        project = partial(
+            apply_projection, role=role, solution=of_rows, shape=model.shape, fold_scale=not solution.per_layer
+        )
+        yield partial(made, part, planned, model, project)
+
+
+def made(
+    rows: torch.Tensor,
+    planned: PlannedTensor,
+    model: Model,
+    project: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+) -> torch.Tensor:
+    check_finite(rows, planned.name, model.source.name)
+    return converted(project(rows), planned)
 
 
 def converted(rows: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:

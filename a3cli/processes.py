@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -202,10 +203,28 @@ def spread(work: Callable[[S], T], items: Iterable[S], count: int) -> Iterator[T
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        with one_core_each(count) as threads:
             yield from threads.map(work, items)
     finally:
         torch.set_num_threads(before)
+
+
+def one_core_each(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses no others."""
+    import torch
+
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def ahead(threads: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
+    """What each job returns, in order, while up to `count` more are done. Raises what a job raises, in its place."""
+    under_way: deque[Future[T]] = deque()
+    for job in jobs:
+        under_way.append(threads.submit(job))
+        if len(under_way) > count:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
 
 
 def launch(count: int, arguments: list[str]) -> None:

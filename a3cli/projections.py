@@ -94,7 +94,7 @@ def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch
     if "channels" not in solution:
         return tensor
     channels = solution["channels"]
-    return _take_columns(tensor, channels) if role == "down" else tensor[channels]
+    return _take_columns(tensor, channels) if role == "down" else tensor.index_select(0, channels.to(tensor.device))
 
 
 def _take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def _take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:
     if "pairs" in solution:
         dims = kept_dims(solution["pairs"], shape)
-        return tensor.view(-1, shape.head_dim, *tensor.shape[1:])[:, dims].flatten(0, 1)
+        return tensor.view(-1, shape.head_dim, *tensor.shape[1:]).index_select(1, dims.to(tensor.device)).flatten(0, 1)
     if "query_map" not in solution:
         return tensor
     return _map_heads(

@@ -1,7 +1,6 @@
 """Several processes: the same statistics, one error for all, nothing lost when one is killed."""
 
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -9,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,16 +21,23 @@ from safetensors.torch import load_file
 
 from a3cli.errors import A3Error
 from a3cli.interrupt import stopping
-from a3cli.processes import ELASTIC_HANDLES, ERROR_FOLDER, Processes, hand_over, launch, raise_first
+from a3cli.processes import (
+    ELASTIC_HANDLES,
+    ERROR_FOLDER,
+    Processes,
+    ahead,
+    hand_over,
+    launch,
+    one_core_each,
+    raise_first,
+)
 from tests.conftest import refused
+from tests.faults import forks
 from tests.test_calibrate import calibration_files
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
 TEXT = ("--samples", 5, "--seq-len", 48, "--batch-size", 2, "--quiet")
-# Processes that have imported everything once are forked from: each then starts at once, without our threads.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["a3cli.cli", "a3cli.calibrate", "transformers.models.llama.modeling_llama"])
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def run(count: int, folder: Path, *arguments: object, sabotage: Callable[[int], 
     for rank in range(count):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         target = (rank, environment, [str(part) for part in arguments], sabotage)
-        processes.append(CONTEXT.Process(target=command_line, args=target))
+        processes.append(forks.CONTEXT.Process(target=command_line, args=target))
         processes[-1].start()
     for process in processes:
         process.join(60)
@@ -222,7 +229,7 @@ def test_refused_while_another_runs_and_taken_over_when_that_was_killed(a3, chec
     assert a3(*command, tmp_path / "whole").code == 0
     arguments = [str(part) for part in (*command, work)]
     target = (0, {}, arguments, partial(waiting_in_the_second_layer, begun=begun))
-    first = CONTEXT.Process(target=command_line, args=target, daemon=True)
+    first = forks.CONTEXT.Process(target=command_line, args=target, daemon=True)
     first.start()
     try:
         wait_for(begun)
@@ -442,3 +449,32 @@ def test_a_device_that_is_none_is_told_by_each_process(options, checkpoint, text
     assert ended.codes == [2, 2]
     assert all(error.startswith(f"{options[0]} 'gpu' is no device") for error in ended.errors)
     assert not (tmp_path / "work").exists()
+
+
+def test_results_come_in_order_while_a_few_more_are_made():
+    begun, gate = [], threading.Event()
+
+    def job(number):
+        begun.append(number)
+        if number == 0:
+            gate.wait(10)
+        if number == 7:
+            raise A3Error("the eighth")
+        return number
+
+    asked = []
+
+    def jobs():
+        for number in range(10):
+            asked.append(number)
+            yield partial(job, number)
+
+    with one_core_each(2) as threads:
+        threading.Timer(0.2, gate.set).start()
+        results = ahead(threads, jobs(), 3)
+        assert next(results) == 0
+        assert begun[:4] == [0, 1, 2, 3]  # while the first waited
+        assert asked == [0, 1, 2, 3]
+        assert [next(results) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+        with pytest.raises(A3Error, match="the eighth"):
+            next(results)

@@ -19,6 +19,7 @@ PRELOADED = [
     "transformers.models.llama.tokenization_llama", "transformers.generation", "datasets",
 ]  # fmt: skip
 OUTPUTS = (".stdout", ".stderr", ".peak")
+# For all tests: what is preloaded can be said once only, before the first fork.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
 
