@@ -37,7 +37,7 @@ METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"
 SAMPLED_ABOVE = 1_000_000_000  # bytes of weights; up to there hashing takes a second at most
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
 WRITTEN_AT_ONCE = 1 << 20
-COPIED_AT_ONCE = 1 << 21
+COPIED_AT_ONCE = 1 << 22
 SYNCED_AT_ONCE = 1 << 28
 
 

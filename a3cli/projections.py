@@ -26,7 +26,7 @@ from a3cli.families import ModelShape, Role
 from a3cli.families.base import pair_dims
 from a3cli.moments import Tensors
 
-PIECE = 1 << 21  # bytes of a weight that are looked at at a time
+PIECE = 1 << 22  # bytes of a weight that are looked at at a time
 
 
 def apply_projection(
