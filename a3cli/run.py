@@ -87,7 +87,7 @@ def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, sto
         try:
             found = read_export_manifest(recipe.out / MANIFEST)
             if is_asked_for(found, recipe.export, solution):
-                check_hashes({recipe.out / name: written for name, written in found["files"].items()}, "export again")
+                check_hashes({recipe.out / name: digest for name, digest in found["files"].items()}, "export again")
                 return found
         except A3Error as damage:
             log.warning("%s is made again: %s", recipe.out, damage)

@@ -210,9 +210,9 @@ class Draft:
         log.warning("%s is not as it was written; it is made again", path)
         return None
 
-    def finish(self, name: str, written: str | None = None, **learnt: Any) -> Json:
+    def finish(self, name: str, digest: str | None = None, **learnt: Any) -> Json:
         """Record that a file is whole, with its hash and what later steps want to know; returns this."""
-        known = {**learnt, "hash": written or hash_file(self.folder / name)}
+        known = {**learnt, "hash": digest or hash_file(self.folder / name)}
         with self._lock:
             self._finished[name] = known
             write_manifest(self._progress, {"request": self._request, "finished": self._finished})
