@@ -7,9 +7,8 @@ memory.
 
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from io import RawIOBase
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from a3cli.errors import A3Error
 from a3cli.hub import find_folder, read_config
 from a3cli.work import Json, hash_file, hash_json, name_hash, read_json
+from a3cli.writer import HashingWriter
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -36,9 +36,7 @@ METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"
 # A shard's content is sampled at this many evenly spaced places for its fingerprint.
 SAMPLED_ABOVE = 1_000_000_000  # bytes of weights; up to there hashing takes a second at most
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
-WRITTEN_AT_ONCE = 1 << 20
 COPIED_AT_ONCE = 1 << 22
-SYNCED_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -266,11 +264,13 @@ def shard_names(count: int) -> list[str]:
     return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[Iterable[torch.Tensor]]) -> str:
+def write_shard(
+    path: Path, tensors: list[PlannedTensor], values: Iterator[Iterable[torch.Tensor]], *, cached: bool = True
+) -> str:
     """Write one safetensors file, tensor by tensor; returns its hash.
 
-    `values` yields the tensors in the planned order, each as pieces: rows that follow one another. Raises ValueError if
-    one differs from its plan.
+    `values` yields the tensors in the planned order, each as pieces: rows that follow one another. `cached`: it is read
+    soon. Raises ValueError if one differs from its plan.
     """
     offset, header = 0, {"__metadata__": {"format": "pt"}}
     for tensor in tensors:
@@ -283,7 +283,7 @@ def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[Itera
         offset += tensor.bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with HashingWriter(path) as file:
+    with HashingWriter(path, cached=cached) as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for tensor, pieces in zip(tensors, values, strict=True):
@@ -296,62 +296,6 @@ def write_shard(path: Path, tensors: list[PlannedTensor], values: Iterator[Itera
             if left:
                 raise ValueError(f"planned {tensor}, got {left} bytes less")
     return name_hash(file.digest)
-
-
-class HashingWriter:
-    """A new file that is hashed, written and synced while what comes next is being made.
-
-    A thread each, since hashing and writing take as long as making a tensor, and the disk should not be idle until all
-    is written; at most `AHEAD` pieces wait.
-    """
-
-    AHEAD = 4
-
-    def __init__(self, path: Path) -> None:
-        self.digest = blake3()
-        self._file = path.open("wb", buffering=0)
-        self._hashing, self._writing, self._syncing = (ThreadPoolExecutor(1) for _ in range(3))
-        self._unsynced, self._syncs = 0, list[Future[None]]()
-        self._pending: deque[tuple[Future[blake3], Future[None]]] = deque()
-
-    def __enter__(self) -> "HashingWriter":
-        return self
-
-    def write(self, data: "Buffer") -> None:
-        """Take a piece; its memory must not change any more. Raises the OSError of an earlier one."""
-        while len(self._pending) >= self.AHEAD:
-            self._wait()
-        hashing, writing = self._hashing.submit(self.digest.update, data), self._writing.submit(self._write_all, data)
-        self._pending.append((hashing, writing))
-
-    def _write_all(self, data: "Buffer") -> None:
-        rest = memoryview(data)
-        while rest:  # pieces that stay in the cache are taken over several times as fast as all at once
-            rest = rest[self._file.write(rest[:WRITTEN_AT_ONCE]) :]
-        self._unsynced += memoryview(data).nbytes
-        if self._unsynced > SYNCED_AT_ONCE:
-            self._sync()
-
-    def _sync(self) -> None:
-        self._syncs.append(self._syncing.submit(os.fsync, self._file.fileno()))
-        self._unsynced = 0
-
-    def _wait(self) -> None:
-        for future in self._pending.popleft():
-            future.result()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            while self._pending and kind is None:
-                self._wait()
-            if kind is None:
-                self._sync()
-                for sync in self._syncs:  # a disk's error is told once, to the sync that meets it
-                    sync.result()
-        finally:
-            for thread in (self._hashing, self._writing, self._syncing):
-                thread.shutdown()
-            self._file.close()
 
 
 def stored_rows(info: TensorInfo) -> Iterator[torch.Tensor]:

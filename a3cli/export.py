@@ -224,7 +224,8 @@ def write_checkpoint(
             log.info("writing %s", shard)
             tensors = transform(model, solution, shards[shard])
             with writing(folder / shard):
-                known = draft.finish(shard, write_shard(folder / shard, shards[shard], tensors))
+                digest = write_shard(folder / shard, shards[shard], tensors, cached=False)
+                known = draft.finish(shard, digest)
         return str(known["hash"])
 
     hashes = dict(zip(shards, spread(write, shards, settings.num_processes), strict=True))

@@ -18,12 +18,12 @@ import torch
 
 from a3cli import display
 from a3cli import solve as solve_module
-from a3cli.checkpoint import HashingWriter
 from a3cli.errors import Interrupted
 from a3cli.interrupt import Stop, stopping
 from a3cli.machine import Machine
 from a3cli.methods.best import Best
 from a3cli.work import versions
+from a3cli.writer import HashingWriter
 from tests.conftest import refused
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -284,16 +284,19 @@ def test_a_full_disk_keeps_what_is_finished(a3, calibrated, tmp_path, monkeypatc
     assert a3(*solve).code == 0
     assert a3("export", tmp_path / "whole", *export[2:]).code == 0
     solved, exported = contents(calibrated / "solution"), contents(tmp_path / "whole")
-    save, write = safetensors.torch.save_file, HashingWriter._write_all
+    save, write = safetensors.torch.save_file, HashingWriter.write
 
     def full_for_solve(tensors, path, *rest):
         if "layer-001" in str(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            no_space()
         save(tensors, path, *rest)
 
+    def no_space():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def full_for_export(writer, data):
-        if "model-00003" in writer._file.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if "model-00003" in str(writer._file.name):
+            writer._pending.append((writer._writing.submit(no_space),))
         write(writer, data)
 
     stages = (
@@ -303,7 +306,7 @@ def test_a_full_disk_keeps_what_is_finished(a3, calibrated, tmp_path, monkeypatc
     for command, draft, finished in stages:
         with monkeypatch.context() as patch:
             patch.setattr(safetensors.torch, "save_file", full_for_solve)
-            patch.setattr(HashingWriter, "_write_all", full_for_export)
+            patch.setattr(HashingWriter, "write", full_for_export)
             outcome = a3(*command)
         assert outcome.code == 2
         assert "cannot be written" in outcome.stderr
