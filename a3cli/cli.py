@@ -462,6 +462,9 @@ def plan(
     dtype: Dtype = "auto",
     devices: Annotated[str, typer.Option(help="cpu, cuda, or a list like cuda:0,cuda:1.")] = "cpu",
     num_processes: Annotated[int, typer.Option(help="Processes that share the blocks.")] = 1,
+    start_seconds: Annotated[
+        float | None, typer.Option(help="Seconds until a stage begins to work (default: 4.2).")
+    ] = None,
     disk_gbps: Annotated[float | None, typer.Option(help="GB/s of the disk (default: 2).")] = None,
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s that products reach in --dtype (default: CPU 0.3, GPU 200).")
@@ -494,6 +497,7 @@ def plan(
         dtype=dtype,
         devices=devices,
         num_processes=num_processes,
+        start_seconds=start_seconds,
         disk_gbps=disk_gbps,
         tflops=tflops,
         solve_tflops=solve_tflops,

@@ -209,7 +209,8 @@ def print_plan(result: Json) -> None:
     )
     rates = machine["rates_are"]
     _print(
-        f"time at {machine['disk_gbps']:.3g} GB/s of disk ({rates['disk']}), {machine['tflops']:.3g} TFLOP/s in "
+        f"time with {machine['start_seconds']:.3g} s to start a stage ({rates['start']}), at "
+        f"{machine['disk_gbps']:.3g} GB/s of disk ({rates['disk']}), {machine['tflops']:.3g} TFLOP/s in "
         f"{machine['calibration_dtype']} ({rates['compute']}) and {machine['solve_tflops']:.3g} in float64 "
         f"({rates['solve']})"
     )

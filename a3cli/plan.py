@@ -4,6 +4,7 @@ Nothing here imports torch unless speeds are to be measured: the answer is there
 """
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,8 +36,9 @@ WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes that linear algebra takes 
 REFIT_ROUNDS = 2  # of the sequential correction, as `a3 solve` has them if nothing is said
 CORRECTING = 1.3  # times its FLOPs the sequential correction takes: activations, and files between its passes
 REFINING = 2.5  # times its FLOPs take the softmax and other steps of sampled attention
+NEEDED = "import a3cli.calibrate; from transformers import AutoTokenizer, LlamaConfig; LlamaConfig()"
 STARTUP = 4.2  # seconds until a stage begins to work
-# Seconds that a layer takes beside its arithmetic: files, and steps too small to fill a core.
+# Seconds that a layer takes beside its arithmetic, where this is the start: files, and steps too small to fill a core.
 LAYER_SECONDS = {"calibrate": 0.2, "solve --method best": 1.2, "solve --method best --sequential": 1.2}
 # Seconds a channel of greedy selection on a GPU, whose steps follow one another, each some launches of tiny kernels.
 # Measured on an H200 when each step still waited for the device, so at most this: `benchmarks/solve_layer.py --device
@@ -73,8 +75,12 @@ class DecoderConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second of the disk, FLOPs a second in the calibration's dtype and in float64, and whence they are."""
+    """Seconds to start a stage, bytes a second of the disk, FLOPs a second in the calibration's dtype and in float64.
 
+    `origin` says of each whence it is.
+    """
+
+    start: float
     disk: float
     compute: float
     solve: float
@@ -170,6 +176,7 @@ def plan(settings: PlanSettings) -> Json:
             "batch_size": run.batch,
             "batch_size_is": "the least" if run.on_gpu and not settings.batch_size else "taken",
             "calibration_dtype": compute,
+            "start_seconds": rates.start,
             "disk_gbps": rates.disk / 1e9,
             "tflops": rates.compute / 1e12,
             "solve_tflops": rates.solve / 1e12,
@@ -325,7 +332,8 @@ def seconds(run: Run, rates: Rates) -> Json:
         },
         "export": max(moved / rates.disk, places["export"] / (HASH_GBPS * 1e9)),
     }
-    return {stage: STARTUP + shape.layers * LAYER_SECONDS.get(stage, 0.0) + found for stage, found in spent.items()}
+    beside = {stage: shape.layers * needed * rates.start / STARTUP for stage, needed in LAYER_SECONDS.items()}
+    return {stage: rates.start + beside.get(stage, 0.0) + found for stage, found in spent.items()}
 
 
 def solving(run: Run, rates: Rates) -> dict[str, float]:
@@ -358,8 +366,13 @@ def solving(run: Run, rates: Rates) -> dict[str, float]:
 def find_rates(settings: PlanSettings, dtype: str) -> Rates:
     """What was stated, else what is measured here if that was asked for, else what is assumed."""
     kind = settings.devices.partition(":")[0].partition(",")[0]
-    stated = {"disk": settings.disk_gbps, "compute": settings.tflops, "solve": settings.solve_tflops}
-    assumed = {"disk": DISK_GBPS, "compute": TFLOPS[kind], "solve": SOLVE_TFLOPS[kind]}
+    stated = {
+        "start": settings.start_seconds,
+        "disk": settings.disk_gbps,
+        "compute": settings.tflops,
+        "solve": settings.solve_tflops,
+    }
+    assumed = {"start": STARTUP, "disk": DISK_GBPS, "compute": TFLOPS[kind], "solve": SOLVE_TFLOPS[kind]}
     found, origin = {}, {}
     for name, value in stated.items():
         if value is not None:
@@ -368,33 +381,44 @@ def find_rates(settings: PlanSettings, dtype: str) -> Rates:
             found[name], origin[name] = measure(name, kind, dtype), "measured"
         else:
             found[name], origin[name] = assumed[name], "assumed"
-    return Rates(found["disk"] * 1e9, found["compute"] * 1e12, found["solve"] * 1e12, origin)
+    return Rates(found["start"], found["disk"] * 1e9, found["compute"] * 1e12, found["solve"] * 1e12, origin)
 
 
 def measure(what: str, kind: str, dtype: str) -> float:
-    """GB/s of the current folder's disk, or TFLOP/s of matrix products, in about a second."""
+    """Seconds to start a stage, GB/s of the current folder's disk, or TFLOP/s of matrix products."""
+    if what == "start":
+        return min(start_time() for _ in range(2))  # the first may have to read it all from the disk
     if what == "disk":
         return disk_speed(Path.cwd()) / 1e9
     return product_speed(kind, dtype if what == "compute" else "float64") / 1e12
 
 
+def start_time() -> float:
+    """Seconds in which a process has the libraries that every stage needs."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", NEEDED], check=True, capture_output=True)  # noqa: S603, our own line
+    return time.perf_counter() - started
+
+
 def disk_speed(folder: Path, size: int = 1 << 28) -> float:
-    """Bytes a second, written through to the disk and read again, the slower of the two."""
-    part = os.urandom(1 << 20)  # as export writes: larger pieces are slower
-    with tempfile.TemporaryFile(dir=folder) as file:
+    """Bytes a second, written as an export is and read again, the slower of the two."""
+    from a3cli.writer import HashingWriter
+
+    part = os.urandom(1 << 20)
+    with tempfile.TemporaryDirectory(prefix=".a3-plan-", dir=folder) as own:
+        path = Path(own) / "file"
         started = time.perf_counter()
-        for _ in range(size // len(part)):
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+        with HashingWriter(path, cached=False) as written:
+            for _ in range(size // len(part)):
+                written.write(part)
         wrote = time.perf_counter() - started
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        started = time.perf_counter()
-        while file.read(len(part)):
-            pass
-        return size / max(wrote, time.perf_counter() - started)
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.perf_counter()
+            while file.read(len(part)):
+                pass
+            return size / max(wrote, time.perf_counter() - started)
 
 
 def product_speed(kind: str, dtype: str) -> float:

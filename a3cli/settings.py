@@ -188,6 +188,7 @@ class PlanSettings(Settings):
     dtype: Dtype = "auto"
     devices: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?(,cuda(:\d+)?)*)$")
     num_processes: int = Field(default=1, ge=1)
+    start_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     disk_gbps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     tflops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     solve_tflops: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -61,8 +61,8 @@ def measure_rates(folder: Path, shape: str, device: str) -> list[object]:
     make_in_a_child(folder / "source", shape, 1)
     plan = run("-m", "a3cli", "plan", folder / "source", "--devices", device, "--measure", "--json")
     machine = json.loads(plan.output)["machine"]
-    names = {"--disk-gbps": "disk_gbps", "--tflops": "tflops", "--solve-tflops": "solve_tflops"}
-    return [part for option, name in names.items() for part in (option, machine[name])]
+    names = ("start_seconds", "disk_gbps", "tflops", "solve_tflops")
+    return [part for name in names for part in (f"--{name.replace('_', '-')}", machine[name])]
 
 
 def row(point: Point, stage: str) -> tuple[str, bool]:

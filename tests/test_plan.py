@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import NemotronConfig
 
-from a3cli import costs, sequential
+from a3cli import costs, plan, sequential
 from a3cli.checkpoint import Checkpoint
 from a3cli.families import LayerSizes, read_shape
 from a3cli.methods import best
@@ -60,7 +60,7 @@ def test_llama_8b(a3, config):
     assert found["mlp_width"]["after"] == 10_752
     assert found["budget_reached"] == 0.25
     assert "llama.cpp's converter drops" in found["loads_with"]
-    assert found["machine"]["rates_are"] == {"disk": "assumed", "compute": "assumed", "solve": "assumed"}
+    assert found["machine"]["rates_are"] == dict.fromkeys(("start", "disk", "compute", "solve"), "assumed")
     assert 0 < found["seconds"]["solve --method paper"] < found["seconds"]["solve --method best"]
 
 
@@ -217,12 +217,17 @@ def test_what_was_stated_or_measured_counts(a3, config, monkeypatch, tmp_path):
         a3("plan", config(), "--disk-gbps", rate, "--tflops", rate, "--solve-tflops", rate, "--json").json["seconds"]
         for rate in (1, 4)
     )
+    early, late = (a3("plan", config(), "--start-seconds", start, "--json").json["seconds"] for start in (1, 4))
     assert all(fast[stage] < slow[stage] for stage in slow)
+    assert all(early[stage] <= late[stage] - 3 for stage in late)
+    exec(plan.NEEDED, {})  # here at no cost
+    monkeypatch.setattr(plan, "NEEDED", "import time; time.sleep(0.1)")
     measured = a3("plan", config(), "--measure", "--tflops", 3, "--json").json["machine"]
-    assert measured["rates_are"] == {"disk": "measured", "compute": "stated", "solve": "measured"}
+    assert measured["rates_are"] == {"start": "measured", "disk": "measured", "compute": "stated", "solve": "measured"}
     assert measured["tflops"] == 3
     assert 0.001 < measured["solve_tflops"] < 100
     assert 0.001 < measured["disk_gbps"] < 100
+    assert 0.1 < measured["start_seconds"] < 60
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
