@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -68,6 +70,7 @@ NOT_CARRIED = ("README.md", MANIFEST)
 MAKERS = 4  # threads that make what a weight file is to hold: as fast as one can be written
 
 Pieces = Iterator[torch.Tensor]  # rows of one weight that follow one another
+Named = tuple[str, torch.Tensor]  # such rows, with the weight's name
 
 
 class Solution:
@@ -261,10 +264,22 @@ def write_checkpoint(
 def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces]:
     """One tensor after another, made by several threads while the system reads the next."""
     with one_core_each(min(MAKERS, os.cpu_count() or 1)) as threads:
-        for this, following in zip(planned, [*planned[1:], None], strict=True):
-            if following:
-                model.source.read_ahead(following.name)
-            yield ahead(threads, transformed(model, solution, this), MAKERS)
+        rows = ahead(threads, makers(model, solution, planned), MAKERS)
+        for _, of_tensor in groupby(rows, key=itemgetter(0)):
+            yield (part for _, part in of_tensor)
+
+
+def makers(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Callable[[], Named]]:
+    """What makes the tensors of a weight file, some rows each."""
+    for this, following in zip(planned, [*planned[1:], None], strict=True):
+        if following:
+            model.source.read_ahead(following.name)
+        for make in transformed(model, solution, this):
+            yield partial(named, this.name, make)
+
+
+def named(name: str, make: Callable[[], torch.Tensor]) -> Named:
+    return name, make()
 
 
 def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Iterator[Callable[[], torch.Tensor]]:
