@@ -264,25 +264,20 @@ def write_checkpoint(
 def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces]:
     """One tensor after another, made by several threads while the system reads the next."""
     with one_core_each(min(MAKERS, os.cpu_count() or 1)) as threads:
-        rows = ahead(threads, makers(model, solution, planned), MAKERS)
+        rows = ahead(threads, all_transformed(model, solution, planned), MAKERS)
         for _, of_tensor in groupby(rows, key=itemgetter(0)):
             yield (part for _, part in of_tensor)
 
 
-def makers(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Callable[[], Named]]:
-    """What makes the tensors of a weight file, some rows each."""
+def all_transformed(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Callable[[], Named]]:
+    """What makes the tensors of a weight file, one after another."""
     for this, following in zip(planned, [*planned[1:], None], strict=True):
         if following:
             model.source.read_ahead(following.name)
-        for make in transformed(model, solution, this):
-            yield partial(named, this.name, make)
+        yield from transformed(model, solution, this)
 
 
-def named(name: str, make: Callable[[], torch.Tensor]) -> Named:
-    return name, make()
-
-
-def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Iterator[Callable[[], torch.Tensor]]:
+def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Iterator[Callable[[], Named]]:
     """What makes one tensor as the export stores it, some rows each. Raises A3Error for what is not finite."""
     found = model.family.find_role(planned.name)
     if found is None:
@@ -303,9 +298,9 @@ def made(
     planned: PlannedTensor,
     model: Model,
     project: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
-) -> torch.Tensor:
+) -> Named:
     check_finite(rows, planned.name, model.source.name)
-    return converted(project(rows), planned)
+    return planned.name, converted(project(rows), planned)
 
 
 def converted(rows: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
