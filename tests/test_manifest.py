@@ -277,13 +277,13 @@ def test_reproducible_exports(a3, work, tmp_path, monkeypatch):
     assert a3("export", tmp_path / "out", "--check-reproducible", "--work", work).code == 0
     assert not (work / ".scratch").exists()
     before = snapshot(tmp_path)
-    plain, calls = export.made, []
+    plain, calls = export.converted, []
 
     def drifting(*given):
         calls.append(given)
         return plain(*given) + len(calls) * 1e-6
 
-    monkeypatch.setattr(export, "made", drifting)
+    monkeypatch.setattr(export, "converted", drifting)
     outcome = a3("export", tmp_path / "new", "--check-reproducible", "--work", work)
     assert outcome.code == 1
     assert "differ in model.safetensors" in outcome.stderr
