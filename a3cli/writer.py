@@ -14,9 +14,10 @@ from blake3 import blake3
 
 Data = bytes | memoryview
 
-WRITTEN_AT_ONCE = 1 << 20
+# Bytes
+WRITTEN_AT_ONCE = 1 << 20  # through the cache
 SYNCED_AT_ONCE = 1 << 28
-BLOCK = 1 << 22
+BLOCK = 1 << 22  # past the cache
 
 
 class HashingWriter:
