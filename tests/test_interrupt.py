@@ -295,7 +295,7 @@ def test_a_full_disk_keeps_what_is_finished(a3, calibrated, tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def full_for_export(writer, data):
-        if "model-00003" in str(writer._file.name):
+        if "model-00003" in writer._file.name:
             writer._pending.append((writer._writing.submit(no_space),))
         write(writer, data)
 

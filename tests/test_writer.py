@@ -91,8 +91,9 @@ def refuse_to_write(patch):
     refused = set()
 
     def remembering(path):
-        refused.add(past(path))
-        return max(refused)
+        descriptor = past(path)
+        refused.add(descriptor)
+        return descriptor
 
     def refusing(file, data, offset):
         if file in refused:
