@@ -1,6 +1,7 @@
 # make demo   the main job on the model that ships here
 # make test   lint, types, import layers, tests
 # make test-slow   the tests that take longer than all that
+# make loaders   exports under other versions of transformers; needs the package index
 # PYTHON=python3.12 make …   chooses the interpreter (3.10 to 3.13)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM = true
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow loaders lint lock clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -21,6 +22,10 @@ test: lint
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
+
+# Do exports load, and answer alike, under other versions of transformers? Needs the package index; before a release.
+loaders: $(READY)
+	$(BIN)/python scripts/loaders.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -41,4 +46,4 @@ lock:
 		--extra dev --constraint - pyproject.toml --output-file constraints.txt
 
 clean:
-	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .demo .loaders .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -53,7 +53,12 @@ model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto"{{ remote_code 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
-Loads with {{ loaders }}. {{ rope }}
+| runtime | loads it | note |
+|---|---|---|
+{% for row in runtimes -%}
+| {{ row.runtime }} | {{ row.loads }} | {{ row.note }} |
+{% endfor %}
+{{ rope }}
 
 ## How it was made
 
@@ -93,7 +98,7 @@ def model_card(model: Model, manifest: Json) -> str:
         removed=f"{100 * solution['budget_reached']:.2f} %",
         asked="per component" if solution["budget_asked"] is None else f"{100 * solution['budget_asked']:g} %",
         remote_code=", trust_remote_code=True" if solution["shape"] == "per-layer" else "",
-        loaders=manifest["loads_with"],
+        runtimes=manifest["runtimes"],
         rope=" ".join(filter(None, (describe_rope(model.shape, solution), describe_context(solution)))),
         tokens=f"{calibration['tokens']:,}",
         blocks=calibration["blocks"],

@@ -35,7 +35,7 @@ class Export:
 
     def __init__(self, request: Json) -> None:
         self.folder = Path(request["folder"])
-        self.code: Json | None = request["code"]  # file, hash and class of the code that may run; None: none may
+        self.code: Json | None = request["code"]  # file, hash and auto_map of the code that may run; None: none may
         self.shapes: dict[str, list[int]] = request["shapes"]
         self.tokens: torch.Tensor = load_file(request["tokens"])["tokens"]
         self.logits = Path(request["logits"])
@@ -90,15 +90,14 @@ def check_files(export: Export) -> str:
 
 
 def check_code(export: Export) -> str:
-    """Only the code that a3 ships may run, and only as the class of the model."""
+    """Only the code that a3 ships may run, and only as the classes of the model."""
     found = export.json("config.json").get("auto_map")
     if export.code is None:
         if found is not None:
             raise Failed("config.json has an auto_map, but a stock checkpoint needs no code")
         return "needs no code of its own"
-    wanted = {"AutoModelForCausalLM": f"{Path(export.code['file']).stem}.{export.code['class']}"}
-    if found != wanted:
-        raise Failed(f"config.json: auto_map is {found}, not {wanted}")
+    if found != export.code["auto_map"]:
+        raise Failed(f"config.json: auto_map is {found}, not {export.code['auto_map']}")
     path = export.folder / export.code["file"]
     if not path.is_file() or hash_file(path) != export.code["hash"]:
         raise Failed(f"{export.code['file']} is not the file that this a3 ships; its code was not run")

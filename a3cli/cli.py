@@ -183,10 +183,13 @@ def solve(
     ] = "stock",
     context: Annotated[int | None, typer.Option(help="Longest text to serve (default: the model's limit).")] = None,
     components: Annotated[str, typer.Option(help="What may be cut, of qk,ov,mlp.")] = "qk,ov,mlp",
-    head_multiple: HeadMultiple = 8,
+    head_multiple: HeadMultiple = 16,
     mlp_multiple: MlpMultiple = 64,
     min_head: Annotated[int, typer.Option(help="No head size below this.")] = 1,
     min_mlp: Annotated[int, typer.Option(help="No MLP width below this.")] = 1,
+    rope_form: Annotated[
+        str, typer.Option(help="RoPE of smaller heads: auto (theta if it costs little), theta, linear or longrope.")
+    ] = "auto",
     ridge: Annotated[float, typer.Option(help="Damping of the refits, relative to the Gram's mean diagonal.")] = 1e-6,
     sensitivity: Sensitivity = "residual",
     probe_blocks: Annotated[int, typer.Option(help="Calibration blocks that probes are measured on.")] = 8,
@@ -226,6 +229,7 @@ def solve(
         mlp_multiple=mlp_multiple,
         min_head=min_head,
         min_mlp=min_mlp,
+        rope_form=rope_form,
         ridge=ridge,
         sensitivity=sensitivity,
         probe_blocks=probe_blocks,
@@ -255,7 +259,7 @@ def pareto(
     split: Split = None,
     samples: Annotated[int | None, typer.Option(help="At most so many blocks (default: all).")] = None,
     seq_len: SeqLen = 2048,
-    head_multiple: HeadMultiple = 8,
+    head_multiple: HeadMultiple = 16,
     mlp_multiple: MlpMultiple = 64,
     sensitivity: Sensitivity = "residual",
     sequential: Annotated[bool, typer.Option("--sequential", help="Measure best so corrected, not paper.")] = False,
@@ -456,7 +460,7 @@ def plan(
     seq_len: SeqLen = 2048,
     batch_size: Annotated[str, typer.Option(help="Blocks a forward, or auto, as for calibrate.")] = "auto",
     mlp_stats: Annotated[str, typer.Option(help="full or diagonal, as for calibrate.")] = "full",
-    head_multiple: HeadMultiple = 8,
+    head_multiple: HeadMultiple = 16,
     mlp_multiple: MlpMultiple = 64,
     revision: Revision = None,
     dtype: Dtype = "auto",
@@ -514,15 +518,16 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file with the settings of all stages (see configs/).")],
     work: Annotated[Path | None, typer.Option(help="Work folder, in place of the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the export, in place of the recipe's.")] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the export after it was written.")] = True,
     max_minutes: MaxMinutes = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do all stages anew.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run all stages of a recipe: calibrate, solve, export, eval.
+    """Run all stages of a recipe: calibrate, solve, export, verify, eval.
 
     Stopped at any moment, the same command goes on where it was; a finished run is left as it is. Exit code 1 if one
-    of the recipe's gates (fail_if) failed, also in a run that was finished before.
+    of the recipe's gates (fail_if) failed, also in a run that was finished before, or a check of verify.
     """
     display = open_display(quiet=quiet)
     from a3cli.recipe import read_recipe
@@ -533,11 +538,16 @@ def run(
     from a3cli.gates import raise_for_failures
     from a3cli.interrupt import stopping
     from a3cli.run import run_recipe
+    from a3cli.verify import raise_for_failures as raise_for_failed_checks
 
+    if not verify:
+        settings = settings.model_copy(update={"verify": False})
     progress = partial(display.sweep_progress, quiet=quiet)
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
     display.print_json(results) if as_json else display.print_run(results, str(settings.out))
+    if "verify" in results:
+        raise_for_failed_checks(results["verify"])
     if "eval" in results:
         raise_for_failures(results["eval"]["datasets"])
 

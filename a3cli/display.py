@@ -214,7 +214,7 @@ def print_plan(result: Json) -> None:
         f"{machine['calibration_dtype']} ({rates['compute']}) and {machine['solve_tflops']:.3g} in float64 "
         f"({rates['solve']})"
     )
-    _print(f"loads with {result['loads_with']}")
+    _print_runtimes(result["runtimes"])
 
 
 def print_run(results: Json, out: str) -> None:
@@ -222,6 +222,8 @@ def print_run(results: Json, out: str) -> None:
     print_solution(results["solve"])
     if "eval" in results:
         print_evaluation(results["eval"])
+    if "verify" in results:
+        print_verification(results["verify"])
     print_export(results["export"], out)
 
 
@@ -235,9 +237,17 @@ def duration(spent: float) -> str:
 
 def print_export(manifest: Json, out: str) -> None:
     size = sum(1 for name in manifest["files"] if name.endswith(".safetensors"))
-    _print(f"wrote {size} weight file{'s' if size > 1 else ''}; loads with {manifest['loads_with']}")
+    _print(f"wrote {size} weight file{'s' if size > 1 else ''}")
+    _print_runtimes(manifest["runtimes"])
     _print_context(manifest["solution"])
     _print(printable(out))
+
+
+def _print_runtimes(verdicts: list[Json]) -> None:
+    table = Table("runtime", "loads it", "note")
+    for each in verdicts:
+        table.add_row(each["runtime"], each["loads"], each["note"])
+    _print(table)
 
 
 def _print_context(solution: Json) -> None:

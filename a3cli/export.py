@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
@@ -34,8 +34,7 @@ from a3cli.checkpoint import (
     write_shard,
 )
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.families import LayerSizes, per_layer_config
-from a3cli.families.loaders import describe_loaders
+from a3cli.families import Family, LayerSizes, per_layer_config
 from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.interrupt import Stop
 from a3cli.manifest import MANIFEST, read_export_manifest
@@ -44,6 +43,7 @@ from a3cli.model import Model, open_calibrated_source
 from a3cli.moments import Tensors
 from a3cli.processes import ahead, one_core_each, spread
 from a3cli.projections import apply_projection, pieces
+from a3cli.runtimes import Verdict, judge, tokenizer_class_of
 from a3cli.settings import ExportSettings
 from a3cli.work import (
     Draft,
@@ -253,12 +253,18 @@ def write_checkpoint(
         "dtype": settings.dtype,
         "max_shard_size": settings.max_shard_size,
         "measured": measured,
-        "loads_with": describe_loaders(config),
+        "runtimes": [asdict(verdict) for verdict in judge_export(config, model, solution)],
         "versions": versions(),
     }
     (folder / "README.md").write_text(model_card(model, result), "utf-8")
     files = {p.name: hashes.get(p.name) or hash_file(p) for p in sorted(folder.iterdir())}
     return write_manifest(folder / MANIFEST, {**result, "files": files})
+
+
+def judge_export(config: Json, model: Model, solution: Solution) -> list[Verdict]:
+    """Return which runtimes load an export with this config.json."""
+    smaller_heads = any(size.qk < model.shape.head_dim for size in solution.sizes)
+    return judge(config, smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(model.source.folder))
 
 
 def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces]:
@@ -329,7 +335,9 @@ def stock_changes(model: Model, solution: Solution) -> Json:
     changes: Json = {"intermediate_size": sizes.mlp}
     if sizes.qk < model.shape.head_dim:
         rope = replace(model.rope, context=solution.manifest["context"])
-        return changes | {"head_dim": sizes.qk, **kept_rope_config(rope, solution.manifest["rope_slots"])}
+        linear_factor = solution.manifest["request"]["settings"]["rope_form"] == "linear"
+        kept = kept_rope_config(rope, solution.manifest["rope_slots"], linear_factor=linear_factor)
+        return changes | {"head_dim": sizes.qk, **kept}
     return changes | lowered_rope(model, solution)
 
 
@@ -340,12 +348,20 @@ def per_layer_changes(model: Model, solution: Solution) -> Json:
     """
     return {
         "architectures": [model.family.per_layer_class],
-        "auto_map": {"AutoModelForCausalLM": f"{MODELING.stem}.{model.family.per_layer_class}"},
+        "auto_map": auto_map(model.family),
         "head_dim": model.shape.head_dim,
         "per_layer_config": per_layer_config(solution.sizes, solution.manifest["rope_slots"]),
         **both_spellings(model.rope.parameters),
         **lowered_rope(model, solution),
     }
+
+
+def auto_map(family: Family) -> Json:
+    """The classes in the exported code, by the auto class that builds them: vLLM's Transformers backend asks for the
+    second one.
+    """
+    causal = f"{MODELING.stem}.{family.per_layer_class}"
+    return {"AutoModelForCausalLM": causal, "AutoModel": causal.replace("ForCausalLM", "Model")}
 
 
 def lowered_rope(model: Model, solution: Solution) -> Json:

@@ -99,7 +99,7 @@ def describe_export(folder: Path) -> Json:
         "text": None,
         "solution": solution,
         "layers": layers,
-        "export": {key: manifest[key] for key in ("dtype", "max_shard_size", "loads_with", "files")},
+        "export": {key: manifest[key] for key in ("dtype", "max_shard_size", "runtimes", "files")},
         "measured": [as_measured(each) for each in manifest["measured"]],
         "versions": manifest["versions"],
         "warnings": warnings(layers, None),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from a3cli.errors import A3Error
 from a3cli.measured import Measured
+from a3cli.runtimes.rules import Loads
 from a3cli.settings import SolveSettings, TextSettings
 from a3cli.work import Json, read_json, unaltered
 
@@ -194,6 +195,12 @@ class Solution(Part):
     sha256: Sha256 = Field(description="of the solution's own manifest")
 
 
+class Runtime(Part):
+    runtime: str
+    loads: Loads
+    note: str = Field(description="why not, or what to mind")
+
+
 class Manifest(Part):
     """Where an export comes from, how it was made, and the hash of each of its files."""
 
@@ -205,7 +212,7 @@ class Manifest(Part):
     dtype: Literal["source", "float32", "bfloat16", "float16"]
     max_shard_size: Size
     measured: list[Measured] = Field(description="what a3 eval measured, where it was given to a3 export")
-    loads_with: str
+    runtimes: list[Runtime] = Field(min_length=1, description="what loads the export")
     versions: Versions
     files: dict[str, FileHash] = Field(min_length=1, description="every file of the folder but this one")
     sha256: Sha256 = Field(description="of the rest of this file: JSON with sorted keys, as Python's json.dumps has it")

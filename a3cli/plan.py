@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from a3cli import costs
 from a3cli.errors import A3Error
 from a3cli.families import Family, LayerSizes, ModelShape, family_of, read_shape
 from a3cli.families.base import check_bounds, check_rope
-from a3cli.families.loaders import describe_loaders
 from a3cli.hub import find_folder, read_config, refuse_per_layer
+from a3cli.runtimes import Verdict, judge, tokenizer_class_of
 from a3cli.settings import PlanSettings
 from a3cli.work import Json
 
@@ -50,7 +50,7 @@ GREEDY_STEP = 3e-4
 class DecoderConfig(BaseModel):
     """What a plan needs of config.json; for the rest it is as in transformers' own classes."""
 
-    # Strict: families/loaders.py reads the same entries as they stand in the file.
+    # Strict: a3cli/runtimes reads the same entries as they stand in the file.
     # Protected namespaces: older pydantic wants no field to begin with model_.
     model_config = ConfigDict(strict=True, protected_namespaces=())
 
@@ -183,7 +183,7 @@ def plan(settings: PlanSettings) -> Json:
             "solve_tflops": rates.solve / 1e12,
             "rates_are": rates.origin,
         },
-        "loads_with": describe_loaders(planned_config(config, run)),
+        "runtimes": [asdict(verdict) for verdict in judge_plan(config, folder, run)],
     }
 
 
@@ -219,10 +219,17 @@ def count_parameters(decoder: DecoderConfig, shape: ModelShape, family: Family) 
     return costs.linear_weights(shape, shape.sizes) + biases + fixed_biases + norms + tables
 
 
+def judge_plan(config: Json, folder: Path, run: Run) -> list[Verdict]:
+    """Return which runtimes will load the export; of a stock one with smaller heads, if its RoPE has to be longrope."""
+    smaller_heads = run.size.qk < run.shape.head_dim
+    planned = planned_config(config, run)
+    return judge(planned, smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(folder))
+
+
 def planned_config(config: Json, run: Run) -> Json:
     """As much of the export's config.json as decides who loads it."""
     if run.settings.shape == "per-layer":
-        return {"per_layer_config": {}}
+        return {**config, "head_dim": run.shape.head_dim, "per_layer_config": {}}
     if run.size.qk == run.shape.head_dim:
         return config
     return {**config, "head_dim": run.size.qk, "rope_parameters": {"rope_type": "longrope"}}

@@ -5,6 +5,7 @@
     calibrate: {model: ../demo/model, text: {dataset: ../demo/text/calibration.txt}}
     solve: {budget: 0.25}
     export: {}
+    verify: {}                     runs unless this is `false`
     eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     may be left out; or `texts`, a list
 
 Relative paths start at the recipe's own folder: `work` and `out` always, models, datasets and other files if they begin
@@ -12,13 +13,13 @@ with `./` or `../`, since `owner/name` is a hub id.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
 from a3cli.errors import A3Error, first_line
-from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Settings, SolveSettings
+from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Settings, SolveSettings, VerifySettings
 
 PATHS = (
     ("calibrate", "model"),
@@ -38,6 +39,7 @@ class Recipe(Settings):
     calibrate: CalibrateSettings
     solve: SolveSettings
     export: ExportSettings = ExportSettings()
+    verify: VerifySettings | Literal[False] = VerifySettings()
     evaluation: EvalSettings | None = Field(default=None, alias="eval")
 
 

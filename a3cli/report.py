@@ -15,6 +15,7 @@ from a3cli.card import calibrate_commands, export_command, public_name, solve_co
 from a3cli.errors import A3Error
 from a3cli.escape import printable
 from a3cli.measured import read_evaluation
+from a3cli.runtimes import Verdict, summarise
 from a3cli.settings import COMPONENTS, LOSSES
 from a3cli.work import Json, replacing
 
@@ -88,9 +89,13 @@ def content(found: Json, measured: list[Json]) -> Json:
         "commands": commands(found),
         "hashes": hashes(found),
         "files": sorted((found["export"] or {}).get("files", {}).items()),
-        "loads_with": (found["export"] or {}).get("loads_with"),
+        "loads_with": describe_runtimes(found["export"]),
         "versions": found["versions"] or {},
     }
+
+
+def describe_runtimes(export: Json | None) -> str | None:
+    return summarise([Verdict(**each) for each in export["runtimes"]]) if export else None
 
 
 def curve_inputs(found: Json, component: str) -> list[Json]:

@@ -1,4 +1,4 @@
-"""A recipe's stages, one after another: calibrate, solve, export, and eval if it has one.
+"""A recipe's stages, one after another: calibrate, solve, export, verify unless it says not to, and eval if it has one.
 
 Each stage knows by its files whether it is done, so the same recipe run again goes on where it stopped, and a finished
 one does nothing.
@@ -18,11 +18,12 @@ from a3cli.interrupt import Stop
 from a3cli.manifest import MANIFEST, read_export_manifest
 from a3cli.processes import launch, without_output
 from a3cli.recipe import Recipe
-from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings
+from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.solve import check_settings, solve
 from a3cli.sweep import Progress
 from a3cli.text import text_fingerprint
-from a3cli.work import Json, Work, check_hashes, hash_json, read_manifest, write_manifest
+from a3cli.verify import verify
+from a3cli.work import Json, Work, check_hashes, hash_json, read_if_of, read_manifest, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ def run_recipe(
     quiet: bool = False,
 ) -> Json:
     """Each stage's result by its name; `overwrite` makes all anew, and further processes are as `quiet` as asked.
+
+    An export that fails a check of `verify` is not evaluated.
 
     Raises A3Error where a stage does, and before any of them for settings that contradict one another, and Interrupted
     at the end of the step in which `stop` was set off.
@@ -55,6 +58,11 @@ def run_recipe(
         results["solve"] = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
     log.info("export")
     results["export"] = exported(recipe, work, results["solve"], overwrite=overwrite, stop=stop)
+    if recipe.verify:
+        log.info("verify")
+        results["verify"] = verified(recipe.verify, recipe, work, results["export"], overwrite=overwrite)
+        if not results["verify"]["passed"]:
+            return results
     if recipe.evaluation is not None:
         log.info("eval")
         results["eval"] = evaluated(recipe.evaluation, work, results["export"], overwrite=overwrite)
@@ -100,6 +108,22 @@ def is_asked_for(manifest: Json, settings: ExportSettings, solution: Json) -> bo
     asked = {"dtype": settings.dtype, "max_shard_size": settings.max_shard_size}
     same_settings = all(manifest[name] == value for name, value in asked.items())
     return bool(same_settings and manifest["solution"]["sha256"] == solution["sha256"])
+
+
+def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Json, *, overwrite: bool) -> Json:
+    """Return the checks' outcomes, kept in the work folder for this export and these versions if all passed.
+
+    A per-layer export's code may run: `verify` runs it only if it is the file that a3 ships.
+    """
+    settings = settings.model_copy(update={"trust_remote_code": True})
+    request = {"settings": settings.model_dump(mode="json"), "export": hash_json(manifest), "versions": versions()}
+    if not overwrite and (found := read_if_of(work.verification, request)):
+        return dict(found["result"])
+    result = verify(recipe.out, settings, work)
+    if result["passed"]:
+        with work.locked():
+            write_manifest(work.verification, {"request": request, "result": result})
+    return result
 
 
 def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: bool) -> Json:

@@ -13,6 +13,8 @@ Component = Literal["qk", "ov", "mlp"]
 COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Sensitivity = Literal["residual", "probe"]
+# How config.json of a stock export describes RoPE of smaller heads; a3cli/runtimes says which runtime loads what.
+RopeForm = Literal["auto", "theta", "linear", "longrope"]
 # What predicted losses are, by how they were brought to one unit.
 LOSSES: dict[Sensitivity, str] = {
     "residual": "squared error relative to the residual stream",
@@ -76,10 +78,11 @@ class SolveSettings(Settings):
     shape: Literal["stock", "per-layer"] = "stock"
     context: int | None = Field(default=None, ge=2)
     components: Annotated[tuple[Component, ...], AfterValidator(_not_empty)] = COMPONENTS
-    head_multiple: int = Field(default=8, ge=1)
+    head_multiple: int = Field(default=16, ge=1)
     mlp_multiple: int = Field(default=64, ge=1)
     min_head: int = Field(default=1, ge=1)
     min_mlp: int = Field(default=1, ge=1)
+    rope_form: RopeForm = "auto"
     eigenvalue_floor: float = Field(default=1e-10, ge=0, lt=1)
     ridge: float = Field(default=1e-6, ge=0)
     sensitivity: Sensitivity = "residual"
@@ -135,7 +138,7 @@ class ParetoSettings(Settings):
     """Budgets to solve for with every method; with `text`, each result is measured on it too."""
 
     budgets: Annotated[tuple[Fraction, ...], BeforeValidator(parse_budgets), Field(min_length=1, max_length=1000)]
-    head_multiple: int = Field(default=8, ge=1)
+    head_multiple: int = Field(default=16, ge=1)
     mlp_multiple: int = Field(default=64, ge=1)
     sensitivity: Sensitivity = "residual"
     sequential: bool = False
@@ -183,7 +186,7 @@ class PlanSettings(Settings):
     seq_len: int = Field(default=2048, ge=2)
     batch_size: BatchSize = None
     mlp_stats: Literal["full", "diagonal"] = "full"
-    head_multiple: int = Field(default=8, ge=2, multiple_of=2)
+    head_multiple: int = Field(default=16, ge=2, multiple_of=2)
     mlp_multiple: int = Field(default=64, ge=1)
     dtype: Dtype = "auto"
     devices: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?(,cuda(:\d+)?)*)$")

@@ -163,6 +163,11 @@ def analyse(
         raise A3Error(
             f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
         )
+    if settings.rope_form in ("theta", "linear") and model.rope.kind in ("yarn", "longrope"):
+        raise A3Error(
+            f"--rope-form {settings.rope_form}: {model.source.name} has RoPE type {model.rope.kind}, which a changed "
+            "theta cannot express for smaller heads; use --rope-form auto, or --components mlp to keep heads whole"
+        )
 
     def look_at(layer: int) -> Any:
         stop.before(f"analysing layer {layer + 1} of {model.shape.layers}", AGAIN)
@@ -207,6 +212,11 @@ def check_settings(settings: SolveSettings) -> None:
         problems.append("--attention-budget needs qk and ov among --components")
     if settings.mlp_budget and "mlp" not in settings.components:
         problems.append("--mlp-budget needs mlp among --components")
+    if settings.rope_form != "auto" and (settings.method, settings.shape) != ("best", "stock"):
+        problems.append(
+            f"--rope-form {settings.rope_form} needs --method best and --shape stock: the paper's method keeps the "
+            "pairs that it selects, and a per-layer export holds its slots itself"
+        )
     if settings.head_multiple % 2 and attention:
         problems.append(f"--head-multiple {settings.head_multiple}: RoPE turns pairs of dims, so it must be even")
     if problems:

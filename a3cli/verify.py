@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.export import MODELING, Solution, read_solution
+from a3cli.export import MODELING, Solution, auto_map, read_solution
 from a3cli.families import LayerSizes, ModelShape, family_of, read_shape
 from a3cli.families.base import LARGEST, check_bounds
 from a3cli.junit import Case
@@ -154,11 +154,11 @@ def own_sizes(layers: Json, shape: ModelShape) -> list[LayerSizes]:
 
 
 def code_of(config: Json) -> Json:
-    """The file that may run as part of a per-layer export, and as which class."""
+    """Return the file that may run as part of a per-layer export, its hash, and the auto_map that names its classes."""
     return {
         "file": MODELING.name,
         "hash": hash_file(MODELING),
-        "class": family_of(config.get("model_type")).per_layer_class,
+        "auto_map": auto_map(family_of(config.get("model_type"))),
     }
 
 

@@ -70,6 +70,7 @@ class Work:
         self.points = folder / "pareto.json"
         self.coming_hidden_states = self.calibration / "hidden-next.bin"
         self.evaluation = folder / "evaluation.json"
+        self.verification = folder / "verification.json"
         self.scratch = folder / ".scratch"  # gone when the command ends, or else when the next one begins
 
     def borrowed_by(self, folder: Path) -> "Work":

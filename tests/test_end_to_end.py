@@ -20,10 +20,12 @@ from tests.conftest import (
     LLAMA3,
     LONGROPE,
     MODELS,
+    SHORT,
     VOCABULARY,
     YARN,
     build_tokenizer,
     mlp_linears,
+    refused,
     slot_dims,
     turning_pairs,
 )
@@ -402,7 +404,8 @@ def test_weights_that_an_export_could_not_stand_for_are_refused(a3, checkpoint, 
         edit(name, value)
         text = ("--dataset", text_file, "--samples", 4, "--seq-len", 64)
         assert a3("calibrate", source, *text, "--work", work, "--overwrite").code == 0
-        assert a3("solve", "--attention-budget", 0.25, "--mlp-budget", 0, "--work", work).code == 0
+        budgets = ("--attention-budget", 0.25, "--mlp-budget", 0, "--head-multiple", 8)
+        assert a3("solve", *budgets, "--work", work).code == 0
         outcome = a3("export", out, "--dtype", dtype, "--work", work)
         assert outcome.code == 2
         assert name in outcome.stderr
@@ -421,8 +424,11 @@ def test_disk_that_a_solution_takes_is_what_was_asked_for(method, sequential, a3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("a3cli.work.Draft.check_space", lambda _self, needed, what: asked.append(needed))
         options = ("--sequential",) if sequential else ()
-        budgets = ("--attention-budget", 0.25, "--mlp-budget", 0.25, "--mlp-multiple", 8, "--method", method)
-        assert a3("solve", *budgets, *options, "--work", work).code == 0
+        budgets, multiples = (
+            ("--attention-budget", 0.25, "--mlp-budget", 0.25),
+            ("--head-multiple", 8, "--mlp-multiple", 8),
+        )
+        assert a3("solve", *budgets, *multiples, "--method", method, *options, "--work", work).code == 0
     tensors = [load_file(path) for path in (work / "solution").glob("layer-*.safetensors")]
     stored = sum(tensor.nbytes for each in tensors for tensor in each.values())
     assert len(asked) == 1
@@ -465,6 +471,47 @@ def test_a_lower_context_changes_nothing_within_it(rope, shape, a3, checkpoint, 
     out = run_chain(a3, source, text_file, tmp_path, "--budget", 0, "--shape", shape, "--context", 128)
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
     torch.testing.assert_close(logits(load(out, trust_remote_code=True)), logits(load(source)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["theta", "linear", "longrope"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-linear", "llama-llama3", "nemotron-gqa"])
+def test_rope_has_the_form_that_was_asked_for(form, name, a3, checkpoint, text_file, tmp_path):
+    """Evenly spaced slots are part of the solution, so the export is exact, and what is predicted is of them."""
+    options = ("--attention-budget", 0.25, "--components", "qk,ov", "--head-multiple", 2, "--rope-form", form)
+    out = run_chain(a3, checkpoint(name), text_file, tmp_path, *options)
+    config, slots = (json.loads((out / name).read_text()) for name in ("config.json", "a3_manifest.json"))
+    slots = [slot for slot in slots["solution"]["rope_slots"] if slot < turning_pairs_of(name)]
+    rope = config["rope_parameters"]
+    if form == "longrope":
+        assert rope["rope_type"] == "longrope" or slots == [*range(len(slots))]
+    else:
+        assert torch.tensor(slots, dtype=torch.float64).diff().diff().abs().max() < 1e-9
+        assert rope["rope_type"] != "longrope"
+    if form == "theta":
+        assert slots[0] == 0
+        assert rope.get("factor") == (checkpoint_rope(checkpoint(name)).get("factor"))
+    verified = a3("verify", out, "--work", tmp_path / "work", "--quiet")
+    assert verified.code == 0, verified
+
+
+def turning_pairs_of(name: str) -> int:
+    return 4 if name.startswith("nemotron") else 8
+
+
+def checkpoint_rope(source: Path) -> dict:
+    return json.loads((source / "config.json").read_text())["rope_parameters"]
+
+
+@pytest.mark.parametrize("options", [("--method", "paper"), ("--shape", "per-layer")])
+def test_rope_form_is_for_slots_of_the_stock_shape(options, a3, work):
+    refused(a3("solve", "--budget", 0.2, "--rope-form", "theta", *options, "--work", work), "--rope-form theta needs")
+
+
+@pytest.mark.parametrize("rope", [YARN, LONGROPE], ids=lambda rope: rope["rope_type"])
+def test_rope_that_no_theta_expresses_is_refused(rope, a3, checkpoint, text_file, tmp_path):
+    source, place = checkpoint("llama-gqa", rope_parameters=rope), ("--work", tmp_path / "work")
+    assert a3("calibrate", source, "--dataset", text_file, *SHORT, *place).code == 0
+    refused(a3("solve", "--budget", 0.2, "--rope-form", "theta", *place), rope["rope_type"], "--rope-form auto")
 
 
 @pytest.mark.parametrize("allowed", [0.0, 1e3])

@@ -224,6 +224,7 @@ def test_the_commands_have_every_option_that_was_given(a3, source, monkeypatch):
     solving = SolveSettings(
         budget=0.2, attention_budget=0.1, mlp_budget=0.3, method="paper", shape="per-layer", context=200,
         components=("qk", "mlp"), head_multiple=4, mlp_multiple=16, min_head=6, min_mlp=24, ridge=1e-3,
+        rope_form="theta",
         sensitivity="probe", probe_blocks=3, probe_points=5, sequential=True, refit_rounds=1,
         device="cpu", dtype="bfloat16", batch_size=2,
     )  # fmt: skip

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from a3cli import costs
 from a3cli.checkpoint import Checkpoint
 from a3cli.export import export
 from a3cli.families import LayerSizes
-from a3cli.families.loaders import describe_loaders
 from a3cli.model import describe
 from a3cli.settings import ExportSettings, SolveSettings, TextSettings
 from a3cli.work import Json, Work, hash_file, write_manifest, write_tensors
@@ -308,6 +308,70 @@ def test_generation_with_cache_equals_generation_without(name, implementation, t
     assert cached.tolist() == plain.tolist()
 
 
+def call_attention(model: Any, length: int, **more: Any) -> torch.Tensor:
+    """The first layer's attention of some hidden states at the first positions."""
+    hidden = torch.randn(1, length, 48, generator=torch.Generator().manual_seed(3))
+    embeddings = model.model.rotary_emb(hidden, torch.arange(length)[None])
+    with torch.inference_mode():
+        return model.model.layers[0].self_attn(hidden_states=hidden, position_embeddings=embeddings, **more)[0]
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "what_a_later_version_may_call_it"])
+def test_attention_finds_its_cache_under_any_name(name, small):
+    model, cache = load(small), DynamicCache()
+    call_attention(model, 5, use_cache=True, **{name: cache})
+    call_attention(model, 2, use_cache=True, attention_mask=torch.zeros(1, 1, 2, 7), **{name: cache})
+    assert cache.get_seq_length() == 7
+
+
+@pytest.mark.parametrize("more", [{"use_cache": True}, {"attention_mask": torch.zeros(1, 1, 2, 7)}])
+def test_attention_stops_where_a_cache_is_in_use_and_none_arrives(more, small):
+    model = load(small)
+    with pytest.raises(RuntimeError, match="received no KV cache"):
+        call_attention(model, 2, **more)
+    call_attention(model, 2, use_cache=False, attention_mask=torch.zeros(1, 1, 2, 2))
+
+
+def test_generation_stops_where_the_cache_does_not_reach_attention(small, monkeypatch):
+    """As after a renaming that hides it: never go on with tokens computed as if nothing came before them."""
+    model = load(small)
+    attention = type(model.model.layers[0].self_attn)
+    forward = attention.forward
+
+    def without_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **{key: kwargs[key] for key in kwargs if not isinstance(kwargs[key], Cache)})
+
+    monkeypatch.setattr(attention, "forward", without_cache)
+    with pytest.raises(RuntimeError, match="received no KV cache"):
+        model.generate(tokens(8), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    model.generate(tokens(8), max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False)
+
+
+def test_vllm_is_given_heads_of_the_full_size(small, monkeypatch):
+    """Its attention is called with heads of config.head_dim and returns those of a token in one dimension."""
+    fused = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def kernel(module: Any, *heads: torch.Tensor, **options: Any) -> Any:
+        assert [part.shape[-1] for part in heads[:3]] == [16] * 3
+        output, weights = fused(module, *heads, **options)
+        return output.flatten(-2), weights
+
+    model = load(small)
+    expected = call_attention(model, 6)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", kernel)
+    model.model.layers[0].self_attn.config._attn_implementation = "vllm"
+    assert distance(call_attention(model, 6), expected) < 1e-6
+
+
+@torch.inference_mode()
+def test_the_decoder_loads_alone(small):
+    """As vLLM's Transformers backend builds it, from `auto_map`."""
+    decoder = AutoModel.from_pretrained(small, dtype=torch.float32, trust_remote_code=True).eval()
+    whole = load(small)
+    assert type(decoder).__name__ == "A3LlamaModel"
+    assert torch.equal(decoder(tokens()).last_hidden_state, whole.model(tokens()).last_hidden_state)
+
+
 def test_attention_kernels_agree_and_can_be_switched(small):
     model = load(small)
     fused = logits(model)
@@ -438,25 +502,7 @@ def test_card_and_manifest_say_how_to_load(small, capsys):
     assert "modeling_a3_llama.py" in manifest["files"]
     print_export(manifest, str(small))
     assert "trust_remote_code=True" in capsys.readouterr().out
-
-
-def test_every_export_says_what_loads_it():
-    longrope = {"rope_parameters": {"rope_type": "longrope"}}
-    assert "llama.cpp" not in describe_loaders(longrope).split(";")[0]
-    assert "stock" in describe_loaders(longrope)
-    assert describe_loaders({"rope_scaling": {"type": "longrope"}}) == describe_loaders(longrope)
-    assert describe_loaders({"rope_scaling": None}) == "stock transformers 4.57 and 5, vLLM and llama.cpp"
-    assert "stock" not in describe_loaders({"per_layer_config": {}, **longrope})
-    qwen = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}
-    assert "does not read head_dim" in describe_loaders({**qwen, "head_dim": 12})
-    assert describe_loaders({**qwen, "head_dim": 16}) == describe_loaders(qwen) == describe_loaders({})
-    starcoder = {**qwen, "model_type": "starcoder2"}
-    assert "the Starcoder2 of vLLM and of llama.cpp does not read" in describe_loaders({**starcoder, "head_dim": 12})
-    nemotron = {"model_type": "nemotron", "rope_parameters": {"rope_type": "default"}}
-    assert describe_loaders(nemotron) == "stock transformers 4.57 and 5"
-    assert "4.57" not in describe_loaders({**nemotron, **longrope}).split(";")[0]
-    # What they make of a missing bias, a window or a scaled RoPE is a matter of the source.
-    assert "where they load the source" in describe_loaders({**starcoder, "use_bias": False})
+    assert {each["runtime"]: each["loads"] for each in manifest["runtimes"]}["llama.cpp"] == "no"
 
 
 def keep_mlp(config: Json) -> None:

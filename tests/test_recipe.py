@@ -26,6 +26,7 @@ def recipe(checkpoint, text_file, tmp_path) -> Path:
         "out": "model",
         "calibrate": {"model": str(checkpoint("llama-gqa")), "text": text, "batch_size": 2},
         "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8},
+        "verify": False,  # a process of its own, which takes seconds
         "eval": {"against": str(checkpoint("llama-gqa")), "text": {**text, "samples": 2}},
     }
     path = folder / "small.yaml"
@@ -56,6 +57,42 @@ def test_a_recipe_runs_all_stages_and_then_nothing(a3, recipe, tmp_path, monkeyp
     assert a3("run", recipe.name, "--json").json == first
     assert times(work, out) == before
     assert a3("run", recipe.name).code == 0
+
+
+def verifying(recipe: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    del content["verify"]
+    recipe.write_text(yaml.safe_dump(content))
+
+
+def test_a_run_verifies_its_export_once(a3, recipe, monkeypatch):
+    verifying(recipe)
+    edit(recipe, "solve", shape="per-layer")  # whose code may run, since it is what a3 ships
+    edit(recipe, "eval", trust_remote_code=True)
+    first = a3("run", recipe, "--json").json
+    assert list(first) == ["calibrate", "solve", "export", "verify", "eval"]
+    assert {each["outcome"] for each in first["verify"]["checks"]} == {"passed"}
+    monkeypatch.setattr("a3cli.run.verify", pytest.fail)
+    assert a3("run", recipe, "--json").json == first
+    monkeypatch.setattr("a3cli.run.versions", lambda: {"transformers": "6.0"})
+    asked = []
+    monkeypatch.setattr("a3cli.run.verify", lambda out, *_: asked.append(out) or first["verify"])
+    assert a3("run", recipe, "--json").json == first
+    assert asked == [recipe.parent / "model"]  # since another transformers may read it in another way
+    without = a3("run", recipe, "--no-verify", "--json").json
+    assert "verify" not in without
+
+
+def test_an_export_that_fails_verify_fails_the_run_and_is_not_evaluated(a3, recipe, monkeypatch):
+    verifying(recipe)
+    failed = {"name": "generate", "outcome": "failed", "detail": "with a cache token 3 is 7, without one 9"}
+    result = {"model": "model", "passed": False, "checks": [failed], "versions": {}}
+    monkeypatch.setattr("a3cli.run.verify", lambda *_: result)
+    for _ in range(2):  # a failure is not kept
+        outcome = a3("run", recipe, "--json")
+        assert outcome.code == 1
+        assert "generate (with a cache token 3 is 7" in outcome.stderr.splitlines()[-1]
+        assert list(outcome.json) == ["calibrate", "solve", "export", "verify"]
 
 
 def test_relative_paths_start_at_the_recipe(recipe):

@@ -56,10 +56,11 @@ def tables(written: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("length", [40, 200])  # below and above the longrope source's original context
 @pytest.mark.parametrize("pairs", AFFINE + SCATTERED, ids=str)
+@pytest.mark.parametrize("linear_factor", [False, True])
 @pytest.mark.parametrize("rope", [DEFAULT, LINEAR, LLAMA3, YARN, LONGROPE], ids=lambda rope: rope["rope_type"])
-def test_kept_pairs_turn_as_in_the_source(rope, pairs, length):
+def test_kept_pairs_turn_as_in_the_source(rope, linear_factor, pairs, length):
     source = config(rope)
-    entries = kept_rope_config(read_rope(source), pairs)
+    entries = kept_rope_config(read_rope(source), pairs, linear_factor=linear_factor)
     for spelling in (
         entries["rope_parameters"],
         {**(entries["rope_scaling"] or {}), "rope_theta": entries["rope_theta"]},
@@ -110,8 +111,24 @@ def test_scaled_attention_is_refused_where_part_of_a_head_is_passed_through():
 @pytest.mark.parametrize("pairs", AFFINE, ids=str)
 @pytest.mark.parametrize("rope", [DEFAULT, LINEAR], ids=lambda rope: rope["rope_type"])
 def test_evenly_spaced_pairs_need_no_longrope(rope, pairs):
-    kind = kept_rope_config(read_rope(config(rope)), pairs)["rope_parameters"]["rope_type"]
-    assert kind in ("default", "linear")
+    """A linear factor of its own is written only where it was asked for."""
+    own, asked = (
+        kept_rope_config(read_rope(config(rope)), pairs, linear_factor=allowed)["rope_parameters"]
+        for allowed in (False, True)
+    )
+    assert own["rope_type"] == ("longrope" if pairs[0] else rope["rope_type"])
+    assert own.get("factor") in (1.0, rope.get("factor"))
+    assert asked["rope_type"] == ("linear" if pairs[0] else rope["rope_type"])
+
+
+def test_longrope_has_mscale_only_where_attention_is_scaled():
+    """transformers warns of these keys at every load."""
+    plain = kept_rope_config(read_rope(config(DEFAULT)), [0, 1, 3])["rope_parameters"]
+    assert plain["attention_factor"] == 1.0
+    assert not plain.keys() & {"short_mscale", "long_mscale"}
+    for rope in (YARN, LONGROPE):
+        scaled = kept_rope_config(read_rope(config(rope)), [0, 1, 3])["rope_parameters"]
+        assert scaled["short_mscale"] == scaled["long_mscale"] == scaled["attention_factor"] != 1.0
 
 
 def test_llama3_scaling_composes_only_from_the_first_pair():
@@ -124,7 +141,8 @@ def test_llama3_scaling_composes_at_whole_pairs_only():
     """Between two pairs it is not what interpolation makes of them."""
     rope = read_rope(config(LLAMA3))
     assert affine_parameters(rope, [0.0, 1.5, 3.0]) is None
-    assert evenly_spaced(rope, [0.0, 1.5, 3.2]) == []
+    assert evenly_spaced(rope, [0.0, 1.5, 3.2]) == [[0.0, 2.0, 4.0], [0.0, 3.0, 6.0]]
+    assert evenly_spaced(rope, [0.0, 1.0, 2.0, 3.0, 3.5, 4.0]) == [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]]
 
 
 @pytest.mark.parametrize("count", range(2, 8))
@@ -142,8 +160,11 @@ def test_the_nearest_line_is_not_lost_to_rounding(seed):
     slots = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).mul(7).sort().values
     step, start = numpy.polyfit(range(5), slots.numpy(), 1)
     start = min(max(start, 0.0), 7 - 4 * step)
-    lines = evenly_spaced(rope, slots.tolist())
-    assert len(lines) == (2 if start >= 0 else 1)  # the span of all pairs is always there
+    lines = evenly_spaced(rope, slots.tolist(), linear_factor=True)
+    from_zero = evenly_spaced(rope, slots.tolist())
+    assert lines[-len(from_zero) :] == from_zero
+    assert all(line[0] == 0 for line in from_zero)
+    assert len(lines) - len(from_zero) == (1 if start >= 0 else 0)
     if start >= 0:
         assert lines[0] == pytest.approx([start + j * step for j in range(5)], abs=1e-9)
 

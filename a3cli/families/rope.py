@@ -1,9 +1,10 @@
 """RoPE as configurations describe it: read the frequencies, and write the configuration of a kept subset.
 
-A kept subset of pairs is written in the affine form where the pairs are evenly spaced (a changed theta, at
-most a linear factor: every runtime reads it), and as longrope factors otherwise. Both spellings are
-written, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5): 4.57 silently falls
-back to default RoPE when it finds only the second.
+A kept subset of pairs is written as a changed theta where the pairs are evenly spaced from pair 0 (the form that most
+runtimes load), as a changed theta with a linear factor where they are evenly spaced from another pair and that form was
+asked for (some runtimes ignore the factor), and as longrope factors otherwise. Both spellings are written,
+`rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5): 4.57 silently falls back to default RoPE when
+it finds only the second.
 """
 
 from collections.abc import Sequence
@@ -88,14 +89,14 @@ def read_rope(config: Any) -> Rope:
     )
 
 
-def kept_rope_config(rope: Rope, slots: Sequence[float]) -> Json:
+def kept_rope_config(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> Json:
     """The config entries that give slot `j` of a smaller head the rotation of source pair `slots[j]`.
 
     A fractional pair turns between its neighbours, by geometric interpolation of their frequencies. Slots that don't
-    turn come last, as a `partial_rotary_factor`.
+    turn come last, as a `partial_rotary_factor`. `linear_factor` allows that form where pairs are evenly spaced.
     """
     turning = turning_slots(rope, slots)
-    parameters = affine_parameters(rope, turning) or longrope_parameters(rope, turning)
+    parameters = affine_parameters(rope, turning, linear_factor=linear_factor) or longrope_parameters(rope, turning)
     if not turning:
         parameters = {"rope_type": "default", "rope_theta": rope.theta}
     if "partial_rotary_factor" in rope.parameters:
@@ -108,11 +109,12 @@ def turning_slots(rope: Rope, slots: Sequence[float]) -> list[float]:
     return [slot for slot in slots if slot < rope.turning]
 
 
-def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
+def affine_parameters(rope: Rope, pairs: Sequence[float], *, linear_factor: bool = False) -> Json | None:
     """Evenly spaced pairs `a + s·j` as a changed theta; None where that is not exact.
 
     `theta^(-2(a+sj)/h) = theta^(-2a/h) · (theta^(s·r/h))^(-2j/r)`, r = 2·len(pairs): a new theta, and a
-    linear factor `theta^(2a/h)`. llama3 scaling looks at each frequency, so it composes only when a = 0, and
+    linear factor `theta^(2a/h)`, which is written only if `linear_factor` allows it: some runtimes ignore it without a
+    word (`a3cli/runtimes`). llama3 scaling looks at each frequency, so it composes only when a = 0, and
     what it makes of a fractional pair is not between what it makes of its neighbours;
     yarn and longrope look at the index of a pair and never compose.
     """
@@ -121,6 +123,8 @@ def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
     start = pairs[0]
     step = pairs[1] - start if len(pairs) > 1 else 1
     if any(abs(pair - start - step * j) > ROUNDING for j, pair in enumerate(pairs)):
+        return None
+    if start > 0 and not linear_factor:
         return None
     if rope.kind == "llama3" and (start > 0 or step != int(step)):
         return None
@@ -132,26 +136,43 @@ def affine_parameters(rope: Rope, pairs: Sequence[float]) -> Json | None:
     return parameters
 
 
-def evenly_spaced(rope: Rope, slots: Sequence[float]) -> list[list[float]]:
+def evenly_spaced(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> list[list[float]]:
     """Evenly spaced slots near the given ones that `affine_parameters` can write: candidates, best guess first.
 
-    The straight line nearest to the slots, and all pairs' span; from pair 0 where scaling composes only there, or where
-    not every runtime knows scaling. Slots that don't turn stay as they are.
+    The straight line from pair 0 that is nearest to the slots, and the line over all pairs; with `linear_factor` also
+    the nearest line from any pair, where the source's scaling composes with that. Slots that don't turn stay as they
+    are.
     """
     turning = turning_slots(rope, slots)
-    if len(turning) < 2:
+    if not turning:
         return []
     last, count = rope.turning - 1, len(turning)
     places = torch.arange(count, dtype=torch.float64)
     wanted = torch.tensor(sorted(turning), dtype=torch.float64)
-    centred = places - places.mean()
-    step = float((centred * wanted).sum() / centred.square().sum())
-    start = min(max(float(wanted.mean() - step * places.mean()), 0.0), last - step * (count - 1))
-    lines = [(start, step), (0.0, last / (count - 1))]
-    if rope.kind == "llama3" or rope.partial:
-        lines = [(0.0, float((places * wanted).sum() / places.square().sum())), lines[1]]
+    longest = last / max(count - 1, 1)
+    nearest = float((places * wanted).sum() / places.square().sum().clamp_min(1))
+    lines = [(0.0, nearest), (0.0, longest)]
+    if rope.kind == "llama3":
+        lines = [(0.0, float(step)) for step in (round(nearest), int(longest)) if 1 <= step <= longest]
+    # The Nemotron of transformers 4.57, the one family with partial RoPE, ignores linear factors.
+    elif linear_factor and not rope.partial:
+        lines.insert(0, nearest_line(wanted, last))
     spaced = [[min(max(a + s * j, 0.0), float(last)) for j in range(count)] for a, s in lines]
-    return [[*line, *slots[count:]] for line in spaced if affine_parameters(rope, line) is not None]
+    written = [line for line in spaced if affine_parameters(rope, line, linear_factor=linear_factor) is not None]
+    return [[*line, *slots[count:]] for line in _distinct(written)]
+
+
+def _distinct(lines: list[list[float]]) -> list[list[float]]:
+    return [line for i, line in enumerate(lines) if line not in lines[:i]]
+
+
+def nearest_line(slots: torch.Tensor, last: int) -> tuple[float, float]:
+    """Start and step of the evenly spaced slots nearest to `slots` `[S]`, moved to lie between 0 and `last`."""
+    places = torch.arange(len(slots), dtype=torch.float64)
+    centred = places - places.mean()
+    step = float((centred * slots).sum() / centred.square().sum().clamp_min(1e-12))
+    start = min(max(float(slots.mean() - step * places.mean()), 0.0), last - step * (len(slots) - 1))
+    return start, step
 
 
 def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
@@ -160,6 +181,11 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
     spacing = rope.theta ** (torch.arange(len(slots), dtype=torch.float64) / len(slots))
     # Only a longrope source switches tables, at its original context; elsewhere both are the same.
     original = rope.original_context if rope.kind == "longrope" else rope.context
+    # vLLM and SGLang read these in place of attention_factor; transformers warns of them as unrecognised. Without
+    # them, both take 1.0 where the context is not extended.
+    scales = {"short_mscale": rope.attention_factor, "long_mscale": rope.attention_factor}
+    if rope.attention_factor == 1.0 and original == rope.context:
+        scales = {}
     return {
         "rope_type": "longrope",
         "rope_theta": rope.theta,
@@ -167,8 +193,7 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
         "long_factor": (1 / (frequency_at(rope.long, place) * spacing)).tolist(),
         "factor": 1.0 if rope.kind != "longrope" else max(1.0, rope.context / original),
         "attention_factor": rope.attention_factor,
-        "short_mscale": rope.attention_factor,
-        "long_mscale": rope.attention_factor,
+        **scales,
         "original_max_position_embeddings": original,
     }
 

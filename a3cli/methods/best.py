@@ -132,7 +132,7 @@ class Best(Method):
         self.form = heads_of(model.rope, floor=settings.eigenvalue_floor)
         self.layers: list[BestLayer] = []
         self.tables: list[Table] = []  # of each layer
-        self.affine: dict[int, list[float]] = {}  # slots that took the place of a shared table's, by rank
+        self.affine: dict[int, list[float]] = {}  # evenly spaced slots in place of a shared table's, by rank
         self.score_losses: dict[tuple[int, int], float] = {}  # by layer and rank
         self.gains: dict[int, dict[int, float]] = {}  # measured loss over that of the scores, by layer and rank
         self.quick: dict[tuple[int, int], AttentionError] = {}  # of a table's own slots, by layer and rank
@@ -185,6 +185,25 @@ class Best(Method):
             self.tables = [self._table([layer]) for layer in layers]
         else:
             self.tables = [self._table(layers)] * len(layers)
+            if self._spacing_is_forced:
+                smaller = (rank for rank in self.sizes("qk") if rank < self.model.shape.head_dim)
+                self.affine = {rank: self._best_spacing(rank) for rank in smaller}
+
+    @property
+    def _spacing_is_forced(self) -> bool:
+        return self.settings.rope_form in ("theta", "linear")
+
+    def _best_spacing(self, rank: int) -> list[float]:
+        """Return the evenly spaced slots with the least score error in closed form, summed over layers."""
+        layers = range(len(self.layers))
+        return min(
+            self._spacings(rank) or [self._band_slots(0, rank)],  # none of which may turn
+            key=lambda slots: sum(self._loss_of(layer, self._slot_maps(layer, rank, slots)) for layer in layers),
+        )
+
+    def _spacings(self, rank: int) -> list[list[float]]:
+        linear_factor = self.settings.rope_form == "linear"
+        return evenly_spaced(self.model.rope, self._band_slots(0, rank), linear_factor=linear_factor)
 
     def _table(self, layers: list[int]) -> Table:
         """Bands that these layers share, by dynamic programming over their summed costs."""
@@ -203,13 +222,13 @@ class Best(Method):
         return spread_distances(mass, self._context, far_weight=FAR_WEIGHT)
 
     def settle(self, sizes: Sequence[LayerSizes]) -> None:
-        """In the stock shape, evenly spaced slots if they cost next to nothing: every runtime reads them."""
+        """In the stock shape, take evenly spaced slots if they cost next to nothing: most runtimes load them."""
         self.damping.clear()  # what projections that are not part of the solution took, and what they reached
         self.errors.clear()
-        self.affine.clear()
         rank = sizes[0].qk
-        if self.per_layer or rank == self.model.shape.head_dim:
+        if self.per_layer or rank == self.model.shape.head_dim or self.settings.rope_form != "auto":
             return
+        self.affine.clear()
         layers = range(len(self.layers))
         own = [self._quickly(layer, rank) for layer in layers]
         others = sum(
@@ -219,7 +238,7 @@ class Best(Method):
         loss, before = sum(each.refined for each in own), sum(each.closed_form for each in own)
         allowed, gain = loss + AFFINE_COST * (loss + others), loss / before if before else 1.0
         chosen: list[float] = []
-        for slots in evenly_spaced(self.model.rope, self.rope_slots(0, rank)):
+        for slots in self._spacings(rank):
             closed = [self._slot_maps(layer, rank, slots) for layer in layers]
             before = sum(self._refine(layer, slots, closed[layer], UNREFINED).error.closed_form for layer in layers)
             if before * gain <= PROMISING * allowed:
@@ -316,6 +335,9 @@ class Best(Method):
     def rope_slots(self, layer: int, rank: int) -> list[float]:
         if rank in self.affine:
             return self.affine[rank]
+        return self._band_slots(layer, rank)
+
+    def _band_slots(self, layer: int, rank: int) -> list[float]:
         return [band.slot for band in self.tables[layer].bands[rank // 2] for _ in range(band.rank)]
 
     def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:

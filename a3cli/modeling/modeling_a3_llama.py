@@ -9,10 +9,13 @@ the pairs and the softmax scale. Everything else is stock transformers, 4.57 or 
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
@@ -147,23 +150,24 @@ class PerLayerAttention:
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        cache_position: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = hidden_states.shape[:-1]
+        cache = take_cache(kwargs, attention_mask, shape[1])
+        cache_position = kwargs.pop("cache_position", None)  # read by the static cache of transformers 4
         query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
         cos, sin = (table[..., self.slot_index] for table in position_embeddings)
         query, key = self.rotate(query, key, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
         attention, kernel = eager_attention_forward, self.config._attn_implementation
         if kernel not in (None, "eager"):
             attention = ALL_ATTENTION_FUNCTIONS[kernel]
-            width = max(self.qk_head_dim, self.v_head_dim)
+            # vLLM allots its cache by config.head_dim, the same for all layers.
+            width = self.config.head_dim if kernel == "vllm" else max(self.qk_head_dim, self.v_head_dim)
             query, key, value = pad(query, width), pad(key, width), pad(value, width)
         output, weights = attention(
             self,
@@ -176,8 +180,29 @@ class PerLayerAttention:
             sliding_window=self.window,
             **kwargs,
         )
-        output = output[..., : self.v_head_dim].reshape(*shape, -1)
-        return self.o_proj(output), weights
+        # vLLM returns the heads of a token in one dimension.
+        heads = output.reshape(*shape, self.config.num_attention_heads, -1)
+        return self.o_proj(heads[..., : self.v_head_dim].flatten(-2)), weights
+
+
+def take_cache(kwargs: dict[str, Any], attention_mask: Any, query_length: int) -> Cache | None:
+    """Remove the KV cache from an attention call's arguments and return it, whatever its name is.
+
+    transformers renames this argument from time to time (`past_key_values` before 5.24, `cache` since), so it is found
+    by its type. Raises RuntimeError if a cache is in use and none arrived: without one, all tokens after the prompt
+    would be computed as if nothing came before them.
+    """
+    name = next((name for name, value in kwargs.items() if isinstance(value, Cache)), None)
+    if name is not None:
+        return kwargs.pop(name)
+    longer = attention_mask is not None and attention_mask.shape[-1] > query_length
+    if kwargs.get("use_cache") or longer:
+        raise RuntimeError(
+            f"{Path(__file__).name}: attention received no KV cache although one is in use; transformers "
+            f"{transformers.__version__} passes it in a way that this file does not know. Use another version of "
+            "transformers, or generate with use_cache=False"
+        )
+    return None
 
 
 def pad(heads: torch.Tensor, width: int) -> torch.Tensor:
@@ -206,6 +231,7 @@ class PerLayerWeights:
 class PerLayerModel(PerLayerWeights):
     """Goes before a stock decoder class: `layer_class` builds each layer from its own config."""
 
+    _auto_class = "AutoModel"  # how vLLM's Transformers backend builds it
     layer_class: Any
     norm_class: Any
     norm_epsilon = "rms_norm_eps"  # in the config

