@@ -77,7 +77,7 @@ def meeting_device(settings: CalibrateSettings) -> str:
 
 
 def open_model(settings: CalibrateSettings) -> tuple[Model, Machine]:
-    source = resolve_model(settings.model, settings.revision)
+    source = resolve_model(settings.model, settings.revision, follow_symlinks=settings.follow_symlinks)
     model = describe(source, trust_remote_code=settings.trust_remote_code)
     return model, choose_machine(settings.device, settings.dtype, source.dtype, devices=settings.devices)
 
@@ -302,6 +302,7 @@ def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json
     record = {
         "model": str(Path(settings.model).resolve()) if local else settings.model,
         "revision": source.revision,
+        "follow_symlinks": source.links_out,
         "fingerprint": request["source"],
         "small_files": source.hash_small_files(),
     }

@@ -5,9 +5,10 @@ memory is what the caller keeps. `write_shard` takes one tensor at a time, so a 
 memory.
 """
 
+import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,19 +21,17 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from a3cli.errors import A3Error
-from a3cli.hub import find_folder, read_config
-from a3cli.work import Json, hash_file, hash_json, name_hash, read_json
+from a3cli.hub import INDEX, METADATA_FILES, SINGLE, find_checkpoint, read_config, read_index, refuse_adapter
+from a3cli.work import Json, hash_file, hash_json, name_hash
 from a3cli.writer import HashingWriter
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What is fetched from the hub, and what an export carries over beside the weights.
-METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
+# JSON files that describe weights which an export does not hold: other formats' indexes and sizes, adapters.
+STALE_FILES = ("*.index.json", "params.json", "adapter_*")
 # A shard's content is sampled at this many evenly spaced places for its fingerprint.
 SAMPLED_ABOVE = 1_000_000_000  # bytes of weights; up to there hashing takes a second at most
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 65536
@@ -41,8 +40,12 @@ COPIED_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lives and what it is; `bytes` is its size in its stored dtype, `offset` where they begin."""
+    """Where a tensor lives and what it is; `bytes` is its size in its stored dtype, `offset` where they begin.
 
+    `stored` is its name in the file, which base-model checkpoints write without the decoder's prefix.
+    """
+
+    stored: str
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -54,11 +57,15 @@ class Checkpoint:
     """A local Hugging Face folder with safetensors weights.
 
     `config` is the raw `config.json`, `tensors` maps names to `TensorInfo` in file order. Opening reads
-    headers only. Raises A3Error for a missing, truncated, quantised or pickle-only checkpoint.
+    headers only. Raises A3Error for a missing, truncated, quantised or pickle-only checkpoint, for one with an adapter,
+    and for files that are links out of the folder unless `follow_symlinks`; `links_out` tells whether there are any.
     """
 
-    def __init__(self, folder: Path, *, name: str | None = None, revision: str | None = None) -> None:
-        check_links(folder)
+    def __init__(
+        self, folder: Path, *, name: str | None = None, revision: str | None = None, follow_symlinks: bool = False
+    ) -> None:
+        self.links_out = check_links(folder, follow=follow_symlinks)
+        refuse_adapter(folder)
         self.folder = folder
         self.name = name or str(folder)
         self.revision = revision
@@ -76,7 +83,7 @@ class Checkpoint:
         info = self.info(tensor)
         try:
             with safe_open(info.file, framework="pt") as shard:
-                value: torch.Tensor = shard.get_tensor(tensor)
+                value: torch.Tensor = shard.get_tensor(info.stored)
         except (SafetensorError, OSError) as error:  # it was whole when it was opened
             raise A3Error(f"{info.file}: tensor {tensor} cannot be read ({error}); download it again") from error
         return value
@@ -93,6 +100,17 @@ class Checkpoint:
         if tensor not in self.tensors:
             raise A3Error(f"{self.name} has no tensor {tensor}; is config.json of this checkpoint?")
         return self.tensors[tensor]
+
+    def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
+        """Return the same checkpoint with tensors under the names that `names` gives to those it holds now."""
+        other = copy.copy(self)
+        other.tensors = {names[tensor]: info for tensor, info in self.tensors.items()}
+        return other
+
+    @property
+    def stored_otherwise(self) -> bool:
+        """Whether tensors are stored under other names than their model's class has."""
+        return any(info.stored != name for name, info in self.tensors.items())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,57 +142,98 @@ class Checkpoint:
     def small_files(self) -> dict[str, Path]:
         """Tokenizer, generation config, chat template, card, licence: what lies beside config and weights, by name."""
         files = {path for pattern in METADATA_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        named = {path.name: path for path in sorted(files) if not path.name.endswith(".safetensors.index.json")}
-        named.pop("config.json", None)
-        return named
+        left_out = ("config.json", *STALE_FILES)
+        return {path.name: path for path in sorted(files) if not any(path.match(pattern) for pattern in left_out)}
 
     def hash_small_files(self) -> Json:
         return {name: hash_file(path) for name, path in self.small_files().items()}
 
 
-def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
+def resolve_model(
+    model: str, revision: str | None = None, *, follow_symlinks: bool = False, cached_only: bool = False
+) -> Checkpoint:
     """Open a local folder, or a hub id through the hub's cache (only what a3 needs is downloaded).
 
-    Raises A3Error if there is neither, or the hub cannot be reached.
+    Raises A3Error if there is neither, or the hub cannot be reached; with `cached_only` the hub is not asked.
     """
-    folder = find_folder(model, revision, files=("*.safetensors", *METADATA_FILES))
+    folder = find_checkpoint(model, revision, cached_only=cached_only)
     if Path(model).is_dir():
-        return Checkpoint(folder)
-    return Checkpoint(folder, name=model, revision=folder.name)
+        return Checkpoint(folder, follow_symlinks=follow_symlinks)
+    return Checkpoint(folder, name=model, revision=folder.name, follow_symlinks=follow_symlinks)
 
 
-def check_links(folder: Path) -> None:
-    """Raise A3Error if a file that may be read is a link out of the folder: an export would publish what is there.
+def check_links(folder: Path, *, follow: bool) -> bool:
+    """Tell whether a file that may be read is a link out of the folder. Raises A3Error if so, unless `follow`.
 
     The hub's cache links from `snapshots/<commit>` to its own `blobs`.
     """
+    links_out = False
     home = folder.resolve()
     allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
     for path in sorted(path for pattern in ("*.safetensors", *METADATA_FILES) for path in folder.glob(pattern)):
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
-            raise A3Error(f"{path} is a symbolic link out of its folder; put the file itself there")
+            links_out = True
+            if not follow:
+                raise A3Error(
+                    f"{path} is a symbolic link out of its folder, and an export would publish what it points to; put "
+                    "the file itself there, or allow it with --follow-symlinks (of a3 calibrate, plan and eval)"
+                )
         if not path.is_file() and not path.is_dir():
             raise A3Error(f"{path} is no regular file; put the file itself there")
+    return links_out
 
 
 def find_shards(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a checkpoint, in name order."""
+    """The safetensors files of a checkpoint, in name order: those that transformers would load."""
+    single = folder / SINGLE
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise A3Error(f"{folder / INDEX} has no weight_map; download the checkpoint again")
-        files = sorted({str(file) for file in weight_map.values()})
-        for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise A3Error(f"{folder / INDEX} names {file!r}, which is no safetensors file of this folder")
-            if not (folder / file).is_file():
-                raise A3Error(f"{folder / file} is missing; download the checkpoint again")
-        return [folder / file for file in files]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+        weight_map = read_index(folder)
+        shards = [folder / file for file in sorted(set(weight_map.values()))]
+        if single.is_file() and shards != [single]:
+            check_same_tensors(single, shards, weight_map)
+            return [single]
+        for shard in shards:
+            if not shard.is_file():
+                raise A3Error(f"{shard} is missing; download the checkpoint again")
+        return shards
+    if single.is_file():
+        return [single]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise A3Error(f"{name} has only pickle weights (.bin), which a3 never loads; convert it to safetensors first")
     raise A3Error(f"{name} has no {SINGLE} and no {INDEX}")
+
+
+def check_same_tensors(single: Path, shards: list[Path], weight_map: Mapping[str, str]) -> None:
+    """Raise A3Error if a single weight file holds other tensors than the shards of the index beside it.
+
+    Where no shard is there, the index's names are compared; of large files, the beginning of each tensor.
+    """
+    ours = read_header(single)
+    there = [shard for shard in shards if shard.is_file()]
+    theirs = {name: info for shard in there for name, info in read_header(shard).items()}
+    names = theirs if there else weight_map
+    problem = next((f"only one has {name}" for name in sorted(ours.keys() ^ names.keys())), None)
+    if there and problem is None:
+        most = None if sum(info.bytes for info in ours.values()) <= SAMPLED_ABOVE else FINGERPRINT_BYTES
+        problem = next((f"{name} differs" for name in ours if not same_content(ours[name], theirs[name], most)), None)
+    if problem:
+        raise A3Error(
+            f"{single} and {single.parent / INDEX} ({len(shards)} shards) hold different tensors ({problem}), and "
+            "loaders take the one or the other; remove the one that is not meant"
+        )
+
+
+def same_content(one: TensorInfo, other: TensorInfo, most: int | None = None) -> bool:
+    """Tell whether two tensors have the same shape, dtype and bytes, or the same first `most` bytes."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    end = one.bytes if most is None else min(most, one.bytes)
+    for start in range(0, end, COPIED_AT_ONCE):
+        size = min(COPIED_AT_ONCE, end - start)
+        ours, theirs = (_read(each, each.offset + start, size).view(torch.uint8) for each in (one, other))
+        if not torch.equal(ours, theirs):
+            return False
+    return True
 
 
 def read_header(shard: Path) -> dict[str, TensorInfo]:
@@ -189,12 +248,18 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     infos = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in DTYPES:
-            raise A3Error(f"{shard}: tensor {name} is {entry['dtype']}; a3 reads {', '.join(DTYPES)}, not quantised")
         start, end = entry["data_offsets"]
         offset = 8 + len(encoded) + start
-        infos[name] = TensorInfo(shard, tuple(entry["shape"]), DTYPES[entry["dtype"]], end - start, offset)
+        dtype = find_dtype(entry["dtype"], name, str(shard))
+        infos[name] = TensorInfo(name, shard, tuple(entry["shape"]), dtype, end - start, offset)
     return infos
+
+
+def find_dtype(name: str, tensor: str, where: str) -> torch.dtype:
+    """Return the dtype of a safetensors header's `name`. Raises A3Error for one that a3 does not read."""
+    if name not in DTYPES:
+        raise A3Error(f"{where}: tensor {tensor} is {name}; a3 reads {', '.join(DTYPES)}, not quantised")
+    return DTYPES[name]
 
 
 def header_bytes(shard: Path) -> bytes:

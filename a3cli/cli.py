@@ -91,6 +91,9 @@ Sensitivity = Annotated[
     str, typer.Option(help="What a loss counts for: residual (predicted, free) or probe (KL measured in one sweep).")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+FollowSymlinks = Annotated[
+    bool, typer.Option("--follow-symlinks", help="Read files that are symbolic links out of the model's folder.")
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 NumProcesses = Annotated[int, typer.Option(min=1, help="Processes on this machine, each with a share of the work.")]
 MaxMinutes = Annotated[
@@ -131,6 +134,7 @@ def calibrate(
         "full"
     ),
     trust_remote_code: RemoteCode = False,
+    follow_symlinks: FollowSymlinks = False,
     max_minutes: MaxMinutes = None,
     full_check: FullCheck = False,
     overwrite: Overwrite = False,
@@ -156,6 +160,7 @@ def calibrate(
         hidden_states=hidden_states,
         mlp_stats=mlp_stats,
         trust_remote_code=trust_remote_code,
+        follow_symlinks=follow_symlinks,
         full_check=full_check,
         num_processes=num_processes,
     )
@@ -366,6 +371,7 @@ def evaluate(
     dtype: Dtype = "auto",
     batch_size: BatchSize = 1,
     trust_remote_code: RemoteCode = False,
+    follow_symlinks: FollowSymlinks = False,
     junit: Junit = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -398,6 +404,7 @@ def evaluate(
         dtype=dtype,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        follow_symlinks=follow_symlinks,
     )
     from a3cli.evaluate import cases
     from a3cli.evaluate import evaluate as run
@@ -453,7 +460,7 @@ def verify(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Local folder or hub id; only its config.json is looked at.")],
+    model: Annotated[str, typer.Argument(help="Local folder or hub id; no weights are downloaded.")],
     budget: Annotated[float, typer.Option(help="Fraction of the decoder's linear weights to remove.")] = 0.25,
     shape: Annotated[str, typer.Option(help="stock or per-layer, as for solve.")] = "stock",
     samples: Annotated[int, typer.Option(help="Number of blocks.")] = 128,
@@ -463,6 +470,7 @@ def plan(
     head_multiple: HeadMultiple = 16,
     mlp_multiple: MlpMultiple = 64,
     revision: Revision = None,
+    follow_symlinks: FollowSymlinks = False,
     dtype: Dtype = "auto",
     devices: Annotated[str, typer.Option(help="cpu, cuda, or a list like cuda:0,cuda:1.")] = "cpu",
     num_processes: Annotated[int, typer.Option(help="Processes that share the blocks.")] = 1,
@@ -490,6 +498,7 @@ def plan(
         PlanSettings,
         model=model,
         revision=revision,
+        follow_symlinks=follow_symlinks,
         budget=budget,
         shape=shape,
         samples=samples,

@@ -214,6 +214,13 @@ def print_plan(result: Json) -> None:
         f"{machine['calibration_dtype']} ({rates['compute']}) and {machine['solve_tflops']:.3g} in float64 "
         f"({rates['solve']})"
     )
+    checked, reason = result["weights"]["checked"], printable(result["weights"]["reason"] or "")
+    what = {
+        "tensors": "the weights' names, shapes and dtypes were checked",
+        "names": f"only the weights' names were checked: {reason}",
+        "nothing": f"the weights were not checked: {reason}",
+    }
+    _print(what[checked])
     _print_runtimes(result["runtimes"])
 
 

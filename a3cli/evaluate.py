@@ -73,9 +73,10 @@ def check_settings(settings: EvalSettings) -> None:
 
 def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
     """The model and, with `against`, its source. Raises A3Error for code that may not run."""
-    checkpoints = [resolve_model(settings.model, settings.revision)]
+    models = [(settings.model, settings.revision)]
     if settings.against:
-        checkpoints.append(resolve_model(settings.against, settings.against_revision))
+        models.append((settings.against, settings.against_revision))
+    checkpoints = [resolve_model(*each, follow_symlinks=settings.follow_symlinks) for each in models]
     for each in checkpoints:
         if "per_layer_config" in each.config and not settings.trust_remote_code:
             raise A3Error(

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from a3cli.card import model_card, public_dataset, public_name, public_request
 from a3cli.checkpoint import (
-    INDEX,
     Checkpoint,
     PlannedTensor,
     check_finite,
@@ -36,6 +35,7 @@ from a3cli.checkpoint import (
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.families import Family, LayerSizes, per_layer_config
 from a3cli.families.rope import ROPE_KEYS, both_spellings, kept_rope_config
+from a3cli.hub import INDEX
 from a3cli.interrupt import Stop
 from a3cli.manifest import MANIFEST, read_export_manifest
 from a3cli.measured import read_evaluation
@@ -333,6 +333,8 @@ def stock_changes(model: Model, solution: Solution) -> Json:
     """One head size and one MLP width for all layers and, if heads are smaller, the new RoPE."""
     sizes = solution.sizes[0]
     changes: Json = {"intermediate_size": sizes.mlp}
+    if model.source.stored_otherwise:  # config.json names the class of the decoder alone
+        changes["architectures"] = [model.stock.name]
     if sizes.qk < model.shape.head_dim:
         rope = replace(model.rope, context=solution.manifest["context"])
         linear_factor = solution.manifest["request"]["settings"]["rope_form"] == "linear"

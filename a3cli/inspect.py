@@ -186,16 +186,12 @@ def open_source(recorded: Json) -> Checkpoint | None:
 
     Raises A3Error for a local folder with a damaged checkpoint.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
     model, revision = str(recorded.get("model")), recorded.get("revision")
     if Path(model).is_dir():
-        return resolve_model(model)
+        return resolve_model(model, follow_symlinks=recorded.get("follow_symlinks") is True)
     try:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
-        return Checkpoint(folder, name=model, revision=revision)
-    except (A3Error, HFValidationError, LocalEntryNotFoundError):
+        return resolve_model(model, revision, cached_only=True)
+    except A3Error:
         return None
 
 

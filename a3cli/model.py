@@ -1,59 +1,109 @@
 """A checkpoint as a model: family, configuration, shape and RoPE, all checked before any work begins."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from a3cli.checkpoint import Checkpoint, resolve_model
+from a3cli.checkpoint import Checkpoint, resolve_model, same_content
 from a3cli.errors import A3Error
 from a3cli.families import Family, ModelShape, family_of, read_shape
+from a3cli.families.base import check_rope, check_rope_spellings
 from a3cli.families.rope import Rope, read_rope
 from a3cli.hub import refuse_per_layer
+from a3cli.stock import Shape, StockClass, match_tensors, read_stock_class
 from a3cli.work import Json, Work, name_differences, read_manifest
 
 
 @dataclass(frozen=True)
 class Model:
-    """What every stage knows of a source. `config` is transformers' own configuration object."""
+    """What every stage knows of a source. `config` is transformers' own configuration object, `stock` its class.
+
+    The source's tensors have that class's names, however they are stored.
+    """
 
     source: Checkpoint
     family: Family
     config: Any
     shape: ModelShape
     rope: Rope
+    stock: StockClass
 
 
-def describe(source: Checkpoint, *, trust_remote_code: bool = False) -> Model:
-    """Raises A3Error for an unknown family, a configuration that does not fit, or missing tensors."""
+def describe(source: Checkpoint, *, trust_remote_code: bool = False, calibrated: bool = False) -> Model:
+    """Raises A3Error for an unknown family, a configuration that does not fit, or missing or unknown tensors.
+
+    A stored copy of a tied embedding must equal it; of a `calibrated` source that is known.
+    """
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    config, stock = read_stock(
+        source.folder, source.config, source.name, tensors=len(shapes), trust_remote_code=trust_remote_code
+    )
+    source = source.renamed(match_tensors(stock, shapes, source.name))
+    if not calibrated:
+        check_tied(source, stock.tied)
+    with invalid_config(source.folder):
+        rope = read_rope(config)
+    return Model(source, family_of(config.model_type), config, read_shape(config), rope, stock)
+
+
+def check_tensors(folder: Path, raw: Json, name: str, shapes: Mapping[str, Shape | None]) -> None:
+    """Raise A3Error, as `describe` does, for tensors of which only names and perhaps shapes are known."""
+    _, stock = read_stock(folder, raw, name, tensors=len(shapes))
+    match_tensors(stock, shapes, name)
+
+
+def read_stock(
+    folder: Path, raw: Json, name: str, *, tensors: int, trust_remote_code: bool = False
+) -> tuple[Any, StockClass]:
+    """Return transformers' configuration and class for config.json, whose content is `raw`. Raises A3Error."""
     from transformers import AutoConfig
 
-    refuse_per_layer(source.config, source.name)
-    family = family_of(source.config.get("model_type"))
-    check_layers(source)
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        shape = read_shape(config)
-        config.head_dim = shape.head_dim  # some types know it only as hidden size over heads
-        check_tensors(source, family, shape, config.vocab_size)
+    refuse_per_layer(raw, name)
+    family = family_of(raw.get("model_type"))
+    check_rope_spellings(raw, folder / "config.json")
+    check_layers(raw, name, tensors)
+    with invalid_config(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
         check_activation(config.hidden_act)
-        rope = read_rope(config)
+        check_rope(dict(config.rope_parameters or {}), partial=family.rotary_factor is not None)
+        return config, read_stock_class(config)
+
+
+@contextmanager
+def invalid_config(folder: Path) -> Iterator[None]:
+    """Make whatever a configuration's classes raise an A3Error: they validate in many ways."""
+    try:
+        yield
     except A3Error:
         raise
-    except Exception as error:  # config classes validate in many ways
+    except Exception as error:
         reason = " ".join(str(error).split())
-        raise A3Error(f"{source.folder / 'config.json'} is not a valid configuration: {reason}") from error
-    return Model(source, family, config, shape, rope)
+        raise A3Error(f"{folder / 'config.json'} is not a valid configuration: {reason}") from error
 
 
-def check_layers(source: Checkpoint) -> None:
+def check_layers(raw: Json, name: str, tensors: int) -> None:
     """Raise A3Error for more layers than tensors: some configuration classes make lists of as many."""
-    layers = source.config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(source.tensors):
-        raise A3Error(f"{source.name}: config.json says {layers:,} layers, there are {len(source.tensors)} tensors")
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > tensors:
+        raise A3Error(f"{name}: config.json says {layers:,} layers, there are {tensors} tensors")
+
+
+def check_tied(source: Checkpoint, tied: Mapping[str, str]) -> None:
+    """Raise A3Error for a stored tensor that is tied to another and differs: transformers' versions take either."""
+    for name, original in tied.items():
+        if name in source.tensors and not same_content(source.info(name), source.info(original)):
+            raise A3Error(
+                f"{source.name}: config.json ties {name} to {original}, and the two are stored with different values; "
+                "set tie_word_embeddings to false if both are meant, or remove the first"
+            )
 
 
 def check_size(source: Checkpoint) -> None:
     """Raise A3Error if config.json describes far more weights than there are: memory would be filled with them."""
-    check_layers(source)
+    check_layers(source.config, source.name, len(source.tensors))
     try:
         family_of(source.config.get("model_type"))
         from transformers import AutoConfig
@@ -82,23 +132,6 @@ def check_activation(name: str) -> None:
         raise ValueError(f"hidden_act is {name!r}, which transformers does not know")
 
 
-def check_tensors(source: Checkpoint, family: Family, shape: ModelShape, vocabulary: int) -> None:
-    """Raise A3Error unless the embedding and every linear weight of every layer are there as configured."""
-    expect(source, f"{family.embedding}.weight", (vocabulary, shape.hidden_size))
-    for layer in range(shape.layers):
-        for role, expected in shape.linear_shapes().items():
-            expect(source, family.tensor(layer, role), expected)
-    for tensor in source.tensors:
-        if (found := family.find_role(tensor)) and found[0] >= shape.layers:
-            raise A3Error(f"{source.name}: tensor {tensor} is there, config.json says {shape.layers} layers")
-
-
-def expect(source: Checkpoint, tensor: str, shape: tuple[int, ...]) -> None:
-    found = source.info(tensor).shape
-    if found != shape:
-        raise A3Error(f"{source.name}: tensor {tensor} is {list(found)}, config.json says {list(shape)}")
-
-
 def open_calibrated_source(work: Work, calibration: Json, *, full_check: bool = False) -> Model:
     """The checkpoint that a calibration was made from. Raises A3Error if it is no longer the same.
 
@@ -106,7 +139,11 @@ def open_calibrated_source(work: Work, calibration: Json, *, full_check: bool = 
     """
     recorded = read_manifest(work.source, "run a3 calibrate on the source again")
     try:
-        source = resolve_model(str(recorded.get("model")), recorded.get("revision"))
+        source = resolve_model(
+            str(recorded.get("model")),
+            recorded.get("revision"),
+            follow_symlinks=recorded.get("follow_symlinks") is True,
+        )
     except A3Error as error:
         raise A3Error(f"the source of {work.folder}: {error}; if it was moved, run a3 calibrate on it again") from error
     expected, found = calibration["request"]["source"], source.fingerprint(full=full_check)
@@ -121,4 +158,4 @@ def open_calibrated_source(work: Work, calibration: Json, *, full_check: bool = 
             f"(differs in {differs}); "
             "restore what was changed, or calibrate again"
         )
-    return describe(source)
+    return describe(source, calibrated=True)

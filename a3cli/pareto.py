@@ -156,6 +156,7 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) 
             model=str(out),
             against=source["model"],
             against_revision=source["revision"],
+            follow_symlinks=source.get("follow_symlinks") is True,
             texts=(text,),
             bootstrap=0,
             device=settings.device,

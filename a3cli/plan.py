@@ -1,6 +1,7 @@
-"""What a run will cost, from config.json alone: sizes, disk, memory, time, and who loads the result.
+"""What a run will cost: sizes, disk, memory, time, and who loads the result.
 
-Nothing here imports torch unless speeds are to be measured: the answer is there before torch would be.
+The figures follow from config.json. The weights' headers are checked as `a3 calibrate` checks them, where they can be
+read without a download; torch is imported only for that, and to measure speeds.
 """
 
 import os
@@ -17,8 +18,19 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from a3cli import costs
 from a3cli.errors import A3Error
 from a3cli.families import Family, LayerSizes, ModelShape, family_of, read_shape
-from a3cli.families.base import check_bounds, check_rope
-from a3cli.hub import find_folder, read_config, refuse_per_layer
+from a3cli.families.base import check_bounds, check_rope, check_rope_spellings
+from a3cli.hub import (
+    ADAPTER,
+    INDEX,
+    SINGLE,
+    find_folder,
+    has_weights,
+    read_config,
+    read_index,
+    read_remote_tensors,
+    refuse_adapter,
+    refuse_per_layer,
+)
 from a3cli.runtimes import Verdict, judge, tokenizer_class_of
 from a3cli.settings import PlanSettings
 from a3cli.work import Json
@@ -133,16 +145,19 @@ class Run:
 def plan(settings: PlanSettings) -> Json:
     """The figures of one run.
 
-    Raises A3Error for a model that is not there or not supported, and for a budget that rounding does not allow.
+    Raises A3Error for a model that is not there or not supported, for weights that a3 calibrate would refuse, and for
+    a budget that rounding does not allow.
     """
-    folder = find_folder(settings.model, settings.revision, files=("config.json",))
+    folder = find_folder(settings.model, settings.revision, files=("config.json", INDEX, ADAPTER))
     config = read_config(folder, settings.model)
     refuse_per_layer(config, settings.model)
+    refuse_adapter(folder)
     family = family_of(config.get("model_type"))
     decoder = read_decoder(config, folder)
     shape = read_shape(decoder)
     check_bounds(shape, decoder.vocab_size)
     check_rope(decoder.rope_parameters or decoder.rope_scaling or {}, partial=family.rotary_factor is not None)
+    check_rope_spellings(config, folder / "config.json")
     if decoder.max_position_embeddings and settings.seq_len > decoder.max_position_embeddings:
         raise A3Error(
             f"--seq-len {settings.seq_len} is longer than the context of {settings.model} "
@@ -151,6 +166,7 @@ def plan(settings: PlanSettings) -> Json:
     dtype = decoder.dtype or decoder.torch_dtype or "float32"
     if dtype not in ITEMSIZES:
         raise A3Error(f"{folder / 'config.json'}: dtype {dtype!r} is not one of {', '.join(ITEMSIZES)}")
+    weights = check_weights(settings, folder, config)
     compute = settings.dtype if settings.dtype != "auto" else "float32" if settings.devices == "cpu" else dtype
     run = Run(
         settings,
@@ -164,6 +180,7 @@ def plan(settings: PlanSettings) -> Json:
     return {
         "model": settings.model,
         "model_type": decoder.model_type,
+        "weights": weights,
         "dtype": dtype,
         "layers": shape.layers,
         **describe_model(run),
@@ -194,6 +211,53 @@ def read_decoder(config: Json, folder: Path) -> DecoderConfig:
     except ValidationError as error:
         problems = sorted(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise A3Error(f"{folder / 'config.json'} is not a valid configuration: {'; '.join(problems)}") from None
+
+
+def check_weights(settings: PlanSettings, folder: Path, config: Json) -> Json:
+    """Check the weights as a3 calibrate does, as far as they can be read without a download; returns how far that was.
+
+    `checked` is `tensors` (names, shapes and dtypes), `names` or `nothing`, and `reason` says why it is not more.
+    """
+    local = Path(settings.model).is_dir()
+    if has_weights(folder) or (local and any(folder.glob("*.safetensors"))):
+        from a3cli.checkpoint import Checkpoint
+        from a3cli.model import describe
+
+        describe(Checkpoint(folder, name=settings.model, follow_symlinks=settings.follow_symlinks))
+        return {"checked": "tensors", "reason": None}
+    names = dict.fromkeys(read_index(folder)) if (folder / INDEX).is_file() else {}
+    reason = f"no safetensors weights in {folder}"
+    if not local:
+        try:
+            found = read_remote_tensors(settings.model, folder.name)
+        except A3Error as error:
+            reason = str(error)
+        else:
+            check_remote(settings.model, folder, config, found, names)
+            return {"checked": "tensors", "reason": None}
+    if not names:
+        return {"checked": "nothing", "reason": reason}
+    from a3cli.model import check_tensors
+
+    check_tensors(folder, config, settings.model, names)
+    return {"checked": "names", "reason": reason}
+
+
+def check_remote(
+    model: str, folder: Path, config: Json, found: dict[str, tuple[str, tuple[int, ...]]], indexed: Json
+) -> None:
+    """Raise A3Error for weights on the hub that a3 calibrate would refuse, or that the index there does not name."""
+    from a3cli.checkpoint import find_dtype
+    from a3cli.model import check_tensors
+
+    if indexed and (differing := sorted(found.keys() ^ indexed.keys())):
+        raise A3Error(
+            f"{model}: {SINGLE} and {INDEX} hold different tensors (only one has {differing[0]}), and loaders take the "
+            "one or the other; use another revision, or a local copy without the one that is not meant"
+        )
+    for name, (dtype, _) in found.items():
+        find_dtype(dtype, name, model)
+    check_tensors(folder, config, model, {name: shape for name, (_, shape) in found.items()})
 
 
 def choose_sizes(settings: PlanSettings, shape: ModelShape) -> LayerSizes:

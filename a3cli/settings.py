@@ -60,6 +60,7 @@ class CalibrateSettings(Settings):
     hidden_states: Literal["disk", "memory", "device"] = "disk"
     mlp_stats: Literal["full", "diagonal"] = "full"
     trust_remote_code: bool = False
+    follow_symlinks: bool = False
     full_check: bool = False
     num_processes: int = Field(default=1, ge=1)
 
@@ -164,6 +165,7 @@ class EvalSettings(Settings):
     dtype: Dtype = "auto"
     batch_size: int = Field(default=1, ge=1)
     trust_remote_code: bool = False
+    follow_symlinks: bool = False
 
 
 class VerifySettings(Settings):
@@ -180,6 +182,7 @@ class PlanSettings(Settings):
 
     model: str
     revision: str | None = None
+    follow_symlinks: bool = False
     budget: Fraction = 0.25
     shape: Literal["stock", "per-layer"] = "stock"
     samples: int = Field(default=128, ge=1)

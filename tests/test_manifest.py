@@ -206,7 +206,7 @@ def test_the_commands_of_a_card_give_the_same_bytes(probed, a3, work, source, te
 
 # What has no option, changes nothing in what is made, or is not kept.
 UNSAID = {
-    CalibrateSettings: {"devices", "hidden_states", "num_processes"},
+    CalibrateSettings: {"devices", "hidden_states", "num_processes", "follow_symlinks"},
     SolveSettings: {"eigenvalue_floor", "num_processes"},
     ExportSettings: {"overwrite", "num_processes", "full_check", "check_reproducible", "evaluations"},
     TextSettings: set(),

@@ -6,6 +6,7 @@ The rest of the package asks for roles (`q`, `down`, …), never for names of mo
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from a3cli.errors import A3Error
@@ -255,6 +256,37 @@ def check_bounds(shape: ModelShape, vocabulary: int) -> None:
     }
     if beyond := [f"{name} is above {most:,}" for name, (size, most) in bounds.items() if size > most]:
         raise A3Error(f"config.json: {', '.join(beyond)}, which no model has; correct it")
+
+
+def check_rope_spellings(config: dict[str, Any], path: Path) -> None:
+    """Raise A3Error if config.json says one thing in `rope_parameters` and another at its top.
+
+    Versions of transformers differ in which they read; 4.57 knows only `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`.
+    """
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return
+    beside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
+    if "rope_scaling" in config and isinstance(scaling := config["rope_scaling"] or {}, dict):
+        beside |= with_rope_type(scaling)
+    within = with_rope_type(parameters)
+    differing = [
+        f"{key} is {value!r:.80} at its top and {within[key]!r:.80} in rope_parameters"
+        for key, value in beside.items()
+        if key in within and value != within[key]
+    ]
+    if differing:
+        raise A3Error(
+            f"{path} contradicts itself: {'; '.join(differing)}; transformers 4.57 and 5 read different ones: "
+            "correct the wrong one"
+        )
+
+
+def with_rope_type(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return RoPE parameters with `rope_type`, which older configurations call `type` or leave out."""
+    named = {key: value for key, value in parameters.items() if key != "type"}
+    return {"rope_type": parameters.get("type", "default"), **named}
 
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")

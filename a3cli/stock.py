@@ -1,0 +1,98 @@
+"""The class of transformers that a configuration asks for, and whether a checkpoint has the tensors that it needs.
+
+Configuration in, names and shapes out: the class is built on meta, so it takes no memory, and what it says of its
+tensors is right for every family.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from a3cli.errors import A3Error
+
+Shape = tuple[int, ...]
+SHOWN = 4  # names in an error
+# Buffers that transformers no longer stores and ignores in checkpoints that do; classes don't list them.
+STORED_BUFFERS = r"rotary_emb\.inv_freq"
+
+
+@dataclass(frozen=True)
+class StockClass:
+    """What a stock class loads.
+
+    `shapes` are those of its whole state dict; `tied` maps names that need not be stored to those that they are tied
+    to. Names in which `ignored` is found are left alone on loading. `prefix` is that of the decoder, which base-model
+    checkpoints leave out.
+    """
+
+    name: str
+    layers: int
+    shapes: dict[str, Shape]
+    tied: dict[str, str]
+    ignored: re.Pattern[str]
+    prefix: str
+
+
+def read_stock_class(config: Any) -> StockClass:
+    """Build the class of a transformers configuration on meta. Raises whatever the class does for a bad one."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    network.tie_weights()
+    names = {id(parameter): name for name, parameter in network.named_parameters()}  # each parameter once
+    state = network.state_dict(keep_vars=True)
+    return StockClass(
+        name=type(network).__name__,
+        layers=config.num_hidden_layers,
+        shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+        tied={name: names[id(tensor)] for name, tensor in state.items() if names.get(id(tensor), name) != name},
+        ignored=re.compile("|".join((STORED_BUFFERS, *(network._keys_to_ignore_on_load_unexpected or ())))),
+        prefix=network.base_model_prefix + ".",
+    )
+
+
+def match_tensors(stock: StockClass, stored: Mapping[str, Shape | None], where: str) -> dict[str, str]:
+    """Map each stored name to the class's own, which has the decoder's prefix.
+
+    `stored` has shapes, or None where only the name is known. Raises A3Error naming the tensors that are missing,
+    unknown to the class or of another shape.
+    """
+    names = {
+        name: stock.prefix + name if name not in stock.shapes and stock.prefix + name in stock.shapes else name
+        for name in stored
+    }
+    found = {own: stored[name] for name, own in names.items()}
+    missing = stock.shapes.keys() - stock.tied.keys() - found.keys()
+    unknown = [name for name in found if name not in stock.shapes and not stock.ignored.search(name)]
+    twice = [name for name, own in names.items() if own != name and own in stored]
+    misshapen = [
+        f"tensor {name} is {list(shape)}, config.json says {list(stock.shapes[name])}"
+        for name, shape in found.items()
+        if shape is not None and shape != stock.shapes.get(name, shape)
+    ]
+    problems = [
+        *describe_names(missing, "missing", stock.shapes),
+        *describe_names(unknown, "not known to this class", unknown),
+        *describe_names(twice, f"stored with and without {stock.prefix}", twice),
+        *misshapen[:SHOWN],
+    ]
+    if problems:
+        raise A3Error(
+            f"{where}: config.json says {stock.layers} layers of {stock.name} with {'' if stock.tied else 'un'}tied "
+            f"embeddings, but {'; '.join(problems)}; correct config.json or get the whole checkpoint"
+        )
+    return names
+
+
+def describe_names(names: Iterable[str], what: str, order: Iterable[str]) -> list[str]:
+    """Return a clause with the count and the first names, or nothing where there are none."""
+    chosen = set(names)
+    ordered = [name for name in order if name in chosen]
+    if not ordered:
+        return []
+    shown = ", ".join(ordered[:SHOWN]) + (", …" if len(ordered) > SHOWN else "")
+    return [f"{len(ordered)} tensor{'s are' if len(ordered) > 1 else ' is'} {what} ({shown})"]
