@@ -7,7 +7,6 @@ Nothing of a3 is imported, so what passes here passes for whoever loads the fold
 """
 
 import json
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,8 +23,6 @@ MANIFEST = "a3_manifest.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".pkl", ".onnx", ".npz")
 STOCK_CODE = "transformers.models."
-# Buffers in old checkpoints that transformers ignores, beside those that a class lists.
-STORED_BUFFERS = r"rotary_emb\.inv_freq"
 NEW_TOKENS = 20
 
 
@@ -186,10 +183,7 @@ def check_load(export: Export) -> str:
     problems += [f"{name} is {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
     raise_for(problems)
     loaded = model.state_dict()
-    ignored = re.compile("|".join((STORED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ()))))
     for name, tensor in export.tensors():
-        if name not in loaded and ignored.search(name):
-            continue
         if name not in loaded or loaded[name].shape != tensor.shape:
             raise Failed(f"{name} is {list(tensor.shape)} in its file and not in the loaded model")
         if loaded[name].device.type != "meta" and not torch.equal(loaded[name].cpu(), tensor.to(export.dtype)):

@@ -192,10 +192,15 @@ def check_target(out: Path, source: Checkpoint, work: Work, *, overwrite: bool) 
 
 
 def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str, list[PlannedTensor]]:
-    """Every tensor of the export in the source's order, by shard file."""
+    """Return every tensor of the export in the source's order, by shard file.
+
+    Tensors that the class ignores are left out: a stored `rotary_emb.inv_freq` has the source's head size.
+    """
     shapes = [model.shape.linear_shapes(sizes) for sizes in solution.sizes]
     planned = []
     for name, info in model.source.tensors.items():
+        if name not in model.stock.shapes:
+            continue
         new_shape = info.shape
         if found := model.family.find_role(name):
             layer, role, kind = found

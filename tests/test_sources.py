@@ -215,13 +215,12 @@ def test_everything_that_is_wrong_is_said_at_once(refuses, copied):
 
 
 @pytest.mark.parametrize("solving", [(), ("--shape", "per-layer")], ids=["stock", "per-layer"])
-def test_old_buffers_and_a_stored_copy_of_a_tied_embedding_are_carried(solving, chain, copied):
+def test_old_buffers_are_left_out_and_a_stored_copy_of_a_tied_embedding_is_carried(solving, chain, copied):
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.arange(8.0) for i in (0, 1)}
     source = copied("llama-gqa-tied", tensors=lambda tensors: {**tensors, **old, HEAD: tensors[EMBEDDING]})
     written = load_file(chain(source, solving=solving) / SINGLE)
     assert torch.equal(written[HEAD], load_file(source / SINGLE)[EMBEDDING])
-    for name, value in old.items():
-        assert torch.equal(written[name], value)
+    assert not written.keys() & old.keys()
 
 
 @pytest.mark.parametrize("change", [lambda t: t + 1, lambda t: t.half()], ids=["values", "dtype"])
