@@ -200,6 +200,9 @@ def solve(
     mlp_multiple: MlpMultiple = 64,
     min_head: Annotated[int, typer.Option(help="No head size below this.")] = 1,
     min_mlp: Annotated[int, typer.Option(help="No MLP width below this.")] = 1,
+    eigenvalue_floor: Annotated[
+        float, typer.Option(help="Raise smaller eigenvalues to this, relative to the largest.")
+    ] = 1e-10,
     ridge: Annotated[float, typer.Option(help="Damping of the refits, relative to the Gram's mean diagonal.")] = 1e-6,
     sensitivity: Sensitivity = "residual",
     probe_blocks: Annotated[int, typer.Option(help="Calibration blocks that probes are measured on.")] = 8,
@@ -239,6 +242,7 @@ def solve(
         mlp_multiple=mlp_multiple,
         min_head=min_head,
         min_mlp=min_mlp,
+        eigenvalue_floor=eigenvalue_floor,
         ridge=ridge,
         sensitivity=sensitivity,
         probe_blocks=probe_blocks,
