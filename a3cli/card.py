@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -11,7 +12,7 @@ from a3cli.checkpoint import Checkpoint
 from a3cli.escape import code_span, markdown, printable
 from a3cli.families import ModelShape
 from a3cli.model import Model
-from a3cli.settings import LOSSES
+from a3cli.settings import LOSSES, SolveSettings
 from a3cli.work import Json
 
 # What `--dataset` takes from the hub, an id and perhaps a configuration; and the ends of local files.
@@ -78,7 +79,7 @@ def model_card(model: Model, manifest: Json) -> str:
     base = public_name(manifest["source"])
     metadata = card_metadata(source)
     commands = (
-        *calibrate_commands(base, source.revision, calibration["request"]),
+        *calibrate_commands(base, source.revision, calibration),
         solve_command(solution["request"]["settings"]),
         export_command(manifest),
     )
@@ -212,31 +213,51 @@ def texts_of(request: Json) -> list[Json]:
     return [part["text"] for part in request["merged"]] if "merged" in request else [request["text"]]
 
 
-def calibrate_commands(base: str, revision: str | None, request: Json) -> list[str]:
-    """The commands that made these statistics; several calibrations were merged."""
-    texts = texts_of(request)
-    works = [f"work-{i + 1}" for i in range(len(texts))] if len(texts) > 1 else [None]
+def calibrate_commands(base: str, revision: str | None, calibration: Json) -> list[str]:
+    """Return the commands that give these statistics again, bit by bit; several calibrations were merged."""
+    request = calibration["request"]
+    parts = request.get("merged") or [{**request, "made_with": calibration.get("made_with")}]
+    works = [f"work-{i + 1}" for i in range(len(parts))] if len(parts) > 1 else [None]
     commands = []
-    for text, work in zip(texts, works, strict=True):
-        options: Json = {"revision": revision, "dataset": public_dataset(text["dataset"])}
-        options |= {key: text[key] for key in ("text_field", "split", "chat", "samples", "seq_len", "seed")}
-        options |= {key: request[key] for key in ("device", "dtype", "batch_size", "mlp_stats", "trust_remote_code")}
+    for part, work in zip(parts, works, strict=True):
+        options: Json = {"revision": revision} | part["text"] | {"dataset": public_dataset(part["text"]["dataset"])}
+        options |= {key: part.get(key, request[key]) for key in ("device", "batch_size")}
+        options |= {key: request[key] for key in ("dtype", "mlp_stats", "trust_remote_code")}
+        divided, alike = division(part.get("made_with") or [])
+        options |= divided
         options["full_check"] = bool(request["source"].get("in_full"))
+        if not alike:
+            commands.append(
+                "# Not all layers were calibrated with these blocks per batch and processes: they may differ"
+            )
         commands.append(command("calibrate", base, {**options, "work": work}))
     merging = [f"a3 stats merge {' '.join(work for work in works if work)} --into a3-work"]
-    return commands if len(texts) == 1 else commands + merging
+    return commands if len(parts) == 1 else commands + merging
+
+
+def division(made_with: list[Json]) -> tuple[Json, bool]:
+    """Return how most layers' sums were divided, in batches and processes, and whether all were divided alike.
+
+    Sums of floating-point numbers depend on it, and `--batch-size auto` depends on the memory that was free.
+    """
+    if not made_with:
+        return {}, True
+    counts = Counter((each["batch_size"], each["processes"]) for each in made_with)
+    ((batch_size, processes), _), *others = counts.most_common()
+    return {"batch_size": batch_size, "num_processes": processes if processes > 1 else None}, not others
 
 
 def solve_command(settings: Json) -> str:
-    """The command that gives these settings again."""
-    without = {"eigenvalue_floor"}  # no option
+    """Return the command that gives these settings again; what had no effect is left out where it is the default."""
+    without = set()
     if not settings["sequential"]:
         without |= {"refit_rounds"}
     if settings["sensitivity"] != "probe":
         without |= {"probe_blocks", "probe_points"}
         if not settings["sequential"]:
-            without |= {"device", "dtype", "batch_size"}
-    options = {key: value for key, value in settings.items() if key not in without}
+            without |= {"dtype", "batch_size"}
+    defaults = {name: field.default for name, field in SolveSettings.model_fields.items()}
+    options = {key: value for key, value in settings.items() if key not in without or value != defaults[key]}
     return command("solve", None, {**options, "components": ",".join(settings["components"])})
 
 
@@ -246,6 +267,8 @@ def export_command(export: Json) -> str:
 
 def command(name: str, argument: str | None, options: Json) -> str:
     """A line of shell. What is not set is left out; names with odd characters are quoted, and made printable."""
+    if argument and argument.startswith("-"):  # else it would be taken for an option
+        argument = f"./{argument}"
     words = ["a3", name, *([shlex.quote(printable(argument))] if argument else [])]
     for key, value in options.items():
         if value is True:

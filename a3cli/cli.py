@@ -4,8 +4,11 @@ Heavy imports stay inside the commands, so that `a3 --help` answers at once.
 """
 
 import errno
+import importlib.metadata
 import os
+import platform
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from a3cli import __version__
-from a3cli.errors import A3Error
+from a3cli.errors import INTERNAL_ERROR, A3Error
 from a3cli.processes import hand_over, is_main, launch, launched
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, 
 
 
 class ErrorsToExitCodes(TyperGroup):
-    """Our errors become one line and an exit code; bugs keep their traceback."""
+    """Turn errors into one line and an exit code; a bug keeps its traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         from a3cli.interrupt import terminated_as_interrupted
@@ -35,6 +38,8 @@ class ErrorsToExitCodes(TyperGroup):
         try:
             with terminated_as_interrupted():
                 return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
         except A3Error as error:
             fail(str(error), error.exit_code)
         except UsageError as error:
@@ -42,18 +47,26 @@ class ErrorsToExitCodes(TyperGroup):
             fail(f"{error.format_message()} (see {command} --help)", 2)
         except KeyboardInterrupt:
             fail("interrupted; nothing was left half-written, run the same command again", 3)
-        except OSError as error:
-            if error.errno not in MENDABLE:
-                raise
-            where = f" ({error.filename})" if error.filename else ""
-            fail(f"{error.strerror}{where}; nothing was left half-written: mend it and run the same command again", 2)
-        except RuntimeError as error:
-            from a3cli.machine import out_of_memory
+        except BrokenPipeError:  # the parser ends the process without a word
+            raise
+        except Exception as error:
+            if problem := mendable(error):
+                fail(str(problem), problem.exit_code)
+            report_bug()
 
-            problem = out_of_memory(error)
-            if problem is None:
-                raise
-            fail(str(problem), problem.exit_code)
+
+def mendable(error: Exception) -> A3Error | None:
+    """Return what the user can do about an error that is not ours; None if it is a bug."""
+    if isinstance(error, OSError) and error.errno in MENDABLE:
+        where = f" ({error.filename})" if error.filename else ""
+        return A3Error(
+            f"{error.strerror}{where}; nothing was left half-written: mend it and run the same command again"
+        )
+    if isinstance(error, RuntimeError):
+        from a3cli.machine import out_of_memory
+
+        return out_of_memory(error)
+    return None
 
 
 app = typer.Typer(
@@ -195,6 +208,9 @@ def solve(
     rope_form: Annotated[
         str, typer.Option(help="RoPE of smaller heads: auto (theta if it costs little), theta, linear or longrope.")
     ] = "auto",
+    eigenvalue_floor: Annotated[
+        float, typer.Option(help="Raise smaller eigenvalues to this, relative to the largest.")
+    ] = 1e-10,
     ridge: Annotated[float, typer.Option(help="Damping of the refits, relative to the Gram's mean diagonal.")] = 1e-6,
     sensitivity: Sensitivity = "residual",
     probe_blocks: Annotated[int, typer.Option(help="Calibration blocks that probes are measured on.")] = 8,
@@ -235,6 +251,7 @@ def solve(
         min_head=min_head,
         min_mlp=min_mlp,
         rope_form=rope_form,
+        eigenvalue_floor=eigenvalue_floor,
         ridge=ridge,
         sensitivity=sensitivity,
         probe_blocks=probe_blocks,
@@ -696,6 +713,31 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def report_bug() -> NoReturn:
+    """End the process after an error of our own: its traceback, and a last line that asks to report it."""
+    traceback.print_exc()
+    versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+    sys.stderr.write(
+        f"error: this is a bug in a3 (exit code {INTERNAL_ERROR}); please report it with the traceback above and these "
+        f"versions: {versions}\n"
+    )
+    sys.exit(INTERNAL_ERROR)
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions that a bug report needs; read here, since a module of ours may be what is broken."""
+    versions = {"a3": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
 def main() -> None:
     """The `a3` command."""
-    app()
+    try:
+        app()
+    except Exception:
+        report_bug()

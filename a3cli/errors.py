@@ -3,6 +3,8 @@
 A message is one line: what, where (layer, component, file), why, what to do.
 """
 
+INTERNAL_ERROR = 70  # exit code of a bug of ours, EX_SOFTWARE of sysexits.h: 1 would say that a gate failed
+
 
 class A3Error(Exception):
     """Something that the user can mend: bad input, a missing file, settings that do not fit. Exit code 2."""

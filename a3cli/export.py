@@ -253,6 +253,7 @@ def write_checkpoint(
         "calibration": {
             "request": public_request(calibration["request"]),
             **{key: calibration[key] for key in ("tokens", "blocks", "tokens_hash", "sha256")},
+            "made_with": calibration.get("made_with"),
         },
         "solution": {key: value for key, value in solution.manifest.items() if key != "layers"},
         "dtype": settings.dtype,

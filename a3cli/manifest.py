@@ -47,6 +47,13 @@ class Source(Part):
     fingerprint: Fingerprint
 
 
+class MadeWith(Part):
+    """How the sums of one layer were divided: rounding depends on it."""
+
+    processes: Size
+    batch_size: Size = Field(description="blocks in a batch of each process")
+
+
 class Ingredient(Part):
     """One of the calibrations that were merged."""
 
@@ -54,6 +61,9 @@ class Ingredient(Part):
     text: TextSettings
     text_files: TextFiles
     tokens: Size
+    device: str
+    batch_size: Size | Literal["auto"]
+    made_with: list[MadeWith] = Field(description="of each layer")
 
 
 class CalibrationRequest(Part):
@@ -74,6 +84,7 @@ class Calibration(Part):
     tokens: Size
     blocks: tuple[Size, Size] = Field(description="number and length")
     tokens_hash: FileHash
+    made_with: list[MadeWith] | None = Field(default=None, description="of each layer; null for merged calibrations")
     sha256: Sha256 = Field(description="of the calibration's own manifest")
 
 

@@ -91,13 +91,18 @@ def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
 def ingredients(calibration: Json) -> list[Json]:
     """What a calibration was made from: its own text, or the parts that it was merged from."""
     request = calibration["request"]
+    if "merged" in request:
+        return list(request["merged"])
     own = {
         "calibration": calibration["sha256"],
         "text": request["text"],
         "text_files": request["text_files"],
         "tokens": calibration["tokens"],
+        "device": request["device"],
+        "batch_size": request["batch_size"],
+        "made_with": calibration.get("made_with", []),
     }
-    return list(request.get("merged", [own]))
+    return [own]
 
 
 def merged_request(calibrations: list[Json]) -> Json:

@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from a3cli.errors import A3Error, Interrupted, first_line
+from a3cli.errors import INTERNAL_ERROR, A3Error, Interrupted, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -283,7 +283,7 @@ def raise_first(codes: dict[int, int], folder: Path) -> None:
     causes = [rank for rank in said if codes[rank] not in (Interrupted.exit_code, -signal.SIGTERM)]
     bugs = [rank for rank, code in codes.items() if code > 0 and rank not in said]
     if bugs and not causes:
-        sys.exit(1)  # its traceback has been printed; the others only lost it
+        sys.exit(INTERNAL_ERROR)  # its traceback has been printed; the others only lost it
     if killed and not causes:
         # With those that the launcher killed since they did not end in time: it does not say which came first.
         deaths = " and ".join(f"process {rank} was killed ({signal.Signals(-codes[rank]).name})" for rank in killed)

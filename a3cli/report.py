@@ -211,7 +211,7 @@ def settings(found: Json) -> list[tuple[str, Json]]:
 
 def commands(found: Json) -> list[str]:
     source = found["source"]
-    calls = calibrate_commands(public_name(source), source["revision"], found["calibration"]["request"])
+    calls = calibrate_commands(public_name(source), source["revision"], found["calibration"])
     if found["solution"]:
         calls.append(solve_command(found["solution"]["request"]["settings"]))
     if found["export"]:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from a3cli.errors import A3Error, CheckFailed, Interrupted
+from a3cli.errors import INTERNAL_ERROR, A3Error, CheckFailed, Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "ci.md").read_text("utf-8")
@@ -67,6 +67,21 @@ def test_the_shell_example_runs_as_it_stands(environment, tmp_path):
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.parametrize(("codes", "expected"), [([3, 3, 0], 0), ([3, 70], 70), ([2], 2)])
+def test_the_shell_example_goes_on_after_code_3_only(codes, expected, tmp_path):
+    """With an `a3` whose calibrate ends with these codes in turn; all its other commands succeed."""
+    command = tmp_path / "a3"
+    (tmp_path / "codes").write_text("\n".join(map(str, codes)) + "\n")
+    command.write_text(
+        "#!/bin/sh\ntest $1 = calibrate || exit 0\ncode=$(head -n 1 codes)\nsed -i 1d codes\nexit $code\n"
+    )
+    command.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["/bin/sh", "-c", block("sh")], cwd=tmp_path, env=environment, timeout=30, check=False)
+    assert done.returncode == expected
+    assert (tmp_path / "codes").read_text() == ""
+
+
 def test_every_command_of_the_page_exists_with_its_options(command_line):
     workflow = yaml.safe_load(block("yaml"))
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
@@ -101,8 +116,8 @@ def test_the_workflow_names_files_that_ship():
 
 
 def test_exit_codes_are_those_of_the_table():
-    table = dict(re.findall(r"^\| (\d) \| ([^|]+) \|", PAGE, re.M))
-    assert list(table) == ["0", "1", "2", "3"]
-    assert (CheckFailed.exit_code, A3Error.exit_code, Interrupted.exit_code) == (1, 2, 3)
-    readme = dict(re.findall(r"^\| (\d) \| ([^|]+) \|", (ROOT / "README.md").read_text("utf-8"), re.M))
+    table = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|", PAGE, re.M))
+    assert list(table) == ["0", "1", "2", "3", "70"]
+    assert (CheckFailed.exit_code, A3Error.exit_code, Interrupted.exit_code, INTERNAL_ERROR) == (1, 2, 3, 70)
+    readme = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|", (ROOT / "README.md").read_text("utf-8"), re.M))
     assert list(readme) == list(table)

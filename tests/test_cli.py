@@ -1,6 +1,9 @@
 """The command line itself: help that answers at once, every command documented, exit codes."""
 
+import errno
+import importlib.metadata
 import os
+import platform
 import pty
 import re
 import subprocess
@@ -11,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+import a3cli
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -44,8 +49,6 @@ def commands_of(group, prefix=""):
 
 
 def test_version(a3):
-    import a3cli
-
     assert a3("--version").stdout.strip() == a3cli.__version__
 
 
@@ -126,6 +129,39 @@ def test_results_go_to_stdout_and_all_else_to_stderr(a3, checkpoint, text_file, 
         assert shown.code == 0, shown
         assert shown.stdout.strip()
         assert not [mark for mark in ("\x1b", "\r", "%|") if mark in shown.stdout + shown.stderr], command
+
+
+STAGE_OF = {"stats merge": "a3cli.merge.merge", "run": "a3cli.run.run_recipe", "eval": "a3cli.evaluate.evaluate"}
+STAGE_OF |= {"inspect": "a3cli.inspect.describe", "report": "a3cli.inspect.describe"}
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError("of ours"), EOFError(), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bug_has_an_exit_code_of_its_own(command, bug, a3, tmp_path, monkeypatch):
+    """Neither 1, which says that a gate failed, nor 3, after which a pipeline runs the command again."""
+
+    def failing(*arguments, **options):
+        raise bug
+
+    monkeypatch.setattr(STAGE_OF.get(command, f"a3cli.{command}.{command}"), failing)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path, source="x", text="x"))
+    outcome = a3(*command.split(), *(str(word) for word in chain("source", "text.txt", tmp_path)[command]))
+    assert (outcome.code, outcome.stdout) == (70, "")
+    first, *_, raised, last = outcome.stderr.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert raised.startswith(type(bug).__name__)
+    assert last.startswith("error: this is a bug in a3 (exit code 70); please report it")
+    for name, version in (("a3", a3cli.__version__), ("python", platform.python_version())):
+        assert f"{name} {version}" in last
+    for package in ("torch", "transformers"):
+        assert f"{package} {importlib.metadata.version(package)}" in last
+
+
+def test_a_bug_before_any_command_has_that_exit_code(a3, monkeypatch):
+    monkeypatch.setattr("a3cli.cli.app", lambda: 1 / 0)
+    outcome = a3("--help")
+    assert outcome.code == 70
+    assert "ZeroDivisionError" in outcome.stderr
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -11,13 +10,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from a3cli.calibrate import describe_request
-from a3cli.card import calibrate_commands, export_command, public_dataset, public_request, solve_command
-from a3cli.checkpoint import resolve_model
-from a3cli.errors import A3Error
-from a3cli.machine import choose_machine
+from a3cli.card import public_dataset, public_request
 from a3cli.manifest import SCHEMA_ID, schema
-from a3cli.settings import CalibrateSettings, ExportSettings, SolveSettings, TextSettings
 from tests.conftest import refused, snapshot
 from tests.test_report import EVALUATION
 
@@ -167,91 +161,6 @@ def record(a3, work, source):
     request = json.loads((work / "calibration" / "manifest.json").read_text())["request"]["text"]
     text = ("--dataset", request["dataset"], "--samples", 3, "--seq-len", 32)
     assert a3("calibrate", source, *text, "--work", work).code == 0
-
-
-PROBED = (
-    ("--seed", 3, "--samples", 4, "--batch-size", 2, "--dtype", "bfloat16", "--full-check"),
-    (
-        "--attention-budget", 0.2, "--mlp-budget", 0.3, "--head-multiple", 4, "--mlp-multiple", 4, "--context", 128,
-        "--ridge", 1e-3, "--sensitivity", "probe", "--probe-blocks", 2, "--probe-points", 2, "--dtype", "float32",
-        "--sequential", "--refit-rounds", 1, "--batch-size", 2,
-    ),
-    ("--dtype", "bfloat16", "--max-shard-size", "100KB"),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("probed", [False, True], ids=["plain", "probed"])
-def test_the_commands_of_a_card_give_the_same_bytes(probed, a3, work, source, text_file, tmp_path, monkeypatch):
-    calibrating, solving, exporting = PROBED if probed else ((), (), ())
-    if probed:
-        text = ("--dataset", text_file, "--seq-len", 32, "--overwrite")
-        assert a3("calibrate", source, *text, *calibrating, "--work", work).code == 0
-        assert a3("solve", *solving, "--work", work).code == 0
-    assert a3("export", tmp_path / "out", *exporting, "--work", work).code == 0
-    card = (tmp_path / "out" / "README.md").read_text("utf-8")
-    commands = re.findall(r"^a3 (.+)$", card, re.M)
-    assert [line.split()[0] for line in commands] == ["calibrate", "solve", "export"]
-    place = tmp_path / "again"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    shutil.copytree(source, "source")
-    shutil.copy(text_file, "text.txt")
-    for line in commands:
-        assert a3(*line.replace("OUT", "out").split()).code == 0
-    ours, theirs = (json.loads((folder / "out" / "a3_manifest.json").read_text()) for folder in (tmp_path, place))
-    assert ours["solution"]["request"]["settings"] == theirs["solution"]["request"]["settings"]
-    for name in {*ours["files"], *theirs["files"]} - {"README.md"}:
-        assert (place / "out" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-
-
-# What has no option, changes nothing in what is made, or is not kept.
-UNSAID = {
-    CalibrateSettings: {"devices", "hidden_states", "num_processes", "follow_symlinks"},
-    SolveSettings: {"eigenvalue_floor", "num_processes"},
-    ExportSettings: {"overwrite", "num_processes", "full_check", "check_reproducible", "evaluations"},
-    TextSettings: set(),
-}
-
-
-def test_the_commands_have_every_option_that_was_given(a3, source, monkeypatch):
-    text = TextSettings(
-        dataset="chats.jsonl", text_field="messages", split="some", chat=True, samples=7, seq_len=33, seed=4
-    )
-    calibrating = CalibrateSettings(
-        model="source", revision="0123abc", text=text, device="cpu", dtype="bfloat16", batch_size=2,
-        mlp_stats="diagonal", full_check=True, trust_remote_code=True,
-    )  # fmt: skip
-    solving = SolveSettings(
-        budget=0.2, attention_budget=0.1, mlp_budget=0.3, method="paper", shape="per-layer", context=200,
-        components=("qk", "mlp"), head_multiple=4, mlp_multiple=16, min_head=6, min_mlp=24, ridge=1e-3,
-        rope_form="theta",
-        sensitivity="probe", probe_blocks=3, probe_points=5, sequential=True, refit_rounds=1,
-        device="cpu", dtype="bfloat16", batch_size=2,
-    )  # fmt: skip
-    exporting = ExportSettings(dtype="float16", max_shard_size=12345)
-    for given in (text, calibrating, solving, exporting):
-        for name, field in type(given).model_fields.items():
-            assert name in UNSAID[type(given)] or getattr(given, name) != field.default, f"{name} is not tried"
-    checkpoint = resolve_model(str(source))
-    request = describe_request(calibrating, checkpoint, choose_machine("cpu", "bfloat16", checkpoint.dtype))
-    commands = {
-        "calibrate": (calibrating, *calibrate_commands("source", "0123abc", request)),
-        "solve": (solving, solve_command(solving.model_dump(mode="json"))),
-        "export": (exporting, export_command(exporting.model_dump(mode="json"))),
-    }
-    for stage, (given, line) in commands.items():
-        seen = []
-        monkeypatch.setattr(f"a3cli.{stage}.{stage}", stopping_with(seen))
-        assert a3(*shlex.split(line)[1:]).code == 2
-        assert [each for each in seen if isinstance(each, type(given))] == [given]
-
-
-def stopping_with(seen):
-    def stage(*arguments, **options):
-        seen.extend(arguments)
-        raise A3Error("that will do")
-
-    return stage
 
 
 def test_names_in_a_card_are_escaped(a3, checkpoint, text_file, tmp_path):

@@ -196,6 +196,20 @@ def test_an_error_in_one_is_an_error_in_all(checkpoint, text_file, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+def failing_in_the_second_process(rank: int) -> None:
+    from a3cli import sweep
+
+    if rank == 1:
+        sweep.run_layer = None
+
+
+def test_a_bug_in_one_is_told_by_its_exit_code(checkpoint, text_file, tmp_path):
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
+    ended = run(2, tmp_path, *command, sabotage=failing_in_the_second_process)
+    assert ended.codes == [3, 70]
+    assert "lost another one" in ended.errors[0]
+
+
 def test_the_lock_counts_for_all_of_a_run(checkpoint, text_file, tmp_path):
     from a3cli.work import Work
 
@@ -308,6 +322,25 @@ def test_num_processes_starts_them_and_says_what_became_of_them(checkpoint, text
     assert again.stdout.startswith("calibrated 20 layers on 8,192 tokens")
 
 
+@pytest.mark.slow
+def test_num_processes_ends_with_the_code_of_a_bug(checkpoint, text_file, tmp_path):
+    """The real command, with a fault in one of the processes that it starts."""
+    fault = "import os\nif os.environ.get('RANK') == '1':\n    import a3cli.sweep\n    a3cli.sweep.run_layer = None\n"
+    (tmp_path / "sitecustomize.py").write_text(fault)
+    path = f"{tmp_path}:{Path(__file__).resolve().parents[1]}"
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
+    ended = subprocess.run(
+        [sys.executable, "-m", "a3cli", *map(str, command), "--num-processes", "2"],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (70, "")
+    assert "TypeError: 'NoneType' object is not callable" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("error: this is a bug in a3 (exit code 70)")
+
+
 def accelerate_launch(*arguments: object) -> list[str]:
     """What the real launcher's processes print."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -382,19 +415,21 @@ def test_of_several_failures_the_cause_is_told(codes, said, expected, tmp_path):
 @pytest.mark.parametrize(
     ("codes", "said"),
     [
-        ({0: 3, 1: 1}, {}),
-        ({0: 3, 1: 1}, {0: "lost another one"}),
-        ({0: -15, 1: 1}, {0: "interrupted"}),
-        ({0: -9, 1: 1}, {}),  # by the launcher, which waits for no long layer
+        ({0: 3, 1: 70}, {}),
+        ({0: 70, 1: 70}, {}),
+        ({0: 3, 1: 1}, {}),  # before it could say anything: Python itself failed
+        ({0: 3, 1: 70}, {0: "lost another one"}),
+        ({0: -15, 1: 70}, {0: "interrupted"}),
+        ({0: -9, 1: 70}, {}),  # by the launcher, which waits for no long layer
     ],
 )
 def test_a_bug_keeps_its_exit_code(codes, said, tmp_path):
-    """Code 3 would say that the same command goes on, again and again."""
+    """Code 3 would say that the same command goes on, again and again, and 1 that a gate failed."""
     for rank, message in said.items():
         (tmp_path / str(rank)).write_text(message)
     with pytest.raises(SystemExit) as stop:
         raise_first(codes, tmp_path)
-    assert stop.value.code == 1
+    assert stop.value.code == 70
 
 
 @pytest.mark.parametrize(("rank", "local", "speaks"), [(0, 0, True), (1, 1, False), (8, 0, True), (9, 1, False)])

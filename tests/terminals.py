@@ -1,0 +1,109 @@
+"""The command line on a pseudo-terminal, several commands one after another in one process forked from a clean one.
+
+Only the standard library is imported here: each fork reads this file again.
+"""
+
+import fcntl
+import os
+import re
+import struct
+import sys
+import termios
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.faults.forks import CONTEXT
+
+END = "\x1e"  # what the child prints after each command, with its exit code between two of them
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[=>78]")
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """`TERM` and the size that programs are told; a dumb terminal is 80 columns wide for rich, whatever it says."""
+
+    name: str
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one command sent to the terminal, and its exit code."""
+
+    code: int
+    raw: str
+
+    @property
+    def text(self) -> str:
+        """Without colours and cursor movements."""
+        return ESCAPES.sub("", self.raw)
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines as they were printed, whatever the terminal does with long ones; each state of a bar is one."""
+        return [line for line in re.split(r"[\r\n]+", self.text) if line]
+
+
+def run_all(commands: Sequence[Sequence[object]], folder: Path, terminal: Terminal | None) -> list[Shown]:
+    """What each `a3 …` shows when it is run in `folder` on a terminal; without one it prints to a file."""
+    words = [[str(word) for word in command] for command in commands]
+    printed = on_terminal(words, folder, terminal) if terminal else to_file(words, folder)
+    pieces = printed.decode().split(END)
+    return [Shown(int(code), raw) for raw, code in zip(pieces[::2], pieces[1::2], strict=False)]
+
+
+def on_terminal(commands: list[list[str]], folder: Path, terminal: Terminal) -> bytes:
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", terminal.rows, terminal.columns, 0, 0))
+    process = start(commands, folder, terminal.name, os.ttyname(slave))
+    printed = b""
+    while master in wait([master, process.sentinel]):  # until the process has ended and all is read
+        printed += os.read(master, 1 << 16)
+    process.join()
+    os.close(slave)
+    os.close(master)
+    return printed
+
+
+def to_file(commands: list[list[str]], folder: Path) -> bytes:
+    output = folder / ".printed"
+    output.touch()
+    start(commands, folder, "xterm-256color", str(output)).join()
+    return output.read_bytes()
+
+
+def start(commands: list[list[str]], folder: Path, term: str, output: str) -> BaseProcess:
+    process = CONTEXT.Process(target=_run_all, args=(commands, str(folder), term, output), daemon=True)
+    process.start()
+    return process
+
+
+def _run_all(commands: list[list[str]], folder: str, term: str, output: str) -> None:
+    import torch
+    import typer
+
+    from a3cli import cli
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+        os.environ.pop(name, None)
+    os.environ["TERM"] = term
+    opened = os.open(output, os.O_RDWR | os.O_NOCTTY)
+    for number in (0, 1, 2):
+        os.dup2(opened, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))
+    cli.app = typer.main.get_command(cli.app)  # the parser, built once
+    for words in commands:
+        sys.argv = ["a3", *words]
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        sys.stdout.write(f"{END}{code}{END}")
+        sys.stdout.flush()
