@@ -5,7 +5,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from a3cli import costs
 from a3cli.checkpoint import Checkpoint, PlannedTensor, resolve_model, write_shard
@@ -33,6 +32,7 @@ from a3cli.work import (
     name_differences,
     read_if_of,
     read_manifest,
+    read_tensors,
     replacing,
     versions,
     write_manifest,
@@ -200,7 +200,7 @@ class Calibration:
         check_hash(self.work.tokens, self.done["tokens_hash"], "use --overwrite")
         for layer, expected in enumerate(self.done["layers"]):
             check_hash(self.work.statistics(layer), expected, "use --overwrite")
-        blocks = load_file(self.work.tokens)["tokens"]
+        blocks = read_tensors(self.work.tokens, "use --overwrite")["tokens"]
         self._drop_damaged_hidden_states((*blocks.shape, self.model.shape.hidden_size))
         drop_leftovers(self.work.calibration)
         if self.done["layers"]:

@@ -20,9 +20,9 @@ import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
-from a3cli.errors import A3Error
+from a3cli.errors import A3Error, CannotRead
 from a3cli.hub import INDEX, METADATA_FILES, SINGLE, find_checkpoint, read_config, read_index, refuse_adapter
-from a3cli.work import Json, hash_file, hash_json, name_hash
+from a3cli.work import Json, hash_file, hash_json, name_hash, reading
 from a3cli.writer import HashingWriter
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Checkpoint:
             with safe_open(info.file, framework="pt") as shard:
                 value: torch.Tensor = shard.get_tensor(info.stored)
         except (SafetensorError, OSError) as error:  # it was whole when it was opened
-            raise A3Error(f"{info.file}: tensor {tensor} cannot be read ({error}); download it again") from error
+            raise CannotRead(f"{info.file}: tensor {tensor} cannot be read ({error}); download it again") from error
         return value
 
     def read_ahead(self, tensor: str) -> None:
@@ -273,9 +273,9 @@ def fingerprint_shard(shard: Path) -> str:
     A shard of up to 1 MiB is covered wholly. In a larger one a flipped bit between the samples goes unnoticed, except
     with --full-check; what an export writes is hashed in full.
     """
-    size = shard.stat().st_size
-    digest = blake3(str(size).encode() + header_bytes(shard))
-    with shard.open("rb") as file:
+    with reading(shard, "download it again"), shard.open("rb") as file:
+        size = shard.stat().st_size
+        digest = blake3(str(size).encode() + header_bytes(shard))
         for i in range(FINGERPRINT_SAMPLES):
             file.seek(i * max(0, size - FINGERPRINT_BYTES) // (FINGERPRINT_SAMPLES - 1))
             digest.update(file.read(FINGERPRINT_BYTES))
@@ -382,9 +382,9 @@ def _read(info: TensorInfo, offset: int, size: int) -> torch.Tensor:
             file.seek(offset)
             whole = fill(file, buffer.numpy().data)
     except OSError as error:
-        raise A3Error(f"{info.file} cannot be read: {error}; download it again") from error
+        raise CannotRead(f"{info.file} cannot be read: {error}; download it again") from error
     if not whole:  # it was when it was opened
-        raise A3Error(f"{info.file} is truncated; download it again")
+        raise CannotRead(f"{info.file} is truncated; download it again")
     return buffer.view(info.dtype)
 
 

@@ -16,6 +16,10 @@ class CannotWrite(A3Error):
     """The disk is full or a file may not be written; what was finished before stays, and the same command goes on."""
 
 
+class CannotRead(A3Error):
+    """A file could not be read, though it was whole before; what was finished stays, and the same command resumes."""
+
+
 class OutOfMemory(A3Error):
     """A device is too small; what was finished before stays, and the same command goes on, perhaps elsewhere."""
 

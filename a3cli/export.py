@@ -8,7 +8,6 @@ on with the weight files that it had finished.
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -18,7 +17,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from a3cli.card import model_card, public_dataset, public_name, public_request
 from a3cli.checkpoint import (
@@ -51,12 +49,14 @@ from a3cli.work import (
     Work,
     check_hashes,
     check_space,
+    copy_file,
     drafting,
     hash_file,
     holding_target,
     making_scratch,
     name_differences,
     read_manifest,
+    read_tensors,
     versions,
     write_json,
     write_manifest,
@@ -78,7 +78,9 @@ class Solution:
 
     def __init__(self, manifest: Json, work: Work, *, held: int = 1) -> None:
         self.manifest = manifest
-        self.layer: Callable[[int], Tensors] = lru_cache(maxsize=held)(lambda i: load_file(work.layer_solution(i)))
+        self.layer: Callable[[int], Tensors] = lru_cache(maxsize=held)(
+            lambda i: read_tensors(work.layer_solution(i), "run a3 solve --overwrite")
+        )
         self.sizes = [LayerSizes(**sizes) for sizes in manifest["sizes"]]
 
     @property
@@ -238,11 +240,12 @@ def write_checkpoint(
 
     hashes = dict(zip(shards, spread(write, shards, settings.num_processes), strict=True))
     if len(shards) > 1:
-        write_index(folder / INDEX, shards)
+        with writing(folder / INDEX):
+            write_index(folder / INDEX, shards)
     config = compressed_config(model, solution, settings)
     write_json(folder / "config.json", config)
     if solution.per_layer:
-        shutil.copyfile(MODELING, folder / MODELING.name)
+        copy_file(MODELING, folder / MODELING.name)
     carry_files(model.source, folder)
     result = {
         "source": {
@@ -262,7 +265,8 @@ def write_checkpoint(
         "runtimes": [asdict(verdict) for verdict in judge_export(config, model, solution)],
         "versions": versions(),
     }
-    (folder / "README.md").write_text(model_card(model, result), "utf-8")
+    with writing(folder / "README.md"):
+        (folder / "README.md").write_text(model_card(model, result), "utf-8")
     files = {p.name: hashes.get(p.name) or hash_file(p) for p in sorted(folder.iterdir())}
     return write_manifest(folder / MANIFEST, {**result, "files": files})
 
@@ -382,4 +386,4 @@ def carry_files(source: Checkpoint, folder: Path) -> None:
     """Tokenizer, generation config, chat template, licence: what lies beside the weights and is not rewritten."""
     for name, path in source.small_files().items():
         if name not in NOT_CARRIED:
-            shutil.copyfile(path, folder / name)
+            copy_file(path, folder / name)

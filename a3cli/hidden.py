@@ -18,7 +18,7 @@ import torch
 
 from a3cli.checkpoint import fill, tensor_bytes
 from a3cli.errors import A3Error
-from a3cli.work import hash_json, writing
+from a3cli.work import hash_json, reading, writing
 
 
 class Blocks(Protocol):
@@ -57,7 +57,8 @@ class HiddenStates:
     def read(self, start: int, count: int) -> torch.Tensor:
         """Blocks `[count, T, d]` on the CPU. Raises A3Error if the file is shorter than it must be."""
         buffer = torch.empty(count * self.block_bytes, dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as file:
+        remedy = "remove it and run the same command again, which makes it anew"
+        with reading(self.path, remedy), self.path.open("rb", buffering=0) as file:
             file.seek((self.first + start) * self.block_bytes)
             if not fill(file, buffer.numpy().data):
                 raise A3Error(f"{self.path} is truncated; run the same command again, which makes it anew")

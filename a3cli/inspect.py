@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
@@ -24,7 +22,17 @@ from a3cli.settings import COMPONENTS, Component
 from a3cli.solvers.linalg import effective_rank
 from a3cli.text import load_tokenizer, tokenizer_fingerprint
 from a3cli.tokens import describe_blocks, describe_text
-from a3cli.work import Json, Work, check_hash, hash_json, name_differences, read_json, read_manifest
+from a3cli.work import (
+    Json,
+    Work,
+    check_hash,
+    hash_json,
+    name_differences,
+    open_tensors,
+    read_json,
+    read_manifest,
+    read_tensors,
+)
 
 ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
 NEAR_SINGULAR = 1e8  # condition; beyond, the smallest eigenvalues are rounding of float32 sums
@@ -119,7 +127,7 @@ def describe_work(work: Work) -> Json:
     path = work.calibration_progress if under_way else work.calibration_manifest
     calibration = read_manifest(path, "run a3 calibrate --overwrite")
     check_hash(work.tokens, calibration["tokens_hash"], "run a3 calibrate --overwrite")
-    blocks = load_file(work.tokens)["tokens"]
+    blocks = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"]
     recorded = read_source(work, calibration) if work.source.is_file() else {}
     source = open_source(recorded)
     if source is not None:
@@ -224,7 +232,7 @@ def describe_statistics(
     health, dimensions = [], None
     for layer, expected in enumerate(hashes):
         check_hash(work.statistics(layer), expected, "run a3 calibrate --overwrite")
-        with safe_open(work.statistics(layer), framework="pt") as file:
+        with open_tensors(work.statistics(layer), "run a3 calibrate --overwrite") as file:
             heads, head_dim, _ = file.get_slice("q_gram").get_shape()
             dimensions = Dimensions(
                 heads=heads,

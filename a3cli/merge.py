@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from a3cli.errors import A3Error
 from a3cli.inspect import read_source
@@ -26,8 +24,10 @@ from a3cli.work import (
     differences,
     drafting,
     hash_file,
+    open_tensors,
     read_manifest,
     read_named,
+    read_tensors,
     versions,
     write_json,
     write_manifest,
@@ -137,7 +137,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
         check_hash(work.tokens, calibration["tokens_hash"], REMEDY)
     with drafting(target.calibration, {**request, "versions": versions()}) as draft:
         draft.check_space(bytes_on_disk(parts[0].calibration.iterdir()), "the merged calibration")
-        tokens = torch.cat([load_file(work.tokens)["tokens"] for work in parts])
+        tokens = torch.cat([read_tensors(work.tokens, REMEDY)["tokens"] for work in parts])
         tokens_file = draft.folder / target.tokens.name
         write_tensors(tokens_file, {"tokens": tokens})
         hashes = []
@@ -165,14 +165,14 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
 
 def add_statistics(files: Sequence[Path]) -> Tensors:
     """The sums of one layer over all calibrations, and samples of all."""
-    with safe_open(files[0], framework="pt") as first:
+    with open_tensors(files[0], REMEDY) as first:
         names = [name for name in first.keys() if name not in NAMES]  # noqa: SIM118, no dictionary
         total = {name: first.get_tensor(name).clone() for name in names}
     for file in files[1:]:
-        with safe_open(file, framework="pt") as more:
+        with open_tensors(file, REMEDY) as more:
             for name, value in total.items():
                 value.add_(more.get_tensor(name))
-    samples = [read_named(file, NAMES) for file in files]
+    samples = [read_named(file, NAMES, REMEDY) for file in files]
     if lacking := [str(file) for file, found in zip(files, samples, strict=True) if found is None]:
         raise A3Error(f"{', '.join(lacking)}: no samples of attention; {REMEDY}")
     return total | merge_samples([found for found in samples if found])

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from a3cli.errors import A3Error
@@ -28,7 +27,17 @@ from a3cli.methods import Curves, LayerInputs, Method
 from a3cli.settings import COMPONENTS, Component
 from a3cli.smaller import Cut, SmallerDecoder
 from a3cli.sweep import Arguments, Decoder, Progress, embed_all, run_layer
-from a3cli.work import Json, Work, check_space, hash_file, read_if_of, read_manifest, versions, write_manifest
+from a3cli.work import (
+    Json,
+    Work,
+    check_space,
+    hash_file,
+    read_if_of,
+    read_manifest,
+    read_tensors,
+    versions,
+    write_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +94,7 @@ class _Run:
         self.method, self.work, self.probes = method, work, probes
         # Streams are of one type, and what one device began another does not finish.
         self.request = {**request, **self.machine.describe()}
-        self.blocks = load_file(work.tokens)["tokens"][: settings.probe_blocks]
+        self.blocks = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"][: settings.probe_blocks]
         self.batch_size = settings.batch_size
         self.progress_file = work.probes / PROGRESS
         self.layers = model.shape.layers

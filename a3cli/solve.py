@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 
 from a3cli import costs
 from a3cli.errors import A3Error
@@ -44,9 +43,11 @@ from a3cli.work import (
     hash_file,
     layer_file,
     read_manifest,
+    read_tensors,
     versions,
     write_manifest,
     write_tensors,
+    writing,
 )
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AGAIN = "the same command goes on there"
+REMOVE = "remove it and run the same command again, which makes it anew"
 STREAMS = "streams"  # folder of the sequential correction's hidden states, in the draft
 
 
@@ -272,7 +274,7 @@ def correct(
     corrected = [known for layer in layers if (known := draft.learnt(layer_file(layer)))]
     if len(corrected) < len(layers):
         cuts = [
-            Cut(layer, size, own, partial(load_file, draft.folder / one_shot_file(layer)))
+            Cut(layer, size, own, partial(read_tensors, draft.folder / one_shot_file(layer), REMOVE))
             for layer, (size, own) in enumerate(zip(sizes, slots, strict=True))
         ]
         refit_layers(model, settings, work, cuts, draft, progress, stop)
@@ -289,7 +291,7 @@ def drop_steps(draft: Draft, layers: Iterable[int]) -> None:
 
 
 def write_corrected(draft: Draft, layer: int) -> Json:
-    one_shot, refit = (load_file(draft.folder / name(layer)) for name in (one_shot_file, refit_file))
+    one_shot, refit = (read_tensors(draft.folder / name(layer), REMOVE) for name in (one_shot_file, refit_file))
     write_tensors(draft.folder / layer_file(layer), one_shot | refit)
     return draft.finish(layer_file(layer))
 
@@ -306,9 +308,10 @@ def refit_layers(
     """The second sweep, from where an earlier one was cut short."""
     return_freed_memory(batches=True)
     machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
-    blocks = load_file(work.tokens)["tokens"]
+    blocks = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"]
     streams = draft.folder / STREAMS
-    streams.mkdir(exist_ok=True)
+    with writing(streams):
+        streams.mkdir(exist_ok=True)
     samples, seq_len = blocks.shape
     needed = costs.stream_bytes(model.shape, samples, seq_len, machine.dtype.itemsize, settings.refit_rounds)
     check_space(streams, needed - bytes_on_disk(streams.iterdir()), "the sequential correction")

@@ -32,7 +32,7 @@ from a3cli.manifest import MANIFEST
 from a3cli.model import Model, open_calibrated_source
 from a3cli.reference import FullSizeReference, reference_logits
 from a3cli.settings import ExportSettings, VerifySettings
-from a3cli.work import Json, Work, check_hash, hash_file, read_json, read_manifest, unaltered, versions
+from a3cli.work import Json, Work, check_hash, hash_file, read_json, read_manifest, read_tensors, unaltered, versions
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def choose_tokens(work: Work, config: Json, reference: "Reference | Json") -> to
     context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
     length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
     if isinstance(reference, Reference):
-        blocks: torch.Tensor = load_file(work.tokens)["tokens"]
+        blocks: torch.Tensor = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"]
         return blocks[:PROMPTS, :length].contiguous()
     generator = torch.Generator().manual_seed(0)
     highest = vocabulary if isinstance(vocabulary, int) and 0 < vocabulary <= LARGEST else 1

@@ -40,7 +40,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from a3cli import __version__
-from a3cli.errors import A3Error, CannotWrite, Interrupted, OutOfMemory
+from a3cli.errors import A3Error, CannotRead, CannotWrite, Interrupted, OutOfMemory
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def layer_file(layer: int) -> str:
 def hash_file(path: Path) -> str:
     """BLAKE3 of the whole file, as `name_hash` has it."""
     digest = blake3()
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return name_hash(digest)
@@ -176,6 +176,15 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CannotWrite(f"{path} cannot be written: {error}; mend it or choose another folder") from error
+
+
+@contextmanager
+def reading(path: Path, remedy: str = "restore the file") -> Iterator[None]:
+    """Raise CannotRead naming `path` if the block fails to read it: an I/O error, or a file that is damaged."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CannotRead(f"{path} cannot be read: {error}; check the disk, or {remedy}") from error
 
 
 class Draft:
@@ -250,21 +259,23 @@ class Draft:
 def drafting(target: Path, request: Json) -> Iterator[Draft]:
     """Yield the draft of a folder that takes `target`'s place only if the block succeeds.
 
-    If the process is killed, interrupted, or the disk full, its finished files stay beside `target`, and the next
-    command with the same request goes on with them. Any other error leaves nothing.
+    If the process is killed or interrupted, the disk is full, or a file cannot be read, its finished files stay beside
+    `target`, and the next command with the same request goes on with them. Any other error leaves nothing.
     """
     partial, replaced = (target.with_name(f".{target.name}.a3-{what}") for what in ("partial", "replaced"))
     draft = Draft(partial, target.with_name(f".{target.name}.a3-progress.json"), request)
-    with making(target.parent), writing(target):
+    with making(target.parent):
         shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed: a lock is held
         try:
-            draft.begin()
+            with writing(target):
+                draft.begin()
             yield draft
-            if target.exists():  # moved, not removed: half removed it might still look whole
-                target.rename(replaced)
-            partial.rename(target)
-            draft.forget()
-        except (Interrupted, KeyboardInterrupt, CannotWrite, OutOfMemory, OSError, SafetensorError):
+            with writing(target):
+                if target.exists():  # moved, not removed: half removed it might still look whole
+                    target.rename(replaced)
+                partial.rename(target)
+                draft.forget()
+        except (Interrupted, KeyboardInterrupt, CannotRead, CannotWrite, OutOfMemory, OSError, SafetensorError):
             draft.leave()
             raise
         except BaseException:
@@ -301,7 +312,8 @@ def drop_leftovers(folder: Path) -> None:
 def making_scratch(folder: Path) -> Iterator[None]:
     """An empty folder that is gone afterwards. What a killed process left there goes first: the lock is held."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    with writing(folder):
+        folder.mkdir()
     try:
         yield
     finally:
@@ -313,14 +325,35 @@ def write_json(path: Path, value: Json) -> None:
         partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
-def read_named(path: Path, names: Sequence[str]) -> "dict[str, torch.Tensor] | None":
-    """The tensors of these names; None if the file lacks one."""
+@contextmanager
+def open_tensors(path: Path, remedy: str) -> Iterator[Any]:
+    """Yield an open safetensors file. Raises CannotRead if it cannot be opened, or the block cannot read from it."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with reading(path, remedy), safe_open(path, framework="pt") as file:
+        yield file
+
+
+def read_tensors(path: Path, remedy: str) -> "dict[str, torch.Tensor]":
+    """Return all tensors of a file. Raises CannotRead if it cannot be read."""
+    with open_tensors(path, remedy) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
+
+
+def read_named(path: Path, names: Sequence[str], remedy: str) -> "dict[str, torch.Tensor] | None":
+    """The tensors of these names; None if the file lacks one. Raises CannotRead if it cannot be read."""
+    with open_tensors(path, remedy) as file:
         if not set(names) <= set(file.keys()):
             return None
         return {name: file.get_tensor(name) for name in names}
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a small file. Raises CannotRead or CannotWrite, whichever of the two files it was."""
+    with reading(source):
+        data = source.read_bytes()
+    with writing(target):
+        target.write_bytes(data)
 
 
 def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:

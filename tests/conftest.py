@@ -251,8 +251,12 @@ def a3(
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few steps of refining query and key maps, for tests of what holds after any number of them."""
-    monkeypatch.setattr("a3cli.methods.best.QUICK", Effort(iterations=2, few=True))
-    monkeypatch.setattr("a3cli.methods.best.THOROUGH", Effort(iterations=4))
+    make_hasty(monkeypatch)
+
+
+def make_hasty(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("a3cli.methods.best.QUICK", Effort(iterations=2, few=True))
+    patch.setattr("a3cli.methods.best.THOROUGH", Effort(iterations=4))
 
 
 def refused(outcome, *words: str) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from a3cli.errors import A3Error
 from a3cli.families import LayerSizes
@@ -23,8 +22,9 @@ from a3cli.settings import Component, SolveSettings
 from a3cli.solvers.allocate import sizes
 from a3cli.solvers.linalg import JointDecomposition, effective_rank
 from a3cli.solvers.ov import output_gram_of
-from a3cli.work import Json, Work, read_manifest, read_named
+from a3cli.work import Json, Work, open_tensors, read_manifest, read_named
 
+REMEDY = "run a3 calibrate --overwrite"
 # Whose statistics are damaged, for a message.
 COMPONENT_OF = {
     **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance", "sample_q", "sample_k"), "QK"),
@@ -54,14 +54,14 @@ class LayerInputs:
 
     def check(self) -> None:
         """Look at all sums, also those that no method reads; the large ones are looked at when they are."""
-        with safe_open(self._path, framework="pt") as file:
+        with open_tensors(self._path, REMEDY) as file:
             for name in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
                 if name not in LARGE:
                     check_statistics(file.get_tensor(name), name, self.layer)
 
     def mean(self, name: str) -> torch.Tensor:
         """One sum of `moments.py` over the token count, as stored: the large ones are packed triangles."""
-        with safe_open(self._path, framework="pt") as file:
+        with open_tensors(self._path, REMEDY) as file:
             if name not in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
                 raise A3Error(
                     f"layer {self.layer}: the statistics have no {name}; run a3 calibrate --overwrite "
@@ -74,7 +74,7 @@ class LayerInputs:
 
     def samples(self) -> Tensors:
         """Attention kept whole, as `samples.py` names it."""
-        if (samples := read_named(self._path, NAMES)) is None:
+        if (samples := read_named(self._path, NAMES, REMEDY)) is None:
             raise A3Error(
                 f"layer {self.layer}: the statistics have no samples of attention; run a3 calibrate --overwrite"
             )
