@@ -132,12 +132,13 @@ class Checkpoint:
         return {name: hash_file(path) for name, path in self.small_files().items()}
 
 
-def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
+def resolve_model(model: str, revision: str | None = None, *, option: str = "--revision") -> Checkpoint:
     """Open a local folder, or a hub id through the hub's cache (only what a3 needs is downloaded).
 
-    Raises A3Error if there is neither, or the hub cannot be reached.
+    Raises A3Error if there is neither, the hub cannot be reached, or a local folder is asked for a revision, which
+    `option` gave.
     """
-    folder = find_folder(model, revision, files=("*.safetensors", *METADATA_FILES))
+    folder = find_folder(model, revision, files=("*.safetensors", *METADATA_FILES), option=option)
     if Path(model).is_dir():
         return Checkpoint(folder)
     return Checkpoint(folder, name=model, revision=folder.name)

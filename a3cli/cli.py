@@ -6,12 +6,13 @@ Heavy imports stay inside the commands, so that `a3 --help` answers at once.
 import errno
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from a3cli import __version__
 from a3cli.errors import A3Error
@@ -20,6 +21,7 @@ from a3cli.processes import hand_over, is_main, launch, launched
 if TYPE_CHECKING:
     from a3cli.work import Work
 
+F = TypeVar("F", bound=Callable[..., Any])
 # The parser's errors: typer has its own copy of click in newer versions, and gives this class no name.
 UsageError: Any = typer.BadParameter.__base__
 # Disk full, quota, file too large, no permission, read-only file system: not our bugs.
@@ -56,7 +58,35 @@ class ErrorsToExitCodes(TyperGroup):
             fail(str(problem), problem.exit_code)
 
 
-app = typer.Typer(
+# What to do instead of naming several data sets.
+ONE_DATASET = {
+    "calibrate": "a3 calibrate takes one data set; run it once for each with its own --work, and add the calibrations "
+    "up with a3 stats merge",
+    "pareto": "a3 pareto measures on one data set; run it once for each",
+}
+
+
+class OnceCommand(TyperCommand):
+    """A command that refuses a second value for an option that takes one, which the parser would ignore."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in dict.fromkeys(given):
+            once = option.param_type_name == "option" and not (option.multiple or getattr(option, "is_flag", False))
+            if once and (count := given.count(option)) > 1:
+                hint = ONE_DATASET.get(str(ctx.info_name), "") if option.name == "dataset" else ""
+                raise UsageError(f"{option.opts[0]} was given {count} times; {hint or 'give it once'}", ctx=ctx)
+        return super().parse_args(ctx, args)
+
+
+class OnceTyper(typer.Typer):
+    """Commands that are each an `OnceCommand`."""
+
+    def command(self, *arguments: Any, **options: Any) -> Callable[[F], F]:
+        return super().command(*arguments, **{"cls": OnceCommand, **options})
+
+
+app = OnceTyper(
     cls=ErrorsToExitCodes,
     help="Smaller language models in closed form: calibrate, solve, export.",
     no_args_is_help=True,
@@ -78,9 +108,9 @@ Datasets = Annotated[
     list[str] | None,
     typer.Option("--dataset", help="As for calibrate (default: wikitext2); may be given several times."),
 ]
-TextField = Annotated[str, typer.Option(help="Field of a row that holds the text.")]
+TextField = Annotated[str | None, typer.Option(help="Field of a row that holds the text (default: text).")]
 Split = Annotated[str | None, typer.Option(help="Split of a hub set.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Apply the chat template to the `messages` of each row.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Render each row's messages or conversations as a chat.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a block.")]
 BatchSize = Annotated[int, typer.Option(help="Blocks a forward.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -110,7 +140,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Local folder or hub id of a safetensors checkpoint.")],
     work: WorkOption = DEFAULT_WORK,
     dataset: Dataset = "wikitext2",
-    text_field: TextField = "text",
+    text_field: TextField = None,
     split: Split = None,
     chat: Chat = False,
     samples: Annotated[int, typer.Option(help="Number of blocks.")] = 128,
@@ -251,7 +281,7 @@ def pareto(
     budgets: Annotated[str, typer.Option(help="first:last:step, or a list like 0.1,0.25,0.4.")] = "0.1:0.5:0.05",
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this .png or .svg file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Measure each point on this text (as for eval).")] = None,
-    text_field: TextField = "text",
+    text_field: TextField = None,
     split: Split = None,
     samples: Annotated[int | None, typer.Option(help="At most so many blocks (default: all).")] = None,
     seq_len: SeqLen = 2048,
@@ -379,7 +409,7 @@ def evaluate(
         against=against,
         against_revision=against_revision,
         texts=[
-            text_settings(name, field or "text", part, chat, samples, seq_len, 0)
+            text_settings(name, field, part, chat, samples, seq_len, 0)
             for name, field, part in zip(
                 names, for_each("--text-field", text_field, names), for_each("--split", split, names), strict=True
             )
@@ -542,7 +572,7 @@ def run(
         raise_for_failures(results["eval"]["datasets"])
 
 
-stats = typer.Typer(help="Statistics of finished calibrations.", no_args_is_help=True)
+stats = OnceTyper(help="Statistics of finished calibrations.", no_args_is_help=True)
 app.add_typer(stats, name="stats")
 
 
@@ -595,7 +625,7 @@ def report(
 
 
 def text_settings(
-    dataset: str, text_field: str, split: str | None, chat: bool, samples: int | None, seq_len: int, seed: int
+    dataset: str, text_field: str | None, split: str | None, chat: bool, samples: int | None, seq_len: int, seed: int
 ) -> dict[str, Any]:
     """What TextSettings is made of; it is checked with the settings that it is a part of."""
     return {

@@ -63,12 +63,12 @@ class SweepProgress:
             if self.task is None:
                 self.task = self.bar.add_task("", total=layers * total_tokens)
             self.bar.update(
-                self.task, completed=done, description=f"layer {layer + 1}/{layers}", speed=f"{rate:,.0f} tokens/s"
+                self.task, completed=done, description=f"layer {layer + 1} of {layers}", speed=f"{rate:,.0f} tokens/s"
             )
         elif tokens == total_tokens or time.monotonic() - self.last_line > LINE_EVERY:
             self.last_line = time.monotonic()
             left = (layers * total_tokens - done) / rate
-            log.info("layer %d/%d: %d/%d tokens, %s left", layer + 1, layers, tokens, total_tokens, f"{left:,.0f} s")
+            log.info("layer %d of %d: %d/%d tokens, %s left", layer + 1, layers, tokens, total_tokens, f"{left:,.0f} s")
 
 
 @contextmanager
@@ -292,11 +292,14 @@ def _print_tasks(tasks: Json) -> None:
 
 def print_inspection(found: Json) -> None:
     """Stage and source, a table of all layers, the calibration text, and what may hurt."""
+    from a3cli.card import describe_texts
+
     calibration, solution = found["calibration"], found["solution"]
     blocks, length = calibration["blocks"]
     _print(f"{printable(found['path'])}: {found['stage']}, from {printable(str(found['source']['model']))}")
     done = f"; {len(found['layers'])} layers are done" if found["stage"] == "calibrating" else ""
     _print(f"calibrated on {calibration['tokens']:,} tokens ({blocks} blocks of {length}){done}")
+    _print(f"text: {printable(describe_texts(calibration, quoted=str))}")
     if solution:
         removed = f"{100 * solution['budget_reached']:.2f} % of the decoder's linear weights"
         settings = solution["request"]["settings"]

@@ -20,7 +20,7 @@ from a3cli.machine import Machine, choose_machine
 from a3cli.model import check_size
 from a3cli.settings import EvalSettings, TextSettings
 from a3cli.tasks import open_tasks, run_tasks
-from a3cli.text import check_fit, evaluation_blocks, load_tokenizer
+from a3cli.text import TextRead, check_fit, check_texts, evaluation_blocks, load_tokenizer
 from a3cli.work import Json
 
 CONFIDENCE = 0.95
@@ -46,7 +46,7 @@ def evaluate(settings: EvalSettings) -> Json:
     names = [checkpoint.name for checkpoint in checkpoints]
     check_vocabularies(models, names)
 
-    datasets = [measure(models, names, text, blocks, settings, machine) for text, blocks in texts]
+    datasets = [measure(models, names, text, *blocks, settings, machine) for text, blocks in texts]
     result: Json = {
         "model": names[0],
         "device": str(machine.device),
@@ -61,7 +61,7 @@ def evaluate(settings: EvalSettings) -> Json:
 
 
 def check_settings(settings: EvalSettings) -> None:
-    """Raise A3Error for gates that cannot be judged, and for nothing to do."""
+    """Raise A3Error for gates that cannot be judged, for nothing to do, and for texts that cannot be read as asked."""
     if not settings.texts and not settings.tasks:
         raise A3Error("nothing to measure: give --dataset or --tasks")
     if settings.fail_if and not settings.texts:
@@ -69,13 +69,14 @@ def check_settings(settings: EvalSettings) -> None:
     unknown = [gate.text for gate in settings.fail_if if gate.needs_source and not settings.against]
     if unknown:
         raise A3Error(f"--fail-if {', '.join(map(repr, unknown))}: only --against SOURCE gives this figure")
+    check_texts(settings.texts)
 
 
 def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
     """The model and, with `against`, its source. Raises A3Error for code that may not run."""
     checkpoints = [resolve_model(settings.model, settings.revision)]
     if settings.against:
-        checkpoints.append(resolve_model(settings.against, settings.against_revision))
+        checkpoints.append(resolve_model(settings.against, settings.against_revision, option="--against-revision"))
     for each in checkpoints:
         if "per_layer_config" in each.config and not settings.trust_remote_code:
             raise A3Error(
@@ -85,10 +86,12 @@ def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
     return checkpoints
 
 
-def read_blocks(text: TextSettings, tokenizer: Any, checkpoint: Checkpoint) -> list[torch.Tensor]:
-    blocks = evaluation_blocks(tokenizer, text)
+def read_blocks(text: TextSettings, tokenizer: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], TextRead]:
+    """Return a data set's blocks, and what was read of it."""
+    read = TextRead()
+    blocks = evaluation_blocks(tokenizer, text, read)
     check_fit(blocks, checkpoint.config, checkpoint.name)
-    return blocks
+    return blocks, read
 
 
 def measure(
@@ -96,6 +99,7 @@ def measure(
     names: Sequence[str],
     text: TextSettings,
     blocks: list[torch.Tensor],
+    read: TextRead,
     settings: EvalSettings,
     machine: Machine,
 ) -> Json:
@@ -114,6 +118,8 @@ def measure(
     tokens = sum(len(block) for block in blocks)
     result: Json = {
         "dataset": text.dataset,
+        "text_files": read.files,
+        "text_read": read.describe(),
         "seq_len": text.seq_len,
         "blocks": len(blocks),
         "tokens": tokens,

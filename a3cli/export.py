@@ -247,6 +247,7 @@ def write_checkpoint(
         },
         "calibration": {
             "request": public_request(calibration["request"]),
+            "text_read": calibration.get("text_read"),
             **{key: calibration[key] for key in ("tokens", "blocks", "tokens_hash", "sha256")},
         },
         "solution": {key: value for key, value in solution.manifest.items() if key != "layers"},

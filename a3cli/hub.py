@@ -7,12 +7,15 @@ from a3cli.errors import A3Error, first_line
 from a3cli.work import Json, read_json
 
 
-def find_folder(model: str, revision: str | None = None, *, files: Sequence[str]) -> Path:
+def find_folder(model: str, revision: str | None = None, *, files: Sequence[str], option: str = "--revision") -> Path:
     """The local folder, or that of a hub id in the hub's cache, with the `files` (patterns) downloaded.
 
-    Raises A3Error if there is neither, or the hub cannot be reached.
+    Raises A3Error if there is neither, the hub cannot be reached, or a local folder is asked for a revision, which
+    `option` gave.
     """
     if Path(model).is_dir():
+        if revision is not None:
+            raise A3Error(f"model {model!r} is a local folder, which has no revisions; leave out {option}")
         return Path(model)
     if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise A3Error(f"model {model!r}: no such folder, and no hub id (owner/name)")

@@ -95,9 +95,19 @@ def ingredients(calibration: Json) -> list[Json]:
         "calibration": calibration["sha256"],
         "text": request["text"],
         "text_files": request["text_files"],
+        "text_read": calibration.get("text_read"),
         "tokens": calibration["tokens"],
     }
     return list(request.get("merged", [own]))
+
+
+def merged_reading(request: Json) -> Json | None:
+    """Return the counts of rows over all texts of a merged request; None if one of them has none."""
+    parts = [each["text_read"] for each in request["merged"]]
+    if None in parts:
+        return None
+    counts = {key: sum(part[key] for part in parts) for key in ("rows", "skipped")}
+    return {**counts, "whole": all(part["whole"] for part in parts)}
 
 
 def merged_request(calibrations: list[Json]) -> Json:
@@ -149,6 +159,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
         write_json(target.source, source)
         manifest = {
             "request": request,
+            "text_read": merged_reading(request),
             "tokens": int(tokens.numel()),
             "blocks": list(tokens.shape),
             "tokens_hash": hash_file(tokens_file),
