@@ -150,7 +150,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
             name = target.statistics(layer).name
             known = draft.learnt(name)
             if known is None:
-                log.info("layer %d/%d", layer + 1, len(calibrations[0]["layers"]))
+                log.info("layer %d of %d", layer + 1, len(calibrations[0]["layers"]))
                 for work, calibration in zip(parts, calibrations, strict=True):
                     check_hash(work.statistics(layer), calibration["layers"][layer], REMEDY)
                 write_tensors(draft.folder / name, add_statistics([work.statistics(layer) for work in parts]))

@@ -79,7 +79,9 @@ def test_merged_statistics_are_solved_and_exported(a3, halves, tmp_path):
 
 def test_merged_again_it_is_a_no_op_and_merges_on(a3, halves, checkpoint, text_file, tmp_path):
     merged = tmp_path / "merged"
-    assert a3("stats", "merge", *halves, "--into", merged).code == 0
+    outcome = a3("stats", "merge", *halves, "--into", merged)
+    assert outcome.code == 0
+    assert outcome.stderr.splitlines() == ["layer 1 of 2", "layer 2 of 2"]
     before = {path: path.stat().st_mtime_ns for path in merged.rglob("*") if path.name != ".lock"}
     assert a3("stats", "merge", *halves, "--into", merged).code == 0
     assert {path: path.stat().st_mtime_ns for path in merged.rglob("*") if path.name != ".lock"} == before

@@ -75,7 +75,7 @@ def test_damaged_hidden_states_are_made_again(damage, a3, command, whole, cut):
     assert size == 6 * 40 * 48 * 4
     file.unlink() if damage == "gone" else os.truncate(file, size - 8 if damage == "truncated" else size + 8)
     said = finished_alike(a3, command, cut, whole)
-    assert "hidden states of layer 3 are not there" in said
+    assert "the input of layer 4 of 5 is missing" in said
     assert ("hidden-003.bin is not as it was written" in said) == (damage != "gone")
 
 
