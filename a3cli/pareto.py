@@ -7,6 +7,7 @@ evaluates in a temporary folder inside the work folder; the solution that is the
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from a3cli import costs
 from a3cli.errors import A3Error
@@ -42,6 +43,9 @@ from a3cli.work import (
     versions,
     write_manifest,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -205,11 +209,19 @@ def check_plot(path: Path | None) -> None:
 
 
 def draw(result: Json, path: Path) -> None:
-    """Loss against the share of the decoder's weights removed, one line a variant, as PNG or SVG by the name's end."""
+    """Write `plot` of a sweep's points as PNG or SVG, by the name's end."""
+    with replacing(path) as partial:
+        plot(result).savefig(
+            partial, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
+        )
+
+
+def plot(result: Json) -> "Figure":
+    """Draw loss against the share of the decoder's weights removed, one line a variant."""
     from matplotlib.figure import Figure
 
     reached = [each for each in result["points"] if "error" not in each]
-    predicted = f"predicted loss: {LOSSES[result['sensitivity']]}"
+    predicted = f"predicted loss\n({LOSSES[result['sensitivity']]})"  # in two lines: in one it is longer than the axis
     panels: dict[str, Callable[[Json], float]] = {predicted: lambda each: each["predicted_loss"]}
     if any("measured" in each for each in reached):
         panels["KL(source ‖ compressed), nats a token"] = lambda each: each["measured"]["kl"]
@@ -221,7 +233,4 @@ def draw(result: Json, path: Path) -> None:
         axes.set(xlabel="decoder weights removed, %", ylabel=label, yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-    with replacing(path) as partial:
-        figure.savefig(
-            partial, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
-        )
+    return figure
