@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from a3cli.checkpoint import Checkpoint
 from a3cli.escape import code_span, markdown, printable
 from a3cli.families import ModelShape
+from a3cli.long_range import solution_warnings
 from a3cli.model import Model
 from a3cli.settings import LOSSES
 from a3cli.work import Json
@@ -56,6 +57,10 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
 Loads with {{ loaders }}. {{ rope }}
+{% for warning in warnings %}
+
+**Warning.** {{ warning }}.
+{% endfor %}
 
 ## How it was made
 
@@ -100,6 +105,7 @@ def model_card(model: Model, manifest: Json) -> str:
         tokens=f"{calibration['tokens']:,}",
         blocks=calibration["blocks"],
         datasets=describe_texts(calibration, quoted=lambda name: f"`{code_span(name)}`"),
+        warnings=[markdown(warning) for warning in solution_warnings(solution)],
         commands="\n".join(commands),
     )
     return str(card.content).rstrip() + "\n"

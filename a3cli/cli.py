@@ -268,11 +268,15 @@ def solve(
         num_processes=num_processes,
     )
     from a3cli.interrupt import stopping
+    from a3cli.long_range import solution_warnings
     from a3cli.solve import solve as run
 
     with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
-    display.print_json(manifest) if as_json else display.print_solution(manifest)
+    if as_json:
+        display.print_json({**manifest, "warnings": solution_warnings(manifest)})
+    else:
+        display.print_solution(manifest)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from a3cli.escape import printable
 from a3cli.gates import describe
+from a3cli.long_range import solution_warnings
 from a3cli.settings import LOSSES
 
 Json = dict[str, Any]
@@ -143,6 +144,8 @@ def print_solution(manifest: Json) -> None:
     unit = LOSSES[manifest["request"]["settings"]["sensitivity"]]
     _print(f"predicted loss, {unit}, summed over layers: {losses}")
     _print_context(manifest)
+    for warning in solution_warnings(manifest):
+        log.warning("warning: %s", warning)
 
 
 def print_pareto(result: Json) -> None:
