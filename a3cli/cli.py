@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -712,5 +713,8 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def main() -> None:
-    """The `a3` command."""
+    """Run the `a3` command; a character that the output's encoding lacks is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -452,8 +452,9 @@ def as_compared(text: Json, files: Json) -> Json:
 def files_now(settings: TextSettings, files: Json, *, whole: bool) -> Json:
     """Return the hash of each local file that reading the same text again would open; none for a set on the Hub.
 
-    `files` were opened when it was read before, to the end of the data set if `whole`; only as many are hashed. Raises
-    A3Error if the data set is not there.
+    `files` were opened when it was read before, to the end of the data set if `whole`; only as many are hashed. They
+    are returned if the same content would be read, perhaps of files with other names. Raises A3Error if the data set is
+    not there.
     """
     check_exists(settings)
     path = Path(settings.dataset)
@@ -461,4 +462,10 @@ def files_now(settings: TextSettings, files: Json, *, whole: bool) -> Json:
         return {}
     found = local_files(path)
     count = len(found) if whole else max(1, len(files))
-    return {name_in(path, file): hash_text_file(file) for file in found[:count]}
+    now = {name_in(path, file): hash_text_file(file) for file in found[:count]}
+    return files if contents(now) == contents(files) else now
+
+
+def contents(files: Json) -> list[tuple[str, str]]:
+    """Return what is read of files in their order: format and hash of each."""
+    return [(Path(name).suffix, digest) for name, digest in files.items()]

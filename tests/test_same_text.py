@@ -50,11 +50,13 @@ def test_a_data_set_is_the_same_however_it_is_spelled(a3, checkpoint, text_file,
         assert a3(*command, "--dataset", spelling).json == first
     monkeypatch.chdir(tmp_path)
     shutil.copytree("inside", "copy")
-    for spelling in ("inside/t.txt", "copy/t.txt", "copy"):
+    shutil.copy("inside/t.txt", "renamed.txt")
+    for spelling in ("inside/t.txt", "copy/t.txt", "copy", "renamed.txt"):
         assert a3(*command, "--dataset", spelling).json == first
     (tmp_path / "copy" / "t.txt").write_text("other")
     refused(a3(*command, "--dataset", "copy/t.txt"), "(differs in text_files (t.txt))", "--overwrite")
-    refused(a3(*command, "--dataset", text_file), "(differs in text_files (t.txt, text.txt))")
+    shutil.copy("inside/t.txt", "t.jsonl")
+    refused(a3(*command, "--dataset", "t.jsonl"), "(differs in text_field, text_files (t.jsonl, t.txt))")
 
 
 def test_an_unfinished_calibration_resumes_with_another_spelling(
