@@ -19,7 +19,18 @@ from a3cli.moments import Tensors
 from a3cli.processes import Processes, joined
 from a3cli.settings import CalibrateSettings
 from a3cli.sweep import Decoder, Progress, Sweep
-from a3cli.text import check_fit, load_tokenizer, sample_blocks, text_fingerprint, tokenizer_fingerprint
+from a3cli.text import (
+    TextRead,
+    as_compared,
+    check_fit,
+    check_on_hub,
+    check_texts,
+    describe_text,
+    files_now,
+    load_tokenizer,
+    sample_blocks,
+    tokenizer_fingerprint,
+)
 from a3cli.work import (
     Json,
     Work,
@@ -33,6 +44,7 @@ from a3cli.work import (
     read_if_of,
     read_manifest,
     read_tensors,
+    read_undamaged,
     replacing,
     versions,
     write_manifest,
@@ -57,9 +69,10 @@ def calibrate(
     return_freed_memory(batches=True)
     with joined(meeting_device(settings)) as processes, ExitStack() as held:
         model, machine = processes.main_first(lambda: open_model(settings))
-        request = processes.from_main(lambda: describe_request(settings, model.source, machine))
+        processes.from_main(lambda: check_texts([settings.text]))
         processes.from_main(lambda: held.enter_context(work.locked()))
-        finished = processes.from_main(lambda: finished_manifest(work, request, overwrite=overwrite))
+        request = processes.from_main(lambda: describe_request(settings, model.source, machine, known_text(work)))
+        finished = processes.from_main(lambda: finished_manifest(work, request, settings, overwrite=overwrite))
         if finished is None:
             calibration = Calibration(settings, work, model, machine, request, stop or Stop())
             return calibration.run(processes, progress, overwrite=overwrite)
@@ -93,6 +106,7 @@ class Calibration:
         # Finished layers' hashes and how each was made, as in progress.json: only the main process keeps it up.
         self.done: Json = {
             "request": request,
+            "text_read": None,
             "versions": versions(),
             "layers": [],
             "made_with": [],
@@ -167,8 +181,11 @@ class Calibration:
         """The blocks `[N, T]` of a new calibration, and that no layer is finished."""
         source = self.model.source
         tokenizer = load_tokenizer(source.folder, trust_remote_code=self.settings.trust_remote_code)
-        blocks = sample_blocks(tokenizer, self.settings.text)
+        read = TextRead()
+        blocks = sample_blocks(tokenizer, self.settings.text, read)
         check_fit(blocks, source.config, source.name)
+        self.done["request"] = {**self.done["request"], "text_files": read.files}
+        self.done["text_read"] = read.describe()
         self.done["batch_size"] = batch_size
         self._check_space()
         return blocks, 0
@@ -179,7 +196,8 @@ class Calibration:
             return self._resume() if self.work.calibration_progress.exists() else None
         begun = self.done
         try:
-            return self._resume() if read_if_of(self.work.calibration_progress, begun["request"]) else None
+            same = read_if_of(self.work.calibration_progress, begun["request"], comparable)
+            return self._resume() if same else None
         except A3Error as error:
             log.warning("%s; beginning anew", error)
             self.done = begun
@@ -204,7 +222,7 @@ class Calibration:
         self._drop_damaged_hidden_states((*blocks.shape, self.model.shape.hidden_size))
         drop_leftovers(self.work.calibration)
         if self.done["layers"]:
-            log.info("going on at layer %d", len(self.done["layers"]))
+            log.info("resuming at layer %d of %d", len(self.done["layers"]) + 1, self.model.shape.layers)
         self._check_space()
         return blocks, len(self.done["layers"])
 
@@ -270,6 +288,7 @@ class Calibration:
     def _close(self, blocks: torch.Tensor) -> Json:
         manifest = {
             "request": self.done["request"],
+            "text_read": self.done.get("text_read"),
             "tokens": int(blocks.numel()),
             "blocks": list(blocks.shape),
             "tokens_hash": self.done["tokens_hash"],
@@ -282,11 +301,17 @@ class Calibration:
         return written
 
 
-def describe_request(settings: CalibrateSettings, source: Checkpoint, machine: Machine) -> Json:
-    """Everything that the statistics depend on: equal requests give equal bytes."""
+def describe_request(
+    settings: CalibrateSettings, source: Checkpoint, machine: Machine, known: Json | None = None
+) -> Json:
+    """Return everything that the statistics depend on: requests that are `comparable` and equal give equal bytes.
+
+    Which files a calibration reads is known only afterwards. `known` has those of an earlier one (see `known_text`):
+    `text_files` then has the files that would be read if all else is the same.
+    """
     return {
-        "text": settings.text.model_dump(),
-        "text_files": text_fingerprint(settings.text),
+        "text": describe_text(settings.text),
+        "text_files": files_now(settings.text, known["files"], whole=known["whole"]) if known else {},
         "source": source.fingerprint(full=settings.full_check),
         "tokenizer": tokenizer_fingerprint(source.folder),
         "batch_size": settings.batch_size or "auto",
@@ -294,6 +319,26 @@ def describe_request(settings: CalibrateSettings, source: Checkpoint, machine: M
         **machine.describe(),
         "trust_remote_code": settings.trust_remote_code,
     }
+
+
+def comparable(request: Json) -> Json:
+    """Return the part of a request that decides whether two calibrations are the same."""
+    return {**request, "text": as_compared(request["text"], request["text_files"])}
+
+
+def recorded_calibration(work: Work) -> Path | None:
+    """Return the file that describes the calibration in a work folder, finished or not."""
+    manifests = (work.calibration_manifest, work.calibration_progress)
+    return next((path for path in manifests if path.exists()), None)
+
+
+def known_text(work: Work) -> Json | None:
+    """Return which local files the calibration in a work folder has read, and whether to the end of the data set."""
+    path = recorded_calibration(work)
+    found = read_undamaged(path) if path else None
+    if found is None:
+        return None
+    return {"files": found["request"]["text_files"], "whole": bool((found.get("text_read") or {}).get("whole"))}
 
 
 def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json, work: Work) -> None:
@@ -312,22 +357,24 @@ def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json
     write_manifest(work.source, record)
 
 
-def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | None:
+def finished_manifest(work: Work, request: Json, settings: CalibrateSettings, *, overwrite: bool) -> Json | None:
     """The manifest of a finished calibration with this request, if there is one.
 
     Raises A3Error if the folder holds a calibration, finished or not, of another request, unless `overwrite`.
     """
-    finished = work.calibration_manifest.exists()
-    if overwrite or not (finished or work.calibration_progress.exists()):
+    path = recorded_calibration(work)
+    if overwrite or path is None:
         return None
-    path = work.calibration_manifest if finished else work.calibration_progress
     found = read_manifest(path, "use --overwrite")
-    if found["request"] != request:
+    recorded, wanted = comparable(found["request"]), comparable(request)
+    if recorded != wanted:
+        if recorded["text"]["dataset"] != wanted["text"]["dataset"]:
+            check_on_hub(settings.text)
         raise A3Error(
             f"{path} is of a calibration of another request (differs in "
-            f"{differences(found['request'], request, 'text')}); use --overwrite or another --work"
+            f"{differences(recorded, wanted, 'text')}); use --overwrite or another --work"
         )
-    return found if finished else None
+    return found if path == work.calibration_manifest else None
 
 
 def write_hashed(path: Path, tensors: Tensors) -> str:

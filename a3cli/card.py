@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -11,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from a3cli.checkpoint import Checkpoint
 from a3cli.escape import code_span, markdown, printable
 from a3cli.families import ModelShape
+from a3cli.long_range import solution_warnings
 from a3cli.model import Model
 from a3cli.settings import LOSSES, SolveSettings
 from a3cli.work import Json
@@ -18,6 +20,7 @@ from a3cli.work import Json
 # What `--dataset` takes from the hub, an id and perhaps a configuration; and the ends of local files.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 TEXT_FILES = (".jsonl", ".parquet", ".txt")
+FILES_NAMED = 5  # of a folder's files, on a card; the manifest names them all
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -60,6 +63,10 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 | {{ row.runtime }} | {{ row.loads }} | {{ row.note }} |
 {% endfor %}
 {{ rope }}
+{% for warning in warnings %}
+
+**Warning.** {{ warning }}.
+{% endfor %}
 
 ## How it was made
 
@@ -103,9 +110,8 @@ def model_card(model: Model, manifest: Json) -> str:
         rope=" ".join(filter(None, (describe_rope(model.shape, solution), describe_context(solution)))),
         tokens=f"{calibration['tokens']:,}",
         blocks=calibration["blocks"],
-        datasets=" and ".join(
-            f"`{code_span(public_dataset(text['dataset']))}`" for text in texts_of(calibration["request"])
-        ),
+        datasets=describe_texts(calibration, quoted=lambda name: f"`{code_span(name)}`"),
+        warnings=[markdown(warning) for warning in solution_warnings(solution)],
         commands="\n".join(commands),
     )
     return str(card.content).rstrip() + "\n"
@@ -211,6 +217,24 @@ def public_name(source: Json) -> str:
 def texts_of(request: Json) -> list[Json]:
     """The text settings of a calibration, or of each one that it was merged from."""
     return [part["text"] for part in request["merged"]] if "merged" in request else [request["text"]]
+
+
+def describe_texts(calibration: Json, quoted: Callable[[str], str]) -> str:
+    """Say what a calibration, or each that it was merged from, has read: data set, files, rows."""
+    request = calibration["request"]
+    parts = request.get("merged") or [{**request, "text_read": calibration.get("text_read")}]
+    return " and ".join(describe_text(part, quoted) for part in parts)
+
+
+def describe_text(part: Json, quoted: Callable[[str], str]) -> str:
+    name, files = public_dataset(part["text"]["dataset"]), list(part.get("text_files") or {})
+    notes = []
+    if files and files != [name]:
+        more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
+        notes.append(f"read: {', '.join(map(quoted, files[:FILES_NAMED]))}{more}")
+    if (read := part.get("text_read")) and read["rows"]:
+        notes.append(f"{read['rows']:,} rows, {read['skipped']:,} without text skipped")
+    return quoted(name) + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def calibrate_commands(base: str, revision: str | None, calibration: Json) -> list[str]:

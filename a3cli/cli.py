@@ -9,12 +9,14 @@ import os
 import platform
 import sys
 import traceback
+from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from a3cli import __version__
 from a3cli.errors import INTERNAL_ERROR, A3Error
@@ -23,6 +25,7 @@ from a3cli.processes import hand_over, is_main, launch, launched
 if TYPE_CHECKING:
     from a3cli.work import Work
 
+F = TypeVar("F", bound=Callable[..., Any])
 # The parser's errors: typer has its own copy of click in newer versions, and gives this class no name.
 UsageError: Any = typer.BadParameter.__base__
 # Disk full, quota, file too large, no permission, read-only file system: not our bugs.
@@ -69,7 +72,35 @@ def mendable(error: Exception) -> A3Error | None:
     return None
 
 
-app = typer.Typer(
+# What to do instead of naming several data sets.
+ONE_DATASET = {
+    "calibrate": "a3 calibrate takes one data set; run it once for each with its own --work, and add the calibrations "
+    "up with a3 stats merge",
+    "pareto": "a3 pareto measures on one data set; run it once for each",
+}
+
+
+class OnceCommand(TyperCommand):
+    """A command that refuses a second value for an option that takes one, which the parser would ignore."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in dict.fromkeys(given):
+            once = option.param_type_name == "option" and not (option.multiple or getattr(option, "is_flag", False))
+            if once and (count := given.count(option)) > 1:
+                hint = ONE_DATASET.get(str(ctx.info_name), "") if option.name == "dataset" else ""
+                raise UsageError(f"{option.opts[0]} was given {count} times; {hint or 'give it once'}", ctx=ctx)
+        return super().parse_args(ctx, args)
+
+
+class OnceTyper(typer.Typer):
+    """Commands that are each an `OnceCommand`."""
+
+    def command(self, *arguments: Any, **options: Any) -> Callable[[F], F]:
+        return super().command(*arguments, **{"cls": OnceCommand, **options})
+
+
+app = OnceTyper(
     cls=ErrorsToExitCodes,
     help="Smaller language models in closed form: calibrate, solve, export.",
     no_args_is_help=True,
@@ -91,9 +122,9 @@ Datasets = Annotated[
     list[str] | None,
     typer.Option("--dataset", help="As for calibrate (default: wikitext2); may be given several times."),
 ]
-TextField = Annotated[str, typer.Option(help="Field of a row that holds the text.")]
+TextField = Annotated[str | None, typer.Option(help="Field of a row that holds the text (default: text).")]
 Split = Annotated[str | None, typer.Option(help="Split of a hub set.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Apply the chat template to the `messages` of each row.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Render each row's messages or conversations as a chat.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a block.")]
 BatchSize = Annotated[int, typer.Option(help="Blocks a forward.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -126,7 +157,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Local folder or hub id of a safetensors checkpoint.")],
     work: WorkOption = DEFAULT_WORK,
     dataset: Dataset = "wikitext2",
-    text_field: TextField = "text",
+    text_field: TextField = None,
     split: Split = None,
     chat: Chat = False,
     samples: Annotated[int, typer.Option(help="Number of blocks.")] = 128,
@@ -264,11 +295,15 @@ def solve(
         num_processes=num_processes,
     )
     from a3cli.interrupt import stopping
+    from a3cli.long_range import solution_warnings
     from a3cli.solve import solve as run
 
     with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
-    display.print_json(manifest) if as_json else display.print_solution(manifest)
+    if as_json:
+        display.print_json({**manifest, "warnings": solution_warnings(manifest)})
+    else:
+        display.print_solution(manifest)
 
 
 @app.command()
@@ -277,7 +312,7 @@ def pareto(
     budgets: Annotated[str, typer.Option(help="first:last:step, or a list like 0.1,0.25,0.4.")] = "0.1:0.5:0.05",
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this .png or .svg file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Measure each point on this text (as for eval).")] = None,
-    text_field: TextField = "text",
+    text_field: TextField = None,
     split: Split = None,
     samples: Annotated[int | None, typer.Option(help="At most so many blocks (default: all).")] = None,
     seq_len: SeqLen = 2048,
@@ -406,7 +441,7 @@ def evaluate(
         against=against,
         against_revision=against_revision,
         texts=[
-            text_settings(name, field or "text", part, chat, samples, seq_len, 0)
+            text_settings(name, field, part, chat, samples, seq_len, 0)
             for name, field, part in zip(
                 names, for_each("--text-field", text_field, names), for_each("--split", split, names), strict=True
             )
@@ -578,7 +613,7 @@ def run(
         raise_for_failures(results["eval"]["datasets"])
 
 
-stats = typer.Typer(help="Statistics of finished calibrations.", no_args_is_help=True)
+stats = OnceTyper(help="Statistics of finished calibrations.", no_args_is_help=True)
 app.add_typer(stats, name="stats")
 
 
@@ -631,7 +666,7 @@ def report(
 
 
 def text_settings(
-    dataset: str, text_field: str, split: str | None, chat: bool, samples: int | None, seq_len: int, seed: int
+    dataset: str, text_field: str | None, split: str | None, chat: bool, samples: int | None, seq_len: int, seed: int
 ) -> dict[str, Any]:
     """What TextSettings is made of; it is checked with the settings that it is a part of."""
     return {
@@ -736,7 +771,10 @@ def installed_versions() -> dict[str, str]:
 
 
 def main() -> None:
-    """The `a3` command."""
+    """Run the `a3` command; a character that the output's encoding lacks is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except Exception:

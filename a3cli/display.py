@@ -17,6 +17,7 @@ from rich.text import Text
 
 from a3cli.escape import printable
 from a3cli.gates import describe
+from a3cli.long_range import solution_warnings
 from a3cli.settings import LOSSES
 
 Json = dict[str, Any]
@@ -71,11 +72,11 @@ class SweepProgress:
         # The first batch has just ended when the clock starts, so it does not count for the speed.
         rate = (done - self.first * total_tokens) / max(time.monotonic() - self.started, 1e-3)
         if self.bar is not None:
-            self._draw(f"layer {layer + 1}/{layers}", f"{rate:,.0f} tokens/s", done, layers * total_tokens)
+            self._draw(f"layer {layer + 1} of {layers}", f"{rate:,.0f} tokens/s", done, layers * total_tokens)
         elif tokens == total_tokens or time.monotonic() - self.last_line > LINE_EVERY:
             self.last_line = time.monotonic()
             left = (layers * total_tokens - done) / rate
-            log.info("layer %d/%d: %d/%d tokens, %s left", layer + 1, layers, tokens, total_tokens, f"{left:,.0f} s")
+            log.info("layer %d of %d: %d/%d tokens, %s left", layer + 1, layers, tokens, total_tokens, f"{left:,.0f} s")
 
     def _draw(self, layer: str, speed: str, done: int, total: int) -> None:
         """Update the bar. It starts here: a sweep that has nothing to do draws nothing."""
@@ -166,6 +167,8 @@ def print_solution(manifest: Json) -> None:
     unit = LOSSES[manifest["request"]["settings"]["sensitivity"]]
     _say(f"predicted loss, {unit}, summed over layers: {losses}")
     _print_context(manifest)
+    for warning in solution_warnings(manifest):
+        log.warning("warning: %s", warning)
 
 
 def print_pareto(result: Json) -> None:
@@ -332,11 +335,14 @@ def _print_tasks(tasks: Json) -> None:
 
 def print_inspection(found: Json) -> None:
     """Stage and source, a table of all layers, the calibration text, and what may hurt."""
+    from a3cli.card import describe_texts
+
     calibration, solution = found["calibration"], found["solution"]
     blocks, length = calibration["blocks"]
     _print(f"{printable(found['path'])}: {found['stage']}, from {printable(str(found['source']['model']))}")
     done = f"; {len(found['layers'])} layers are done" if found["stage"] == "calibrating" else ""
     _say(f"calibrated on {calibration['tokens']:,} tokens ({blocks} blocks of {length}){done}")
+    _say(f"text: {printable(describe_texts(calibration, quoted=str))}")
     if solution:
         removed = f"{100 * solution['budget_reached']:.2f} % of the decoder's linear weights"
         settings = solution["request"]["settings"]

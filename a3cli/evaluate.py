@@ -20,7 +20,7 @@ from a3cli.machine import Machine, choose_machine
 from a3cli.model import check_size
 from a3cli.settings import EvalSettings, TextSettings
 from a3cli.tasks import open_tasks, run_tasks
-from a3cli.text import check_fit, evaluation_blocks, load_tokenizer
+from a3cli.text import TextRead, check_fit, check_texts, evaluation_blocks, load_tokenizer
 from a3cli.work import Json
 
 CONFIDENCE = 0.95
@@ -46,7 +46,7 @@ def evaluate(settings: EvalSettings) -> Json:
     names = [checkpoint.name for checkpoint in checkpoints]
     check_vocabularies(models, names)
 
-    datasets = [measure(models, names, text, blocks, settings, machine) for text, blocks in texts]
+    datasets = [measure(models, names, text, *blocks, settings, machine) for text, blocks in texts]
     result: Json = {
         "model": names[0],
         "device": str(machine.device),
@@ -61,7 +61,7 @@ def evaluate(settings: EvalSettings) -> Json:
 
 
 def check_settings(settings: EvalSettings) -> None:
-    """Raise A3Error for gates that cannot be judged, and for nothing to do."""
+    """Raise A3Error for gates that cannot be judged, for nothing to do, and for texts that cannot be read as asked."""
     if not settings.texts and not settings.tasks:
         raise A3Error("nothing to measure: give --dataset or --tasks")
     if settings.fail_if and not settings.texts:
@@ -69,6 +69,7 @@ def check_settings(settings: EvalSettings) -> None:
     unknown = [gate.text for gate in settings.fail_if if gate.needs_source and not settings.against]
     if unknown:
         raise A3Error(f"--fail-if {', '.join(map(repr, unknown))}: only --against SOURCE gives this figure")
+    check_texts(settings.texts)
 
 
 def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
@@ -86,10 +87,12 @@ def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
     return checkpoints
 
 
-def read_blocks(text: TextSettings, tokenizer: Any, checkpoint: Checkpoint) -> list[torch.Tensor]:
-    blocks = evaluation_blocks(tokenizer, text)
+def read_blocks(text: TextSettings, tokenizer: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], TextRead]:
+    """Return a data set's blocks, and what was read of it."""
+    read = TextRead()
+    blocks = evaluation_blocks(tokenizer, text, read)
     check_fit(blocks, checkpoint.config, checkpoint.name)
-    return blocks
+    return blocks, read
 
 
 def measure(
@@ -97,6 +100,7 @@ def measure(
     names: Sequence[str],
     text: TextSettings,
     blocks: list[torch.Tensor],
+    read: TextRead,
     settings: EvalSettings,
     machine: Machine,
 ) -> Json:
@@ -115,6 +119,8 @@ def measure(
     tokens = sum(len(block) for block in blocks)
     result: Json = {
         "dataset": text.dataset,
+        "text_files": read.files,
+        "text_read": read.describe(),
         "seq_len": text.seq_len,
         "blocks": len(blocks),
         "tokens": tokens,

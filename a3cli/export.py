@@ -255,6 +255,7 @@ def write_checkpoint(
         },
         "calibration": {
             "request": public_request(calibration["request"]),
+            "text_read": calibration.get("text_read"),
             **{key: calibration[key] for key in ("tokens", "blocks", "tokens_hash", "sha256")},
             "made_with": calibration.get("made_with"),
         },

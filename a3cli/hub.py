@@ -21,6 +21,10 @@ def find_folder(model: str, revision: str | None = None, *, files: Sequence[str]
     reached; with `cached_only` the hub is not asked.
     """
     if Path(model).is_dir():
+        if revision is not None:
+            raise A3Error(
+                f"model {model!r} is a local folder, which has no revisions; leave out --revision (--against-revision)"
+            )
         return Path(model)
     if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise A3Error(f"model {model!r}: no such folder, and no hub id (owner/name)")

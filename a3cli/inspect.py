@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from a3cli.checkpoint import Checkpoint, resolve_model
 from a3cli.errors import A3Error
 from a3cli.families import family_of
+from a3cli.long_range import solution_warnings
 from a3cli.manifest import MANIFEST, read_export_manifest
 from a3cli.measured import Measured
 from a3cli.methods.base import check_statistics
@@ -110,7 +111,7 @@ def describe_export(folder: Path) -> Json:
         "export": {key: manifest[key] for key in ("dtype", "max_shard_size", "runtimes", "files")},
         "measured": [as_measured(each) for each in manifest["measured"]],
         "versions": manifest["versions"],
-        "warnings": warnings(layers, None),
+        "warnings": warnings(layers, None, solution),
     }
 
 
@@ -139,7 +140,7 @@ def describe_work(work: Work) -> Json:
     text = describe_calibration_text(blocks, source)
     dimensions, health = describe_statistics(work, calibration["layers"], source)
     layers = describe_layers(dimensions, blocks.numel(), None if stale else solution, health) if dimensions else []
-    found = warnings(layers, text)
+    found = warnings(layers, text, None if stale else solution)
     if stale:
         found.append(f"{work.solution_manifest} was solved from another calibration: run a3 solve --overwrite")
     if source is None:
@@ -363,9 +364,9 @@ def loss_at(curve: Json, size: int) -> float | None:
     return float(curve["loss"][curve["size"].index(size)]) if size in curve["size"] else None
 
 
-def warnings(layers: list[Json], text: Json | None) -> list[str]:
-    """What may hurt, a line each, worst first for the reader: too few tokens, singular statistics, copied text."""
-    found = []
+def warnings(layers: list[Json], text: Json | None, solution: Json | None = None) -> list[str]:
+    """What may hurt, a line each: scores at long range, too few tokens, singular statistics, copied text."""
+    found = solution_warnings(solution) if solution else []
     for component in COMPONENTS:
         found += component_warnings(component, [(each["layer"], each[component]) for each in layers])
     return found + (text_warnings(text) if text else [])

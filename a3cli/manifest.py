@@ -21,7 +21,10 @@ SCHEMA_ID = "a3_manifest.schema.json"
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of what JSON says
 FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
 ShardHash = Annotated[str, Field(pattern="^(sampled-)?blake3:[0-9a-f]{64}$")]
-TextFiles = Annotated[dict[str, FileHash], Field(description="of each local file; none for a set on the hub")]
+TextFiles = Annotated[
+    dict[str, FileHash],
+    Field(description="of each local file that was opened, by its path in the data set; none for a set on the Hub"),
+]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -54,12 +57,21 @@ class MadeWith(Part):
     batch_size: Size = Field(description="blocks in a batch of each process")
 
 
+class TextRead(Part):
+    """How far a data set was read."""
+
+    rows: Count = Field(description="rows read; text of .txt files is not counted")
+    skipped: Count = Field(description="rows without text: null, empty or only white space")
+    whole: bool = Field(description="whether the data set was read to its end")
+
+
 class Ingredient(Part):
     """One of the calibrations that were merged."""
 
     calibration: Sha256 = Field(description="of its manifest")
     text: TextSettings
     text_files: TextFiles
+    text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
     tokens: Size
     device: str
     batch_size: Size | Literal["auto"]
@@ -81,6 +93,7 @@ class CalibrationRequest(Part):
 
 class Calibration(Part):
     request: CalibrationRequest
+    text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
     tokens: Size
     blocks: tuple[Size, Size] = Field(description="number and length")
     tokens_hash: FileHash

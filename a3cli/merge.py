@@ -97,12 +97,22 @@ def ingredients(calibration: Json) -> list[Json]:
         "calibration": calibration["sha256"],
         "text": request["text"],
         "text_files": request["text_files"],
+        "text_read": calibration.get("text_read"),
         "tokens": calibration["tokens"],
         "device": request["device"],
         "batch_size": request["batch_size"],
         "made_with": calibration.get("made_with", []),
     }
     return [own]
+
+
+def merged_reading(request: Json) -> Json | None:
+    """Return the counts of rows over all texts of a merged request; None if one of them has none."""
+    parts = [each["text_read"] for each in request["merged"]]
+    if None in parts:
+        return None
+    counts = {key: sum(part[key] for part in parts) for key in ("rows", "skipped")}
+    return {**counts, "whole": all(part["whole"] for part in parts)}
 
 
 def merged_request(calibrations: list[Json]) -> Json:
@@ -145,7 +155,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
             name = target.statistics(layer).name
             known = draft.learnt(name)
             if known is None:
-                log.info("layer %d/%d", layer + 1, len(calibrations[0]["layers"]))
+                log.info("layer %d of %d", layer + 1, len(calibrations[0]["layers"]))
                 for work, calibration in zip(parts, calibrations, strict=True):
                     check_hash(work.statistics(layer), calibration["layers"][layer], REMEDY)
                 write_tensors(draft.folder / name, add_statistics([work.statistics(layer) for work in parts]))
@@ -154,6 +164,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
         write_json(target.source, source)
         manifest = {
             "request": request,
+            "text_read": merged_reading(request),
             "tokens": int(tokens.numel()),
             "blocks": list(tokens.shape),
             "tokens_hash": hash_file(tokens_file),

@@ -7,6 +7,7 @@ evaluates in a temporary folder inside the work folder; the solution that is the
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from a3cli import costs
 from a3cli.errors import A3Error
@@ -30,11 +31,25 @@ from a3cli.solve import (
     write_solution,
 )
 from a3cli.sweep import Progress
-from a3cli.text import text_fingerprint
-from a3cli.work import Json, Work, making_scratch, read_if_of, read_json, replacing, versions, write_manifest
+from a3cli.text import as_compared, check_texts, describe_text, files_now
+from a3cli.work import (
+    Json,
+    Work,
+    making_scratch,
+    read_if_of,
+    read_json,
+    read_undamaged,
+    replacing,
+    versions,
+    write_manifest,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
+MEASURED = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
 VARIANTS = {
     "paper": {"method": "paper", "shape": "stock"},
     "best": {"method": "best", "shape": "stock"},
@@ -50,6 +65,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
     """
     stop = stop or Stop()
     return_freed_memory()
+    check_texts([settings.text] if settings.text else [])
     calibration = read_calibration(work)
     with work.locked():
         model = open_calibrated_source(work, calibration)
@@ -74,7 +90,9 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
                     with making_scratch(work.scratch):
                         borrowed = work.borrowed_by(work.scratch / "work")
                         write_solution(chosen, borrowed, calibration, method, curves, progress, stop)
-                        found["measured"] = measure(chosen, settings.text, borrowed, work.scratch / "export")
+                        measured = measure(chosen, settings.text, borrowed, work.scratch / "export")
+                    points.note_text(measured)
+                    found["measured"] = {key: measured[key] for key in MEASURED}
                 points.add(found)
         if all("error" in each for each in points.found):
             raise A3Error(points.found[0]["error"])
@@ -99,21 +117,37 @@ class Points:
 
     def __init__(self, settings: ParetoSettings, work: Work, calibration: Json) -> None:
         self._file = work.points
-        self._request = {
-            "settings": settings.model_dump(mode="json"),
-            "text_files": settings.text and text_fingerprint(settings.text),
-            "calibration": calibration["sha256"],
+        self._settings, self._calibration = settings, calibration["sha256"]
+        begun = read_undamaged(self._file)
+        self._read: Json | None = begun.get("text_read") if begun else None
+        read = self._read
+        files = files_now(settings.text, read["files"], whole=read["whole"]) if settings.text and read else {}
+        known = read_if_of(self._file, self._request(files))
+        self.found: list[Json] = known["points"] if known else []
+        if known is None:
+            self._read = None
+
+    def _request(self, files: Json) -> Json:
+        """Return everything that points depend on; `files` were read of the text."""
+        text = self._settings.text and as_compared(describe_text(self._settings.text), files)
+        return {
+            "settings": {**self._settings.model_dump(mode="json"), "text": text},
+            "text_files": files,
+            "calibration": self._calibration,
             "versions": versions(),
         }
-        known = read_if_of(self._file, self._request)
-        self.found: list[Json] = known["points"] if known else []
 
     def has(self, variant: str, budget: float) -> bool:
         return any((each["variant"], each["budget_asked"]) == (variant, budget) for each in self.found)
 
     def add(self, point: Json) -> None:
         self.found.append(point)
-        write_manifest(self._file, {"request": self._request, "points": self.found})
+        request = self._request(self._read["files"] if self._read else {})
+        write_manifest(self._file, {"request": request, "text_read": self._read, "points": self.found})
+
+    def note_text(self, measured: Json) -> None:
+        """Record which files an evaluation has read: what later points have in common with this one."""
+        self._read = {"files": measured["text_files"], "whole": measured["text_read"]["whole"]}
 
     def forget(self) -> None:
         self._file.unlink(missing_ok=True)
@@ -147,11 +181,11 @@ def mean_sizes(sizes: list[LayerSizes]) -> Json:
 
 
 def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) -> Json:
-    """Perplexity, KL and agreement of the solution in `work`, exported to `out`."""
+    """What `evaluate` finds of the solution in `work`, exported to `out`."""
     source = read_json(work.source)
     log.info("measuring %s, %s, at %g", settings.method, settings.shape, settings.budget)
     export(out, ExportSettings(), work)
-    result = evaluate(
+    return evaluate(
         EvalSettings(
             model=str(out),
             against=source["model"],
@@ -165,8 +199,6 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) 
             trust_remote_code=settings.shape == "per-layer",  # the code is our own
         )
     )
-    wanted = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
-    return {key: result[key] for key in wanted}
 
 
 def check_plot(path: Path | None) -> None:
@@ -178,11 +210,19 @@ def check_plot(path: Path | None) -> None:
 
 
 def draw(result: Json, path: Path) -> None:
-    """Loss against the share of the decoder's weights removed, one line a variant, as PNG or SVG by the name's end."""
+    """Write `plot` of a sweep's points as PNG or SVG, by the name's end."""
+    with replacing(path) as partial:
+        plot(result).savefig(
+            partial, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
+        )
+
+
+def plot(result: Json) -> "Figure":
+    """Draw loss against the share of the decoder's weights removed, one line a variant."""
     from matplotlib.figure import Figure
 
     reached = [each for each in result["points"] if "error" not in each]
-    predicted = f"predicted loss: {LOSSES[result['sensitivity']]}"
+    predicted = f"predicted loss\n({LOSSES[result['sensitivity']]})"  # in two lines: in one it is longer than the axis
     panels: dict[str, Callable[[Json], float]] = {predicted: lambda each: each["predicted_loss"]}
     if any("measured" in each for each in reached):
         panels["KL(source ‖ compressed), nats a token"] = lambda each: each["measured"]["kl"]
@@ -194,7 +234,4 @@ def draw(result: Json, path: Path) -> None:
         axes.set(xlabel="decoder weights removed, %", ylabel=label, yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-    with replacing(path) as partial:
-        figure.savefig(
-            partial, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
-        )
+    return figure

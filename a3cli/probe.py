@@ -121,8 +121,10 @@ class _Run:
         if found:
             streams = self._streams(found["layer"]).path
             if streams.is_file() and hash_file(streams) == found["streams"]:
-                log.info("going on at layer %d", found["layer"])
-                return int(found["layer"])
+                done = int(found["layer"])
+                if done < self.layers:
+                    log.info("resuming at layer %d of %d", done + 1, self.layers)
+                return done
             log.warning("%s is not as it was written; probing begins anew", streams)
         self.work.probes.mkdir(exist_ok=True)
         clear(self.work.probes)

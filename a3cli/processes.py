@@ -28,6 +28,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 # A launcher of ours reads what its processes have to say from here, and says it once.
 ERROR_FOLDER = "A3_ERROR_FOLDER"
+NAMES = "surrogateescape"  # for what is no UTF-8 in them
 # Processes wait for the main one while it downloads text or writes a large layer. On one machine, one that died is
 # noticed at once.
 LONGEST_WAIT = timedelta(hours=6)
@@ -56,7 +57,7 @@ def hand_over(message: str) -> bool:
     On each machine the first one speaks: what is wrong may be wrong there alone.
     """
     if launched() and (folder := os.environ.get(ERROR_FOLDER)):
-        (Path(folder) / os.environ["RANK"]).write_text(message, "utf-8")
+        (Path(folder) / os.environ["RANK"]).write_text(message, "utf-8", NAMES)
         return True
     return launched() and os.environ.get("LOCAL_RANK", os.environ["RANK"]) != "0"
 
@@ -278,7 +279,8 @@ def without_output() -> Iterator[None]:
 
 def raise_first(codes: dict[int, int], folder: Path) -> None:
     """Raise what went wrong first: an error, a bug, or a process that was killed, which takes its peers with it."""
-    said = {rank: (folder / str(rank)).read_text("utf-8") for rank in sorted(codes) if (folder / str(rank)).exists()}
+    files = {rank: folder / str(rank) for rank in sorted(codes)}
+    said = {rank: file.read_text("utf-8", NAMES) for rank, file in files.items() if file.exists()}
     killed = [rank for rank, code in sorted(codes.items()) if code < 0 and -code != signal.SIGTERM]  # SIGTERM is ours
     causes = [rank for rank in said if codes[rank] not in (Interrupted.exit_code, -signal.SIGTERM)]
     bugs = [rank for rank, code in codes.items() if code > 0 and rank not in said]

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 from a3cli.errors import A3Error, first_line
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Settings, SolveSettings, VerifySettings
 
+PLACES = {"work": "the work folder", "out": "the folder of the export"}
 PATHS = (
     ("calibrate", "model"),
     ("calibrate", "text", "dataset"),
@@ -61,8 +62,16 @@ def read_recipe(path: Path, *, work: Path | None = None, out: Path | None = None
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        problems = sorted(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        problems = sorted(describe_problem(item) for item in error.errors())
         raise A3Error(f"recipe {path}: {'; '.join(problems)}") from None
+
+
+def describe_problem(item: Any) -> str:
+    """Return one of pydantic's problems as `key: what is wrong`, or what to add where a key is missing."""
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] != "missing":
+        return f"{key}: {item['msg']}"
+    return f"{key} is missing" + (f" ({PLACES[key]}; or give --{key})" if key in PLACES else "")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -80,7 +89,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def as_evaluation(section: dict[str, Any], folder: Path, out: Any) -> dict[str, Any]:
     """The settings of an evaluation: of the export, if no other model is named, and on `text` or several `texts`."""
-    section = {"model": out, **section} if isinstance(out, str) else dict(section)
+    section = {"model": out if isinstance(out, str) else "", **section}  # without it, `out` itself is reported
     if "text" in section and "texts" not in section:
         section["texts"] = [section.pop("text")]
     for text in section["texts"] if isinstance(section.get("texts"), list) else []:

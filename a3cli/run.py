@@ -21,7 +21,7 @@ from a3cli.recipe import Recipe
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.solve import check_settings, solve
 from a3cli.sweep import Progress
-from a3cli.text import text_fingerprint
+from a3cli.text import as_compared, check_texts, describe_text, files_now
 from a3cli.verify import verify
 from a3cli.work import Json, Work, check_hashes, hash_json, read_if_of, read_manifest, versions, write_manifest
 
@@ -128,16 +128,32 @@ def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Jso
 
 def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: bool) -> Json:
     """The measures, kept in the work folder beside what they were asked of."""
-    request = {
-        "settings": settings.model_dump(mode="json"),
-        "text_files": [text_fingerprint(text) for text in settings.texts],
-        "export": hash_json(manifest),
-    }
+    check_texts(settings.texts)
     if work.evaluation.is_file() and not overwrite:
         found = read_manifest(work.evaluation, "use --overwrite")
-        if found["request"] == request:
+        if found["request"] == describe_request(settings, manifest, files_read_again(settings, found["result"])):
             return dict(found["result"])
     result = evaluate(settings)
+    read = [each["text_files"] for each in result["datasets"]]
     with work.locked():
-        write_manifest(work.evaluation, {"request": request, "result": result})
+        write_manifest(work.evaluation, {"request": describe_request(settings, manifest, read), "result": result})
     return result
+
+
+def describe_request(settings: EvalSettings, manifest: Json, files: list[Json]) -> Json:
+    """Return everything that an evaluation's figures depend on; `files` were read of each text."""
+    texts = [as_compared(describe_text(text), read) for text, read in zip(settings.texts, files, strict=True)]
+    return {
+        "settings": {**settings.model_dump(mode="json"), "texts": texts},
+        "text_files": files,
+        "export": hash_json(manifest),
+    }
+
+
+def files_read_again(settings: EvalSettings, result: Json) -> list[Json]:
+    """Return the files that an evaluation would read, if it is of the same texts as the one with this result."""
+    known = [*result["datasets"], *[None] * len(settings.texts)]
+    return [
+        files_now(text, each["text_files"], whole=each["text_read"]["whole"]) if each and "text_read" in each else {}
+        for text, each in zip(settings.texts, known, strict=False)
+    ]

@@ -31,7 +31,7 @@ class TextSettings(Settings):
     """Which text, and how many blocks of how many tokens are cut from it."""
 
     dataset: str
-    text_field: str = "text"
+    text_field: str | None = None  # `text`; with `chat`, `messages` or `conversations`
     split: str | None = None
     chat: bool = False
     samples: int | None = Field(default=128, ge=1)

@@ -315,6 +315,9 @@ def refit_layers(
     samples, seq_len = blocks.shape
     needed = costs.stream_bytes(model.shape, samples, seq_len, machine.dtype.itemsize, settings.refit_rounds)
     check_space(streams, needed - bytes_on_disk(streams.iterdir()), "the sequential correction")
+    first = count_refits(draft, model.shape.layers)
+    if 0 < first < model.shape.layers:
+        log.info("resuming at layer %d of %d", first + 1, model.shape.layers)
     swept = refit_sequentially(
         Decoder(model, machine),
         SmallerDecoder(model, machine, cuts),
@@ -322,7 +325,7 @@ def refit_layers(
         folder=streams,
         batch_size=settings.batch_size,
         rounds=settings.refit_rounds,
-        first=count_refits(draft, model.shape.layers),
+        first=first,
         progress=progress,
     )
     for layer, refit, following in swept:

@@ -337,7 +337,8 @@ class Sweep:
         there = next((each for each in range(layer, -1, -1) if self.states.has(each)), -1)
         there = min(self.processes.gather(there))
         if there < layer and layer:
-            log.info("hidden states of layer %d are not there: once more through the layers before it", layer)
+            layers = self.decoder.shape.layers
+            log.info("the input of layer %d of %d is missing; running the layers before it again", layer + 1, layers)
         with self.processes.together():
             target = self.states.begin() if there < 0 else self.states.input_of(there)
             with running_out_is_told():

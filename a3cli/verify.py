@@ -65,11 +65,11 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
         folder = Path(temporary)
         save_file({"tokens": choose_tokens(work, manifest["config"], reference)}, folder / "tokens.safetensors")
         request = {
-            "folder": str(out.resolve()),
+            "folder": as_utf8(out.resolve()),
             "code": code_of(manifest["config"]) if per_layer and shapes else None,
             "shapes": shapes,
-            "tokens": str(folder / "tokens.safetensors"),
-            "logits": str(folder / "logits.safetensors"),
+            "tokens": as_utf8(folder / "tokens.safetensors"),
+            "logits": as_utf8(folder / "logits.safetensors"),
             "device": settings.device if machine.device.type == "cuda" else str(machine.device),
             "dtype": str(machine.dtype).removeprefix("torch."),
             "tie": TIE * torch.finfo(machine.dtype).eps,
@@ -182,6 +182,7 @@ def run_checker(request: Json, folder: Path) -> list[Json]:
     script = shutil.copyfile(CHECKER, folder / "checker.py")
     environment = {
         **os.environ,
+        "PYTHONUTF8": "1",  # whatever the locale: libraries refuse names that Python could not decode
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(folder / "modules"),  # where transformers copies code that it runs
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -202,6 +203,11 @@ def run_checker(request: Json, folder: Path) -> list[Json]:
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
     why = f"the checking process ended with code {process.returncode}: {last}"
     return [*checks, *(check(name, "failed", why) for name in CHECKED_APART[len(checks) :])]
+
+
+def as_utf8(path: Path) -> str:
+    """Return a path as a process in UTF-8 mode has it, which may not be how this process's locale has it."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 @contextmanager

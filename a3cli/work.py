@@ -28,7 +28,7 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -396,16 +396,22 @@ def unaltered(sealed: Json, path: Path, remedy: str) -> Json:
     return sealed
 
 
-def read_if_of(path: Path, request: Json) -> Json | None:
-    """What was kept to go on with: a manifest that the same request wrote, unless it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        found = read_manifest(path, "")
-    except A3Error:
+def read_if_of(path: Path, request: Json, comparable: Callable[[Json], Json] = dict) -> Json | None:
+    """What was kept to go on with: a manifest that the same request wrote, unless it is damaged.
+
+    `comparable` returns the part of a request that decides whether two are the same.
+    """
+    found = read_undamaged(path)
+    if found is None and path.exists():
         log.warning("%s is not as it was written; it is made again", path)
-        return None
-    return found if found.get("request") == request else None
+    return found if found and comparable(found["request"]) == comparable(request) else None
+
+
+def read_undamaged(path: Path) -> Json | None:
+    """Return a manifest as it was written, None if it is missing, malformed or altered."""
+    with suppress(A3Error):
+        return read_manifest(path, "")
+    return None
 
 
 def differences(old: Json, new: Json, settings: str) -> str:

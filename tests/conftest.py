@@ -259,6 +259,13 @@ def make_hasty(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("a3cli.methods.best.THOROUGH", Effort(iterations=4))
 
 
+def but(arguments: tuple[object, ...], *changed: object) -> tuple[object, ...]:
+    """Arguments with other values for some options, `"--name", value` in pairs: none may be given twice."""
+    names = changed[::2]
+    dropped = {i + k for i, each in enumerate(arguments) if each in names for k in (0, 1)}
+    return (*(each for i, each in enumerate(arguments) if i not in dropped), *changed)
+
+
 def refused(outcome, *words: str) -> None:
     """Exit code 2, one line on stderr that has the words, nothing on stdout."""
     assert outcome.code == 2, outcome

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import SHORT, SOLVE, Outcome, build_tokenizer, refused, snapshot
+from tests.conftest import SHORT, SOLVE, Outcome, build_tokenizer, but, refused, snapshot
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -200,7 +200,16 @@ TEXTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "hub set, offline": (lambda folder: "owner/name", ("owner/name",)),
     "no text field": (make("t.jsonl", '{"body": "x", "title": "y"}\n'), ("'text'", "body, title", "--text-field")),
     "field no text": (make("t.jsonl", '{"text": 5}\n'), ("row 1", "'text'", "not text")),
-    "field missing in one row": (make("t.jsonl", '{"text": "x"}\n{"body": "y"}\n'), ("row 2", "'text'", "not text")),
+    "field missing in one row": (
+        make("t.jsonl", '{"text": "x"}\n{"body": "y"}\n'),
+        ("1 tokens give 0 blocks", "skipped 1 of 2 rows without text"),
+    ),
+    "no row with text": (
+        make("t.jsonl", '{"text": null}\n{"text": ""}\n{"text": " \\n"}\n'),
+        ("all of its 3 rows are without text", "--text-field"),
+    ),
+    "messages": (make("t.jsonl", '{"messages": []}\n'), ("'text'", "--chat reads its 'messages'")),
+    "conversations": (make("t.jsonl", '{"conversations": []}\n'), ("'text'", "--chat reads its 'conversations'")),
     "one file of a folder": (folder_with_a_bad_file, ("b.jsonl", "'text'")),
     "fields of two types": (make("t.jsonl", '{"text": "x"}\n{"text": [1]}\n'), ("t.jsonl",)),
     "malformed jsonl": (make("t.jsonl", '{"text": "x"\n{{{\n'), ("t.jsonl",)),
@@ -477,7 +486,7 @@ def test_an_unfinished_calibration_outlives_every_failure(a3, source, text_file,
         assert a3(*command).code == 3
     before = snapshot(tmp_path)
     refused(a3(*command, "--mlp-stats", "diagonal"), "(differs in mlp_stats)", "--overwrite")
-    refused(a3(*command, "--overwrite", "--dataset", tmp_path / "nothing.txt"), "nothing.txt")
+    refused(a3(*but(command, "--dataset", tmp_path / "nothing.txt"), "--overwrite"), "nothing.txt")
     refused(a3(*SOLVE, "--work", tmp_path / "work"), "a3 calibrate")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1))

@@ -46,3 +46,10 @@ def test_json_has_no_nan(capsys):
     display.print_json({"a": float("nan"), "b": [float("inf"), {"c": (-float("inf"), 1.5, True, None, "NaN")}]})
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found == {"a": None, "b": [None, {"c": [None, 1.5, True, None, "NaN"]}]}
+
+
+def test_progress_counts_layers_from_one(capsys):
+    display.set_up_logging()
+    with display.sweep_progress(quiet=True) as progress:
+        progress(layer=2, layers=5, tokens=8, total_tokens=8)
+    assert capsys.readouterr().err.startswith("layer 3 of 5: 8/8 tokens, ")

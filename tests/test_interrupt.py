@@ -206,6 +206,7 @@ def test_damaged_drafts_are_made_again(damaged, a3, calibrated, monkeypatch):
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
     outcome = a3(*solve, "--overwrite")
     assert outcome.code == 0
+    assert ("resuming at layer 2 of 2" in outcome.stderr) == (damaged == "one-shot-001.safetensors")
     assert f"{file.name} is not as it was written" in outcome.stderr
     assert contents(calibrated) == whole
 

@@ -105,14 +105,14 @@ def test_inspect_refuses_a_mutated_manifest(a3, out):
     refused(a3("inspect", out), "a3_manifest.json", "solution.sizes")
 
 
-def test_the_card_says_how_it_was_made(a3, work, source, tmp_path):
+def test_the_card_says_how_it_was_made(a3, work, source, text_file, tmp_path):
     (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# Source\n")
     (tmp_path / "eval.json").write_text(json.dumps(EVALUATION))
     refused(
         a3("export", tmp_path / "out", "--work", work), "README.md", "a3 calibrate"
     )  # it came after the calibration
     shutil.copy(source / "README.md", tmp_path / "card")
-    record(a3, work, source)
+    record(a3, work, source, text_file)
     options = ("--eval", tmp_path / "eval.json", "--max-shard-size", "100KB")
     assert a3("export", tmp_path / "out", *options, "--work", work).code == 0
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
@@ -156,10 +156,9 @@ def test_a_folder_that_looks_like_a_hub_id(tmp_path, monkeypatch):
     assert public_dataset("some/texts") == "texts"
 
 
-def record(a3, work, source):
+def record(a3, work, source, text_file):
     """Run the same calibration again: it takes the small files as they are now."""
-    request = json.loads((work / "calibration" / "manifest.json").read_text())["request"]["text"]
-    text = ("--dataset", request["dataset"], "--samples", 3, "--seq-len", 32)
+    text = ("--dataset", text_file, "--samples", 3, "--seq-len", 32)
     assert a3("calibrate", source, *text, "--work", work).code == 0
 
 

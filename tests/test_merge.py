@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.samples import NAMES
-from tests.conftest import reseal
+from tests.conftest import but, reseal
 from tests.test_bad_input import refused, snapshot
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -19,7 +19,7 @@ SHORT = ("--samples", 6, "--seq-len", 40, "--batch-size", 2)
 
 
 def calibrate(a3, source, text, work, *options) -> Path:
-    outcome = a3("calibrate", source, "--dataset", text, *SHORT, *options, "--work", work)
+    outcome = a3("calibrate", source, "--dataset", text, *but(SHORT, *options), "--work", work)
     assert outcome.code == 0, outcome.stderr
     return work
 
@@ -50,7 +50,7 @@ def test_merged_halves_are_the_whole(a3, halves, checkpoint, text_file, tmp_path
     """The whole is calibrated on exactly the halves' blocks."""
     merged = a3("stats", "merge", *halves, "--into", tmp_path / "merged", "--json").json
     blocks = torch.cat([load_file(work / "calibration" / "tokens.safetensors")["tokens"] for work in halves])
-    monkeypatch.setattr("a3cli.calibrate.sample_blocks", lambda tokenizer, settings: blocks)
+    monkeypatch.setattr("a3cli.calibrate.sample_blocks", lambda tokenizer, settings, read: blocks)
     calibrate(a3, checkpoint("llama-gqa"), text_file, tmp_path / "whole", "--samples", 12)
     for layer in range(2):
         name = f"calibration/layer-{layer:03d}.safetensors"
@@ -79,7 +79,9 @@ def test_merged_statistics_are_solved_and_exported(a3, halves, tmp_path):
 
 def test_merged_again_it_is_a_no_op_and_merges_on(a3, halves, checkpoint, text_file, tmp_path):
     merged = tmp_path / "merged"
-    assert a3("stats", "merge", *halves, "--into", merged).code == 0
+    outcome = a3("stats", "merge", *halves, "--into", merged)
+    assert outcome.code == 0
+    assert outcome.stderr.splitlines() == ["layer 1 of 2", "layer 2 of 2"]
     before = {path: path.stat().st_mtime_ns for path in merged.rglob("*") if path.name != ".lock"}
     assert a3("stats", "merge", *halves, "--into", merged).code == 0
     assert {path: path.stat().st_mtime_ns for path in merged.rglob("*") if path.name != ".lock"} == before

@@ -15,7 +15,7 @@ from a3cli.hidden import StatesInMemory, checksums
 from a3cli.machine import Machine
 from a3cli.memory import choose_batch_size
 from a3cli.moments import LayerMoments, unpack_upper
-from tests.conftest import snapshot
+from tests.conftest import but, snapshot
 from tests.test_bad_input import refused
 from tests.test_calibrate import calibration_files
 from tests.test_processes import assert_close
@@ -75,7 +75,7 @@ def test_damaged_hidden_states_are_made_again(damage, a3, command, whole, cut):
     assert size == 6 * 40 * 48 * 4
     file.unlink() if damage == "gone" else os.truncate(file, size - 8 if damage == "truncated" else size + 8)
     said = finished_alike(a3, command, cut, whole)
-    assert "hidden states of layer 3 are not there" in said
+    assert "the input of layer 4 of 5 is missing" in said
     assert ("hidden-003.bin is not as it was written" in said) == (damage != "gone")
 
 
@@ -148,7 +148,7 @@ def test_in_memory_the_same_bytes_and_no_files(where, a3, command, whole, tmp_pa
     options = (*command[:-1], "--hidden-states", where, "--work")
     work = interrupt(a3, monkeypatch, 3, *options, tmp_path / "memory")
     assert not list(work.rglob("hidden-*"))
-    assert "once more through the layers before it" in finished_alike(a3, command, work, whole, *options[-3:-1])
+    assert "running the layers before it again" in finished_alike(a3, command, work, whole, *options[-3:-1])
     monkeypatch.setattr("a3cli.calibrate.free_memory", lambda device: 46_000)
     refused(a3(*options, tmp_path / "short"), f"--hidden-states {where}", "0.00 GB", "--hidden-states disk")
     assert not (tmp_path / "short").exists()
@@ -233,7 +233,7 @@ def running_out_above(limit: int, plain):
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_batches_are_halved_until_they_fit(where, a3, command, whole, tmp_path, monkeypatch):
     """And a run that goes on later takes the batch that did."""
-    auto = (*command[:-1], "--batch-size", "auto", "--hidden-states", where, "--work", tmp_path / "auto")
+    auto = (*but(command[:-1], "--batch-size", "auto"), "--hidden-states", where, "--work", tmp_path / "auto")
     monkeypatch.setattr(sweep, "run_layer", running_out_above(2, sweep.run_layer))
     outcome = a3(*auto, "--json")
     assert outcome.code == 0
@@ -259,7 +259,7 @@ def test_what_filled_the_memory_is_free_for_the_next_attempt(a3, command, tmp_pa
     monkeypatch.setattr(sweep, "run_layer", run_layer)
     gc.disable()
     try:
-        assert a3(*command[:-1], "--batch-size", "auto", "--work", tmp_path / "auto").code == 0
+        assert a3(*but(command[:-1], "--batch-size", "auto"), "--work", tmp_path / "auto").code == 0
     finally:
         gc.enable()
     assert len(failed) == 2
@@ -274,11 +274,11 @@ def test_a_batch_that_cannot_even_be_embedded_is_halved(a3, command, whole, tmp_
         return plain(self, blocks, table)
 
     monkeypatch.setattr(sweep.Decoder, "look_up", look_up)
-    outcome = a3(*command[:-1], "--batch-size", "auto", "--work", tmp_path / "auto", "--json")
+    outcome = a3(*but(command[:-1], "--batch-size", "auto"), "--work", tmp_path / "auto", "--json")
     assert outcome.code == 0, outcome
     assert "going on with 3 blocks a batch" in outcome.stderr
     assert_close([whole, tmp_path / "auto"])
-    ended = a3(*command[:-1], "--batch-size", 6, "--work", tmp_path / "asked", "--quiet")
+    ended = a3(*but(command[:-1], "--batch-size", 6), "--work", tmp_path / "asked", "--quiet")
     refused(ended, "out of memory at 6 blocks a batch")
 
 
@@ -294,7 +294,7 @@ def test_batch_is_halved_in_the_middle_and_kept(a3, command, whole, tmp_path, mo
 
     for where in ("disk", "memory"):
         calls.clear()
-        auto = (*command[:-1], "--batch-size", "auto", "--hidden-states", where, "--work", tmp_path / where)
+        auto = (*but(command[:-1], "--batch-size", "auto"), "--hidden-states", where, "--work", tmp_path / where)
         with monkeypatch.context() as patch:
             patch.setattr(sweep, "run_layer", run_layer)
             interrupt(a3, patch, 4, *auto)
@@ -310,7 +310,11 @@ def test_a_batch_that_was_asked_for_is_not_changed(a3, command, tmp_path, monkey
         ended, "out of memory at 4 blocks a batch (CUDA out of memory. Tried to allocate 9 GiB)", "--batch-size auto"
     )
     monkeypatch.setattr(sweep, "run_layer", running_out_above(0, sweep.run_layer))
-    refused(a3(*command, tmp_path / "w", "--quiet", "--batch-size", "auto"), "out of memory at 1 blocks", "--seq-len")
+    refused(
+        a3(*but((*command, tmp_path / "w"), "--batch-size", "auto"), "--quiet"),
+        "out of memory at 1 blocks",
+        "--seq-len",
+    )
     assert not (tmp_path / "w").exists()
 
 

@@ -5,6 +5,8 @@ import shutil
 import pytest
 from PIL import Image
 
+from a3cli.settings import LOSSES
+
 pytestmark = pytest.mark.usefixtures("hasty")
 
 
@@ -37,6 +39,25 @@ def test_points_are_what_solve_and_eval_give(a3, work, text_file, checkpoint, tm
         "eval", tmp_path / "out", "--against", checkpoint("llama-gqa"), *text, "--trust-remote-code", "--json"
     ).json
     assert point["measured"] == {key: evaluated[key] for key in point["measured"]}
+
+
+@pytest.mark.parametrize("sensitivity", LOSSES)
+@pytest.mark.parametrize("measured", [{}, {"measured": {"kl": 0.1}}], ids=["one panel", "two panels"])
+def test_labels_of_the_plot_lie_inside_of_it(sensitivity, measured):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from a3cli.pareto import plot
+
+    points = [{"variant": "best", "budget_reached": x, "predicted_loss": x, **measured} for x in (0.1, 0.2)]
+    figure = plot({"points": points, "sensitivity": sensitivity})
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    assert len(figure.axes) == 1 + bool(measured)
+    for axes in figure.axes:
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            box = label.get_window_extent(renderer)
+            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, label.get_text()
+            assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, label.get_text()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

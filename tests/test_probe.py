@@ -157,6 +157,7 @@ def test_goes_on_at_the_layer_where_it_stopped(damage, again, a3, calibrated, mo
     outcome = a3(*options, "--work", work)
     assert outcome.code == 0
     assert ("streams-1.bin is not as it was written" in outcome.stderr) == (damage is not None)
+    assert ("resuming at layer 2 of 2" in outcome.stderr) == (damage is None)
     assert passed == [0, 1, *again]
     for name in ("probes/best-stock.json", "solution/manifest.json"):
         assert (work / name).read_bytes() == (undisturbed / name).read_bytes()

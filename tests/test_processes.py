@@ -31,7 +31,7 @@ from a3cli.processes import (
     one_core_each,
     raise_first,
 )
-from tests.conftest import refused
+from tests.conftest import but, refused
 from tests.faults import forks
 from tests.test_calibrate import calibration_files
 
@@ -108,7 +108,7 @@ def assert_close(works: Sequence[Path]) -> None:
 @pytest.mark.parametrize(("samples", "counts"), [(5, (2, 3)), (2, (3,))])
 def test_the_same_statistics_from_any_number_of_processes(samples, counts, a3, checkpoint, text_file, tmp_path):
     """Five blocks divide evenly among neither two nor three; of two blocks one of three processes has none."""
-    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--samples", samples, "--work")
+    command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *but(TEXT, "--samples", samples), "--work")
     assert a3(*command, tmp_path / "1").code == 0
     for count in counts:
         assert run(count, tmp_path, *command, tmp_path / str(count)) == Ended([0] * count, [""] * count)
@@ -152,7 +152,7 @@ def killed_in_the_second_layer(rank: int, victim: int = 1) -> None:
 
 def test_killed_in_a_layer_it_goes_on_there_with_any_number(a3, checkpoint, text_file, tmp_path):
     folder = checkpoint("llama-gqa")
-    command = ("calibrate", folder, "--dataset", text_file, *TEXT, "--batch-size", 1, "--work")
+    command = ("calibrate", folder, "--dataset", text_file, *but(TEXT, "--batch-size", 1), "--work")
     assert run(2, tmp_path, *command, tmp_path / "whole").codes == [0, 0]
     assert a3(*command, tmp_path / "alone").code == 0
     for count, victim in ((2, 0), (2, 1), (1, 1), (3, 1)):  # 0 is the one that writes
@@ -453,7 +453,7 @@ def test_launching_leaves_signals_as_they_were(monkeypatch):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_memory_that_one_of_them_lacks_makes_all_batches_smaller(victim, a3, checkpoint, text_file, tmp_path):
-    auto = (*TEXT, "--batch-size", "auto", "--work")
+    auto = (*but(TEXT, "--batch-size", "auto"), "--work")
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *auto)
     ended = run(2, tmp_path, *command, tmp_path / "2", sabotage=partial(short_of_memory, victim=victim))
     assert ended == Ended([0, 0], ["", ""])

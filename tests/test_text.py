@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from a3cli import text
 from a3cli.errors import A3Error
 from a3cli.settings import TextSettings
+from a3cli.work import hash_file
 from tests.conftest import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -168,3 +169,168 @@ def test_hub_sets_are_streamed_and_read_no_further_than_needed(monkeypatch, data
         text.evaluation_blocks(TOKENIZER, wanted)
     assert asked == [expected]
     assert len(pulled) <= 12  # one piece of a MiB
+
+
+CHATS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def chat_tokenizer():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHATS
+    return tokenizer
+
+
+def read_all(tokenizer, path, **options):
+    """The whole text, and what was read."""
+    read = text.TextRead()
+    stream = list(text.token_stream(tokenizer, text_settings(path, **options), purpose="calibrate", read=read))
+    return tokenizer.decode(stream), read
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_without_text_are_skipped_and_counted(tmp_path, suffix):
+    rows = [{"text": value} for value in (None, "one", "", " \n", "two", None)]
+    found, read = read_all(TOKENIZER, write_rows(tmp_path, rows, suffix))
+    assert found == "one\n\ntwo"
+    assert read.describe() == {"rows": 6, "skipped": 4, "whole": True}
+
+
+def test_a_set_without_any_text_is_an_error(tmp_path):
+    path = write_rows(tmp_path, [{"text": None}, {"text": "\t"}], ".jsonl")
+    with pytest.raises(A3Error, match="all of its 2 rows are without text"):
+        read_all(TOKENIZER, path)
+    (tmp_path / "a.txt").write_text("some")
+    assert read_all(TOKENIZER, tmp_path)[0] == "some"
+
+
+def test_empty_lines_of_wikitext_stay_as_the_papers_have_them(monkeypatch):
+    """Its rows are lines: without the empty ones perplexities would not compare with published ones."""
+    import datasets
+
+    lines = [{"text": line} for line in ("", " = A = \n", "", "word\n", None)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: lines)
+    found, read = read_all(TOKENIZER, "wikitext2")
+    assert found == "\n\n".join(["", " = A = \n", "", "word\n"])
+    assert read.skipped == 1
+    assert read_all(TOKENIZER, "owner/other")[0] == " = A = \n\n\nword\n"
+
+
+TALK = [{"from": "system", "value": "be"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        ([{"conversations": TALK}], {}, "<system>be<user>hi<assistant>ho"),
+        ([{"messages": MESSAGES}, {"messages": []}, {"messages": None}], {}, "<user>hi"),
+        ([{"messages": MESSAGES}, {"conversations": TALK[1:]}], {}, "<user>hi\n\n<user>hi<assistant>ho"),
+        ([{"dialog": MESSAGES, "messages": TALK}], {"text_field": "dialog"}, "<user>hi"),
+    ],
+)
+def test_chats_of_both_kinds_are_rendered(tmp_path, rows, options, expected):
+    found, read = read_all(chat_tokenizer(), write_rows(tmp_path, rows, ".jsonl"), chat=True, **options)
+    assert found == expected
+    assert read.rows - read.skipped == expected.count("\n\n") + 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"conversations": [TALK[0], {"from": "tool", "value": "x"}]}, "row 2, turn 2: unknown speaker 'tool'"),
+        ({"conversations": [{"from": "human", "value": None}]}, "row 2, turn 1: has neither role and content"),
+        ({"conversations": ["hi"]}, "row 2: the messages are not a list of turns"),
+    ],
+)
+def test_chats_that_cannot_be_rendered_name_the_row(tmp_path, row, said):
+    rows = text.row_documents(
+        [{"conversations": TALK}, row], chat_tokenizer(), text_settings("rows", chat=True), text.TextRead()
+    )
+    assert next(rows)
+    with pytest.raises(A3Error, match=said):
+        next(rows)
+
+
+def test_chat_needs_messages_and_a_template(tmp_path):
+    path = write_rows(tmp_path, [{"text": "x"}], ".jsonl")
+    with pytest.raises(A3Error, match="no field 'messages' or 'conversations' for --chat; its fields are text"):
+        read_all(chat_tokenizer(), path, chat=True)
+    path = write_rows(tmp_path, [{"conversations": TALK}], ".jsonl")
+    with pytest.raises(A3Error, match="row 1: the model's tokenizer has no chat template"):
+        read_all(TOKENIZER, path, chat=True)
+    with pytest.raises(A3Error, match="--chat reads its 'conversations'"):
+        read_all(TOKENIZER, path)
+    with pytest.raises(A3Error, match=r"holds list, not text \(--chat reads messages\)"):
+        read_all(TOKENIZER, path, text_field="conversations")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("t.txt", {"chat": True}, "--chat"),
+        ("t.txt", {"text_field": "text"}, "--text-field"),
+        ("t.txt", {"split": "train"}, "--split"),
+        ("t.jsonl", {"split": "train"}, "--split"),
+        ("t.jsonl", {"chat": True, "text_field": "x"}, None),
+        ("", {"chat": True, "text_field": "x"}, None),  # the folder of both
+        ("owner/name", {"split": "train"}, None),
+        ("wikitext2:some", {"split": "train"}, None),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, name, options, said):
+    (tmp_path / "t.txt").write_text("x")
+    (tmp_path / "t.jsonl").write_text("{}")
+    local = not name or "." in name
+    asked = text_settings(tmp_path / name if local else name, **options)
+    if said is None:
+        return text.check_texts([asked])
+    with pytest.raises(A3Error, match=f"{said} .*leave out {said}"):
+        text.check_texts([asked])
+    text.check_texts([asked, text_settings("owner/name", **options)])  # of use for the other one
+    return None
+
+
+@pytest.mark.parametrize("name", ["none.txt", "texts/none.jsonl", "owner/", "nothing", "/no/where", "a/b/c"])
+def test_a_data_set_that_is_not_there(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(A3Error, match="no such file or folder"):
+        text.check_texts([text_settings(name)])
+
+
+def three_files(folder):
+    for name, letter in (("b.txt", "b"), ("d.txt", "d"), ("f.jsonl", "f")):
+        (folder / name).write_text(letter * 200 if name.endswith(".txt") else '{"text": "x"}')
+
+
+def test_only_files_that_are_opened_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "TEXT_CHUNK", 1)
+    three_files(tmp_path)
+    read = text.TextRead()
+    text.sample_blocks(TOKENIZER, text_settings(tmp_path, samples=4, seq_len=10), read)  # a pool of 320 tokens
+    assert list(read.files) == ["b.txt", "d.txt"]
+    assert read.files["b.txt"] == hash_file(tmp_path / "b.txt")
+    assert not read.whole
+    text.evaluation_blocks(TOKENIZER, text_settings(tmp_path, samples=None), whole := text.TextRead())
+    assert list(whole.files) == ["b.txt", "d.txt", "f.jsonl"]
+    assert whole.describe() == {"rows": 1, "skipped": 0, "whole": True}
+
+
+def test_what_would_be_read_again(tmp_path, monkeypatch):
+    """Changes to what was not read do not matter, unless reading ended because there was no more."""
+    three_files(tmp_path)
+
+    def now(*, whole=False):
+        known = {"b.txt": "", "d.txt": ""}
+        return text.files_now(text_settings(tmp_path), known, whole=whole)
+
+    before = now()
+    assert list(before) == ["b.txt", "d.txt"]
+    (tmp_path / "f.jsonl").write_text("changed")
+    (tmp_path / "g.txt").write_text("new")
+    assert now() == before
+    assert list(now(whole=True)) == ["b.txt", "d.txt", "f.jsonl", "g.txt"]
+    (tmp_path / "c.txt").write_text("before")
+    assert list(now()) == ["b.txt", "c.txt"]
+    monkeypatch.chdir(tmp_path)
+    assert text.files_now(text_settings("b.txt"), {}, whole=False) == {"b.txt": before["b.txt"]}
+    assert text.files_now(text_settings("owner/name"), {}, whole=True) == {}

@@ -1,0 +1,36 @@
+"""A solution's manifest → warnings about distances that calibration did not see."""
+
+from typing import Any
+
+Json = dict[str, Any]
+
+# Relative error of attention scores. Where a model was calibrated it is mostly below 15 %: the demo model, calibrated
+# on 256 tokens and cut by 25 %, has 5 % at distance 1, 14 % at 128, 30 % at 256 and 94 % at 511.
+LARGE_SCORE_ERROR = 0.25
+
+
+def solution_warnings(solution: Json) -> list[str]:
+    """Return a warning if attention scores are predicted to be far off beyond the calibrated length."""
+    length = solution["prefill_flops_per_token"]["seq_len"]
+    mean = dict(pairs(solution["predicted_score_error"]))
+    beyond = {distance: error for distance, error in mean.items() if distance >= length}
+    if not beyond or max(beyond.values()) <= LARGE_SCORE_ERROR:
+        return []
+    distance = max(beyond, key=lambda each: beyond[each])
+    of_layers = [dict(pairs(layer["score_error"]))[distance] for layer in solution["per_layer"]]
+    worst = max(range(len(of_layers)), key=lambda layer: of_layers[layer])
+    within = max(error for each, error in mean.items() if each < length)
+    return [
+        f"QK: the predicted error of attention scores is {percent(beyond[distance])} at distance {distance:,} "
+        f"({percent(of_layers[worst])} in layer {worst}), beyond the {length:,} tokens of a calibration block, within "
+        f"which it is at most {percent(within)}: calibrate with a longer --seq-len, lower the served context "
+        f"(a3 solve --context {length}), or keep more of the heads (a smaller --budget or --attention-budget)"
+    ]
+
+
+def pairs(error: Json) -> list[tuple[int, float]]:
+    return list(zip(error["distance"], error["relative"], strict=True))
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
