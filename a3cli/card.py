@@ -214,11 +214,6 @@ def public_name(source: Json) -> str:
     return str(source["model"]) if source["revision"] else Path(str(source["model"])).name
 
 
-def texts_of(request: Json) -> list[Json]:
-    """The text settings of a calibration, or of each one that it was merged from."""
-    return [part["text"] for part in request["merged"]] if "merged" in request else [request["text"]]
-
-
 def describe_texts(calibration: Json, quoted: Callable[[str], str]) -> str:
     """Say what a calibration, or each that it was merged from, has read: data set, files, rows."""
     request = calibration["request"]

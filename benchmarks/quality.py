@@ -108,14 +108,14 @@ def subjects(shared: Path, scratch: Path) -> Iterator[Subject]:
         wikitext / "train.txt",
         wikitext / "test.txt",
         128,
-        "--mlp-multiple 16",
+        "--head-multiple 8 --mlp-multiple 16",
     )
     halves = split_lines(shared / "data" / "tinystories.txt", scratch)
     yield Subject("stories260k", models / "stories260k", *halves, 64, "--head-multiple 2 --mlp-multiple 4")
     demo = scratch / "demo"
     demo_text.main(demo)
     texts = demo / "calibration.txt", demo / "evaluation.txt"
-    yield Subject("demo model", ROOT / "demo" / "model", *texts, 128, "--mlp-multiple 16")
+    yield Subject("demo model", ROOT / "demo" / "model", *texts, 128, "--head-multiple 8 --mlp-multiple 16")
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def subjects(shared: Path, folder: Path) -> list[Subject]:
             wikitext / "train.txt",
             wikitext / "test.txt",
             128,
-            ("--mlp-multiple", "16"),
+            ("--head-multiple", "8", "--mlp-multiple", "16"),
         ),
         Subject(
             "stories260k",
