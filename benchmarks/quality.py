@@ -14,6 +14,7 @@ import contextlib
 import gc
 import io
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -244,7 +245,10 @@ class SeedRun:
         if method in BASELINES:
             result = BASELINES[method](self.calibration, budget)
             return result.model, result.removed
-        line = f"solve {self.subject.rounding} {dict(OURS)[method].format(budget=budget)} --overwrite"
+        ours, rounding = dict(OURS)[method].format(budget=budget), self.subject.rounding
+        if "--head-multiple" in ours:  # a method's own takes the place of the subject's
+            rounding = re.sub(r"--head-multiple \d+ ?", "", rounding)
+        line = f"solve {rounding} {ours} --overwrite"
         solved = a3(line, "--work", self.work.folder)
         with tempfile.TemporaryDirectory(dir=self.plan.scratch) as folder:
             out = Path(folder) / "out"

@@ -90,7 +90,7 @@ def remove_tokenizer(folder: Path) -> None:
 
 def save_wide_tokenizer(folder: Path) -> None:
     tokenizer = build_tokenizer()
-    tokenizer.add_tokens(["def", "return", "import", "self", "from", "None"])
+    tokenizer.add_tokens(["def", "return", "import", "self", "e", "t"])
     tokenizer.save_pretrained(folder)
 
 

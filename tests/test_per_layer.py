@@ -106,7 +106,9 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
                 "before": costs.kv_bytes_per_token(shape, shape.sizes, item),
                 "after": costs.kv_bytes_per_token(shape, sizes, item),
             },
+            "predicted_score_error": {"distance": [0], "relative": [0.0]},
             "prefill_flops_per_token": {
+                "seq_len": 4,
                 "before": costs.prefill_flops_per_token(shape, shape.sizes, 4),
                 "after": costs.prefill_flops_per_token(shape, sizes, 4),
             },

@@ -203,8 +203,7 @@ def test_a_recipe_measures_once_what_is_the_same(a3, checkpoint, folder, tmp_pat
     assert a3("run", tmp_path / "recipe.yaml", "--json").json == first.json
     recipe["eval"]["text"]["dataset"] = "./moved/d.jsonl"
     (tmp_path / "recipe.yaml").write_text(yaml.dump(recipe))
-    with pytest.raises(AssertionError, match="read again"):
-        a3("run", tmp_path / "recipe.yaml")
+    assert "read again" in a3("run", tmp_path / "recipe.yaml").stderr
 
 
 def test_a_sweep_over_budgets_resumes_with_the_same_text(a3, work, folder, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ TERMINALS = [Terminal(XTERM, 80, 24), Terminal(XTERM, 200, 50), Terminal("dumb",
 LONG = "a-folder-with-quite-a-long-name-for-the-text-that-is-measured"  # 60 columns
 PROBE = ("--method", "paper", "--sensitivity", "probe", "--probe-points", 1, "--probe-blocks", 1)
 FRAME = re.compile("[━─│┃┏┓┗┛┡┩┠┨┯┷┿╇╈┳┻╋┼├┤┬┴└┘┌┐╭╮╰╯]")
-TIMES = re.compile(r"layer \d+/\d+: .* left|[\d,.]+ tokens/s|\d+(,\d+)+\.\d{4}|/\S+/terminal\d+")
+TIMES = re.compile(r"layer \d+ of \d+: .* left|[\d,.]+ tokens/s|\d+(,\d+)+\.\d{4}|/\S+/terminal\d+")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_every_command_shows_its_whole_result(terminal, shown, commands):
 def test_a_sweep_has_a_bar_where_it_can_be_drawn(terminal, shown):
     for name in ("calibrate", "run", "sequential", "probed"):
         found = shown(terminal)[name]
-        bar = re.search(r"layer 2/2 ━+ [\d,]+ tokens/s 0:00:00 left 0:00:00", found.text)
+        bar = re.search(r"layer 2 of 2 ━+ [\d,]+ tokens/s 0:00:00 left 0:00:00", found.text)
         assert bool(bar) is (terminal.name != "dumb"), found.text
         assert ("\x1b" in found.raw) is (terminal.name != "dumb")
     assert "left" not in shown(terminal)["pareto"].text  # nothing is swept
