@@ -90,7 +90,7 @@ def remove_tokenizer(folder: Path) -> None:
 
 def save_wide_tokenizer(folder: Path) -> None:
     tokenizer = build_tokenizer()
-    tokenizer.add_tokens(["def", "return", "import", "self", "e", "t"])
+    tokenizer.add_tokens(["def", "return", "import", "se", "re", "in"])
     tokenizer.save_pretrained(folder)
 
 
