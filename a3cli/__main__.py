@@ -8,7 +8,7 @@ def main() -> None:
     """Run the command line in a process whose file names are UTF-8."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":  # ignored by python -E
         restart_in_utf8_mode()
-    from a3cli.cli import main as command_line
+    from a3cli.cli.app import main as command_line
 
     command_line()
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from a3cli import costs
-from a3cli.families import ModelShape, read_shape
+from a3cli.models import costs
+from a3cli.models.families import ModelShape, read_shape
 
 Grams = dict[str, torch.Tensor]
 ATTENTION = ("q", "k", "v", "o")

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from a3cli.work import Work  # noqa: E402
+from a3cli.work.folder import Work  # noqa: E402
 from benchmarks.baselines import BASELINES, Calibration  # noqa: E402
 from benchmarks.quality import BATCH, SEQ_LEN, Bench, Plan, Subject, a3, load, subjects  # noqa: E402
 from benchmarks.results import split_lines, write_between  # noqa: E402

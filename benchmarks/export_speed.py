@@ -28,10 +28,13 @@ from pathlib import Path
 
 from random_checkpoint import SHAPES, make_in_a_child, make_text, run
 
-from a3cli.work import hash_file
+from a3cli.work.folder import hash_file
 
 LIMIT = 1.5
-IMPORTS = ("-c", "import a3cli.cli, a3cli.export; from transformers import LlamaConfig, AutoTokenizer; LlamaConfig()")
+IMPORTS = (
+    "-c",
+    "import a3cli.cli.app, a3cli.stages.export; from transformers import LlamaConfig, AutoTokenizer; LlamaConfig()",
+)
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> None:

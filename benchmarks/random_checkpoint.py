@@ -96,8 +96,8 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     """Random weights, config, tokenizer."""
     import torch
 
-    from a3cli.checkpoint import PlannedTensor, plan_shards, shard_names, write_index, write_shard
-    from a3cli.hub import INDEX
+    from a3cli.models.checkpoint import PlannedTensor, plan_shards, shard_names, write_index, write_shard
+    from a3cli.models.hub import INDEX
 
     generator = torch.Generator().manual_seed(0)
 

@@ -8,8 +8,8 @@ MLP, paper       channel scores and selection                                   
 MLP, best        greedy selection at every width, and the refit at three quarters of the width
 OV, best         the output projection refit over all heads
 
-The last two are stated against their FLOPs (`a3cli/costs.py`) at the speed of a large float64 product, measured in the
-same run before and after; the goal is 1.5 times. The exit code is 1 if a goal is missed.
+The last two are stated against their FLOPs (`a3cli/models/costs.py`) at the speed of a large float64 product,
+measured in the same run before and after; the goal is 1.5 times. The exit code is 1 if a goal is missed.
 
     python benchmarks/solve_layer.py                       # 28672² float64: about 12 GB of memory, half an hour
     python benchmarks/solve_layer.py --paper-only          # a minute

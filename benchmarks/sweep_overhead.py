@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from random_checkpoint import SHAPES, make_in_a_child
 
-from a3cli.calibrate import write_hashed
-from a3cli.checkpoint import Checkpoint
-from a3cli.hidden import States, StatesInMemory, StatesOnDisk
-from a3cli.machine import Machine, return_freed_memory
-from a3cli.model import describe
-from a3cli.moments import Tensors
-from a3cli.processes import Processes
-from a3cli.sweep import Decoder, Sweep
+from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.model import describe
+from a3cli.solvers.moments import Tensors
+from a3cli.stages.calibrate import write_hashed
+from a3cli.stream.hidden import States, StatesInMemory, StatesOnDisk
+from a3cli.stream.sweep import Decoder, Sweep
+from a3cli.work.machine import Machine, return_freed_memory
+from a3cli.work.processes import Processes
 
 LIMITS = {"full": 1.6, "diagonal": 1.15}
 

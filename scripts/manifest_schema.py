@@ -1,4 +1,4 @@
-"""Writes docs/a3_manifest.schema.json from the form in `a3cli/manifest.py`.
+"""Writes docs/a3_manifest.schema.json from the form in `a3cli/report/manifest.py`.
 
 python scripts/manifest_schema.py
 """
@@ -6,7 +6,7 @@ python scripts/manifest_schema.py
 import json
 from pathlib import Path
 
-from a3cli.manifest import SCHEMA_ID, schema
+from a3cli.report.manifest import SCHEMA_ID, schema
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -27,11 +27,12 @@ from transformers import (
 )
 
 from a3cli.methods.attention import Effort
-from a3cli.work import hash_file, read_json, write_manifest
+from a3cli.work.folder import hash_file, read_json, write_manifest
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 VOCABULARY = 260
 CONTEXT = 256
 TEXT_LENGTH = 30_000  # characters, about as many tokens
@@ -181,7 +182,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibration text that stays the same whatever is changed in the code: the demo's."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    shipped = Path(__file__).resolve().parents[1] / "demo" / "text" / "calibration.txt"
+    shipped = ROOT / "demo" / "text" / "calibration.txt"
     path.write_text(shipped.read_text("utf-8")[:TEXT_LENGTH], "utf-8")
     return path
 
@@ -220,7 +221,7 @@ def command_line() -> Any:
     """The parser, which a process of its own builds once."""
     import typer
 
-    from a3cli.cli import app
+    from a3cli.cli.app import app
 
     return typer.main.get_command(app)
 
@@ -230,7 +231,7 @@ def a3(
     command_line: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Outcome]:
     """Run the real command line in this process: arguments in, exit code and output back."""
-    from a3cli import cli
+    from a3cli.cli import app as cli
 
     monkeypatch.setattr(cli, "app", command_line)
 
@@ -306,10 +307,10 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 @pytest.fixture(scope="session")
 def prepared(checkpoint, text_file, tmp_path_factory) -> Path:
     """`source`, sharded, and its finished calibration and solution in `work`. Don't write to the folder."""
-    from a3cli.calibrate import calibrate
     from a3cli.settings import CalibrateSettings, SolveSettings, make_settings
-    from a3cli.solve import solve
-    from a3cli.work import Work
+    from a3cli.stages.calibrate import calibrate
+    from a3cli.stages.solve import solve
+    from a3cli.work.folder import Work
 
     folder = tmp_path_factory.mktemp("prepared")
     shutil.copytree(checkpoint("llama-gqa", max_shard_size="40KB"), folder / "source")

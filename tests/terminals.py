@@ -86,7 +86,7 @@ def _run_all(commands: list[list[str]], folder: str, term: str, output: str) -> 
     import torch
     import typer
 
-    from a3cli import cli
+    from a3cli.cli import app as cli
 
     torch.set_num_threads(1)
     os.chdir(folder)

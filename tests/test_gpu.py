@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, StaticCache
 
-from a3cli import costs
-from a3cli.checkpoint import Checkpoint
-from a3cli.model import describe
+from a3cli.models import costs
+from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.model import describe
 from tests.conftest import build_tokenizer, refused
-from tests.test_calibrate import calibration_files
-from tests.test_processes import assert_close
+from tests.stages.test_calibrate import calibration_files
+from tests.work.test_processes import assert_close
 
 pytestmark = pytest.mark.gpu
 

@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
+
 MODEL = ROOT / "demo" / "model"
 
 
@@ -40,7 +40,7 @@ def test_a_quarter_less_still_knows_python(a3, demo_text, tmp_path):
 
 
 def test_figures_are_those_of_this_model(demo_text):
-    from a3cli.checkpoint import Checkpoint
+    from a3cli.models.checkpoint import Checkpoint
 
     figures = json.loads((MODEL / "training.json").read_text())
     assert Checkpoint(MODEL).parameters() == figures["parameters"]

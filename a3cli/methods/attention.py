@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from a3cli.families.rope import Rope
 from a3cli.methods.base import LayerInputs
 from a3cli.methods.heads import Problem
-from a3cli.moments import Tensors
+from a3cli.models.rope import Rope
 from a3cli.solvers.attention import AttentionProblem, Penalty, SampledHead
+from a3cli.solvers.moments import Tensors
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import SlotMaps
 

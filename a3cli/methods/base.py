@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.families import LayerSizes
-from a3cli.machine import choose_machine
-from a3cli.model import Model
-from a3cli.moments import LARGE, Tensors, gram_blocks, unpack_upper
-from a3cli.samples import NAMES
+from a3cli.models.families import LayerSizes
+from a3cli.models.model import Model
 from a3cli.settings import Component, SolveSettings
 from a3cli.solvers.allocate import sizes
 from a3cli.solvers.linalg import JointDecomposition, effective_rank
+from a3cli.solvers.moments import LARGE, Tensors, gram_blocks, unpack_upper
 from a3cli.solvers.ov import output_gram_of
-from a3cli.work import Json, Work, open_tensors, read_manifest, read_named
+from a3cli.solvers.samples import NAMES
+from a3cli.work.folder import Json, Work, open_tensors, read_manifest, read_named
+from a3cli.work.machine import choose_machine
 
 REMEDY = "run a3 calibrate --overwrite"
 # Whose statistics are damaged, for a message.

@@ -21,17 +21,17 @@ import numpy
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.families import LayerSizes
-from a3cli.families.rope import evenly_spaced
 from a3cli.methods.attention import AttentionError, Effort, RefinedMaps, refine_maps, score_penalty
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
 from a3cli.methods.heads import Heads, Problem, heads_of
-from a3cli.model import Model
-from a3cli.moments import Tensors
+from a3cli.models.families import LayerSizes
+from a3cli.models.model import Model
+from a3cli.models.rope import evenly_spaced
 from a3cli.settings import COMPONENTS, Component, SolveSettings
 from a3cli.solvers.attention import Penalty
 from a3cli.solvers.linalg import JointDecomposition, effective_rank, tail_sums
 from a3cli.solvers.mlp import ChannelOrder, order_channels, refit_down
+from a3cli.solvers.moments import Tensors
 from a3cli.solvers.ov import refine_values, refit_output, solve_ov
 from a3cli.solvers.rope import (
     Band,
@@ -43,7 +43,7 @@ from a3cli.solvers.rope import (
     spread_distances,
 )
 from a3cli.solvers.slots import HeadStatistics, SlotMaps
-from a3cli.work import Json, read_if_of, versions, write_manifest
+from a3cli.work.folder import Json, read_if_of, versions, write_manifest
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from a3cli.families.base import pair_dims
-from a3cli.families.rope import Rope, turning_slots
+from a3cli.models.families.base import pair_dims
+from a3cli.models.rope import Rope, turning_slots
 from a3cli.solvers.partial import PartialProblem, key_start, partial_grams, partial_statistics, real_columns
 from a3cli.solvers.rope import Band, Distances, PairGrams, band_maps, frequency_at, pair_grams, real_map
 from a3cli.solvers.slots import HeadStatistics, SlotProblem, head_statistics

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
-from a3cli.families import LayerSizes
-from a3cli.families.base import pair_dims
 from a3cli.methods.base import Curves, LayerInputs, Method, describe_ranks
-from a3cli.model import Model
-from a3cli.moments import Tensors
+from a3cli.models.families import LayerSizes
+from a3cli.models.families.base import pair_dims
+from a3cli.models.model import Model
 from a3cli.settings import SolveSettings
 from a3cli.solvers.linalg import JointDecomposition, effective_rank, tail_sums
 from a3cli.solvers.mlp import keep_channels, score_channels
+from a3cli.solvers.moments import Tensors
 from a3cli.solvers.ov import solve_ov
 from a3cli.solvers.qk import keep_pairs, score_pairs
-from a3cli.work import Json
+from a3cli.work.folder import Json
 
 # Of the bound on what score errors do. Pairs are scored with what is constant over keys, which the softmax ignores, so
 # less of it is reached than where keys are centred.

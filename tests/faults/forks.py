@@ -13,8 +13,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PRELOADED = [
-    "a3cli.calibrate", "a3cli.solve", "a3cli.export", "a3cli.evaluate", "a3cli.display", "a3cli.cli",
-    "a3cli.modeling.modeling_a3_llama", "transformers.models.auto.modeling_auto",
+    "a3cli.stages.calibrate", "a3cli.stages.solve", "a3cli.stages.export", "a3cli.stages.evaluate",
+    "a3cli.cli.display", "a3cli.cli.app",
+    "a3cli.models.shipped.modeling_a3_llama", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama", "transformers.generation", "datasets",
 ]  # fmt: skip
@@ -71,7 +72,7 @@ def kill_after(delay: float, arguments: tuple[object, ...], folder: Path) -> int
 def _run(arguments: list[str], folder: str, memory: int | None, begun) -> None:
     import torch
 
-    from a3cli.cli import main
+    from a3cli.cli.app import main
 
     torch.set_num_threads(1)
     os.chdir(folder)

@@ -63,11 +63,11 @@ def whole(checkpoint, text_file, tmp_path_factory) -> Path:
 
     Both models have the same shapes.
     """
-    from a3cli.calibrate import calibrate
-    from a3cli.export import export
     from a3cli.settings import CalibrateSettings, ExportSettings, SolveSettings, make_settings
-    from a3cli.solve import solve
-    from a3cli.work import Work
+    from a3cli.stages.calibrate import calibrate
+    from a3cli.stages.export import export
+    from a3cli.stages.solve import solve
+    from a3cli.work.folder import Work
 
     folder = tmp_path_factory.mktemp("whole")
     for place, number in ((folder, 0), (folder / "other", 1)):
@@ -151,7 +151,7 @@ def test_damaged_index(damage, whole, here, a3, tmp_path):
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", ["progress.json", "tokens.safetensors", "layer-000.safetensors", "hidden-001.bin"])
 def test_damaged_under_way(name, damage, whole, a3, text_file, tmp_path, monkeypatch):
-    from a3cli import display
+    from a3cli.cli import display
 
     monkeypatch.chdir(tmp_path)
     plain = display.SweepProgress.__call__
@@ -199,7 +199,9 @@ QUICK = (*SOLVE, "--components", "mlp", "--overwrite", *WORK)
 PROBE = (*QUICK, "--sensitivity", "probe", "--probe-points", 2, "--probe-blocks", 2)
 DRAFT = "work/.solution.a3-partial"
 HALFWAY = {
-    "probing": Halfway(PROBE, ("work/probes/progress.json", "work/probes/streams-1.bin"), "a3cli.probe._Run._pass"),
+    "probing": Halfway(
+        PROBE, ("work/probes/progress.json", "work/probes/streams-1.bin"), "a3cli.stages.probe._Run._pass"
+    ),
     "probed": Halfway(PROBE, ("work/probes/best-stock.json", "work/channels/layer-000.json")),
     "correcting": Halfway(
         (*QUICK, "--method", "paper", "--sequential", "--refit-rounds", 0),
@@ -208,15 +210,15 @@ HALFWAY = {
             *(f"{DRAFT}/{name}-000.safetensors" for name in ("one-shot", "refit")),
             *(f"{DRAFT}/streams/{name}-1.bin" for name in ("source", "smaller")),
         ),
-        "a3cli.sequential._Layer.refit",
+        "a3cli.stream.sequential._Layer.refit",
     ),
     "exporting": Halfway(
         ("export", "out", "--max-shard-size", "70KB", *WORK),
         (".out.a3-progress.json", ".out.a3-partial/model-00001-of-00005.safetensors"),
-        "a3cli.export.write_shard",
+        "a3cli.stages.export.write_shard",
     ),
     "comparing": Halfway(
-        ("pareto", "--budgets", "0.2", *SOLVE[3:], *WORK), ("work/pareto.json",), "a3cli.pareto.Points.add"
+        ("pareto", "--budgets", "0.2", *SOLVE[3:], *WORK), ("work/pareto.json",), "a3cli.stages.pareto.Points.add"
     ),
     "measured": Halfway(("run", "recipe.yaml"), ("work/evaluation.json",)),
 }
@@ -334,13 +336,13 @@ LOOKING: dict[str, tuple[tuple[object, ...], list[str]]] = {
 @pytest.fixture
 def there(here, whole, tmp_path, monkeypatch) -> Path:
     """As `here`, with the export, a second calibration in `more`, and of the checks of the export's files the first."""
-    from a3cli import checker
+    from a3cli.stages import checker
 
     def look_at_files(request, folder):
         outcome, detail = checker.attempt(checker.check_files, checker.Export(request))
         return [{"name": "files", "outcome": outcome, "detail": detail}]
 
-    monkeypatch.setattr("a3cli.verify.run_checker", look_at_files)
+    monkeypatch.setattr("a3cli.stages.verify.run_checker", look_at_files)
     shutil.copytree(whole / "out", "out")
     shutil.copytree(whole / "more", "more")
     return tmp_path
@@ -392,7 +394,7 @@ def test_damaged_and_not_looked_at(looking, whole, there, a3):
 
 def flip_between_samples(path: Path) -> None:
     """In the middle of the first gap between two sampled places."""
-    from a3cli.checkpoint import FINGERPRINT_BYTES, FINGERPRINT_SAMPLES
+    from a3cli.models.checkpoint import FINGERPRINT_BYTES, FINGERPRINT_SAMPLES
 
     spacing = (path.stat().st_size - FINGERPRINT_BYTES) / (FINGERPRINT_SAMPLES - 1)
     data = bytearray(path.read_bytes())
@@ -406,7 +408,7 @@ def test_a_large_source_is_sampled_except_with_full_check(full, checkpoint, a3, 
     shutil.copytree(checkpoint("llama-gqa", vocab_size=12000), "source")
     weights = Path("source", "model.safetensors")
     assert weights.stat().st_size > 1 << 22
-    monkeypatch.setattr("a3cli.checkpoint.SAMPLED_ABOVE", 1 << 22)
+    monkeypatch.setattr("a3cli.models.checkpoint.SAMPLED_ABOVE", 1 << 22)
     text = ("--dataset", text_file, *SHORT, "--work", "work")
     check = ("--full-check",) if full else ()
     assert a3("calibrate", "source", *text, *check).code == 0
@@ -431,7 +433,7 @@ def test_a_source_of_up_to_a_gigabyte_is_hashed_wholly(checkpoint, a3, text_file
 
 @pytest.mark.parametrize("size", [1, 60_000, 65_536, 500_001, (1 << 20) - 1, 1 << 20])
 def test_the_fingerprint_covers_shards_up_to_a_mebibyte_wholly(size, tmp_path):
-    from a3cli.checkpoint import FINGERPRINT_BYTES, FINGERPRINT_SAMPLES
+    from a3cli.models.checkpoint import FINGERPRINT_BYTES, FINGERPRINT_SAMPLES
 
     covered, end = 0, 0
     for i in range(FINGERPRINT_SAMPLES):

@@ -268,11 +268,11 @@ def test_recipes(amount, model, place, text_file):
 @pytest.fixture(scope="module")
 def finished(model, text_file, tmp_path_factory) -> Path:
     """`source`, `work` up to a solution, and `out`."""
-    from a3cli.calibrate import calibrate
-    from a3cli.export import export
     from a3cli.settings import CalibrateSettings, ExportSettings, SolveSettings, make_settings
-    from a3cli.solve import solve
-    from a3cli.work import Work
+    from a3cli.stages.calibrate import calibrate
+    from a3cli.stages.export import export
+    from a3cli.stages.solve import solve
+    from a3cli.work.folder import Work
 
     folder = tmp_path_factory.mktemp("finished")
     source, work = Path(shutil.copytree(model, folder / "source")), Work(folder / "work")
@@ -325,7 +325,7 @@ def test_verified(apart, finished, place, a3, monkeypatch):
     """By default without the process of its own, whose start takes seconds; some of its checks are made here."""
     source, work = finished / "out", finished / "work"
     if not apart:
-        monkeypatch.setattr("a3cli.verify.run_checker", looking_at_files)
+        monkeypatch.setattr("a3cli.stages.verify.run_checker", looking_at_files)
     files = [source / name for name in ("config.json", "a3_manifest.json", "model.safetensors")]
 
     @(SOME if apart else MANY)
@@ -345,7 +345,7 @@ def test_verified(apart, finished, place, a3, monkeypatch):
 
 def looking_at_files(request: dict[str, Any], folder: Path) -> list[dict[str, str]]:
     """The checks that come before the model is loaded. Their tracebacks go where that process's stderr goes."""
-    from a3cli import checker
+    from a3cli.stages import checker
 
     export, found = checker.Export(request), []
     with (folder / "stderr").open("w") as stderr, redirect_stderr(stderr):

@@ -1,0 +1,1 @@
+"""A checkpoint as a model: where it is, its tensors, shape, RoPE and family."""

@@ -1,0 +1,161 @@
+"""A checkpoint as a model: family, configuration, shape and RoPE, all checked before any work begins."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from a3cli.errors import A3Error
+from a3cli.models.checkpoint import Checkpoint, resolve_model, same_content
+from a3cli.models.families import Family, ModelShape, family_of, read_shape
+from a3cli.models.families.base import check_rope, check_rope_spellings
+from a3cli.models.hub import refuse_per_layer
+from a3cli.models.rope import Rope, read_rope
+from a3cli.models.stock import Shape, StockClass, match_tensors, read_stock_class
+from a3cli.work.folder import Json, Work, name_differences, read_manifest
+
+
+@dataclass(frozen=True)
+class Model:
+    """What every stage knows of a source. `config` is transformers' own configuration object, `stock` its class.
+
+    The source's tensors have that class's names, however they are stored.
+    """
+
+    source: Checkpoint
+    family: Family
+    config: Any
+    shape: ModelShape
+    rope: Rope
+    stock: StockClass
+
+
+def describe(source: Checkpoint, *, trust_remote_code: bool = False, calibrated: bool = False) -> Model:
+    """Raises A3Error for an unknown family, a configuration that does not fit, or missing or unknown tensors.
+
+    A stored copy of a tied embedding must equal it; of a `calibrated` source that is known.
+    """
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    config, stock = read_stock(
+        source.folder, source.config, source.name, tensors=len(shapes), trust_remote_code=trust_remote_code
+    )
+    source = source.renamed(match_tensors(stock, shapes, source.name))
+    if not calibrated:
+        check_tied(source, stock.tied)
+    with invalid_config(source.folder):
+        rope = read_rope(config)
+    return Model(source, family_of(config.model_type), config, read_shape(config), rope, stock)
+
+
+def check_tensors(folder: Path, raw: Json, name: str, shapes: Mapping[str, Shape | None]) -> None:
+    """Raise A3Error, as `describe` does, for tensors of which only names and perhaps shapes are known."""
+    _, stock = read_stock(folder, raw, name, tensors=len(shapes))
+    match_tensors(stock, shapes, name)
+
+
+def read_stock(
+    folder: Path, raw: Json, name: str, *, tensors: int, trust_remote_code: bool = False
+) -> tuple[Any, StockClass]:
+    """Return transformers' configuration and class for config.json, whose content is `raw`. Raises A3Error."""
+    from transformers import AutoConfig
+
+    refuse_per_layer(raw, name)
+    family = family_of(raw.get("model_type"))
+    check_rope_spellings(raw, folder / "config.json")
+    check_layers(raw, name, tensors)
+    with invalid_config(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
+        check_activation(config.hidden_act)
+        check_rope(dict(config.rope_parameters or {}), partial=family.rotary_factor is not None)
+        return config, read_stock_class(config)
+
+
+@contextmanager
+def invalid_config(folder: Path) -> Iterator[None]:
+    """Make whatever a configuration's classes raise an A3Error: they validate in many ways."""
+    try:
+        yield
+    except A3Error:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise A3Error(f"{folder / 'config.json'} is not a valid configuration: {reason}") from error
+
+
+def check_layers(raw: Json, name: str, tensors: int) -> None:
+    """Raise A3Error for more layers than tensors: some configuration classes make lists of as many."""
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > tensors:
+        raise A3Error(f"{name}: config.json says {layers:,} layers, there are {tensors} tensors")
+
+
+def check_tied(source: Checkpoint, tied: Mapping[str, str]) -> None:
+    """Raise A3Error for a stored tensor that is tied to another and differs: transformers' versions take either."""
+    for name, original in tied.items():
+        if name in source.tensors and not same_content(source.info(name), source.info(original)):
+            raise A3Error(
+                f"{source.name}: config.json ties {name} to {original}, and the two are stored with different values; "
+                "set tie_word_embeddings to false if both are meant, or remove the first"
+            )
+
+
+def check_size(source: Checkpoint) -> None:
+    """Raise A3Error if config.json describes far more weights than there are: memory would be filled with them."""
+    check_layers(source.config, source.name, len(source.tensors))
+    try:
+        family_of(source.config.get("model_type"))
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        shape = read_shape(config)
+    except Exception:  # another family, or a configuration that does not load: loading it says so
+        return
+    if "per_layer_config" in source.config:  # the sizes there are those of the source
+        described = shape.layers
+    else:
+        of_layer = sum(rows * columns for rows, columns in shape.linear_shapes().values())
+        described = shape.layers * of_layer + config.vocab_size * shape.hidden_size
+    if described > 2 * source.parameters():
+        raise A3Error(
+            f"{source.name}: config.json describes {described:,} weights, the checkpoint has {source.parameters():,}; "
+            "is config.json of this checkpoint?"
+        )
+
+
+def check_activation(name: str) -> None:
+    """Raise ValueError unless transformers has it."""
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ValueError(f"hidden_act is {name!r}, which transformers does not know")
+
+
+def open_calibrated_source(work: Work, calibration: Json, *, full_check: bool = False) -> Model:
+    """The checkpoint that a calibration was made from. Raises A3Error if it is no longer the same.
+
+    Its content is sampled; with `full_check` all of it is read and compared, if the calibration did that too.
+    """
+    recorded = read_manifest(work.source, "run a3 calibrate on the source again")
+    try:
+        source = resolve_model(
+            str(recorded.get("model")),
+            recorded.get("revision"),
+            follow_symlinks=recorded.get("follow_symlinks") is True,
+        )
+    except A3Error as error:
+        raise A3Error(f"the source of {work.folder}: {error}; if it was moved, run a3 calibrate on it again") from error
+    expected, found = calibration["request"]["source"], source.fingerprint(full=full_check)
+    if full_check and "in_full" not in expected:
+        raise A3Error(
+            f"--full-check: {work.calibration_manifest} has only sampled hashes of its source; "
+            "run a3 calibrate --full-check --overwrite, or leave the option out"
+        )
+    if differs := name_differences({key: expected.get(key) for key in found}, found):
+        raise A3Error(
+            f"{source.name}, named in {work.source}, is not the checkpoint of {work.calibration_manifest} "
+            f"(differs in {differs}); "
+            "restore what was changed, or calibrate again"
+        )
+    return describe(source, calibrated=True)

@@ -1,0 +1,212 @@
+"""RoPE as configurations describe it: read the frequencies, and write the configuration of a kept subset.
+
+A kept subset of pairs is written as a changed theta where the pairs are evenly spaced from pair 0 (the form that most
+runtimes load), as a changed theta with a linear factor where they are evenly spaced from another pair and that form was
+asked for (some runtimes ignore the factor), and as longrope factors otherwise. Both spellings are written,
+`rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5): 4.57 silently falls back to default RoPE when
+it finds only the second.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from a3cli.errors import A3Error
+from a3cli.models.families.base import check_rope, family_of, rotary_dims, rotary_factor
+from a3cli.solvers.rope import frequency_at
+from a3cli.work.folder import Json
+
+ROUNDING = 1e-9  # pairs; a frequency in float32 is further off
+ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotation of a source model.
+
+    `short` and `long` `[h/2]` float64 are the frequencies (radians a position) of each pair up to
+    `original_context` positions and beyond; they differ for longrope only. What is passed through is pairs too, the
+    last ones, whose frequency is 0. `attention_factor` scales cos and sin. `parameters` is the configuration they were
+    read from.
+    """
+
+    parameters: Json
+    short: torch.Tensor
+    long: torch.Tensor
+    attention_factor: float
+    context: int
+    original_context: int
+
+    @property
+    def turning(self) -> int:
+        """How many pairs turn."""
+        return int(self.short.count_nonzero())
+
+    @property
+    def partial(self) -> bool:
+        return self.turning < len(self.short)
+
+    @property
+    def kind(self) -> str:
+        return str(self.parameters["rope_type"])
+
+    @property
+    def theta(self) -> float:
+        return float(self.parameters["rope_theta"])
+
+
+def read_rope(config: Any) -> Rope:
+    """Read a transformers (5.x) config. Raises A3Error for a RoPE type that a subset of pairs cannot express."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = dict(config.rope_parameters or {})
+    kind = check_rope(parameters, partial=family_of(config.model_type).rotary_factor is not None)
+    turned = rotary_dims(config, config.head_dim)
+    original = int(parameters.get("original_max_position_embeddings", config.max_position_embeddings))
+    if kind == "default":
+        pairs = torch.arange(turned // 2, dtype=torch.float64)
+        short = long = parameters["rope_theta"] ** (-2 * pairs / turned)
+        factor = 1.0
+    else:
+        frequencies = ROPE_INIT_FUNCTIONS[kind]
+        short, factor = frequencies(config, torch.device("cpu"), seq_len=1)
+        long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1)
+    if factor != 1 and turned < config.head_dim:
+        raise A3Error(
+            f"config.json: RoPE type {kind!r} scales what it turns by {factor:g} and not what it passes through, which "
+            "is not supported with partial_rotary_factor; remove rope_scaling from config.json"
+        )
+    still = torch.zeros((config.head_dim - turned) // 2, dtype=torch.float64)
+    return Rope(
+        parameters={**parameters, "rope_type": kind},
+        short=torch.cat([short.double(), still]),
+        long=torch.cat([long.double(), still]),
+        attention_factor=float(factor),
+        context=int(config.max_position_embeddings),
+        original_context=original,
+    )
+
+
+def kept_rope_config(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> Json:
+    """The config entries that give slot `j` of a smaller head the rotation of source pair `slots[j]`.
+
+    A fractional pair turns between its neighbours, by geometric interpolation of their frequencies. Slots that don't
+    turn come last, as a `partial_rotary_factor`. `linear_factor` allows that form where pairs are evenly spaced.
+    """
+    turning = turning_slots(rope, slots)
+    parameters = affine_parameters(rope, turning, linear_factor=linear_factor) or longrope_parameters(rope, turning)
+    if not turning:
+        parameters = {"rope_type": "default", "rope_theta": rope.theta}
+    if "partial_rotary_factor" in rope.parameters:
+        parameters = {**parameters, "partial_rotary_factor": rotary_factor(len(turning), len(slots))}
+    return both_spellings(parameters)
+
+
+def turning_slots(rope: Rope, slots: Sequence[float]) -> list[float]:
+    """Those that turn at all: the first ones."""
+    return [slot for slot in slots if slot < rope.turning]
+
+
+def affine_parameters(rope: Rope, pairs: Sequence[float], *, linear_factor: bool = False) -> Json | None:
+    """Evenly spaced pairs `a + s·j` as a changed theta; None where that is not exact.
+
+    `theta^(-2(a+sj)/h) = theta^(-2a/h) · (theta^(s·r/h))^(-2j/r)`, r = 2·len(pairs): a new theta, and a
+    linear factor `theta^(2a/h)`, which is written only if `linear_factor` allows it: some runtimes ignore it without a
+    word (`a3cli/runtimes`). llama3 scaling looks at each frequency, so it composes only when a = 0, and
+    what it makes of a fractional pair is not between what it makes of its neighbours;
+    yarn and longrope look at the index of a pair and never compose.
+    """
+    if rope.kind not in ("default", "linear", "llama3") or not pairs:
+        return None
+    start = pairs[0]
+    step = pairs[1] - start if len(pairs) > 1 else 1
+    if any(abs(pair - start - step * j) > ROUNDING for j, pair in enumerate(pairs)):
+        return None
+    if start > 0 and not linear_factor:
+        return None
+    if rope.kind == "llama3" and (start > 0 or step != int(step)):
+        return None
+    h, r = 2 * rope.turning, 2 * len(pairs)
+    parameters = {**rope.parameters, "rope_theta": rope.theta ** (step * r / h)}
+    factor = float(parameters.get("factor", 1.0)) * rope.theta ** (2 * start / h)
+    if rope.kind != "llama3" and factor != 1.0:
+        parameters.update(rope_type="linear", factor=factor)
+    return parameters
+
+
+def evenly_spaced(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> list[list[float]]:
+    """Evenly spaced slots near the given ones that `affine_parameters` can write: candidates, best guess first.
+
+    The straight line from pair 0 that is nearest to the slots, and the line over all pairs; with `linear_factor` also
+    the nearest line from any pair, where the source's scaling composes with that. Slots that don't turn stay as they
+    are.
+    """
+    turning = turning_slots(rope, slots)
+    if not turning:
+        return []
+    last, count = rope.turning - 1, len(turning)
+    places = torch.arange(count, dtype=torch.float64)
+    wanted = torch.tensor(sorted(turning), dtype=torch.float64)
+    longest = last / max(count - 1, 1)
+    nearest = float((places * wanted).sum() / places.square().sum().clamp_min(1))
+    lines = [(0.0, nearest), (0.0, longest)]
+    if rope.kind == "llama3":
+        lines = [(0.0, float(step)) for step in (round(nearest), int(longest)) if 1 <= step <= longest]
+    # The Nemotron of transformers 4.57, the one family with partial RoPE, ignores linear factors.
+    elif linear_factor and not rope.partial:
+        lines.insert(0, nearest_line(wanted, last))
+    spaced = [[min(max(a + s * j, 0.0), float(last)) for j in range(count)] for a, s in lines]
+    written = [line for line in spaced if affine_parameters(rope, line, linear_factor=linear_factor) is not None]
+    return [[*line, *slots[count:]] for line in _distinct(written)]
+
+
+def _distinct(lines: list[list[float]]) -> list[list[float]]:
+    return [line for i, line in enumerate(lines) if line not in lines[:i]]
+
+
+def nearest_line(slots: torch.Tensor, last: int) -> tuple[float, float]:
+    """Start and step of the evenly spaced slots nearest to `slots` `[S]`, moved to lie between 0 and `last`."""
+    places = torch.arange(len(slots), dtype=torch.float64)
+    centred = places - places.mean()
+    step = float((centred * slots).sum() / centred.square().sum().clamp_min(1e-12))
+    start = min(max(float(slots.mean() - step * places.mean()), 0.0), last - step * (len(slots) - 1))
+    return start, step
+
+
+def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
+    """Any slots as longrope: `F_j = 1 / (frequency_j · theta^(2j/r))`, r = 2·len(slots)."""
+    place = torch.tensor(slots, dtype=torch.float64)
+    spacing = rope.theta ** (torch.arange(len(slots), dtype=torch.float64) / len(slots))
+    # Only a longrope source switches tables, at its original context; elsewhere both are the same.
+    original = rope.original_context if rope.kind == "longrope" else rope.context
+    # vLLM and SGLang read these in place of attention_factor; transformers warns of them as unrecognised. Without
+    # them, both take 1.0 where the context is not extended.
+    scales = {"short_mscale": rope.attention_factor, "long_mscale": rope.attention_factor}
+    if rope.attention_factor == 1.0 and original == rope.context:
+        scales = {}
+    return {
+        "rope_type": "longrope",
+        "rope_theta": rope.theta,
+        "short_factor": (1 / (frequency_at(rope.short, place) * spacing)).tolist(),
+        "long_factor": (1 / (frequency_at(rope.long, place) * spacing)).tolist(),
+        "factor": 1.0 if rope.kind != "longrope" else max(1.0, rope.context / original),
+        "attention_factor": rope.attention_factor,
+        **scales,
+        "original_max_position_embeddings": original,
+    }
+
+
+def both_spellings(parameters: Json) -> Json:
+    """`rope_parameters` as transformers 5 reads them, and `rope_theta` + `rope_scaling` for version 4."""
+    beside: Json = {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
+    scaling = {key: value for key, value in parameters.items() if key not in beside}
+    config: Json = {
+        **beside,
+        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
+        "rope_parameters": parameters,
+    }
+    if parameters["rope_type"] == "longrope":  # where 4.57 looks for the context at which longrope switches
+        config["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
+    return config

@@ -1,0 +1,274 @@
+"""a3_manifest.json, the provenance of an export: its form, and the JSON Schema of that form in docs/.
+
+The form is closed: a field that is not written here makes a manifest invalid, so a new one is added here, and
+`python scripts/manifest_schema.py` writes the schema anew.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from a3cli.errors import A3Error
+from a3cli.report.measured import Measured
+from a3cli.runtimes.rules import Loads
+from a3cli.settings import SolveSettings, TextSettings
+from a3cli.work.folder import Json, read_json, unaltered
+
+MANIFEST = "a3_manifest.json"
+SCHEMA_ID = "a3_manifest.schema.json"
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of what JSON says
+FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
+ShardHash = Annotated[str, Field(pattern="^(sampled-)?blake3:[0-9a-f]{64}$")]
+TextFiles = Annotated[
+    dict[str, FileHash],
+    Field(description="of each local file that was opened, by its path in the data set; none for a set on the Hub"),
+]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pair = Annotated[float, Field(ge=0)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Fingerprint(Part):
+    """What identifies a source: its configuration, sampled content of each shard, and with --full-check all of it."""
+
+    config: Sha256 = Field(alias="config.json", description="of config.json in canonical form")
+    shards: dict[str, ShardHash] = Field(min_length=1)
+    in_full: dict[str, FileHash] | None = None
+
+
+class Source(Part):
+    model: str = Field(description="name of the folder, or id on the hub")
+    revision: str | None = Field(description="commit on the hub; null for a folder")
+    fingerprint: Fingerprint
+
+
+class MadeWith(Part):
+    """How the sums of one layer were divided: rounding depends on it."""
+
+    processes: Size
+    batch_size: Size = Field(description="blocks in a batch of each process")
+
+
+class TextRead(Part):
+    """How far a data set was read."""
+
+    rows: Count = Field(description="rows read; text of .txt files is not counted")
+    skipped: Count = Field(description="rows without text: null, empty or only white space")
+    whole: bool = Field(description="whether the data set was read to its end")
+
+
+class Ingredient(Part):
+    """One of the calibrations that were merged."""
+
+    calibration: Sha256 = Field(description="of its manifest")
+    text: TextSettings
+    text_files: TextFiles
+    text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
+    tokens: Size
+    device: str
+    batch_size: Size | Literal["auto"]
+    made_with: list[MadeWith] = Field(description="of each layer")
+
+
+class CalibrationRequest(Part):
+    text: TextSettings
+    text_files: TextFiles
+    source: Fingerprint
+    tokenizer: dict[str, FileHash]
+    batch_size: Size | Literal["auto"]
+    mlp_stats: Literal["full", "diagonal"]
+    device: str
+    dtype: str
+    trust_remote_code: bool = Field(description="whether code of the source's tokenizer or model could run")
+    merged: list[Ingredient] | None = None
+
+
+class Calibration(Part):
+    request: CalibrationRequest
+    text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
+    tokens: Size
+    blocks: tuple[Size, Size] = Field(description="number and length")
+    tokens_hash: FileHash
+    made_with: list[MadeWith] | None = Field(default=None, description="of each layer; null for merged calibrations")
+    sha256: Sha256 = Field(description="of the calibration's own manifest")
+
+
+class Sizes(Part):
+    qk: Size
+    ov: Size
+    mlp: Size
+
+
+class ByComponent(Part):
+    qk: Loss
+    ov: Loss
+    mlp: Loss
+
+
+class Change(Part):
+    before: Size
+    after: Size
+
+
+class Flops(Change):
+    seq_len: Size
+
+
+class Curve(Part):
+    size: list[Size] = Field(min_length=1)
+    loss: list[Loss] = Field(min_length=1)
+
+
+class Curves(Part):
+    qk: Curve
+    ov: Curve
+    mlp: Curve
+
+
+class ByDistance(Part):
+    distance: list[Count]
+    relative: list[Loss]
+
+
+class EffectiveRank(Part):
+    qk: list[Loss] = Field(description="of each KV head")
+    ov: list[Loss] = Field(description="of each KV head")
+    mlp: Loss
+
+
+class Floored(Part):
+    ov: list[Count] = Field(description="eigenvalues raised to the floor, for each KV head")
+
+
+class Damping(Part):
+    """Relative to the mean of the Gram matrix's diagonal; more than --ridge where statistics are singular."""
+
+    ov: Loss | None = None
+    mlp: Loss | None = None
+
+
+class AttentionError(Part):
+    """Relative squared error of the stream on sampled attention that was not fitted, by the closed form's query and key
+    maps and by refined ones.
+    """
+
+    closed_form: Loss
+    refined: Loss
+
+
+class TokensPerDimension(Part):
+    head: Loss
+    mlp: Loss
+
+
+class Layer(Part):
+    effective_rank: EffectiveRank
+    floored_eigenvalues: Floored
+    energy: ByComponent = Field(description="the loss of keeping nothing")
+    attention_error: AttentionError | None = Field(description="of smaller heads, with --method best")
+    damping: Damping = Field(description="what the refits used")
+    curves: Curves
+    score_error: ByDistance
+    tokens_per_dimension: TokensPerDimension
+
+
+class SolutionRequest(Part):
+    settings: SolveSettings
+    calibration: Sha256
+
+
+class Versions(Part):
+    a3cli: str
+    python: str
+    torch: str
+    transformers: str
+    safetensors: str
+    tokenizers: str
+
+
+class Solution(Part):
+    request: SolutionRequest
+    shape: Literal["stock", "per-layer"]
+    full_size: Sizes
+    sizes: list[Sizes] = Field(min_length=1, description="of each layer")
+    head_dim: Change | None = Field(default=None, description="stock shape only")
+    intermediate_size: Change | None = Field(default=None, description="stock shape only")
+    budget_asked: Share | None
+    budget_reached: Share
+    parameters: Change
+    bytes: Change
+    kv_bytes_per_token: Change
+    prefill_flops_per_token: Flops
+    rope_slots: list[Pair] | list[list[Pair]] | None = Field(
+        description="pair of the source that each slot turns like, those of pairs that RoPE does not turn included; "
+        "null where heads keep their size"
+    )
+    context: Size
+    predicted_loss: ByComponent
+    predicted_score_error: ByDistance
+    per_layer: list[Layer] = Field(min_length=1)
+    versions: Versions
+    sha256: Sha256 = Field(description="of the solution's own manifest")
+
+
+class Runtime(Part):
+    runtime: str
+    loads: Loads
+    note: str = Field(description="why not, or what to mind")
+
+
+class Manifest(Part):
+    """Where an export comes from, how it was made, and the hash of each of its files."""
+
+    model_config = ConfigDict(extra="forbid", title="a3_manifest.json")
+
+    source: Source
+    calibration: Calibration
+    solution: Solution
+    dtype: Literal["source", "float32", "bfloat16", "float16"]
+    max_shard_size: Size
+    measured: list[Measured] = Field(description="what a3 eval measured, where it was given to a3 export")
+    runtimes: list[Runtime] = Field(min_length=1, description="what loads the export")
+    versions: Versions
+    files: dict[str, FileHash] = Field(min_length=1, description="every file of the folder but this one")
+    sha256: Sha256 = Field(description="of the rest of this file: JSON with sorted keys, as Python's json.dumps has it")
+
+    @model_validator(mode="after")
+    def _one_entry_a_layer(self) -> "Manifest":
+        if len(self.solution.per_layer) != len(self.solution.sizes):
+            raise ValueError("per_layer and sizes have different lengths")
+        return self
+
+
+def schema() -> Json:
+    """JSON Schema, draft 2020-12."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA_ID,
+        **Manifest.model_json_schema(),
+    }
+
+
+def read_export_manifest(path: Path) -> Json:
+    """A manifest as it was written.
+
+    Raises A3Error if it has not the form that this version of a3 writes, or was altered.
+    """
+    found = read_json(path)
+    try:
+        Manifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise A3Error(
+            f"{path} has not the form that this version of a3 writes ({where}: {first['msg']}); export again"
+        ) from None
+    return unaltered(found, path, "export again")

@@ -1,0 +1,42 @@
+"""What `a3 eval --json` printed, read again: figures for a report or a model card."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from a3cli.errors import A3Error
+from a3cli.work.folder import Json, read_json
+
+
+class Gate(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    gate: str
+    failed: bool
+
+
+class Measured(BaseModel):
+    """The figures of one data set; those of the source are there with `--against`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    dataset: str
+    seq_len: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    perplexity: float = Field(gt=0, allow_inf_nan=False)
+    source_perplexity: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    kl: float | None = Field(default=None, allow_inf_nan=False)
+    top1_agreement: float | None = Field(default=None, ge=0, le=1)
+    gates: list[Gate] = []
+
+
+def read_evaluation(path: Path) -> list[Json]:
+    """One entry a data set. Raises A3Error naming a file that holds something else."""
+    found = read_json(path)
+    sets = found.get("datasets")
+    try:
+        return [Measured.model_validate(each).model_dump() for each in (sets if isinstance(sets, list) else [found])]
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise A3Error(f"{path} is not what a3 eval --json prints ({where}: {first['msg']})") from None

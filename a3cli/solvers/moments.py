@@ -1,0 +1,253 @@
+"""Activations → running sums. Pure tensors: nothing here knows a model or a file.
+
+Sums, not means, so that statistics over different text add up exactly. Per layer, over n tokens:
+
+    q_gram [H, h, h]   Σ q_i q_iᵀ   queries, biases included, before RoPE       q_sum [H, h]
+    k_gram [K, h, h]   Σ k kᵀ       keys, likewise                              k_sum [K, h]
+    v_gram [K, h, h]   Σ v vᵀ       values                                      v_sum [K, h]
+    o_gram [Hh, Hh]    Σ o oᵀ       input of the output projection              o_sum [Hh]
+    mlp_gram [I, I]    Σ x xᵀ       input of the down projection                x_sum [I]
+    mlp_energy [I]     Σ x²         its diagonal (all there is with diagonal statistics)
+    attention_residual, mlp_residual []  Σ‖·‖² of the residual stream after attention and after the MLP
+    distance [T]       attention mass by query-key distance, of sampled queries over all heads
+    tokens []
+
+and attention kept whole of a few blocks (`samples.py`), which is joined rather than added up.
+
+Products are formed in float32 per batch and added up in float64, except the two large Gram matrices
+(`o_gram`, `mlp_gram`), which are added up in float32 and stored as the rows of their upper triangle.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from a3cli.solvers.samples import AttentionSamples
+
+Tensors = dict[str, torch.Tensor]
+LARGE = ("o_gram", "mlp_gram")
+SAMPLED_QUERIES = 8
+PIECE = 512  # tokens
+ROWS = 256  # of a large Gram matrix
+SMALL = 1 << 19  # numbers; memory for so few is at hand
+
+
+@dataclass
+class LayerMoments:
+    """Running sums of one layer, on the device that the activations are on."""
+
+    head_dim: int
+    full_mlp: bool
+    device: torch.device
+    samples: AttentionSamples | None = None
+
+    def __post_init__(self) -> None:
+        self.sums: Tensors = {}
+        self.first_block = 0  # of the batch under way
+        self._wide = torch.empty(0)
+
+    def add_heads(self, name: str, x: torch.Tensor) -> None:
+        """`q`, `k` or `v` of a batch, `[..., heads · h]`."""
+        flat = x.reshape(-1, x.shape[-1])
+        heads = flat.shape[1] // self.head_dim
+        # A CPU's batch is small; a GPU's has so many tokens that each piece of it counts for itself.
+        kind = torch.float32 if self._on_cpu else torch.float64
+        gram = torch.zeros(heads, self.head_dim, self.head_dim, device=self.device, dtype=kind)
+        total = torch.zeros(flat.shape[1], device=self.device, dtype=kind)
+        for piece in self._pieces(flat) if self._on_cpu else flat.split(4 * PIECE):
+            by_head = piece.view(-1, heads, self.head_dim).transpose(0, 1).float()
+            if self._on_cpu:
+                gram.baddbmm_(by_head.mT, by_head)
+            else:
+                gram += by_head.mT @ by_head
+            total += piece.sum(0, dtype=kind)
+        self._add(f"{name}_gram", gram)
+        self._add(f"{name}_sum", total.view(heads, self.head_dim))
+
+    def add_attention_output(self, o: torch.Tensor) -> None:
+        """Input of the output projection `[..., H · h]`."""
+        flat = o.reshape(-1, o.shape[-1])
+        total = torch.zeros(flat.shape[1], device=self.device)
+        with products_of(flat.dtype):
+            for piece in self._pieces(flat):
+                self._add_gram("o_gram", piece)
+                total += piece.sum(0, dtype=torch.float32)
+        self._add("o_sum", total)
+
+    def add_mlp(self, x: torch.Tensor) -> None:
+        """Input of the down projection `[..., I]`."""
+        flat = x.reshape(-1, x.shape[-1])
+        energy, total = torch.zeros(2, flat.shape[1], device=self.device)
+        with products_of(flat.dtype):
+            for piece in self._pieces(flat):
+                total += piece.sum(0, dtype=torch.float32)
+                energy += self._energy(piece)
+                if self.full_mlp:
+                    self._add_gram("mlp_gram", piece)
+        self._add("mlp_energy", energy)
+        self._add("x_sum", total)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    def _energy(self, piece: torch.Tensor) -> torch.Tensor:
+        """`Σ x²` over tokens, of `[n, m]`, a few at a time: squares of a GPU's batch would take much room."""
+        total = torch.zeros(piece.shape[1], device=self.device)
+        for rows in piece.split(max(1, SMALL // piece.shape[1]) if self._on_cpu else PIECE):
+            total += rows.float().square().sum(0)
+        return total
+
+    def _pieces(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The tokens of a batch `[n, m]` as a factor of the products.
+
+        On the CPU a few at a time, in float32, since its products of half precision would be rounded to it, and in a
+        buffer that is used again: touching fresh memory takes longer than the cast, and what stays in the cache is read
+        faster. A GPU takes half precision as it is, and adds up in float32.
+        """
+        if not self._on_cpu:
+            yield flat
+            return
+        for part in flat.split(PIECE):
+            piece = part
+            if part.dtype != torch.float32:
+                if self._wide.numel() < part.numel():
+                    self._wide = torch.empty(part.numel())
+                piece = self._wide[: part.numel()].view(part.shape).copy_(part)
+            yield piece
+
+    def add_attention(
+        self, seen: Tensors, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
+    ) -> None:
+        """Where attention looks: `q` `[B, T, H·h]`, `k` and `v` `[B, T, K·h]` before RoPE; see `attention_mass`."""
+        self._add("distance", attention_mass(seen["q"], seen["k"], rotation, mask, head_dim=self.head_dim))
+        if self.samples is not None:
+            self.samples.add(self.first_block, seen["q"], seen["k"], seen["v"], mask)
+
+    def add_residual(self, name: str, x: torch.Tensor) -> None:
+        """`attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
+        of_tokens = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # a norm over everything loses digits
+        self._add(name, of_tokens.double().square().sum())
+        if name == "mlp_residual":
+            self._add("tokens", torch.tensor(x[..., 0].numel(), dtype=torch.float64, device=self.device))
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        if name in self.sums:
+            self.sums[name].add_(value)
+        else:
+            self.sums[name] = value.double()
+
+    def _add_gram(self, name: str, flat: torch.Tensor) -> None:
+        """Add `Σ x xᵀ` to the upper triangle of a large Gram matrix, a few rows of it at a time: half the work."""
+        width = flat.shape[1]
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(width, width, device=self.device)
+        gram, rows = self.sums[name], ROWS if self._on_cpu else 8 * ROWS
+        for i in range(0, width, rows):
+            _add_product(gram[i : i + rows, i:], flat[:, i : i + rows].mT, flat[:, i:])
+
+    def finished(self) -> Tensors:
+        """The sums as they are stored, the large ones packed. Empties this object. Without any batch there are none."""
+        stored = {}
+        for name in list(self.sums):
+            value = self.sums.pop(name)
+            stored[name] = pack_upper(value) if name in LARGE else value
+        if self.samples is not None:
+            stored |= self.samples.tensors
+        return stored
+
+
+@contextmanager
+def products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Float32 products of what was `dtype` before: a CPU's bfloat16 units (AMX) lose nothing of bfloat16, and add up in
+    float32. Where there are none nothing changes.
+    """
+    before = torch.get_float32_matmul_precision()
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a b` in float32; `a` and `b` may be of half precision on a GPU."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+        return
+    try:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+    except (TypeError, NotImplementedError, RuntimeError):  # an older torch, or a device that has no such product
+        total.addmm_(a.float(), b.float())
+
+
+def attention_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    *,
+    head_dim: int,
+) -> torch.Tensor:
+    """Attention weights by distance `[T]`, summed over blocks, heads and a few evenly spaced queries a block.
+
+    q `[B, T, H·h]`, k `[B, T, K·h]` before RoPE; rotation is the layer's (cos, sin), each `[·, T, r]`, with pairs
+    `(p, p + r/2)`, r < h where RoPE passes dims through; mask `[B or 1, 1, T, T]` is boolean (True attends) or
+    additive, None is causal.
+    """
+    length = q.shape[1]
+    rows = torch.linspace(0, length - 1, min(SAMPLED_QUERIES + 1, length))[1:].round().long().to(q.device)
+    cos, sin = (part.float().to(q.device) for part in rotation)
+    queries = _rotate(q[:, rows].float().unflatten(-1, (-1, head_dim)), cos[:, rows, None], sin[:, rows, None])
+    keys = _rotate(k.float().unflatten(-1, (-1, head_dim)), cos[:, :, None], sin[:, :, None])
+    grouped = queries.unflatten(2, (keys.shape[2], -1))  # [B, r, K, g, h]
+    scores = torch.einsum("brkgc,btkc->bkgrt", grouped, keys).flatten(1, 2) * head_dim**-0.5
+    distance = rows[:, None] - torch.arange(length, device=q.device)
+    if mask is None:
+        scores = scores.masked_fill(distance < 0, float("-inf"))
+    elif mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask.to(q.device)[:, :, rows], float("-inf"))
+    else:
+        scores = scores + mask.to(q.device)[:, :, rows].float()
+    weights = scores.softmax(-1).sum((0, 1), dtype=torch.float64)
+    mass: torch.Tensor = weights.new_zeros(length)
+    return mass.index_add_(0, distance.clamp_min(0).flatten(), weights.flatten())
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    if (turned := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([_rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def pack_upper(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows of the upper triangle of `[n, n]`, one after another: `[n(n+1)/2]`."""
+    n = len(matrix)
+    packed = matrix.new_empty(n * (n + 1) // 2)
+    start = 0
+    for i in range(n):
+        packed[start : start + n - i] = matrix[i, i:]
+        start += n - i
+    return packed
+
+
+def unpack_upper(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """The symmetric `[n, n]` matrix of `pack_upper`."""
+    matrix = packed.new_zeros(n, n)
+    start = 0
+    for i in range(n):
+        row = packed[start : start + n - i]
+        matrix[i, i:] = row
+        matrix[i:, i] = row
+        start += n - i
+    return matrix
+
+
+def gram_blocks(o_gram: torch.Tensor, heads: int) -> torch.Tensor:
+    """The diagonal blocks `[H, h, h]` of `[Hh, Hh]`: each head's own Gram matrix."""
+    size = len(o_gram) // heads
+    return torch.stack([o_gram[i : i + size, i : i + size] for i in range(0, len(o_gram), size)])

@@ -1,0 +1,72 @@
+"""Attention kept whole: of a few blocks every layer's keys and values, and one query in eight.
+
+No Gram matrix tells which key a query looks at, and that decides what an error of a score does. What is kept here lets
+`solvers/attention.py` see it. Queries and keys are those before RoPE, all in bfloat16: their rounding is the same for
+the source and for what is fitted to it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from a3cli.solvers.sampling import sampled_blocks, sampled_queries
+
+NAMES = ("sample_q", "sample_k", "sample_v", "sample_seen")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class AttentionSamples:
+    """One layer's samples in one process; the blocks of other processes stay zero, so that the sum over all is whole.
+
+    `blocks` blocks of `length` tokens are calibrated on; `device` is where the activations are.
+    """
+
+    blocks: int
+    length: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.place = {block: i for i, block in enumerate(sampled_blocks(self.blocks, self.length))}
+        self.tensors: Tensors = {}
+
+    def add(self, first: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Blocks `first`, `first + 1`, …: queries `[B, T, H·h]`, keys and values `[B, T, K·h]`, the model's mask."""
+        for offset in range(len(q)):
+            if (i := self.place.get(first + offset)) is None:
+                continue
+            rows = torch.tensor(sampled_queries(self.length), device=q.device)
+            kept = {
+                "sample_q": q[offset, rows],
+                "sample_k": k[offset],
+                "sample_v": v[offset],
+            }
+            for name, value in kept.items():
+                self._tensor(name, value.shape, torch.bfloat16)[i] = value
+            seen = torch.stack([first_seen(rows, offset, mask), rows], -1)
+            self._tensor("sample_seen", seen.shape, torch.float32)[i] = seen.float()
+
+    def _tensor(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        if name not in self.tensors:
+            self.tensors[name] = torch.zeros(len(self.place), *shape, dtype=dtype, device=self.device)
+        return self.tensors[name]
+
+
+def first_seen(rows: torch.Tensor, sequence: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """The first key `[R]` that queries at `rows` attend to: 0 but for a sliding window.
+
+    mask `[B or 1, 1, T, T]` is boolean (True attends) or additive, None is causal.
+    """
+    if mask is None:
+        return torch.zeros_like(rows)
+    own = mask.to(rows.device)[min(sequence, len(mask) - 1), 0, rows]
+    attends = own if own.dtype == torch.bool else own == 0
+    return attends.int().argmax(-1)
+
+
+def merge_samples(parts: list[Tensors]) -> Tensors:
+    """Of several calibrations' samples (blocks of one length) as many as one of them would keep, evenly."""
+    joined = {name: torch.cat([part[name] for part in parts]) for name in NAMES}
+    kept = sampled_blocks(*joined["sample_k"].shape[:2])
+    return {name: value[kept] for name, value in joined.items()}

@@ -1,0 +1,1 @@
+"""The stages that commands run: calibrate, solve, export, verify, evaluate, plan, pareto, run."""

@@ -1,0 +1,279 @@
+"""Perplexity the way the papers measure it, and how far a model is from its source.
+
+Text is cut into consecutive blocks of `seq_len` (the last one shorter); in each block every token but the
+first is predicted once. Perplexity is the exponential of the mean over all predicted tokens. Everything is kept as sums
+over each block, from which the bootstrap resamples.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from a3cli.errors import A3Error
+from a3cli.models.checkpoint import Checkpoint, resolve_model
+from a3cli.models.model import check_size
+from a3cli.report.junit import Case
+from a3cli.settings import EvalSettings, TextSettings
+from a3cli.settings.gates import describe
+from a3cli.stages.tasks import open_tasks, run_tasks
+from a3cli.text.blocks import TextRead, check_fit, check_texts, evaluation_blocks, load_tokenizer
+from a3cli.work.folder import Json
+from a3cli.work.machine import Machine, choose_machine
+
+CONFIDENCE = 0.95
+FIGURES = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
+
+
+@torch.inference_mode()
+def evaluate(settings: EvalSettings) -> Json:
+    """Perplexity of a model; with `against`, also the source's, KL(source ‖ model) in nats and top-1 agreement.
+
+    Each data set has its own figures, intervals and judged gates, in `datasets`; those of a single one stand at the top
+    as well. Raises A3Error for a model that does not load whole, too little text, or a loss that is not finite.
+    """
+    check_settings(settings)
+    tasks = open_tasks(settings)
+    checkpoints = open_checkpoints(settings)
+    for checkpoint in checkpoints:
+        check_size(checkpoint)  # before anything of transformers reads it
+    machine = choose_machine(settings.device, settings.dtype, checkpoints[0].dtype)
+    tokenizer = load_tokenizer(checkpoints[0].folder, trust_remote_code=settings.trust_remote_code)
+    texts = [(text, read_blocks(text, tokenizer, checkpoints[0])) for text in settings.texts]
+    models = [load_model(checkpoint, machine, settings) for checkpoint in checkpoints]
+    names = [checkpoint.name for checkpoint in checkpoints]
+    check_vocabularies(models, names)
+
+    datasets = [measure(models, names, text, *blocks, settings, machine) for text, blocks in texts]
+    result: Json = {
+        "model": names[0],
+        "device": str(machine.device),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+    }
+    if settings.against:
+        result["against"] = names[1]
+    if tasks is not None:
+        found = [run_tasks(tasks, each, tokenizer, settings, name) for each, name in zip(models, names, strict=True)]
+        result["tasks"] = dict(zip(("model", "against"), found, strict=False))
+    return result | (datasets[0] if len(datasets) == 1 else {}) | {"datasets": datasets}
+
+
+def check_settings(settings: EvalSettings) -> None:
+    """Raise A3Error for gates that cannot be judged, for nothing to do, and for texts that cannot be read as asked."""
+    if not settings.texts and not settings.tasks:
+        raise A3Error("nothing to measure: give --dataset or --tasks")
+    if settings.fail_if and not settings.texts:
+        raise A3Error("--fail-if judges what is measured on a --dataset, and there is none")
+    unknown = [gate.text for gate in settings.fail_if if gate.needs_source and not settings.against]
+    if unknown:
+        raise A3Error(f"--fail-if {', '.join(map(repr, unknown))}: only --against SOURCE gives this figure")
+    check_texts(settings.texts)
+
+
+def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
+    """The model and, with `against`, its source. Raises A3Error for code that may not run."""
+    models = [(settings.model, settings.revision)]
+    if settings.against:
+        models.append((settings.against, settings.against_revision))
+    checkpoints = [resolve_model(*each, follow_symlinks=settings.follow_symlinks) for each in models]
+    for each in checkpoints:
+        if "per_layer_config" in each.config and not settings.trust_remote_code:
+            raise A3Error(
+                f"{each.name}: its layers differ in size, and only the code in its folder builds them; "
+                "use --trust-remote-code to run that code"
+            )
+    return checkpoints
+
+
+def read_blocks(text: TextSettings, tokenizer: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], TextRead]:
+    """Return a data set's blocks, and what was read of it."""
+    read = TextRead()
+    blocks = evaluation_blocks(tokenizer, text, read)
+    check_fit(blocks, checkpoint.config, checkpoint.name)
+    return blocks, read
+
+
+def measure(
+    models: Sequence[Any],
+    names: Sequence[str],
+    text: TextSettings,
+    blocks: list[torch.Tensor],
+    read: TextRead,
+    settings: EvalSettings,
+    machine: Machine,
+) -> Json:
+    """Figures of one data set, their intervals, and the gates judged."""
+    source, source_name = (models[1], names[1]) if len(models) > 1 else (None, "")
+    sums, seconds = sum_blocks(
+        models[0],
+        source,
+        blocks,
+        batch_size=settings.batch_size,
+        device=machine.device,
+        name=names[0],
+        source_name=source_name,
+    )
+    figures = describe_sums(sums)
+    tokens = sum(len(block) for block in blocks)
+    result: Json = {
+        "dataset": text.dataset,
+        "text_files": read.files,
+        "text_read": read.describe(),
+        "seq_len": text.seq_len,
+        "blocks": len(blocks),
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        **figures,
+    }
+    if settings.bootstrap:
+        result["confidence"] = bootstrap(sums, resamples=settings.bootstrap, seed=settings.seed)
+    if settings.fail_if:
+        result["gates"] = [gate.judge(figures) for gate in settings.fail_if]
+    return result
+
+
+@torch.inference_mode()
+def sum_blocks(
+    model: Any,
+    source: Any | None,
+    blocks: list[torch.Tensor],
+    *,
+    batch_size: int,
+    device: torch.device,
+    name: str,
+    source_name: str,
+) -> tuple[torch.Tensor, float]:
+    """`[N, 2]` or, with a source, `[N, 5]` float64, and the seconds that the model's own forwards took.
+
+    A row has a block's number of predicted tokens and the sums over them of: the negative log-likelihood; the
+    source's; KL(source ‖ model); the tokens on which both agree. Raises A3Error if a likelihood is not finite; the
+    names are for its message.
+    """
+    rows, seconds = [], 0.0
+    for batch in batches(blocks, batch_size):
+        started = time.perf_counter()
+        logits = model(batch.to(device), use_cache=False).logits
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - started
+        source_logits = source(batch.to(device), use_cache=False).logits if source is not None else None
+        for row, tokens in enumerate(batch):
+            log_p = logits[row, :-1].float().log_softmax(-1)
+            sums = [len(tokens) - 1, negative_log_likelihood(log_p, tokens, name)]
+            if source_logits is not None:
+                log_q = source_logits[row, :-1].float().log_softmax(-1)
+                sums += [negative_log_likelihood(log_q, tokens, source_name), *divergence(log_p, log_q)]
+            rows.append(sums)
+    return torch.tensor(rows, dtype=torch.float64), seconds
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[float, int]:
+    """KL(q ‖ p) summed over the tokens `[T, V]`, and on how many of them both have the same favourite."""
+    kl = (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64).item()
+    return kl, int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+
+
+def describe_sums(sums: torch.Tensor) -> Json:
+    """The figures of all blocks together."""
+    figures = {key: value.item() for key, value in figures_of(sums.sum(0)).items()}
+    return {"predicted_tokens": int(sums[:, 0].sum()), **figures}
+
+
+def figures_of(total: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What follows from sums `[..., 2 or 5]` over blocks (see `sum_blocks`)."""
+    predicted, *sums = total.unbind(-1)
+    perplexity = (sums[0] / predicted).exp()
+    if len(sums) == 1:
+        return {"perplexity": perplexity}
+    source = (sums[1] / predicted).exp()
+    return {
+        "perplexity": perplexity,
+        "source_perplexity": source,
+        "perplexity_increase": perplexity - source,
+        "perplexity_increase_percent": 100 * (perplexity / source - 1),
+        "kl": sums[2] / predicted,
+        "top1_agreement": sums[3] / predicted,
+    }
+
+
+def bootstrap(sums: torch.Tensor, *, resamples: int, seed: int) -> Json:
+    """95 % intervals of all figures by drawing whole blocks again, with replacement; None where there is one block.
+
+    Tokens of one block are not independent, blocks nearly are, and both models see the same ones.
+    """
+    described: Json = {"level": CONFIDENCE, "resamples": resamples, "seed": seed}
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randint(len(sums), (len(sums),), generator=generator) for _ in range(resamples))
+    figures = figures_of(torch.stack([sums[draw].sum(0) for draw in draws]))
+    tails = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
+    for key, values in figures.items():
+        described[key] = values.quantile(tails).tolist() if len(sums) > 1 else None
+    return described
+
+
+def cases(result: Json) -> list[Case]:
+    """An evaluation as tests: one for each gate on each data set; a data set or task without gates counts as passed."""
+    found = []
+    for each in result["datasets"]:
+        figures = ", ".join(f"{key} {each[key]:.6g}" for key in FIGURES if key in each)
+        gates = each.get("gates", [])
+        found += [Case(each["dataset"], g["gate"], "failed" if g["failed"] else "passed", describe(g)) for g in gates]
+        if not gates:
+            found.append(Case(each["dataset"], "measured", "passed", figures))
+    for task, figures in result.get("tasks", {}).get("model", {}).items():
+        found.append(Case("tasks", task, "passed", ", ".join(f"{key} {value}" for key, value in figures.items())))
+    return found
+
+
+def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings) -> Any:
+    """The model as transformers loads it. Raises A3Error if any weight is missing or does not fit."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=machine.dtype,
+            device_map="auto" if machine.device.type == "cuda" and settings.device == "auto" else str(machine.device),
+            use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below; transformers' own error names no tensor
+        )
+    except (ValueError, RuntimeError, KeyError, OSError, ImportError) as error:
+        raise A3Error(f"{checkpoint.name} does not load: {' '.join(str(error).split())[:500]}") from error
+    problems = [f"{name} is missing" for name in info["missing_keys"]]
+    problems += [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    if problems:
+        raise A3Error(f"{checkpoint.name} does not load whole: {'; '.join(sorted(problems)[:5])}")
+    return model.eval()
+
+
+def batches(blocks: list[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    """Blocks of one length together, in order: `[B, T]`."""
+    full = [block for block in blocks if len(block) == len(blocks[0])]
+    for start in range(0, len(full), size):
+        yield torch.stack(full[start : start + size])
+    for block in blocks[len(full) :]:
+        if len(block) > 1:  # one token alone predicts nothing
+            yield block[None]
+
+
+def negative_log_likelihood(log_p: torch.Tensor, tokens: torch.Tensor, name: str) -> float:
+    """Sum over the predicted tokens of one block. Raises A3Error if it is not finite."""
+    targets = tokens[1:].to(log_p.device)
+    total = -log_p.gather(-1, targets[:, None]).sum(dtype=torch.float64).item()
+    if not math.isfinite(total):
+        raise A3Error(f"{name}: the loss is not finite; use --dtype float32, or the model is damaged")
+    return total
+
+
+def check_vocabularies(models: Sequence[Any], names: Sequence[str]) -> None:
+    sizes = [each.config.get_text_config().vocab_size for each in models]
+    if len(set(sizes)) > 1:
+        raise A3Error(
+            f"{names[0]} and {names[1]} have vocabularies of {sizes[0]} and {sizes[1]} tokens; "
+            "only models with the same tokenizer can be compared"
+        )

@@ -1,0 +1,391 @@
+"""Stage 3: source + solution → a Hugging Face folder that loads as any other.
+
+In the stock shape it is a stock checkpoint; in the per-layer shape the folder also holds the code that builds layers of
+different sizes. Tensors stream from the source's shards to new ones, one at a time; what the solution does not touch is
+copied byte for byte. The folder is written beside its place and renamed at the end; an export that was cut short goes
+on with the weight files that it had finished.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+
+from a3cli.errors import A3Error, CheckFailed
+from a3cli.models import shipped
+from a3cli.models.checkpoint import (
+    Checkpoint,
+    PlannedTensor,
+    check_finite,
+    is_finite,
+    plan_shards,
+    shard_names,
+    stored_rows,
+    write_index,
+    write_shard,
+)
+from a3cli.models.families import Family, LayerSizes, per_layer_config
+from a3cli.models.hub import INDEX
+from a3cli.models.model import Model, open_calibrated_source
+from a3cli.models.projections import apply_projection, pieces
+from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config
+from a3cli.report.card import model_card, public_dataset, public_name, public_request
+from a3cli.report.manifest import MANIFEST, read_export_manifest
+from a3cli.report.measured import read_evaluation
+from a3cli.runtimes import Verdict, judge, tokenizer_class_of
+from a3cli.settings import ExportSettings
+from a3cli.solvers.moments import Tensors
+from a3cli.work.folder import (
+    Draft,
+    Json,
+    Work,
+    check_hashes,
+    check_space,
+    copy_file,
+    drafting,
+    hash_file,
+    holding_target,
+    making_scratch,
+    name_differences,
+    read_manifest,
+    read_tensors,
+    versions,
+    write_json,
+    write_manifest,
+    writing,
+)
+from a3cli.work.interrupt import Stop
+from a3cli.work.processes import ahead, one_core_each, spread
+
+log = logging.getLogger(__name__)
+
+MODELING = Path(shipped.__file__).parent / "modeling_a3_llama.py"
+NOT_CARRIED = ("README.md", MANIFEST)
+MAKERS = 4  # threads that make what a weight file is to hold: as fast as one can be written
+
+Pieces = Iterator[torch.Tensor]  # rows of one weight that follow one another
+Named = tuple[str, torch.Tensor]  # such rows, with the weight's name
+
+
+class Solution:
+    """What is applied: the manifest, and the projections of as many layers at a time as are written."""
+
+    def __init__(self, manifest: Json, work: Work, *, held: int = 1) -> None:
+        self.manifest = manifest
+        self.layer: Callable[[int], Tensors] = lru_cache(maxsize=held)(
+            lambda i: read_tensors(work.layer_solution(i), "run a3 solve --overwrite")
+        )
+        self.sizes = [LayerSizes(**sizes) for sizes in manifest["sizes"]]
+
+    @property
+    def per_layer(self) -> bool:
+        return bool(self.manifest["shape"] == "per-layer")
+
+
+def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None = None) -> Json:
+    """Write the compressed checkpoint to `out`; returns its manifest.
+
+    Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use; CheckFailed if it is
+    to be written twice and the two differ; Interrupted at the end of the weight file in which `stop` was set off.
+    """
+    stop = stop or Stop()
+    with work.locked():
+        calibration, solution = read_solution(work, held=settings.num_processes)
+        model = open_calibrated_source(work, calibration, full_check=settings.full_check)
+        check_small_files(model.source, work)
+        request = describe_request(settings, solution)
+        measured = [
+            {**each, "dataset": public_dataset(each["dataset"])}
+            for file in settings.evaluations
+            for each in read_evaluation(file)
+        ]
+        again = settings.overwrite or settings.check_reproducible
+        if not again and (finished := finished_export(out, request, measured)):
+            return finished
+        check_target(out, model.source, work, overwrite=settings.overwrite)
+        shards = plan(model, solution, settings)
+        size = sum(t.bytes for tensors in shards.values() for t in tensors)
+        inputs = (model, calibration, solution, shards, settings, measured, stop)
+        with holding_target(out.resolve()), drafting(out.resolve(), request) as draft:
+            draft.check_space(size, "export")
+            manifest = write_checkpoint(draft, *inputs)
+            if settings.check_reproducible:
+                check_space(work.folder, size, "--check-reproducible")
+                with making_scratch(work.scratch), drafting(work.scratch / "export", request) as second:
+                    check_same_files(manifest, write_checkpoint(second, *inputs), out)
+            return manifest
+
+
+def describe_request(settings: ExportSettings, solution: Solution) -> Json:
+    """Everything that the weight files depend on."""
+    wanted = {"dtype", "max_shard_size"}
+    return {
+        "settings": settings.model_dump(mode="json", include=wanted),
+        "solution": solution.manifest["sha256"],
+        "versions": versions(),
+    }
+
+
+def finished_export(out: Path, request: Json, measured: list[Json]) -> Json | None:
+    """The manifest of a whole export that this request wrote, as a command that was killed at its end leaves it."""
+    found: Json = {}
+    with suppress(A3Error):  # there is none, or no export of ours
+        found = {} if out.is_symlink() else read_export_manifest(out / MANIFEST)
+    if not found or found["measured"] != measured:
+        return None
+    settings = {name: found[name] for name in request["settings"]}
+    if {"settings": settings, "solution": found["solution"]["sha256"], "versions": found["versions"]} != request:
+        return None
+    check_hashes({out / name: expected for name, expected in found["files"].items()}, "use --overwrite")
+    return found
+
+
+def check_small_files(source: Checkpoint, work: Work) -> None:
+    """Raise A3Error unless tokenizer, generation config and the like are those that the calibration saw."""
+    recorded = read_manifest(work.source, "run a3 calibrate on the source again")["small_files"]
+    if differs := name_differences(recorded, source.hash_small_files()):
+        raise A3Error(
+            f"{source.name}: {differs} changed since a3 calibrate; restore what was changed, or run the same "
+            "a3 calibrate again to take the files as they are"
+        )
+
+
+def check_same_files(one: Json, other: Json, out: Path) -> None:
+    """Raise CheckFailed naming the files that two exports of the same inputs have different."""
+    if differs := name_differences(one["files"], other["files"]):
+        raise CheckFailed(f"two exports of the same inputs differ in {differs}; {out} was not written")
+
+
+def read_solution(work: Work, *, held: int = 1) -> tuple[Json, Solution]:
+    """Calibration manifest and solution, checked against one another and against their files."""
+    if not work.solution_manifest.is_file():
+        raise A3Error(f"{work.folder} has no finished solution; run a3 solve first (--work names the folder)")
+    calibration = read_manifest(work.calibration_manifest, "run a3 calibrate --overwrite")
+    manifest = read_manifest(work.solution_manifest, "run a3 solve --overwrite")
+    if manifest["request"]["calibration"] != calibration["sha256"]:
+        raise A3Error(
+            f"{work.solution_manifest} was solved from another calibration than {work.calibration_manifest}; "
+            "run a3 solve --overwrite"
+        )
+    files = {work.layer_solution(layer): expected for layer, expected in enumerate(manifest["layers"])}
+    check_hashes(files, "run a3 solve --overwrite")
+    return calibration, Solution(manifest, work, held=held)
+
+
+def check_target(out: Path, source: Checkpoint, work: Work, *, overwrite: bool) -> None:
+    """Raise A3Error unless `out` may be written: empty or an earlier export, and apart from what is read."""
+    resolved = out.resolve()
+    for folder, name in ((source.folder.resolve(), "the source"), (work.folder.resolve(), "the work folder")):
+        if resolved == folder or folder in resolved.parents or resolved in folder.parents:
+            raise A3Error(f"{out} and {name} {folder} lie inside one another; choose another output folder")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise A3Error(f"{out} is no folder; choose another output folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise A3Error(f"{out} is not empty; use --overwrite to replace an earlier export, or another folder")
+        if not (out / MANIFEST).is_file():
+            raise A3Error(f"{out} holds something that is no a3 export; --overwrite does not replace it")
+
+
+def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str, list[PlannedTensor]]:
+    """Return every tensor of the export in the source's order, by shard file.
+
+    Tensors that the class ignores are left out: a stored `rotary_emb.inv_freq` has the source's head size.
+    """
+    shapes = [model.shape.linear_shapes(sizes) for sizes in solution.sizes]
+    planned = []
+    for name, info in model.source.tensors.items():
+        if name not in model.stock.shapes:
+            continue
+        new_shape = info.shape
+        if found := model.family.find_role(name):
+            layer, role, kind = found
+            if role in shapes[layer]:
+                new_shape = shapes[layer][role] if kind == "weight" else shapes[layer][role][:1]
+        dtype = info.dtype if settings.dtype == "source" else getattr(torch, settings.dtype)
+        planned.append(PlannedTensor(name, tuple(new_shape), dtype))
+    groups = plan_shards(planned, settings.max_shard_size)
+    return dict(zip(shard_names(len(groups)), groups, strict=True))
+
+
+def write_checkpoint(
+    draft: Draft,
+    model: Model,
+    calibration: Json,
+    solution: Solution,
+    shards: dict[str, list[PlannedTensor]],
+    settings: ExportSettings,
+    measured: list[Json],
+    stop: Stop,
+) -> Json:
+    """Weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
+    folder = draft.folder
+
+    def write(shard: str) -> str:
+        known = draft.learnt(shard)
+        if known is None:
+            stop.before(f"writing {shard}", "the same command goes on there")
+            log.info("writing %s", shard)
+            tensors = transform(model, solution, shards[shard])
+            with writing(folder / shard):
+                digest = write_shard(folder / shard, shards[shard], tensors, cached=False)
+                known = draft.finish(shard, digest)
+        return str(known["hash"])
+
+    hashes = dict(zip(shards, spread(write, shards, settings.num_processes), strict=True))
+    if len(shards) > 1:
+        with writing(folder / INDEX):
+            write_index(folder / INDEX, shards)
+    config = compressed_config(model, solution, settings)
+    write_json(folder / "config.json", config)
+    if solution.per_layer:
+        copy_file(MODELING, folder / MODELING.name)
+    carry_files(model.source, folder)
+    result = {
+        "source": {
+            "model": public_name({"model": model.source.name, "revision": model.source.revision}),
+            "revision": model.source.revision,
+            "fingerprint": calibration["request"]["source"],  # checked when the source was opened
+        },
+        "calibration": {
+            "request": public_request(calibration["request"]),
+            "text_read": calibration.get("text_read"),
+            **{key: calibration[key] for key in ("tokens", "blocks", "tokens_hash", "sha256")},
+            "made_with": calibration.get("made_with"),
+        },
+        "solution": {key: value for key, value in solution.manifest.items() if key != "layers"},
+        "dtype": settings.dtype,
+        "max_shard_size": settings.max_shard_size,
+        "measured": measured,
+        "runtimes": [asdict(verdict) for verdict in judge_export(config, model, solution)],
+        "versions": versions(),
+    }
+    with writing(folder / "README.md"):
+        (folder / "README.md").write_text(model_card(model, result), "utf-8")
+    files = {p.name: hashes.get(p.name) or hash_file(p) for p in sorted(folder.iterdir())}
+    return write_manifest(folder / MANIFEST, {**result, "files": files})
+
+
+def judge_export(config: Json, model: Model, solution: Solution) -> list[Verdict]:
+    """Return which runtimes load an export with this config.json."""
+    smaller_heads = any(size.qk < model.shape.head_dim for size in solution.sizes)
+    return judge(config, smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(model.source.folder))
+
+
+def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces]:
+    """One tensor after another, made by several threads while the system reads the next."""
+    with one_core_each(min(MAKERS, os.cpu_count() or 1)) as threads:
+        rows = ahead(threads, all_transformed(model, solution, planned), MAKERS)
+        for _, of_tensor in groupby(rows, key=itemgetter(0)):
+            yield (part for _, part in of_tensor)
+
+
+def all_transformed(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Callable[[], Named]]:
+    """What makes the tensors of a weight file, one after another."""
+    for this, following in zip(planned, [*planned[1:], None], strict=True):
+        if following:
+            model.source.read_ahead(following.name)
+        yield from transformed(model, solution, this)
+
+
+def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Iterator[Callable[[], Named]]:
+    """What makes one tensor as the export stores it, some rows each. Raises A3Error for what is not finite."""
+    found = model.family.find_role(planned.name)
+    if found is None:
+        for rows in stored_rows(model.source.info(planned.name)):
+            yield partial(made, rows, planned, model)
+        return
+    layer, role, _ = found
+    weight = model.source.read(planned.name)
+    for part, of_rows in pieces(weight, role, solution.layer(layer), model.shape):
+        project = partial(
+            apply_projection, role=role, solution=of_rows, shape=model.shape, fold_scale=not solution.per_layer
+        )
+        yield partial(made, part, planned, model, project)
+
+
+def made(
+    rows: torch.Tensor,
+    planned: PlannedTensor,
+    model: Model,
+    project: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+) -> Named:
+    check_finite(rows, planned.name, model.source.name)
+    return planned.name, converted(project(rows), planned)
+
+
+def converted(rows: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
+    result = rows.to(planned.dtype)
+    if result.dtype != rows.dtype and not is_finite(result):
+        raise A3Error(f"tensor {planned.name} has values too large for {planned.dtype}; export with --dtype bfloat16")
+    return result
+
+
+def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
+    """The source's config.json with what the solution changes."""
+    changes = per_layer_changes(model, solution) if solution.per_layer else stock_changes(model, solution)
+    if solution.manifest["context"] != model.rope.context:  # lowered by --context
+        changes["max_position_embeddings"] = solution.manifest["context"]
+    gone = ROPE_KEYS if ROPE_KEYS & changes.keys() else set()
+    config = {key: value for key, value in model.source.config.items() if key not in gone} | changes
+    if settings.dtype != "source":
+        config.pop("torch_dtype", None)
+        config["dtype"] = settings.dtype
+    return config
+
+
+def stock_changes(model: Model, solution: Solution) -> Json:
+    """One head size and one MLP width for all layers and, if heads are smaller, the new RoPE."""
+    sizes = solution.sizes[0]
+    changes: Json = {"intermediate_size": sizes.mlp}
+    if model.source.stored_otherwise:  # config.json names the class of the decoder alone
+        changes["architectures"] = [model.stock.name]
+    if sizes.qk < model.shape.head_dim:
+        rope = replace(model.rope, context=solution.manifest["context"])
+        linear_factor = solution.manifest["request"]["settings"]["rope_form"] == "linear"
+        kept = kept_rope_config(rope, solution.manifest["rope_slots"], linear_factor=linear_factor)
+        return changes | {"head_dim": sizes.qk, **kept}
+    return changes | lowered_rope(model, solution)
+
+
+def per_layer_changes(model: Model, solution: Solution) -> Json:
+    """`per_layer_config`, as transformers 5 reads it, and the code that builds layers from it.
+
+    `head_dim` stays that of the source: it defines the pairs that `rope_slots` counts, and the softmax scale.
+    """
+    return {
+        "architectures": [model.family.per_layer_class],
+        "auto_map": auto_map(model.family),
+        "head_dim": model.shape.head_dim,
+        "per_layer_config": per_layer_config(solution.sizes, solution.manifest["rope_slots"]),
+        **both_spellings(model.rope.parameters),
+        **lowered_rope(model, solution),
+    }
+
+
+def auto_map(family: Family) -> Json:
+    """The classes in the exported code, by the auto class that builds them: vLLM's Transformers backend asks for the
+    second one.
+    """
+    causal = f"{MODELING.stem}.{family.per_layer_class}"
+    return {"AutoModelForCausalLM": causal, "AutoModel": causal.replace("ForCausalLM", "Model")}
+
+
+def lowered_rope(model: Model, solution: Solution) -> Json:
+    """RoPE of all pairs, if `--context` lowered `max_position_embeddings`: of some kinds it would change with that."""
+    context, pairs = solution.manifest["context"], range(len(model.rope.short))
+    return {} if context == model.rope.context else kept_rope_config(replace(model.rope, context=context), pairs)
+
+
+def carry_files(source: Checkpoint, folder: Path) -> None:
+    """Tokenizer, generation config, chat template, licence: what lies beside the weights and is not rewritten."""
+    for name, path in source.small_files().items():
+        if name not in NOT_CARRIED:
+            copy_file(path, folder / name)

@@ -1,0 +1,189 @@
+"""Finished calibrations of one model on different text → one calibration, as if all of the text had been one.
+
+Statistics are sums, so they add up exactly; attention that was kept whole is put together. One layer of two
+calibrations is in memory at a time.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from a3cli.errors import A3Error
+from a3cli.report.inspection import read_source
+from a3cli.solvers.moments import Tensors
+from a3cli.solvers.samples import NAMES, merge_samples
+from a3cli.stages.solve import read_calibration
+from a3cli.work.folder import (
+    Json,
+    Work,
+    bytes_on_disk,
+    check_hash,
+    differences,
+    drafting,
+    hash_file,
+    open_tensors,
+    read_manifest,
+    read_named,
+    read_tensors,
+    versions,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
+
+log = logging.getLogger(__name__)
+
+SAME = ("source", "tokenizer", "dtype", "mlp_stats", "trust_remote_code")
+REMEDY = "run a3 calibrate --overwrite there"
+
+
+def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> Json:
+    """Write the sum of the calibrations in `parts` to `target`; returns its manifest.
+
+    Raises A3Error for a calibration that is unfinished, altered, of another model or kind, or there twice, and if
+    `target` holds another one, unless `overwrite`.
+    """
+    check_places(parts, target)
+    with ExitStack() as locks:
+        for work in sorted((*parts, target), key=lambda work: work.folder.resolve()):
+            locks.enter_context(work.locked())
+        calibrations = [read_calibration(work) for work in parts]
+        check_alike(parts, calibrations)
+        request = merged_request(calibrations)
+        if finished := finished_manifest(target, request, overwrite=overwrite):
+            return finished
+        source = read_source(parts[0], calibrations[0])
+        return write_merged(parts, calibrations, source, target, request)
+
+
+def check_places(parts: Sequence[Work], target: Work) -> None:
+    if len(parts) < 2:
+        raise A3Error("name at least two work folders to merge")
+    folders = [work.folder.resolve() for work in parts]
+    for folder in folders:
+        if not folder.is_dir():
+            raise A3Error(f"{folder} is no work folder")
+        if folders.count(folder) > 1:
+            raise A3Error(f"{folder} is named twice; its text would count twice")
+    if target.folder.resolve() in folders:
+        raise A3Error(f"--into {target.folder} is one of the work folders to merge; choose another")
+
+
+def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
+    """Raise A3Error unless the sums mean the same and no text is in two of them."""
+    first = calibrations[0]
+    for work, other in zip(parts[1:], calibrations[1:], strict=True):
+        differing = [name for name in SAME if other["request"][name] != first["request"][name]]
+        if other["blocks"][1] != first["blocks"][1]:  # distances go up to the length, and blocks are one tensor
+            differing.append("seq_len")
+        if differing:
+            raise A3Error(
+                f"{parts[0].folder} and {work.folder} cannot be merged: they differ in {', '.join(differing)}"
+            )
+    seen = [each["calibration"] for calibration in calibrations for each in ingredients(calibration)]
+    if len(set(seen)) < len(seen):
+        raise A3Error("the same calibration is there twice (as itself or merged before); its text would count twice")
+
+
+def ingredients(calibration: Json) -> list[Json]:
+    """What a calibration was made from: its own text, or the parts that it was merged from."""
+    request = calibration["request"]
+    if "merged" in request:
+        return list(request["merged"])
+    own = {
+        "calibration": calibration["sha256"],
+        "text": request["text"],
+        "text_files": request["text_files"],
+        "text_read": calibration.get("text_read"),
+        "tokens": calibration["tokens"],
+        "device": request["device"],
+        "batch_size": request["batch_size"],
+        "made_with": calibration.get("made_with", []),
+    }
+    return [own]
+
+
+def merged_reading(request: Json) -> Json | None:
+    """Return the counts of rows over all texts of a merged request; None if one of them has none."""
+    parts = [each["text_read"] for each in request["merged"]]
+    if None in parts:
+        return None
+    counts = {key: sum(part[key] for part in parts) for key in ("rows", "skipped")}
+    return {**counts, "whole": all(part["whole"] for part in parts)}
+
+
+def merged_request(calibrations: list[Json]) -> Json:
+    """A calibration's request, with what it was merged from."""
+    first = calibrations[0]["request"]
+    merged = [each for calibration in calibrations for each in ingredients(calibration)]
+    text = {
+        **first["text"],
+        "dataset": " + ".join(each["text"]["dataset"] for each in merged),
+        "samples": sum(calibration["blocks"][0] for calibration in calibrations),
+    }
+    return {**first, "text": text, "text_files": {}, "merged": merged}
+
+
+def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json | None:
+    """The manifest of the same merge, done before. Raises A3Error for another calibration unless `overwrite`."""
+    if overwrite or not (target.calibration_manifest.exists() or target.calibration_progress.exists()):
+        return None
+    if target.calibration_manifest.exists():
+        found = read_manifest(target.calibration_manifest, "use --overwrite")
+        if found["request"] == request:
+            return found
+        what = f"differs in {differences(found['request'], request, 'text')}"
+    else:
+        what = "unfinished"
+    raise A3Error(f"{target.folder} holds another calibration ({what}); use --overwrite or another --into")
+
+
+def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, target: Work, request: Json) -> Json:
+    """Layer by layer; the folder appears when it is whole, and a merge that was cut short goes on."""
+    for work, calibration in zip(parts, calibrations, strict=True):
+        check_hash(work.tokens, calibration["tokens_hash"], REMEDY)
+    with drafting(target.calibration, {**request, "versions": versions()}) as draft:
+        draft.check_space(bytes_on_disk(parts[0].calibration.iterdir()), "the merged calibration")
+        tokens = torch.cat([read_tensors(work.tokens, REMEDY)["tokens"] for work in parts])
+        tokens_file = draft.folder / target.tokens.name
+        write_tensors(tokens_file, {"tokens": tokens})
+        hashes = []
+        for layer in range(len(calibrations[0]["layers"])):
+            name = target.statistics(layer).name
+            known = draft.learnt(name)
+            if known is None:
+                log.info("layer %d of %d", layer + 1, len(calibrations[0]["layers"]))
+                for work, calibration in zip(parts, calibrations, strict=True):
+                    check_hash(work.statistics(layer), calibration["layers"][layer], REMEDY)
+                write_tensors(draft.folder / name, add_statistics([work.statistics(layer) for work in parts]))
+                known = draft.finish(name)
+            hashes.append(known["hash"])
+        write_json(target.source, source)
+        manifest = {
+            "request": request,
+            "text_read": merged_reading(request),
+            "tokens": int(tokens.numel()),
+            "blocks": list(tokens.shape),
+            "tokens_hash": hash_file(tokens_file),
+            "layers": hashes,
+            "versions": versions(),
+        }
+        return write_manifest(draft.folder / target.calibration_manifest.name, manifest)
+
+
+def add_statistics(files: Sequence[Path]) -> Tensors:
+    """The sums of one layer over all calibrations, and samples of all."""
+    with open_tensors(files[0], REMEDY) as first:
+        names = [name for name in first.keys() if name not in NAMES]  # noqa: SIM118, no dictionary
+        total = {name: first.get_tensor(name).clone() for name in names}
+    for file in files[1:]:
+        with open_tensors(file, REMEDY) as more:
+            for name, value in total.items():
+                value.add_(more.get_tensor(name))
+    samples = [read_named(file, NAMES, REMEDY) for file in files]
+    if lacking := [str(file) for file, found in zip(files, samples, strict=True) if found is None]:
+        raise A3Error(f"{', '.join(lacking)}: no samples of attention; {REMEDY}")
+    return total | merge_samples([found for found in samples if found])

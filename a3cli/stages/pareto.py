@@ -1,0 +1,237 @@
+"""One calibration → loss against size, for every method at many budgets: predicted, and measured where text is given.
+
+Error curves are made once for each method; each budget is then only an allocation. Measuring projects, exports and
+evaluates in a temporary folder inside the work folder; the solution that is there is left alone.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from a3cli.errors import A3Error
+from a3cli.methods import Curves
+from a3cli.models import costs
+from a3cli.models.families import LayerSizes
+from a3cli.models.model import Model, open_calibrated_source
+from a3cli.settings import LOSSES, EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
+from a3cli.stages.evaluate import evaluate
+from a3cli.stages.export import export
+from a3cli.stages.solve import (
+    AGAIN,
+    analyse,
+    check_settings,
+    check_statistics,
+    choose_sizes,
+    describe_result,
+    predicted_loss,
+    read_calibration,
+    write_solution,
+)
+from a3cli.stream.sweep import Progress
+from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
+from a3cli.work.folder import (
+    Json,
+    Work,
+    making_scratch,
+    read_if_of,
+    read_json,
+    read_undamaged,
+    replacing,
+    versions,
+    write_manifest,
+)
+from a3cli.work.interrupt import Stop
+from a3cli.work.machine import return_freed_memory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+MEASURED = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
+VARIANTS = {
+    "paper": {"method": "paper", "shape": "stock"},
+    "best": {"method": "best", "shape": "stock"},
+    "best, per-layer": {"method": "best", "shape": "per-layer"},
+}
+
+
+def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: Stop | None = None) -> Json:
+    """Every variant at every budget; returns the points. A budget that a variant cannot reach has an `error`.
+
+    Raises A3Error if the statistics are missing, altered or of another source, or if no point can be reached, and
+    Interrupted at the end of the layer or point in which `stop` was set off.
+    """
+    stop = stop or Stop()
+    return_freed_memory()
+    check_texts([settings.text] if settings.text else [])
+    calibration = read_calibration(work)
+    with work.locked():
+        model = open_calibrated_source(work, calibration)
+        check_statistics(work, calibration)
+        points = Points(settings, work, calibration)
+        for name, variant in variants_of(settings):
+            if variant["method"] == "best" and calibration["request"]["mlp_stats"] == "diagonal":
+                log.info("%s: needs statistics that --mlp-stats diagonal left out", name)
+                continue
+            missing = [budget for budget in settings.budgets if not points.has(name, budget)]
+            if not missing:
+                continue
+            log.info("error curves: %s", name)
+            base = settings_of(settings, variant, settings.budgets[0])
+            check_settings(base)
+            method, curves = analyse(base, model, work, calibration, progress, stop)
+            for budget in missing:
+                stop.before(f"{name} at {budget:g}", AGAIN)
+                chosen = settings_of(settings, variant, budget)
+                found = {"variant": name, **point(chosen, model, calibration, curves)}
+                if settings.text and "error" not in found:
+                    with making_scratch(work.scratch):
+                        borrowed = work.borrowed_by(work.scratch / "work")
+                        write_solution(chosen, borrowed, calibration, method, curves, progress, stop)
+                        measured = measure(chosen, settings.text, borrowed, work.scratch / "export")
+                    points.note_text(measured)
+                    found["measured"] = {key: measured[key] for key in MEASURED}
+                points.add(found)
+        if all("error" in each for each in points.found):
+            raise A3Error(points.found[0]["error"])
+        points.forget()
+    return {
+        "model": model.source.name,
+        "calibration": calibration["sha256"],
+        "sensitivity": settings.sensitivity,
+        "points": points.found,
+    }
+
+
+def variants_of(settings: ParetoSettings) -> Iterator[tuple[str, Json]]:
+    """What is compared, by name: the paper's method as it was published, ours with what was asked for."""
+    for name, variant in VARIANTS.items():
+        corrected = settings.sequential and variant["method"] == "best"
+        yield f"{name}, sequential" if corrected else name, {**variant, "sequential": corrected}
+
+
+class Points:
+    """What is known so far, in a file of the work folder: measuring one point can take long."""
+
+    def __init__(self, settings: ParetoSettings, work: Work, calibration: Json) -> None:
+        self._file = work.points
+        self._settings, self._calibration = settings, calibration["sha256"]
+        begun = read_undamaged(self._file)
+        self._read: Json | None = begun.get("text_read") if begun else None
+        read = self._read
+        files = files_now(settings.text, read["files"], whole=read["whole"]) if settings.text and read else {}
+        known = read_if_of(self._file, self._request(files))
+        self.found: list[Json] = known["points"] if known else []
+        if known is None:
+            self._read = None
+
+    def _request(self, files: Json) -> Json:
+        """Return everything that points depend on; `files` were read of the text."""
+        text = self._settings.text and as_compared(describe_text(self._settings.text), files)
+        return {
+            "settings": {**self._settings.model_dump(mode="json"), "text": text},
+            "text_files": files,
+            "calibration": self._calibration,
+            "versions": versions(),
+        }
+
+    def has(self, variant: str, budget: float) -> bool:
+        return any((each["variant"], each["budget_asked"]) == (variant, budget) for each in self.found)
+
+    def add(self, point: Json) -> None:
+        self.found.append(point)
+        request = self._request(self._read["files"] if self._read else {})
+        write_manifest(self._file, {"request": request, "text_read": self._read, "points": self.found})
+
+    def note_text(self, measured: Json) -> None:
+        """Record which files an evaluation has read: what later points have in common with this one."""
+        self._read = {"files": measured["text_files"], "whole": measured["text_read"]["whole"]}
+
+    def forget(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+
+def settings_of(settings: ParetoSettings, variant: Json, budget: float) -> SolveSettings:
+    shared = ("head_multiple", "mlp_multiple", "sensitivity", "device", "dtype", "batch_size")
+    return SolveSettings.model_validate(
+        {"budget": budget, **variant, **{name: getattr(settings, name) for name in shared}}
+    )
+
+
+def point(settings: SolveSettings, model: Model, calibration: Json, curves: list[Curves]) -> Json:
+    """Sizes, costs and predicted loss at one budget."""
+    try:
+        sizes = choose_sizes(settings, model.shape, curves)
+    except A3Error as error:
+        return {"budget_asked": settings.budget, "error": str(error)}
+    wanted = ("budget_asked", "budget_reached", "parameters", "bytes", "kv_bytes_per_token", "sizes")
+    described = describe_result(model, settings, calibration, sizes)
+    return {
+        **{key: described[key] for key in wanted},
+        "decoder_weights_left": costs.linear_weights(model.shape, sizes),
+        "predicted_loss": sum(predicted_loss(curves, sizes).values()),
+        "mean_sizes": mean_sizes(sizes),
+    }
+
+
+def mean_sizes(sizes: list[LayerSizes]) -> Json:
+    return {name: sum(getattr(size, name) for size in sizes) / len(sizes) for name in ("qk", "ov", "mlp")}
+
+
+def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) -> Json:
+    """What `evaluate` finds of the solution in `work`, exported to `out`."""
+    source = read_json(work.source)
+    log.info("measuring %s, %s, at %g", settings.method, settings.shape, settings.budget)
+    export(out, ExportSettings(), work)
+    return evaluate(
+        EvalSettings(
+            model=str(out),
+            against=source["model"],
+            against_revision=source["revision"],
+            follow_symlinks=source.get("follow_symlinks") is True,
+            texts=(text,),
+            bootstrap=0,
+            device=settings.device,
+            dtype=settings.dtype,
+            batch_size=settings.batch_size,
+            trust_remote_code=settings.shape == "per-layer",  # the code is our own
+        )
+    )
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise A3Error for a file that no plot can be written to, before any work begins."""
+    if path and path.suffix not in (".png", ".svg"):
+        raise A3Error(f"--plot {path}: the name must end in .png or .svg")
+    if path and not path.parent.is_dir():
+        raise A3Error(f"--plot {path}: there is no folder {path.parent}")
+
+
+def draw(result: Json, path: Path) -> None:
+    """Write `plot` of a sweep's points as PNG or SVG, by the name's end."""
+    with replacing(path) as partial:
+        plot(result).savefig(
+            partial, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
+        )
+
+
+def plot(result: Json) -> "Figure":
+    """Draw loss against the share of the decoder's weights removed, one line a variant."""
+    from matplotlib.figure import Figure
+
+    reached = [each for each in result["points"] if "error" not in each]
+    predicted = f"predicted loss\n({LOSSES[result['sensitivity']]})"  # in two lines: in one it is longer than the axis
+    panels: dict[str, Callable[[Json], float]] = {predicted: lambda each: each["predicted_loss"]}
+    if any("measured" in each for each in reached):
+        panels["KL(source ‖ compressed), nats a token"] = lambda each: each["measured"]["kl"]
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    for axes, (label, loss) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name in dict.fromkeys(each["variant"] for each in reached):
+            of_variant = [each for each in reached if each["variant"] == name]
+            axes.plot([100 * p["budget_reached"] for p in of_variant], [loss(p) for p in of_variant], "o-", label=name)
+        axes.set(xlabel="decoder weights removed, %", ylabel=label, yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure

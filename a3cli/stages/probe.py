@@ -1,0 +1,267 @@
+"""Measured sensitivities: KL of the whole model when one component of one layer is cut, in one branching sweep.
+
+A stream of hidden states is a model under way. The source's own stream passes each layer whole; at each layer new
+streams branch off it, through that layer with one component cut to one size; all streams pass the layers after it
+whole. At the end each stream's logits are compared with the source's. So the model is passed through once, however many
+probes there are (a layer's weights are read once more for each of its own cuts), and memory holds one layer and one
+batch. The files of the streams take 2 · (1 + probes) times the hidden states of the probe's blocks. A killed probe goes
+on at its layer.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from a3cli.errors import A3Error
+from a3cli.methods import Curves, LayerInputs, Method
+from a3cli.settings import COMPONENTS, Component
+from a3cli.stream.hidden import HiddenStates
+from a3cli.stream.smaller import Cut, SmallerDecoder
+from a3cli.stream.sweep import Arguments, Decoder, Progress, embed_all, run_layer
+from a3cli.work.folder import (
+    Json,
+    Work,
+    check_space,
+    hash_file,
+    read_if_of,
+    read_manifest,
+    read_tensors,
+    versions,
+    write_manifest,
+)
+from a3cli.work.interrupt import Stop
+from a3cli.work.machine import choose_machine
+
+log = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"
+
+
+class Probe(NamedTuple):
+    """One measurement: a layer whose `component` alone is cut to `size`."""
+
+    layer: int
+    component: Component
+    size: int
+
+
+# Of each layer and component: KL (nats a token) at each probed size, ascending.
+Measured = list[dict[Component, dict[int, float]]]
+
+
+def probe(
+    method: Method, curves: list[Curves], work: Work, calibration: Json, progress: Progress, stop: Stop
+) -> Measured:
+    """KL at the probed sizes of every layer and component, from the work folder if it was measured before."""
+    settings = method.settings
+    request = describe_request(method, calibration)
+    finished = work.probes / f"{settings.method}-{settings.shape}.json"
+    if finished.is_file():
+        found = read_manifest(finished, "remove it")
+        if found["request"] == request:
+            clear(work.probes)  # if it was killed right before that
+            return from_json(found["layers"])
+    probes = plan_probes(curves, settings.probe_points)
+    if not probes:
+        return [{} for _ in curves]
+    log.info("probing %d cuts on %d blocks", len(probes), settings.probe_blocks)
+    run = _Run(method, work, probes, request)
+    measured = run.measure(progress, stop)
+    write_manifest(finished, {"request": request, "tokens": run.blocks.numel(), "layers": to_json(measured)})
+    clear(work.probes)
+    return measured
+
+
+def clear(probes: Path) -> None:
+    """Remove what a sweep under way goes on with."""
+    for path in (probes / PROGRESS, *probes.glob("streams-*.bin")):
+        path.unlink(missing_ok=True)
+
+
+class _Run:
+    """One branching sweep. Stream 0 is the source's; stream i + 1 belongs to probe i."""
+
+    def __init__(self, method: Method, work: Work, probes: list[Probe], request: Json) -> None:
+        settings, model = method.settings, method.model
+        self.machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
+        self.method, self.work, self.probes = method, work, probes
+        # Streams are of one type, and what one device began another does not finish.
+        self.request = {**request, **self.machine.describe()}
+        self.blocks = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"][: settings.probe_blocks]
+        self.batch_size = settings.batch_size
+        self.progress_file = work.probes / PROGRESS
+        self.layers = model.shape.layers
+
+    def measure(self, progress: Progress, stop: Stop) -> Measured:
+        """Run what is left of the sweep, and compare its ends. Raises A3Error if a file is damaged or the disk full."""
+        first = self._begin()
+        decoder = Decoder(self.method.model, self.machine)
+        cuts = SmallerDecoder(self.method.model, self.machine, [self._cut(each) for each in self.probes])
+        target = self._streams(0) if first == 0 else None
+        calls = [embed_all(each, self.blocks, self.batch_size, target) for each in (decoder, cuts)]
+        for layer in range(first, self.layers):
+            stop.before(f"probing layer {layer + 1} of {self.layers}", "the same command goes on there")
+            self._pass(layer, decoder, cuts, calls)
+            streams = hash_file(self._streams(layer + 1).path)
+            write_manifest(self.progress_file, {"request": self.request, "layer": layer + 1, "streams": streams})
+            tokens = self.blocks.numel()
+            progress(layer=layer, layers=self.layers, tokens=tokens, total_tokens=tokens)
+        return self._compare(decoder)
+
+    def _begin(self) -> int:
+        """The layer to go on at; 0 with empty streams unless a sweep with this request was under way."""
+        found = read_if_of(self.progress_file, self.request)
+        if found:
+            streams = self._streams(found["layer"]).path
+            if streams.is_file() and hash_file(streams) == found["streams"]:
+                done = int(found["layer"])
+                if done < self.layers:
+                    log.info("resuming at layer %d of %d", done + 1, self.layers)
+                return done
+            log.warning("%s is not as it was written; probing begins anew", streams)
+        self.work.probes.mkdir(exist_ok=True)
+        clear(self.work.probes)
+        check_space(self.work.folder, 2 * self._streams(0).bytes, "probing")
+        self._streams(0).create()
+        return 0
+
+    def _streams(self, layer: int) -> HiddenStates:
+        """The input of a layer: all streams, one after another."""
+        shape = ((1 + len(self.probes)) * len(self.blocks), self.blocks.shape[1], self.method.model.shape.hidden_size)
+        return HiddenStates(self.work.probes / f"streams-{layer % 2}.bin", shape, self.machine.dtype)
+
+    @property
+    def _starts(self) -> range:
+        return range(0, len(self.blocks), self.batch_size)
+
+    def _cut(self, each: Probe) -> Cut:
+        full = self.method.model.shape.sizes[each.layer]
+        sizes = replace(full, **{each.component: each.size})
+        slots = self.method.slots_or_pairs(each.layer, sizes.qk)
+        return Cut(each.layer, sizes, slots, lambda: self.method.project(self._inputs(each.layer), sizes))
+
+    def _inputs(self, layer: int) -> LayerInputs:
+        return LayerInputs(self.method.model, self.work, layer)
+
+    @torch.inference_mode()
+    def _pass(
+        self, layer: int, decoder: Decoder, cuts: SmallerDecoder, calls: list[dict[int, list[Arguments]]]
+    ) -> None:
+        """All streams through one layer, and the source's through each of its cuts."""
+        source, target = self._streams(layer), self._streams(layer + 1)
+        target.create()
+        own = [index for index, each in enumerate(self.probes) if each.layer == layer]
+        under_way = [0, *(index + 1 for index, each in enumerate(self.probes) if each.layer < layer)]
+        with decoder.layer(layer) as whole:
+            for stream in under_way:
+                self._run(whole, calls[0], layer, source, target, stream, stream)
+        for index in own:
+            with cuts.layer(index) as cut:
+                self._run(cut, calls[1], index, source, target, 0, index + 1)
+
+    def _run(
+        self,
+        layer: nn.Module,
+        calls: dict[int, list[Arguments]],
+        index: int,
+        source: HiddenStates,
+        target: HiddenStates,
+        read: int,
+        written: int,
+    ) -> None:
+        blocks = len(self.blocks)
+        for start in self._starts:
+            count = min(self.batch_size, blocks - start)
+            batch = source.read(read * blocks + start, count)
+            target.write(written * blocks + start, run_layer(layer, batch, calls[count][index]))
+
+    @torch.inference_mode()
+    def _compare(self, decoder: Decoder) -> Measured:
+        """KL(source ‖ stream) a token of every stream."""
+        ends, blocks = self._streams(self.layers), len(self.blocks)
+        sums = [0.0] * len(self.probes)
+        with decoder.head() as logits:
+            for block in range(blocks):
+                reference = logits(ends.read(block, 1)).float().log_softmax(-1)
+                for index in range(len(self.probes)):
+                    found = logits(ends.read((index + 1) * blocks + block, 1)).float().log_softmax(-1)
+                    sums[index] += (reference.exp() * (reference - found)).sum(dtype=torch.float64).item()
+        measured: Measured = [{} for _ in range(self.layers)]
+        for each, total in zip(self.probes, sums, strict=True):
+            if not math.isfinite(total):
+                raise A3Error(
+                    f"layer {each.layer}, {each.component} cut to {each.size}: the logits are not finite; "
+                    "compute in a wider type (--dtype float32)"
+                )
+            measured[each.layer].setdefault(each.component, {})[each.size] = total / self.blocks.numel()
+        return measured
+
+
+def describe_request(method: Method, calibration: Json) -> Json:
+    """Everything that the measurements depend on; not the budget."""
+    sizes = ("components", "head_multiple", "mlp_multiple", "min_head", "min_mlp")
+    wanted = ("method", "shape", "context", "eigenvalue_floor", "ridge", "probe_blocks", "probe_points", "dtype")
+    settings = method.settings.model_dump(mode="json")
+    chosen = {key: settings[key] for key in (*sizes, *wanted)}
+    return {**chosen, "calibration": calibration["sha256"], "versions": versions()}
+
+
+def plan_probes(curves: list[Curves], points: int) -> list[Probe]:
+    """At most `points` sizes a curve: the smallest, the largest below the full one, and evenly spaced between them."""
+    probes = []
+    for layer, curve in enumerate(curves):
+        for component in COMPONENTS:
+            below = sorted(curve[component])[:-1]
+            places = torch.linspace(0, len(below) - 1, min(points, len(below))).round().long().tolist()
+            probes += [Probe(layer, component, below[place]) for place in places]
+    return probes
+
+
+def weigh(curves: list[Curves], measured: Measured) -> list[Curves]:
+    """Predicted curves brought to measured KL: at each size multiplied by what was measured over what was predicted.
+
+    Between probed sizes the ratio is interpolated linearly, above the largest it stays that of the largest; there is no
+    allowed size below the smallest.
+    """
+    return [
+        {component: weigh_curve(curve[component], found.get(component, {})) for component in COMPONENTS}
+        for curve, found in zip(curves, measured, strict=True)
+    ]
+
+
+def weigh_curve(predicted: dict[int, float], measured: dict[int, float]) -> dict[int, float]:
+    """One curve; as predicted where nothing was measured."""
+    if not measured:
+        return predicted
+    negligible = 1e-9 * max(predicted.values()) or 1.0  # a loss that is all rounding has no ratio worth the name
+    places = sorted(measured)
+    ratios = [max(measured[place], 0.0) / max(predicted[place], negligible) for place in places]
+    return {size: loss * interpolate(size, places, ratios) for size, loss in predicted.items()}
+
+
+def interpolate(x: float, places: Sequence[float], values: Sequence[float]) -> float:
+    """Piecewise linear through the points, constant beyond them."""
+    if x <= places[0]:
+        return values[0]
+    for (x0, y0), (x1, y1) in pairwise(zip(places, values, strict=True)):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return values[-1]
+
+
+def to_json(measured: Measured) -> list[Json]:
+    return [{c: {"size": list(found), "kl": list(found.values())} for c, found in layer.items()} for layer in measured]
+
+
+def from_json(layers: list[Json]) -> Measured:
+    return [
+        {c: dict(zip(layer[c]["size"], layer[c]["kl"], strict=True)) for c in COMPONENTS if c in layer}
+        for layer in layers
+    ]

@@ -1,0 +1,159 @@
+"""A recipe's stages, one after another: calibrate, solve, export, verify unless it says not to, and eval if it has one.
+
+Each stage knows by its files whether it is done, so the same recipe run again goes on where it stopped, and a finished
+one does nothing.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from a3cli.errors import A3Error
+from a3cli.report.manifest import MANIFEST, read_export_manifest
+from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
+from a3cli.stages.calibrate import calibrate
+from a3cli.stages.evaluate import evaluate
+from a3cli.stages.export import export
+from a3cli.stages.recipe import Recipe
+from a3cli.stages.solve import check_settings, solve
+from a3cli.stages.verify import verify
+from a3cli.stream.sweep import Progress
+from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
+from a3cli.work.folder import Json, Work, check_hashes, hash_json, read_if_of, read_manifest, versions, write_manifest
+from a3cli.work.interrupt import Stop
+from a3cli.work.processes import launch, without_output
+
+log = logging.getLogger(__name__)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    overwrite: bool,
+    progress: Callable[[], AbstractContextManager[Progress]],
+    stop: Stop,
+    quiet: bool = False,
+) -> Json:
+    """Each stage's result by its name; `overwrite` makes all anew, and further processes are as `quiet` as asked.
+
+    An export that fails a check of `verify` is not evaluated.
+
+    Raises A3Error where a stage does, and before any of them for settings that contradict one another, and Interrupted
+    at the end of the step in which `stop` was set off.
+    """
+    check_settings(recipe.solve)
+    work = Work(recipe.work)
+    results = {}
+    log.info("calibrate")
+    begin_anew = overwrite
+    if recipe.calibrate.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
+        calibrate_in_processes(recipe.calibrate, work, overwrite=overwrite, stop=stop, quiet=quiet)
+        begin_anew = False
+    with progress() as report:
+        results["calibrate"] = calibrate(recipe.calibrate, work, overwrite=begin_anew, progress=report, stop=stop)
+    log.info("solve")
+    with progress() as report:
+        results["solve"] = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
+    log.info("export")
+    results["export"] = exported(recipe, work, results["solve"], overwrite=overwrite, stop=stop)
+    if recipe.verify:
+        log.info("verify")
+        results["verify"] = verified(recipe.verify, recipe, work, results["export"], overwrite=overwrite)
+        if not results["verify"]["passed"]:
+            return results
+    if recipe.evaluation is not None:
+        log.info("eval")
+        results["eval"] = evaluated(recipe.evaluation, work, results["export"], overwrite=overwrite)
+    return results
+
+
+def calibrate_in_processes(
+    settings: CalibrateSettings, work: Work, *, overwrite: bool, stop: Stop, quiet: bool
+) -> None:
+    """`a3 calibrate` with these settings, in as many processes as they say."""
+    options = settings.model_dump(exclude={"model", "text", "num_processes"}) | settings.text.model_dump()
+    options |= {"work": work.folder, "overwrite": overwrite, "quiet": quiet}
+    if stop.deadline < math.inf:
+        options["max_minutes"] = max(0.0, stop.deadline - time.monotonic()) / 60
+    arguments = ["calibrate", settings.model]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    with without_output():  # its result is a part of ours
+        launch(settings.num_processes, arguments)
+
+
+def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, stop: Stop) -> Json:
+    """The export's manifest; what is there is kept if it is whole and of this solution and settings.
+
+    A damaged export is replaced, with a warning that names the file.
+    """
+    replace = overwrite or recipe.export.overwrite
+    if not overwrite and (recipe.out / MANIFEST).is_file():
+        try:
+            found = read_export_manifest(recipe.out / MANIFEST)
+            if is_asked_for(found, recipe.export, solution):
+                check_hashes({recipe.out / name: digest for name, digest in found["files"].items()}, "export again")
+                return found
+        except A3Error as damage:
+            log.warning("%s is made again: %s", recipe.out, damage)
+            replace = True
+    settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace})
+    return export(recipe.out, settings, work, stop=stop)
+
+
+def is_asked_for(manifest: Json, settings: ExportSettings, solution: Json) -> bool:
+    asked = {"dtype": settings.dtype, "max_shard_size": settings.max_shard_size}
+    same_settings = all(manifest[name] == value for name, value in asked.items())
+    return bool(same_settings and manifest["solution"]["sha256"] == solution["sha256"])
+
+
+def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Json, *, overwrite: bool) -> Json:
+    """Return the checks' outcomes, kept in the work folder for this export and these versions if all passed.
+
+    A per-layer export's code may run: `verify` runs it only if it is the file that a3 ships.
+    """
+    settings = settings.model_copy(update={"trust_remote_code": True})
+    request = {"settings": settings.model_dump(mode="json"), "export": hash_json(manifest), "versions": versions()}
+    if not overwrite and (found := read_if_of(work.verification, request)):
+        return dict(found["result"])
+    result = verify(recipe.out, settings, work)
+    if result["passed"]:
+        with work.locked():
+            write_manifest(work.verification, {"request": request, "result": result})
+    return result
+
+
+def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: bool) -> Json:
+    """The measures, kept in the work folder beside what they were asked of."""
+    check_texts(settings.texts)
+    if work.evaluation.is_file() and not overwrite:
+        found = read_manifest(work.evaluation, "use --overwrite")
+        if found["request"] == describe_request(settings, manifest, files_read_again(settings, found["result"])):
+            return dict(found["result"])
+    result = evaluate(settings)
+    read = [each["text_files"] for each in result["datasets"]]
+    with work.locked():
+        write_manifest(work.evaluation, {"request": describe_request(settings, manifest, read), "result": result})
+    return result
+
+
+def describe_request(settings: EvalSettings, manifest: Json, files: list[Json]) -> Json:
+    """Return everything that an evaluation's figures depend on; `files` were read of each text."""
+    texts = [as_compared(describe_text(text), read) for text, read in zip(settings.texts, files, strict=True)]
+    return {
+        "settings": {**settings.model_dump(mode="json"), "texts": texts},
+        "text_files": files,
+        "export": hash_json(manifest),
+    }
+
+
+def files_read_again(settings: EvalSettings, result: Json) -> list[Json]:
+    """Return the files that an evaluation would read, if it is of the same texts as the one with this result."""
+    known = [*result["datasets"], *[None] * len(settings.texts)]
+    return [
+        files_now(text, each["text_files"], whole=each["text_read"]["whole"]) if each and "text_read" in each else {}
+        for text, each in zip(settings.texts, known, strict=False)
+    ]

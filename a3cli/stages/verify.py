@@ -1,0 +1,334 @@
+"""An export → checks that a release job can trust, made as its users will load it: by stock transformers.
+
+`checker.py` runs in a process of its own, without a3; here it is told what to expect, and its logits are compared with
+the full-size reference, which needs the work folder that the export was made from.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from operator import index
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from a3cli.errors import A3Error, CheckFailed
+from a3cli.models.families import LayerSizes, ModelShape, family_of, read_shape
+from a3cli.models.families.base import LARGEST, check_bounds
+from a3cli.models.model import Model, open_calibrated_source
+from a3cli.report.junit import Case
+from a3cli.report.manifest import MANIFEST
+from a3cli.settings import ExportSettings, VerifySettings
+from a3cli.stages.export import MODELING, Solution, auto_map, read_solution
+from a3cli.stream.reference import FullSizeReference, reference_logits
+from a3cli.work.folder import (
+    Json,
+    Work,
+    check_hash,
+    hash_file,
+    read_json,
+    read_manifest,
+    read_tensors,
+    unaltered,
+    versions,
+)
+from a3cli.work.machine import Machine, choose_machine
+
+log = logging.getLogger(__name__)
+
+CHECKER = Path(__file__).parent / "checker.py"
+CHECKED_APART = ("files", "code", "tensors", "finite", "card", "tokenizer", "load", "generate", "forward")
+PROMPTS, LENGTH = 2, 128
+# The export may be this many times as far from the exact reference as the rounded reference is.
+MARGIN = 3
+FLOOR = 16 * torch.finfo(torch.float32).eps
+# Two tokens whose logits differ by no more than this many roundings of the largest are equally good.
+TIE = 16
+
+
+def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
+    """Every check with its outcome (passed, failed, skipped) and detail; `passed` if none failed.
+
+    Raises A3Error if `out` is no export, or for code that may not run.
+    """
+    manifest, damage = read_export(out)
+    per_layer = "per_layer_config" in manifest["config"]
+    if per_layer and not settings.trust_remote_code:
+        raise A3Error(
+            f"{out}: its layers differ in size, and only the code in its folder builds them; use --trust-remote-code "
+            f"(that code is run only if it is the {MODELING.name} that a3 ships)"
+        )
+    machine = choose_machine(settings.device, "float32" if settings.dtype == "auto" else settings.dtype, torch.float32)
+    config, shapes = check_config(manifest, damage)
+    reference = open_reference(work, manifest)
+    with tempfile.TemporaryDirectory(prefix="a3-verify-") as temporary:
+        folder = Path(temporary)
+        save_file({"tokens": choose_tokens(work, manifest["config"], reference)}, folder / "tokens.safetensors")
+        request = {
+            "folder": as_utf8(out.resolve()),
+            "code": code_of(manifest["config"]) if per_layer and shapes else None,
+            "shapes": shapes,
+            "tokens": as_utf8(folder / "tokens.safetensors"),
+            "logits": as_utf8(folder / "logits.safetensors"),
+            "device": settings.device if machine.device.type == "cuda" else str(machine.device),
+            "dtype": str(machine.dtype).removeprefix("torch."),
+            "tie": TIE * torch.finfo(machine.dtype).eps,
+        }
+        checks = [config, *run_checker(request, folder)]
+        checks.append(check_reference(reference, manifest, machine, folder, required=settings.require_reference))
+    return {
+        "model": str(out),
+        "passed": all(check["outcome"] != "failed" for check in checks),
+        "checks": checks,
+        "versions": versions(),
+    }
+
+
+def read_export(out: Path) -> tuple[Json, list[str]]:
+    """The export's manifest, with its config.json as `config`, and why one of them, then left empty, can't be read.
+
+    Raises A3Error if `out` is no a3 export.
+    """
+    if not out.is_dir():
+        raise A3Error(f"{out} is no folder; a3 verify takes what a3 export wrote")
+    if not (out / MANIFEST).is_file():
+        raise A3Error(f"{out} has no {MANIFEST}; a3 verify takes what a3 export wrote")
+    manifest, config, damage = {"solution": {}, "dtype": "source"}, {}, []
+    try:
+        manifest = open_manifest(out / MANIFEST)
+    except A3Error as error:
+        damage.append(str(error))
+    try:
+        config = read_json(out / "config.json")
+    except A3Error as error:
+        damage.append(str(error))
+    return {**manifest, "config": config}, damage
+
+
+def open_manifest(path: Path) -> Json:
+    """Raises A3Error if it was altered or lacks what is needed here; that of another version may differ in the rest."""
+    manifest = read_json(path)
+    lacking = [key for key in ("solution", "files") if not isinstance(manifest.get(key), dict)]
+    if manifest.get("dtype") not in get_args(ExportSettings.model_fields["dtype"].annotation):
+        lacking.append("dtype")
+    if lacking:
+        raise A3Error(f"{path} has no {', '.join(lacking)}; export again")
+    return unaltered(manifest, path, "export again")
+
+
+def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, list[int]]]:
+    """Whether config.json has the manifest's sizes, and the shapes that tensors must have for it, by name."""
+    try:
+        sizes, shapes = expected_shapes(manifest["config"])
+    except (A3Error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        why = damage or [f"config.json does not describe a model: {error}"]
+        return check("config", "failed", "; ".join(why)), {}
+    if damage:
+        return check("config", "failed", "; ".join(damage)), shapes
+    if [asdict(size) for size in sizes] != manifest["solution"].get("sizes"):
+        return check("config", "failed", f"config.json has other sizes than {MANIFEST}"), shapes
+    return check("config", "passed", f"{len(sizes)} layers of the sizes in {MANIFEST}"), shapes
+
+
+def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]]]:
+    """Each layer's sizes and the shape of every linear weight and of the embedding, from config.json alone."""
+    family, shape = family_of(config.get("model_type")), read_shape(SimpleNamespace(**config))
+    check_bounds(shape, config["vocab_size"])
+    sizes = own_sizes(config["per_layer_config"], shape) if "per_layer_config" in config else shape.sizes
+    shapes = {family.embedding + ".weight": [config["vocab_size"], config["hidden_size"]]}
+    for layer, size in enumerate(sizes):
+        for role, wanted in shape.linear_shapes(size).items():
+            shapes[family.tensor(layer, role)] = list(wanted)
+    return sizes, shapes
+
+
+def own_sizes(layers: Json, shape: ModelShape) -> list[LayerSizes]:
+    """The sizes in `per_layer_config`. Raises A3Error unless each layer has some, none above the source's."""
+    keys = ("qk_head_dim", "v_head_dim", "intermediate_size")
+    ordered = sorted(layers.items(), key=lambda item: int(item[0]))
+    sizes = [LayerSizes(*(index(own[key]) for key in keys)) for _, own in ordered]
+    full = shape.full_sizes
+    if len(sizes) != shape.layers or any(s.qk > full.qk or s.ov > full.ov or s.mlp > full.mlp for s in sizes):
+        raise A3Error("config.json: per_layer_config does not fit the other entries")
+    return sizes
+
+
+def code_of(config: Json) -> Json:
+    """Return the file that may run as part of a per-layer export, its hash, and the auto_map that names its classes."""
+    return {
+        "file": MODELING.name,
+        "hash": hash_file(MODELING),
+        "auto_map": auto_map(family_of(config.get("model_type"))),
+    }
+
+
+def choose_tokens(work: Work, config: Json, reference: "Reference | Json") -> torch.Tensor:
+    """The first tokens of two calibration blocks, or random ones without a work folder: `[2, T]`."""
+    context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
+    length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
+    if isinstance(reference, Reference):
+        blocks: torch.Tensor = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"]
+        return blocks[:PROMPTS, :length].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    highest = vocabulary if isinstance(vocabulary, int) and 0 < vocabulary <= LARGEST else 1
+    return torch.randint(highest, (PROMPTS, length), generator=generator)
+
+
+def run_checker(request: Json, folder: Path) -> list[Json]:
+    """What `checker.py` found, in a process without a3; checks that it did not come to are failed."""
+    (folder / "request.json").write_text(json.dumps(request), "utf-8")
+    # A script's own folder is the first that Python imports from, and in a3's lies an inspect.py. More isolation, as
+    # by -I, would hide packages of PYTHONPATH and of the user's site-packages.
+    script = shutil.copyfile(CHECKER, folder / "checker.py")
+    environment = {
+        **os.environ,
+        "PYTHONUTF8": "1",  # whatever the locale: libraries refuse names that Python could not decode
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder / "modules"),  # where transformers copies code that it runs
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    command = [sys.executable, str(script), str(folder / "request.json")]
+    checks = []
+    with (folder / "stderr").open("w+b") as stderr:
+        with running(command, environment, stderr.fileno()) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith('{"name"'):
+                    checks.append(json.loads(line))
+                    log.info("%s: %s", checks[-1]["name"], checks[-1]["outcome"])
+        stderr.seek(0)
+        said = stderr.read().decode("utf-8", "replace")
+    log.debug("%s", said)
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    why = f"the checking process ended with code {process.returncode}: {last}"
+    return [*checks, *(check(name, "failed", why) for name in CHECKED_APART[len(checks) :])]
+
+
+def as_utf8(path: Path) -> str:
+    """Return a path as a process in UTF-8 mode has it, which may not be how this process's locale has it."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+@contextmanager
+def running(command: list[str], environment: dict[str, str], stderr: int) -> Iterator["subprocess.Popen[str]"]:
+    """A process that does not outlive the block."""
+    with subprocess.Popen(  # noqa: S603, our own script
+        command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8"
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+class Reference:
+    """The source and the very solution that an export was made from."""
+
+    def __init__(self, model: Model, solution: Solution) -> None:
+        self.model, self.solution = model, solution
+
+    def logits(self, tokens: torch.Tensor, machine: Machine, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """In float64, and in `machine.dtype` with weights rounded to what an export of `dtype` stores: `[B, T, V]`."""
+        rope_slots, layers = self.solution.manifest["rope_slots"], self.model.shape.layers
+        slots = rope_slots if self.solution.per_layer else [rope_slots] * layers
+        exact = FullSizeReference(self.model, Machine(machine.device, torch.float64), self.solution.layer, slots)
+        rounded = FullSizeReference(
+            self.model,
+            machine,
+            self.solution.layer,
+            slots,
+            rounded=lambda stored: stored if dtype == "source" else getattr(torch, dtype),
+        )
+        return reference_logits(exact, rounded, slots, tokens)
+
+
+def open_reference(work: Work, manifest: Json) -> Reference | Json:
+    """What the export was made from. The check's outcome if it is not there (skipped) or damaged (failed)."""
+    if not work.solution_manifest.is_file():
+        why = f"{work.folder} has no solution; --work names the folder that the export was made from"
+        return check("reference", "skipped", why)
+    named = manifest["solution"].get("sha256")
+    if not named:
+        return check("reference", "failed", f"{MANIFEST} does not name the solution that it was made from")
+    try:
+        if read_manifest(work.solution_manifest, "run a3 solve --overwrite")["sha256"] != named:
+            why = f"{work.folder} holds another solution than the one that the export was made from"
+            return check("reference", "skipped", why)
+        # A folder in use fails too: the solution is there and was not compared; the same command will do it later.
+        with work.locked():
+            calibration, solution = read_solution(work)
+            check_hash(work.tokens, calibration["tokens_hash"], "run a3 calibrate --overwrite")
+            return Reference(open_calibrated_source(work, calibration), solution)
+    except A3Error as error:
+        return check("reference", "failed", str(error))
+
+
+def check_reference(
+    reference: Reference | Json, manifest: Json, machine: Machine, folder: Path, *, required: bool
+) -> Json:
+    """Whether the export's logits are the reference's within rounding."""
+    logits = folder / "logits.safetensors"
+    if not isinstance(reference, Reference):
+        return {**reference, "outcome": "failed"} if required else reference
+    if not logits.is_file():
+        return check("reference", "failed" if required else "skipped", "needs forward")
+    log.info("streaming the full-size reference")
+    try:
+        exact, rounded = reference.logits(
+            load_file(folder / "tokens.safetensors")["tokens"], machine, manifest["dtype"]
+        )
+    except A3Error as error:
+        return check("reference", "failed", str(error))
+    return judge(load_file(logits)["logits"], exact, rounded)
+
+
+def judge(logits: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> Json:
+    """The rule: no further from the exact reference than three times the rounded one, and some roundings of float32."""
+    if logits.shape != exact.shape:
+        return check("reference", "failed", f"logits are {list(logits.shape)}, the reference's {list(exact.shape)}")
+    difference, rounding = (distance(each, exact) for each in (logits, rounded))
+    tolerance = MARGIN * rounding + FLOOR
+    return {
+        **check(
+            "reference",
+            "passed" if difference <= tolerance else "failed",  # a difference that is no number fails
+            f"relative difference {difference:.2e}, tolerance {tolerance:.2e} (rounding alone: {rounding:.2e})",
+        ),
+        "difference": difference,
+        "tolerance": tolerance,
+        "rounding": rounding,
+    }
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def check(name: str, outcome: str, detail: str) -> Json:
+    return {"name": name, "outcome": outcome, "detail": detail}
+
+
+def cases(result: Json) -> list[Case]:
+    return [Case(result["model"], each["name"], each["outcome"], each["detail"]) for each in result["checks"]]
+
+
+def raise_for_failures(result: Json) -> None:
+    """Raise CheckFailed naming the checks that failed."""
+    failed = [each for each in result["checks"] if each["outcome"] == "failed"]
+    if failed:
+        raise CheckFailed(
+            f"{result['model']}: {len(failed)} of {len(result['checks'])} checks failed: "
+            + "; ".join(f"{each['name']} ({each['detail']})" for each in failed)
+        )

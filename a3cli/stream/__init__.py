@@ -1,0 +1,1 @@
+"""The layer stream: token blocks → activations, one layer at a time."""

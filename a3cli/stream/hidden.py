@@ -1,0 +1,225 @@
+"""Hidden states between layers, for all blocks: in files of the work folder, or in memory.
+
+A sweep reads each layer's input a batch at a time and writes its output. On disk the input stays as it is until the
+layer is finished, so a killed sweep goes on at its layer; in memory the output takes the input's place, and a sweep
+that died goes through the layers before it again.
+
+Files are not forced onto the disk, which would often take longer than a layer: what is in one is known by the check
+sums of its blocks, and a file that a power failure left half-written is not what it was.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from a3cli.errors import A3Error
+from a3cli.models.checkpoint import fill, tensor_bytes
+from a3cli.work.folder import hash_json, reading, writing
+
+
+class Blocks(Protocol):
+    """Blocks of hidden states `[N, T, d]`, read and written a batch at a time."""
+
+    def read(self, start: int, count: int) -> torch.Tensor: ...
+
+    def write(self, start: int, blocks: torch.Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Blocks in a raw file, from block `first` on. Several processes may write to it at once, each its own blocks."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    first: int = 0
+
+    @property
+    def block_bytes(self) -> int:
+        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        return self.shape[0] * self.block_bytes
+
+    def create(self) -> None:
+        with writing(self.path):
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                os.ftruncate(file, self.bytes)
+            finally:
+                os.close(file)
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        """Blocks `[count, T, d]` on the CPU. Raises A3Error if the file is shorter than it must be."""
+        buffer = torch.empty(count * self.block_bytes, dtype=torch.uint8)
+        remedy = "remove it and run the same command again, which makes it anew"
+        with reading(self.path, remedy), self.path.open("rb", buffering=0) as file:
+            file.seek((self.first + start) * self.block_bytes)
+            if not fill(file, buffer.numpy().data):
+                raise A3Error(f"{self.path} is truncated; run the same command again, which makes it anew")
+        return buffer.view(self.dtype).view(count, *self.shape[1:])
+
+    def write(self, start: int, blocks: torch.Tensor) -> None:
+        with writing(self.path), self.path.open("r+b") as file:
+            file.seek((self.first + start) * self.block_bytes)
+            file.write(tensor_bytes(blocks))
+
+    def digest(self) -> str:
+        """Of the whole file, as `StatesOnDisk` has it of what was written."""
+        whole = replace(self, first=0)
+        return digest_of(check for block in range(self.shape[0]) for check in checksums(whole.read(block, 1)))
+
+
+CHECKED_AT_ONCE = 1 << 17  # numbers; what stays in a core's cache
+
+
+def checksums(blocks: torch.Tensor) -> list[int]:
+    """A number for each block of `[N, T, d]`, from its bits, on the device where they are.
+
+    `Σ_t a_t Σ_j b_j x_tj` over integers of 64 bits with odd `a` and `b`: a single bit always changes it.
+    """
+    size = blocks.shape[-1] * blocks.dtype.itemsize
+    words = blocks.contiguous().view(torch.int64 if size % 8 == 0 else torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    of_token, of_word = (
+        torch.randint(-(2**62), 2**62, (count,), generator=generator).mul_(2).add_(1).to(words.device)
+        for count in words.shape[1:]
+    )
+    at_once = words.shape[1] if words.device.type != "cpu" else max(1, CHECKED_AT_ONCE // words[:, 0].numel())
+    totals = [
+        ((rows * of_word).sum(-1) * factors).sum(-1)
+        for rows, factors in zip(words.split(at_once, 1), of_token.split(at_once), strict=True)
+    ]
+    sums: list[int] = torch.stack(totals).sum(0).tolist()
+    return sums
+
+
+def digest_of(checks: Iterable[int]) -> str:
+    return hash_json(list(checks))
+
+
+class States(Protocol):
+    """Every layer's input in turn, of the blocks that are this process's share."""
+
+    digests: dict[str, str]  # of the files that are whole, by name
+
+    def has(self, layer: int) -> bool:
+        """Whether the whole input of `layer` is there."""
+
+    def input_of(self, layer: int) -> Blocks: ...
+
+    def begin(self) -> Blocks:
+        """Where the next layer's input is to be written."""
+
+    def end(self, layer: int) -> list[int]:
+        """This process has written its share of the input of `layer`; the check sums of its blocks."""
+
+    def keep(self, layer: int, checks: list[int]) -> None:
+        """All processes have, with these check sums: from now on it is there. One of them calls this for all."""
+
+    def retire(self, layer: int) -> None:
+        """The input of `layer` is needed no more. One of them calls this for all."""
+
+
+@dataclass
+class StatesOnDisk:
+    """Two files that all processes share: a layer's input under its own name is whole, the next one comes to be.
+
+    A file that is done with becomes the next one: the system need not find its blocks again. `digests` are of whole
+    files, in the process that keeps and retires them.
+    """
+
+    file_of: Callable[[int], Path]
+    coming: Path
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    first: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def has(self, layer: int) -> bool:
+        path = self.file_of(layer)
+        return path.is_file() and path.stat().st_size == self.input_of(layer).bytes
+
+    def input_of(self, layer: int) -> HiddenStates:
+        return self._in(self.file_of(layer))
+
+    def _in(self, path: Path) -> HiddenStates:
+        return HiddenStates(path, self.shape, self.dtype, self.first)
+
+    def begin(self) -> "Checked":
+        states = self._in(self.coming)
+        states.create()
+        self._written = Checked(states)
+        return self._written
+
+    def end(self, layer: int) -> list[int]:  # noqa: ARG002, its name comes when all processes have written theirs
+        checks = self._written.checks
+        return [checks[block] for block in sorted(checks)]
+
+    def keep(self, layer: int, checks: list[int]) -> None:
+        file = self.file_of(layer)
+        with writing(file):
+            self.coming.replace(file)
+        self.digests[file.name] = digest_of(checks)
+
+    def retire(self, layer: int) -> None:
+        file = self.file_of(layer)
+        with writing(file):
+            file.replace(self.coming)
+        self.digests.pop(file.name, None)
+
+
+class Checked:
+    """Blocks on their way into a file, with their check sums."""
+
+    def __init__(self, states: HiddenStates) -> None:
+        self._states = states
+        self.checks: dict[int, int] = {}
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        return self._states.read(start, count)
+
+    def write(self, start: int, blocks: torch.Tensor) -> None:
+        self.checks.update(enumerate(checksums(blocks), start))
+        self._states.write(start, blocks)
+
+
+class StatesInMemory:
+    """One process's blocks `[n, T, d]` on a device, each layer's output written over its input."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.layer: int | None = None  # whose input they are
+        self.digests: dict[str, str] = {}
+
+    def has(self, layer: int) -> bool:
+        return self.layer == layer
+
+    def input_of(self, layer: int) -> "StatesInMemory":
+        assert self.has(layer)
+        return self
+
+    def begin(self) -> "StatesInMemory":
+        self.layer = None
+        return self
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        return self.values[start : start + count]
+
+    def write(self, start: int, blocks: torch.Tensor) -> None:
+        self.values[start : start + len(blocks)] = blocks
+
+    def end(self, layer: int) -> list[int]:
+        self.layer = layer
+        return []
+
+    def keep(self, layer: int, checks: list[int]) -> None:
+        """Nothing outlives this process."""
+
+    def retire(self, layer: int) -> None:
+        """Written over already."""

@@ -1,0 +1,181 @@
+"""What an export must answer: the full-size source with the same solution, streamed layer by layer.
+
+The source's own stock class at its own sizes, in which what a solution drops is zero and what it mixes lies in the
+first dims of the full head:
+
+    pairs                  rows of the other pairs are zero, RoPE as in the source               (paper), or
+    query_map, key_map     slot j lies in pair j and turns as `rope_slots[j]` says, slots that don't turn lie among the
+                           dims that RoPE passes through, the rest is zero   (best)
+    value_map              the mixed value in the first dims of each head, the rest zero, and so the columns of
+                           `output_weight` or `output_map`
+    channels               columns of the down projection of the other channels are zero; `gate_weight` and `up_weight`
+                           are the rows of the kept ones
+
+Nothing of this goes through the export's own arithmetic: no smaller class, no projected shapes, no scale folded into
+queries, no RoPE written to a configuration. Both share the solution's files and the reading of the source.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from a3cli.errors import A3Error
+from a3cli.models.families import Role
+from a3cli.models.families.base import pair_dims
+from a3cli.models.model import Model
+from a3cli.solvers.moments import Tensors
+from a3cli.stream.sweep import Arguments, Decoder, run_layer
+from a3cli.work.machine import Machine
+
+ATTENTION = {"pairs", "query_map", "key_map", "value_map", "output_map", "output_weight"}
+KNOWN = ATTENTION | {"channels", "gate_weight", "up_weight", "down_weight", "down_bias"}
+
+
+class FullSizeReference(Decoder):
+    """The source with a solution applied in place; with `rounded`, each weight rounded to the dtype that it names.
+
+    `slots` are each layer's, where heads are smaller.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        machine: Machine,
+        solution: Callable[[int], Tensors],
+        slots: Sequence[Sequence[float]],
+        *,
+        rounded: Callable[[torch.dtype], torch.dtype] | None = None,
+    ) -> None:
+        self._solution, self._slots, self._rounded = solution, slots, rounded
+        super().__init__(model, machine)
+
+    def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
+        value = super().read(tensor, shape)
+        stored = value.dtype
+        if found := self.family.find_role(tensor):
+            layer, role, kind = found
+            value = self._apply(value, layer, role, kind)
+        return value if self._rounded is None else value.to(self._rounded(stored))
+
+    def _layer_solution(self, layer: int) -> Tensors:
+        solution = self._solution(layer)
+        if unknown := solution.keys() - KNOWN - {"unchanged"}:
+            raise A3Error(f"layer {layer}: the reference does not know what {', '.join(sorted(unknown))} does")
+        return solution
+
+    def _apply(self, value: torch.Tensor, layer: int, role: Role, kind: str) -> torch.Tensor:
+        solution = self._layer_solution(layer)
+        if role in ("q", "k"):
+            return self._place_slots(value, layer, role, solution)
+        if role == "v" and "value_map" in solution:
+            mapped = mixed(self._heads(value), solution["value_map"])
+            return self._placed(mapped, range(mapped.shape[1]))
+        if role == "o" and kind == "weight":
+            return self._place_outputs(value, solution)
+        if role == "down" and kind == "bias":
+            return solution.get("down_bias", value)
+        if role in ("gate", "up", "down") and kind == "weight":
+            return self._place_channels(value, role, solution)
+        return value
+
+    def _place_channels(self, value: torch.Tensor, role: Role, solution: Tensors) -> torch.Tensor:
+        """gate, up `[I, d]` or down `[d, I]`: the kept channels where they are, refit or not, the others zero."""
+        if "channels" not in solution and f"{role}_weight" not in solution:
+            return value
+        rows = value.mT if role == "down" else value
+        channels = solution.get("channels", torch.arange(len(rows)))
+        refit = solution.get(f"{role}_weight")
+        kept = torch.zeros(rows.shape, dtype=torch.float64)
+        kept[channels] = (rows[channels] if refit is None else refit.mT if role == "down" else refit).double()
+        return kept.mT if role == "down" else kept
+
+    def _place_slots(self, value: torch.Tensor, layer: int, role: Role, solution: Tensors) -> torch.Tensor:
+        """Rows of q or k, `[n·h, …]`: pairs where they are, or slot j in pair j."""
+        half, turning = self.shape.head_dim // 2, self.shape.turning_pairs
+        if "pairs" in solution:
+            every = pair_dims(half, turning)
+            dims = [every[pair + second] for second in (0, half) for pair in solution["pairs"].tolist()]
+            return self._placed(self._heads(value)[:, dims].double(), dims)
+        if "query_map" not in solution:
+            return value
+        mapped = mixed(self._heads(value), solution["query_map" if role == "q" else "key_map"])
+        slots = sum(slot < turning for slot in self._slots[layer])
+        still = range(2 * turning, 2 * turning + mapped.shape[1] - 2 * slots)
+        return self._placed(mapped, [*range(slots), *range(turning, turning + slots), *still])
+
+    def _place_outputs(self, value: torch.Tensor, solution: Tensors) -> torch.Tensor:
+        """The output projection `[d, H·h]`: columns that meet the values in the first dims of each head."""
+        heads = value.view(len(value), self.shape.heads, self.shape.head_dim)
+        if "output_weight" in solution:
+            wanted = solution["output_weight"].view(len(value), self.shape.heads, -1).double()
+        elif "output_map" in solution:
+            maps = solution["output_map"][[i // self.shape.group for i in range(self.shape.heads)]]
+            wanted = torch.einsum("dih,ish->dis", heads.double(), maps)
+        else:
+            return value
+        placed = torch.zeros(heads.shape, dtype=torch.float64)
+        placed[:, :, : wanted.shape[2]] = wanted
+        return placed.flatten(1)
+
+    def _heads(self, value: torch.Tensor) -> torch.Tensor:
+        """`[n·h, …]` → `[n, h, d]`, d = 1 for a bias."""
+        return value.reshape(-1, self.shape.head_dim, value.shape[1] if value.ndim == 2 else 1)
+
+    def _placed(self, heads: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+        """Rows `[n, r, d]` at `dims` of otherwise empty full heads, `[n·h, d]` or, of a bias, `[n·h]`."""
+        full = torch.zeros(len(heads), self.shape.head_dim, heads.shape[2], dtype=torch.float64)
+        full[:, list(dims)] = heads
+        return full.flatten(0, 1).squeeze(-1) if heads.shape[2] == 1 else full.flatten(0, 1)
+
+    def mixes_slots(self, layer: int) -> bool:
+        return "query_map" in self._solution(layer)
+
+
+def mixed(heads: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Heads `[n, h, d]` with the maps `[K, h, r]` of their groups → `[n, r, d]` float64."""
+    own = maps.double().repeat_interleave(len(heads) // len(maps), 0)
+    return torch.einsum("nhd,nhr->nrd", heads.double(), own)
+
+
+def turn_slots(arguments: Arguments, slots: Sequence[float]) -> Arguments:
+    """A layer's arguments with slot j in pair j: `position_embeddings` as the slots turn, nothing in the other pairs.
+
+    The frequencies are those that the source's own cos and sin `[1, T, h]` show between the first two positions. Slots
+    beyond their pairs don't turn.
+    """
+    cos, sin = (table.double() for table in arguments["position_embeddings"])
+    half = cos.shape[-1] // 2
+    factor, frequency = cos[0, 0, :1], torch.atan2(sin[0, 1, :half], cos[0, 1, :half])
+    place = torch.tensor([slot for slot in slots if slot < half], dtype=torch.float64, device=cos.device)
+    low = place.floor().long().clamp(max=half - 1)
+    share, high = place - low, (low + 1).clamp(max=half - 1)
+    turned = frequency[low] ** (1 - share) * frequency[high] ** share
+    angle = torch.zeros(cos.shape[1], half, dtype=torch.float64, device=cos.device)
+    angle[:, : len(place)] = torch.arange(cos.shape[1], device=cos.device)[:, None] * turned
+    table = torch.cat([angle, angle], -1)[None]
+    return {**arguments, "position_embeddings": (table.cos() * factor, table.sin() * factor)}
+
+
+@torch.inference_mode()
+def reference_logits(
+    exact: FullSizeReference, rounded: FullSizeReference, slots: Sequence[Sequence[float]], tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[B, T, V]` of both for tokens `[B, T]`, float32 on the CPU; one layer of both is in memory at a time.
+
+    `exact` should compute in float64: the frequencies of mixed slots are read off its rotations.
+    """
+    pair = (exact, rounded)
+    hidden, calls = map(list, zip(*(each.embed(tokens, each.embedding_table()) for each in pair), strict=True))
+    for index in range(exact.shape.layers):
+        if exact.mixes_slots(index):
+            calls[0][index] = turn_slots(calls[0][index], slots[index])
+            turned = tuple(table.to(rounded.machine.dtype) for table in calls[0][index]["position_embeddings"])
+            calls[1][index] = {**calls[1][index], "position_embeddings": turned}
+        for which, each in enumerate(pair):
+            with each.layer(index) as layer:
+                hidden[which] = run_layer(layer, hidden[which], calls[which][index])
+    answers = []
+    for each, states in zip(pair, hidden, strict=True):
+        with each.head() as head:
+            answers.append(head(states).float().cpu())
+    return answers[0], answers[1]

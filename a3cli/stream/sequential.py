@@ -1,0 +1,331 @@
+"""Sequential correction: one-shot projections → output projections that know what the cuts before them did.
+
+A second sweep runs the source and the smaller model side by side over the calibration blocks. In each layer the output
+projection, then the down projection, are fitted by least squares on the smaller model's own activations to what the
+source's layer puts out, plus half of the drift that has built up in the residual stream. The ridge pulls towards the
+one-shot weights, so that few tokens do not over-fit. Then the MLP's gate, where it has one, and up projections are
+fitted to the same target by Gauss-Newton steps (`solvers/gauss_newton.py`), each followed by another fit of the down
+projection. Weights are read once; memory holds one layer of both models.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from a3cli.errors import A3Error
+from a3cli.models.families import Role
+from a3cli.solvers.gauss_newton import gauss_newton_step
+from a3cli.solvers.linalg import solve_ridge
+from a3cli.solvers.moments import Tensors
+from a3cli.stream.hidden import HiddenStates
+from a3cli.stream.smaller import SmallerDecoder
+from a3cli.stream.sweep import Arguments, Decoder, Progress, StopForward, embed_all, run_layer
+
+DRIFT = 0.5  # share of the stream's drift that each refit is asked to take back; 0.5 was better than 0 and 1
+RIDGE = 1e-2  # towards the one-shot weights, relative to the mean diagonal of the activations' Gram matrix
+DAMPING = 1e-3  # of a Gauss-Newton step, relative to the problem's own curvature
+ITERATIONS = 8  # of conjugate gradients in one; a second step gains more than further iterations of the first
+HALVINGS = 3  # of a step that does not lower the error, before it is given up
+REFIT_NAMES: dict[Role, str] = {
+    "o": "output_weight",
+    "gate": "gate_weight",
+    "up": "up_weight",
+    "down": "down_weight",
+}
+
+
+@dataclass
+class LeastSquares:
+    """Running sums of `x` `[n, m]` and `t` `[n, d]` for the weight that fits `t = x Wᵀ` best."""
+
+    gram: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+    energy: float = 0.0
+
+    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        x, target = (part.reshape(-1, part.shape[-1]).float() for part in (x, target))
+        self.energy += target.square().sum(dtype=torch.float64).item()
+        if self.gram is None or self.cross is None:
+            self.gram, self.cross = x.mT @ x, x.mT @ target
+        else:
+            self.gram.addmm_(x.mT, x)
+            self.cross.addmm_(x.mT, target)
+
+    def solve(self, weight: torch.Tensor) -> torch.Tensor:
+        """`argmin ‖x Wᵀ − t‖² + ε‖W − weight‖²`, `[d, m]`. Raises ValueError if the Gram matrix is not finite."""
+        assert self.gram is not None
+        assert self.cross is not None
+        gram, start = self.gram.double(), weight.double().mT
+        return (start + solve_ridge(gram, self.cross.double() - gram @ start, ridge=RIDGE)).mT
+
+    def error(self, weight: torch.Tensor) -> float:
+        """`Σ ‖x Wᵀ − t‖²` of a weight `[d, m]`."""
+        assert self.gram is not None
+        assert self.cross is not None
+        wide = weight.double().mT
+        return self.energy + (wide * (self.gram.double() @ wide - 2 * self.cross.double())).sum().item()
+
+
+def refit_sequentially(
+    source: Decoder,
+    smaller: SmallerDecoder,
+    blocks: torch.Tensor,
+    *,
+    folder: Path,
+    batch_size: int,
+    rounds: int,
+    first: int,
+    progress: Progress,
+) -> Iterator[tuple[int, Tensors, list[Path]]]:
+    """From layer `first` on: its refit `output_weight` `[d, H·s]`, `down_weight` `[d, m]` and, with `rounds` of
+    Gauss-Newton, `gate_weight` and `up_weight` `[m, d]`, float32; and the files that the next layer begins with.
+
+    `folder` has the hidden-state files. Raises A3Error where a fit fails or activations are not finite.
+    """
+    streams = Streams(folder, source, blocks, fit_inputs=rounds > 0)
+    calls = streams.begin(source, smaller, batch_size, first)
+    for index in range(first, source.shape.layers):
+        streams.at(index)
+        with source.layer(index) as full, smaller.layer(index) as small:
+            refit = _Layer(source, full, small, streams, calls, index, batch_size).refit(rounds)
+        progress(layer=index, layers=source.shape.layers, tokens=blocks.numel(), total_tokens=blocks.numel())
+        yield index, refit, [streams.full_out.path, streams.small_out.path]
+
+
+class Streams:
+    """For all blocks: hidden states of both models, the source's after attention, and what gate and up are fitted on.
+
+    A layer's inputs stay as they are until it is finished, so that a killed sweep can go on there.
+    """
+
+    def __init__(self, folder: Path, decoder: Decoder, blocks: torch.Tensor, *, fit_inputs: bool) -> None:
+        self._folder, self._decoder, self.blocks = folder, decoder, blocks
+        self.middle, self.mlp_in, self.mlp_target = (self._file(name) for name in ("middle", "mlp-in", "mlp-target"))
+        self.fit_inputs = fit_inputs  # else what the MLP is fitted on is read once, as it is made, and not kept
+        for stream in (self.middle, self.mlp_in, self.mlp_target) if fit_inputs else (self.middle,):
+            stream.create()
+        self.at(0)
+
+    def _file(self, name: str) -> HiddenStates:
+        shape = (*self.blocks.shape, self._decoder.shape.hidden_size)
+        return HiddenStates(self._folder / f"{name}.bin", shape, self._decoder.machine.dtype)
+
+    def at(self, layer: int) -> None:
+        """Inputs and outputs of both models in one layer: two files each, in turn."""
+        now, then = layer % 2, (layer + 1) % 2
+        self.full_in, self.full_out = self._file(f"source-{now}"), self._file(f"source-{then}")
+        self.small_in, self.small_out = self._file(f"smaller-{now}"), self._file(f"smaller-{then}")
+
+    @torch.inference_mode()
+    def begin(
+        self, source: Decoder, smaller: Decoder, batch_size: int, first: int
+    ) -> tuple[dict[int, list[Arguments]], dict[int, list[Arguments]]]:
+        """What the layers of both models are called with, by batch size; before layer 0 the embeddings are written."""
+        for stream in (self.full_in, self.full_out, self.small_in, self.small_out):
+            stream.create()
+        inputs = (self.full_in, self.small_in) if first == 0 else (None, None)
+        return (
+            embed_all(source, self.blocks, batch_size, inputs[0]),
+            embed_all(smaller, self.blocks, batch_size, inputs[1]),
+        )
+
+
+class _Layer:
+    """One layer of both models, filled."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        full: nn.Module,
+        small: nn.Module,
+        streams: Streams,
+        calls: tuple[dict[int, list[Arguments]], dict[int, list[Arguments]]],
+        index: int,
+        batch_size: int,
+    ) -> None:
+        self.decoder, self.full, self.small, self.streams, self.index = decoder, full, small, streams, index
+        self.calls, self.batch_size = calls, batch_size
+
+    @torch.no_grad()  # not inference mode: Gauss-Newton takes derivatives
+    def refit(self, rounds: int) -> Tensors:
+        self._fit("o", self._fit_attention)
+        error = self._fit("down", self._fit_mlp)
+        for _ in range(rounds):
+            error = self._improve_inputs(error)
+        for start, count in self._batches():
+            self.streams.small_out.write(start, self._run_small(start, count))
+        refit: list[Role] = ["o", "down", *(self.decoder.shape.mlp_inputs if rounds else ())]
+        return {REFIT_NAMES[role]: self._linear(role).weight.float().cpu().clone() for role in refit}
+
+    def _improve_inputs(self, error: float) -> float:
+        """One Gauss-Newton step of gate and up, and a new fit of down; as before if the error does not fall."""
+        linears = [self._linear(role) for role in (*self.decoder.shape.mlp_inputs, "down")]
+        before = [linear.weight.clone() for linear in linears]
+        step = self._gauss_newton_step()
+        for halving in range(HALVINGS):
+            for linear, old, change in zip(linears, before, step, strict=False):  # down has no step
+                linear.weight.copy_(old + 0.5**halving * change)
+            linears[-1].weight.copy_(before[-1])
+            reached = self._fit("down", self._fit_down_again)
+            if reached < error:
+                return reached
+        for linear, old in zip(linears, before, strict=True):
+            linear.weight.copy_(old)
+        return error
+
+    def _gauss_newton_step(self) -> torch.Tensor:
+        """Steps of the weights `[n, m, d]` of the linear layers that read the MLP's input."""
+        linears = [self._linear(role) for role in self.decoder.shape.mlp_inputs]
+        weights = torch.stack([linear.weight for linear in linears]).float()
+        biases = torch.stack(
+            [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
+        ).float()
+
+        def hidden(before: torch.Tensor) -> torch.Tensor:
+            outputs = before.to(linears[0].weight.dtype).unbind(1)
+            with outputs_given(linears, outputs), inputs_of(self._linear("down"), stop=True) as seen:
+                self._mlp(before)  # its input goes nowhere
+            return seen.pop().float()
+
+        return gauss_newton_step(
+            hidden,
+            self._linear("down").weight.float(),
+            weights,
+            biases,
+            self._mlp_batches,
+            damping=DAMPING,
+            iterations=ITERATIONS,
+        )
+
+    def _mlp_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs of the smaller MLP and what its down projection's weight is to put out, `[tokens, d]`."""
+        for start, count in self._batches():
+            x, target = (self._read(each, start, count) for each in (self.streams.mlp_in, self.streams.mlp_target))
+            yield x.flatten(0, 1).float(), without_bias(self._linear("down"), target).flatten(0, 1).float()
+
+    @property
+    def _mlp(self) -> nn.Module:
+        """What holds the MLP's linear layers."""
+        return self.small.get_submodule(self.decoder.family.modules["down"].rpartition(".")[0])
+
+    def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> float:
+        """Collect, solve, and put the new weight in the smaller layer; returns the squared error that is left."""
+        sums = LeastSquares()
+        collect(sums)
+        linear = self._linear(role)
+        try:
+            weight = sums.solve(linear.weight)
+        except ValueError as error:
+            raise A3Error(
+                f"layer {self.index}, {role} projection: the sequential refit failed ({error}); "
+                "calibrate on more tokens, or solve without --sequential"
+            ) from error
+        if not torch.isfinite(weight).all():
+            raise A3Error(f"layer {self.index}: activations are not finite; compute in a wider type (--dtype float32)")
+        linear.weight.copy_(weight)
+        return sums.error(linear.weight)
+
+    def _fit_attention(self, sums: LeastSquares) -> None:
+        linear = self._linear("o")
+        for start, count in self._batches():
+            full_in, small_in = self._read(self.streams.full_in, start, count), self._small_in(start, count)
+            with inputs_of(self._module(self.full, "mlp_norm")) as seen:
+                out = run_layer(self.full, full_in, self.calls[0][count][self.index])
+            middle = seen.pop()
+            self.streams.middle.write(start, middle)
+            self.streams.full_out.write(start, out)
+            with inputs_of(linear, stop=True) as seen:
+                self._run_small(start, count)
+            sums.add(seen.pop(), without_bias(linear, middle - full_in + DRIFT * (full_in - small_in)))
+
+    def _fit_mlp(self, sums: LeastSquares) -> None:
+        linear = self._linear("down")
+        for start, count in self._batches():
+            middle = self._read(self.streams.middle, start, count)
+            out = self._read(self.streams.full_out, start, count)
+            with (
+                inputs_of(self._module(self.small, "mlp_norm")) as middles,
+                inputs_of(self._linear("up")) as inputs,
+                inputs_of(linear, stop=True) as seen,
+            ):
+                self._run_small(start, count)
+            target = out - middle + DRIFT * (middle - middles.pop())
+            if self.streams.fit_inputs:
+                self.streams.mlp_in.write(start, inputs.pop())
+                self.streams.mlp_target.write(start, target)
+            sums.add(seen.pop(), without_bias(linear, target))
+
+    def _fit_down_again(self, sums: LeastSquares) -> None:
+        """On what `_fit_mlp` has written, with the gate and up projections of now."""
+        linear = self._linear("down")
+        for start, count in self._batches():
+            with inputs_of(linear, stop=True) as seen:
+                self._mlp(self._read(self.streams.mlp_in, start, count))
+            sums.add(seen.pop(), without_bias(linear, self._read(self.streams.mlp_target, start, count)))
+
+    def _run_small(self, start: int, count: int) -> torch.Tensor:
+        return run_layer(self.small, self._small_in(start, count), self.calls[1][count][self.index])
+
+    def _small_in(self, start: int, count: int) -> torch.Tensor:
+        return self._read(self.streams.small_in, start, count)
+
+    def _read(self, stream: HiddenStates, start: int, count: int) -> torch.Tensor:
+        return stream.read(start, count).to(self.decoder.machine.device)
+
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        blocks = len(self.streams.blocks)
+        for start in range(0, blocks, self.batch_size):
+            yield start, min(self.batch_size, blocks - start)
+
+    def _module(self, layer: nn.Module, role: Role) -> nn.Module:
+        return layer.get_submodule(self.decoder.family.modules[role])
+
+    def _linear(self, role: Role) -> nn.Linear:
+        linear = self._module(self.small, role)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+
+@contextmanager
+def outputs_given(linears: Sequence[nn.Linear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let linear layers put out these tensors, whatever they are given."""
+    try:
+        for linear, output in zip(linears, outputs, strict=True):
+            linear.forward = partial(_given, output)  # type: ignore[method-assign]
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def _given(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
+    return output
+
+
+def without_bias(linear: nn.Linear, target: torch.Tensor) -> torch.Tensor:
+    """What is left for the weight to put out."""
+    bias: torch.Tensor | None = linear.bias
+    return target if bias is None else target - bias
+
+
+@contextmanager
+def inputs_of(module: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Collect what a module is given; with `stop`, the forward, and with it the block, ends there."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen.append(args[0])
+        if stop:
+            raise StopForward
+
+    handle = module.register_forward_pre_hook(keep)
+    try:
+        with suppress(StopForward):
+            yield seen
+    finally:
+        handle.remove()

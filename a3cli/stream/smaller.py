@@ -1,0 +1,70 @@
+"""A smaller model that runs without being exported: its layers are projected when they are read.
+
+It is built in the per-layer shape whatever will be exported: one way to run it, and no scale folded into queries. Its
+layers need not be one for each of the source's: a probe builds many versions of the same one.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from a3cli.models.families import LayerSizes, per_layer_config
+from a3cli.models.model import Model
+from a3cli.models.projections import apply_projection
+from a3cli.solvers.moments import Tensors
+from a3cli.stream.sweep import Decoder
+from a3cli.work.machine import Machine
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One layer of a smaller model: the source's layer that it is made from, its sizes, RoPE slots and projections."""
+
+    layer: int
+    sizes: LayerSizes
+    slots: Sequence[float]
+    solution: Callable[[], Tensors]
+
+
+class SmallerDecoder(Decoder):
+    """The decoder whose layers are these cuts."""
+
+    def __init__(self, model: Model, machine: Machine, cuts: Sequence[Cut]) -> None:
+        self.cuts = cuts
+        self._solution: Tensors = {}
+        config = copy.deepcopy(model.config)
+        config.num_hidden_layers = len(cuts)
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = [kinds[cut.layer] for cut in cuts]
+        config.per_layer_config = per_layer_config([cut.sizes for cut in cuts], [cut.slots for cut in cuts])
+        super().__init__(model, machine, config=config)
+
+    def build(self, config: object, dtype: torch.dtype) -> nn.Module:
+        from a3cli.models.shipped import modeling_a3_llama
+
+        kind = getattr(modeling_a3_llama, self.family.per_layer_class)
+        network: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return network
+
+    @contextmanager
+    def layer(self, index: int, device: torch.device | None = None) -> Iterator[nn.Module]:
+        self._solution = self.cuts[index].solution()
+        with super().layer(index, device) as module:
+            yield module
+
+    def source_prefix(self, index: int) -> str:
+        return self.family.layer_prefix(self.cuts[index].layer)
+
+    def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
+        found = self.family.find_role(tensor)
+        if found is None:
+            return super().read(tensor, shape)
+        _, role, kind = found
+        full = self.shape.linear_shapes().get(role)
+        original = shape if full is None else torch.Size(full if kind == "weight" else full[:1])
+        value = super().read(tensor, original)
+        return apply_projection(value, role, self._solution, self.shape, fold_scale=False)

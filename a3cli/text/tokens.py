@@ -1,0 +1,85 @@
+"""What can be said of calibration text from its token blocks alone. Language and domain are for a person to judge."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from a3cli.work.folder import Json
+
+NGRAM = 13  # tokens; as long as this, a sequence that comes twice is a copy rather than a phrase
+OVERLAP = 0.5  # share of a block's n-grams that another block has too, from which on the two count as one
+MOST_FREQUENT = 12
+
+
+def describe_blocks(blocks: torch.Tensor) -> Json:
+    """Counts over blocks `[N, T]`: distinct tokens, the most frequent ones, repeated n-grams, overlapping blocks."""
+    values, counts = blocks.flatten().unique(return_counts=True)
+    top = counts.argsort(descending=True, stable=True)[:MOST_FREQUENT]
+    return {
+        "blocks": list(blocks.shape),
+        "tokens": blocks.numel(),
+        "distinct_tokens": len(values),
+        "most_frequent": [{"token": int(values[i]), "share": float(counts[i]) / blocks.numel()} for i in top],
+        **_repetition(blocks),
+    }
+
+
+def _repetition(blocks: torch.Tensor) -> Json:
+    """Share of n-grams that were there before, and the blocks of which most came before in one other block."""
+    length = min(NGRAM, blocks.shape[1])
+    hashes = _hash_ngrams(blocks, length)
+    flat = hashes.flatten()
+    order = flat.argsort(stable=True)  # equal n-grams together, earliest first
+    grouped = flat[order]
+    new = torch.ones(len(flat), dtype=torch.bool)
+    new[1:] = grouped[1:] != grouped[:-1]
+    first = torch.empty_like(order)
+    first[order] = order[new][new.cumsum(0) - 1]
+    block = torch.arange(len(blocks)).repeat_interleave(hashes.shape[1])
+    owner = first // hashes.shape[1]
+    copied = owner != block
+    pairs, shared = torch.stack([block, owner])[:, copied].unique(dim=1, return_counts=True)
+    overlaps = [
+        {"block": int(pairs[0, i]), "of": int(pairs[1, i]), "share": float(shared[i]) / hashes.shape[1]}
+        for i in (shared >= OVERLAP * hashes.shape[1]).nonzero().flatten()
+    ]
+    return {"ngram": length, "repeated_ngrams": 1 - float(new.sum()) / len(flat), "overlapping_blocks": overlaps}
+
+
+def _hash_ngrams(blocks: torch.Tensor, length: int) -> torch.Tensor:
+    """A 64-bit hash of each n-gram `[N, T − n + 1]`: a polynomial in an odd number, modulo 2^64."""
+    count = blocks.shape[1] - length + 1
+    hashes = torch.zeros(len(blocks), count, dtype=torch.int64)
+    for i in range(length):
+        hashes = hashes * 6364136223846793005 + blocks[:, i : i + count] + 1442695040888963407
+    return hashes
+
+
+def describe_text(blocks: torch.Tensor, tokenizer: Any, vocabulary: int) -> Json:
+    """What the tokenizer adds to `describe_blocks`: share of the vocabulary, text of tokens, bytes, characters."""
+    described = describe_blocks(blocks)
+    for each in described["most_frequent"]:
+        each["text"] = tokenizer.decode([each["token"]])
+    text = "".join(tokenizer.decode(block.tolist()) for block in blocks)
+    return {
+        **described,
+        "vocabulary": vocabulary,
+        "share_of_vocabulary": described["distinct_tokens"] / vocabulary,
+        "bytes_per_token": len(text.encode("utf-8", errors="replace")) / blocks.numel(),
+        "characters": _character_kinds(text),
+    }
+
+
+def _character_kinds(text: str) -> Json:
+    """Shares of the characters: what kind of text it is, at a glance."""
+    kinds = Counter(_kind(character) for character in text)
+    return {kind: kinds[kind] / max(1, len(text)) for kind in ("Latin letters", "other letters", "digits", "spaces")}
+
+
+def _kind(character: str) -> str:
+    if character.isalpha():
+        return "Latin letters" if character < "\u0250" else "other letters"
+    if character.isspace():
+        return "spaces"
+    return "digits" if character.isdigit() else "other"

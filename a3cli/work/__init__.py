@@ -1,0 +1,1 @@
+"""One run: its work folder, files, processes, signals and machine."""

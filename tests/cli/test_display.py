@@ -1,0 +1,55 @@
+"""What is printed is what was meant: names without markup, emoji or control characters, JSON without NaN."""
+
+import json
+import logging
+
+import pytest
+
+from a3cli.cli import display
+
+EVIL = "a\x1b[31m:cat:[b]evil[/b]"
+SEEN = r"a\x1b[31m:cat:[b]evil[/b]"
+
+
+@pytest.mark.parametrize("name", ["o[final]", "x[/y]", "a:cat:b"])
+def test_places_are_printed_as_they_are(name, a3, work, tmp_path):
+    exported = a3("export", tmp_path / name, "--work", work)
+    assert (exported.code, exported.stdout.splitlines()[-1]) == (0, str(tmp_path / name))
+    html = (tmp_path / name).with_suffix(".html")
+    reported = a3("report", work, "--html", html)
+    assert (reported.code, reported.stdout.splitlines()[-1]) == (0, str(html))
+    assert str(tmp_path / name) in a3("inspect", tmp_path / name).stdout
+    missing = a3("inspect", tmp_path / f"{name}.missing")
+    assert str(tmp_path / f"{name}.missing") in missing.stderr
+
+
+def test_tables_of_names(capsys):
+    figures = {
+        "dataset": EVIL,
+        "perplexity": 2.0,
+        "gates": [{"gate": "kl > 1", "failed": True, "value": 2, "limit": 1}],
+    }
+    display.print_evaluation({"datasets": [figures], "tasks": {"model": {EVIL: {EVIL: 0.5}}}})
+    display.print_verification({"checks": [{"name": "files", "outcome": "failed", "detail": f"unknown: {EVIL}"}]})
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert shown.count(SEEN) == 5
+
+
+def test_log_lines_of_names(capsys):
+    display.set_up_logging()
+    logging.getLogger("a3cli").warning("%s is made again", EVIL)
+    assert capsys.readouterr().err == f"{SEEN} is made again\n"
+
+
+def test_json_has_no_nan(capsys):
+    display.print_json({"a": float("nan"), "b": [float("inf"), {"c": (-float("inf"), 1.5, True, None, "NaN")}]})
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [None, {"c": [None, 1.5, True, None, "NaN"]}]}
+
+
+def test_progress_counts_layers_from_one(capsys):
+    display.set_up_logging()
+    with display.sweep_progress(quiet=True) as progress:
+        progress(layer=2, layers=5, tokens=8, total_tokens=8)
+    assert capsys.readouterr().err.startswith("layer 3 of 5: 8/8 tokens, ")

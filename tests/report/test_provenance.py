@@ -1,0 +1,309 @@
+"""The commands on a model card give the same export again, whatever options it was made with."""
+
+import json
+import re
+import shlex
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a3cli.models.checkpoint import resolve_model
+from a3cli.report.card import calibrate_commands, export_command, public_dataset, solve_command
+from a3cli.settings import (
+    COMPONENTS,
+    CalibrateSettings,
+    ExportSettings,
+    Settings,
+    SolveSettings,
+    TextSettings,
+    option_of,
+)
+from a3cli.stages.calibrate import describe_request
+from a3cli.stages.merge import merged_request
+from a3cli.work.escape import printable
+from a3cli.work.machine import Machine
+from tests.conftest import snapshot
+
+pytestmark = pytest.mark.usefixtures("hasty")
+
+# Settings that a card's commands leave out, each with the reason why no byte of the weights depends on it.
+UNSAID: dict[type[Settings], dict[str, str]] = {
+    TextSettings: {},
+    CalibrateSettings: {
+        "devices": "they take whole layers in turn; their kind is said as --device",
+        "follow_symlinks": "it allows reading through links; what is read is the same",
+        "hidden_states": "the same numbers lie in memory or in a file",
+    },
+    SolveSettings: {"num_processes": "each layer is solved by one thread, however many there are"},
+    ExportSettings: {
+        "overwrite": "it is about what was there before",
+        "num_processes": "each weight file is written by one of them",
+        "full_check": "the source is compared with what calibration saw; nothing is written from it",
+        "check_reproducible": "the second export is removed",
+        "evaluations": "figures of the export itself, in README.md and a3_manifest.json alone",
+    },
+}
+# Settings with an option of another name, or without one of their own.
+OTHER_OPTION = {"model": "model", "evaluations": "--eval"}
+# Options that are no settings: they say where, how long and how loud.
+NO_SETTING = {"--work", "--overwrite", "--max-minutes", "--json", "--quiet", "out"}
+STAGES: dict[str, type[Settings]] = {"calibrate": CalibrateSettings, "solve": SolveSettings, "export": ExportSettings}
+
+COUNTS = st.integers(1, 2**40)
+FRACTIONS = st.floats(0, 1, exclude_max=True)
+NAMES = st.text(min_size=1, max_size=12).filter(lambda text: text == printable(text))
+FILES = NAMES.filter(lambda name: "/" not in name).map(lambda name: f"{name}.txt")
+DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
+TEXT = {
+    "dataset": FILES | st.sampled_from(["wikitext2", "allenai/c4:en", "owner/name"]),
+    "text_field": NAMES | st.just(""),
+    "split": st.none() | NAMES,
+    "chat": st.booleans(),
+    "samples": COUNTS,
+    "seq_len": st.integers(2, 2**40),
+    "seed": st.integers(0, 2**40),
+}
+CALIBRATE = {
+    "model": FILES,
+    "revision": st.none() | st.from_regex("[0-9a-f]{40}", fullmatch=True),
+    "text": st.builds(TextSettings, **TEXT),
+    "device": st.sampled_from(["cpu", "cuda"]),  # as chosen, whatever was asked for
+    "dtype": DTYPES,
+    "batch_size": st.none() | COUNTS,
+    "mlp_stats": st.sampled_from(["full", "diagonal"]),
+    "trust_remote_code": st.booleans(),
+    "full_check": st.booleans(),
+    "num_processes": st.integers(1, 100),
+}
+SOLVE = {
+    "budget": st.none() | FRACTIONS,
+    "attention_budget": st.none() | FRACTIONS,
+    "mlp_budget": st.none() | FRACTIONS,
+    "method": st.sampled_from(["best", "paper"]),
+    "shape": st.sampled_from(["stock", "per-layer"]),
+    "context": st.none() | st.integers(2, 2**40),
+    "components": st.sets(st.sampled_from(COMPONENTS), min_size=1).map(tuple),
+    "head_multiple": COUNTS,
+    "mlp_multiple": COUNTS,
+    "min_head": COUNTS,
+    "min_mlp": COUNTS,
+    "rope_form": st.sampled_from(["auto", "theta", "linear", "longrope"]),
+    "eigenvalue_floor": FRACTIONS,
+    "ridge": st.floats(0, allow_infinity=False),
+    "sensitivity": st.sampled_from(["residual", "probe"]),
+    "probe_blocks": COUNTS,
+    "probe_points": COUNTS,
+    "sequential": st.booleans(),
+    "refit_rounds": st.integers(0, 2**40),
+    "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
+    "dtype": DTYPES | st.just("auto"),
+    "batch_size": COUNTS,
+}
+EXPORT = {"dtype": DTYPES | st.just("source"), "max_shard_size": COUNTS}
+TRIED = {TextSettings: TEXT, CalibrateSettings: CALIBRATE, SolveSettings: SOLVE, ExportSettings: EXPORT}
+
+
+@pytest.mark.parametrize("kind", TRIED, ids=lambda kind: kind.__name__)
+def test_every_setting_is_tried_or_cannot_change_a_byte(kind):
+    """A new setting fails here: let the card's commands say it, or give the reason why they need not."""
+    assert not TRIED[kind].keys() & UNSAID[kind].keys()
+    assert TRIED[kind].keys() | UNSAID[kind].keys() == kind.model_fields.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_setting_has_an_option(stage, command_line):
+    options = {name for parameter in command_line.commands[stage].params for name in parameter.opts}
+    fields = {*STAGES[stage].model_fields} - {"text"} | (
+        {*TextSettings.model_fields} if stage == "calibrate" else set()
+    )
+    expected = {OTHER_OPTION.get(name, option_of((name,))) for name in fields}
+    assert expected <= options
+    assert options <= expected | NO_SETTING
+
+
+class Parsed(Exception):
+    """Ends a command once its settings are there."""
+
+
+@pytest.fixture(scope="module")
+def settings_of(command_line):
+    """What the real command line makes of a line of a card: the settings of a stage."""
+
+    def parse(line: str) -> Any:
+        made: list[Settings] = []
+
+        def make_settings(kind, **values):
+            made.append(kind(**values))
+            raise Parsed
+
+        _, name, *arguments = shlex.split(line)
+        with pytest.MonkeyPatch.context() as patch, suppress(Parsed):
+            patch.setattr("a3cli.settings.make_settings", make_settings)
+            command_line.commands[name].main(arguments, standalone_mode=False)
+        return made[0]
+
+    return parse
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Settings, and the manifest that a calibration with them writes on some machine."""
+
+    settings: CalibrateSettings
+    manifest: dict[str, Any]
+    expected: CalibrateSettings  # with what `auto` came to, and the data set's public name
+
+
+@st.composite
+def calibrations(draw, checkpoint, **same: Any) -> Calibrated:
+    settings = CalibrateSettings(**{name: draw(strategy) for name, strategy in CALIBRATE.items()} | same)
+    machine = Machine(torch.device(settings.device), getattr(torch, settings.dtype))
+    batch_size = settings.batch_size or draw(COUNTS)
+    manifest = {
+        "request": describe_request(settings, checkpoint, machine),
+        "made_with": [{"processes": settings.num_processes, "batch_size": batch_size}] * 2,
+        "tokens": settings.text.samples * settings.text.seq_len,
+        "blocks": [settings.text.samples, settings.text.seq_len],
+        "sha256": draw(st.from_regex("[0-9a-f]{64}", fullmatch=True)),
+    }
+    text = settings.text.model_copy(update={"dataset": public_dataset(settings.text.dataset)})
+    return Calibrated(settings, manifest, settings.model_copy(update={"text": text, "batch_size": batch_size}))
+
+
+def named(settings: CalibrateSettings) -> CalibrateSettings:
+    """A name that begins like an option has its folder before it."""
+    return settings.model_copy(update={"model": f"./{settings.model}" if settings.model[0] == "-" else settings.model})
+
+
+@pytest.fixture(scope="module")
+def opened(checkpoint):
+    return resolve_model(str(checkpoint("llama-gqa")))
+
+
+@given(data=st.data())
+def test_calibrate_commands_have_every_setting(data, opened, settings_of):
+    made = data.draw(calibrations(opened))
+    (line,) = calibrate_commands(made.settings.model, made.settings.revision, made.manifest)
+    assert settings_of(line) == named(made.expected)
+
+
+@given(data=st.data())
+def test_merged_calibrations_have_a_command_each(data, opened, settings_of):
+    """What all must have in common is the first one's; text, batches, processes and device are their own."""
+    first = data.draw(calibrations(opened))
+    own = ("text", "batch_size", "device", "num_processes")
+    same = {name: getattr(first.settings, name) for name in CALIBRATE if name not in own}
+    others = data.draw(st.lists(calibrations(opened, **same), min_size=1, max_size=3))
+    request = merged_request([each.manifest for each in (first, *others)])
+    *lines, merge = calibrate_commands(first.settings.model, first.settings.revision, {"request": request})
+    assert [settings_of(line) for line in lines] == [named(each.expected) for each in (first, *others)]
+    works = [shlex.split(line)[-1] for line in lines]
+    assert len({*works}) == len(lines)
+    assert shlex.split(merge) == ["a3", "stats", "merge", *works, "--into", "a3-work"]
+
+
+@given(st.builds(SolveSettings, **SOLVE))
+def test_solve_command_has_every_setting(settings_of, settings):
+    assert settings_of(solve_command(settings.model_dump(mode="json"))) == settings
+
+
+@given(st.builds(ExportSettings, **EXPORT))
+def test_export_command_has_every_setting(settings_of, settings):
+    assert settings_of(export_command(settings.model_dump(mode="json"))) == settings
+
+
+def test_layers_that_were_divided_in_different_ways_are_mentioned(opened):
+    """After a calibration that ran out of memory, or went on with another number of processes."""
+    settings = CalibrateSettings(model="source", text={"dataset": "text.txt"})
+    made_with = [{"processes": 1, "batch_size": size} for size in (8, 4, 4)]
+    request = describe_request(settings, opened, Machine(torch.device("cpu"), torch.float32))
+    comment, line = calibrate_commands("source", None, {"request": request, "made_with": made_with})
+    assert comment.startswith("# Not all layers")
+    assert "--batch-size 4" in line
+
+
+# Options that change bytes, and some that must not and that the commands therefore leave out.
+UNUSUAL = {
+    "sequential": (
+        ("--seed", 3, "--samples", 4, "--batch-size", 2, "--dtype", "bfloat16", "--full-check", "--devices", "cpu,cpu",
+         "--hidden-states", "memory"),
+        ("--attention-budget", 0.2, "--mlp-budget", 0.3, "--head-multiple", 4, "--mlp-multiple", 4, "--context", 128,
+         "--ridge", 1e-3, "--eigenvalue-floor", 1e-4, "--sensitivity", "probe", "--probe-blocks", 2,
+         "--probe-points", 2, "--dtype", "float32", "--sequential", "--refit-rounds", 1, "--batch-size", 2,
+         "--num-processes", 1),
+        ("--dtype", "bfloat16", "--max-shard-size", "100KB", "--num-processes", 2, "--full-check",
+         "--check-reproducible"),
+    ),
+    "one shot": (
+        ("--samples", 3, "--batch-size", 3, "--mlp-stats", "diagonal", "--device", "cpu"),
+        ("--budget", 0.3, "--method", "paper", "--shape", "per-layer", "--head-multiple", 2, "--mlp-multiple", 8,
+         "--min-head", 6, "--components", "ov,mlp", "--eigenvalue-floor", 0.01, "--device", "cpu", "--batch-size", 3,
+         "--refit-rounds", 0),
+        ("--max-shard-size", "40KB"),
+    ),
+    "as many blocks as fit": (("--samples", 3), ("--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_the_commands_of_a_card_give_the_same_bytes(name, a3, checkpoint, text_file, tmp_path, monkeypatch):
+    """Each file of the export; of a3_manifest.json not the batch size that was asked for, if it was `auto`."""
+    calibrating, solving, exporting = UNUSUAL[name]
+    begin(tmp_path / "here", checkpoint, text_file, monkeypatch)
+    assert a3("calibrate", "source", "--dataset", "text.txt", "--seq-len", 32, *calibrating).code == 0
+    assert a3("solve", *solving).code == 0
+    assert a3("export", "OUT", *exporting).code == 0
+    ours = snapshot(Path("OUT"))
+    card = Path("OUT/README.md").read_text("utf-8")
+    begin(tmp_path / "there", checkpoint, text_file, monkeypatch)
+    follow(a3, card)
+    theirs = snapshot(Path("OUT"))
+    if name == "as many blocks as fit":
+        manifests = [json.loads(files.pop("a3_manifest.json")) for files in (ours, theirs)]
+        asked = [manifest["calibration"]["request"].pop("batch_size") for manifest in manifests]
+        assert asked == ["auto", 3]
+        for manifest in manifests:  # hashes over manifests that have the batch size in them
+            for part in (manifest, manifest["calibration"], manifest["solution"]):
+                del part["sha256"]
+            del manifest["solution"]["request"]["calibration"]
+        assert manifests[0] == manifests[1]
+    assert ours == theirs
+
+
+def begin(folder: Path, checkpoint, text_file, monkeypatch) -> None:
+    """A fresh folder with the source and the text, and no work folder, becomes the current one."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    shutil.copytree(checkpoint("llama-gqa"), "source")
+    shutil.copyfile(text_file, "text.txt")
+    shutil.copyfile(Path(__file__), "other.txt")
+
+
+def follow(a3, card: str) -> None:
+    lines = re.findall(r"^a3 (.+)$", card, re.M)
+    assert [line.split()[0] for line in lines if line.split()[0] != "stats"][-2:] == ["solve", "export"]
+    for line in lines:
+        outcome = a3(*shlex.split(line))
+        assert outcome.code == 0, (line, outcome.stderr)
+
+
+def test_the_commands_of_a_merged_calibration_give_the_same_bytes(a3, checkpoint, text_file, tmp_path, monkeypatch):
+    """The parts were calibrated with batches of different sizes."""
+    begin(tmp_path / "here", checkpoint, text_file, monkeypatch)
+    text = ("--samples", 4, "--seq-len", 32)
+    assert a3("calibrate", "source", "--dataset", "text.txt", *text, "--batch-size", 2, "--work", "one").code == 0
+    assert a3("calibrate", "source", "--dataset", "other.txt", *text, "--batch-size", 3, "--work", "two").code == 0
+    assert a3("stats", "merge", "one", "two", "--into", "a3-work").code == 0
+    assert a3("solve", "--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2).code == 0
+    assert a3("export", "OUT").code == 0
+    ours = snapshot(Path("OUT"))
+    begin(tmp_path / "there", checkpoint, text_file, monkeypatch)
+    follow(a3, ours["README.md"].decode())
+    assert snapshot(Path("OUT")) == ours

@@ -1,0 +1,354 @@
+"""`a3 plan` against what calibrate, solve and export then do; how it checks weights is in `test_sources.py`."""
+
+import copy
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import NemotronConfig
+
+from a3cli.methods import best
+from a3cli.models import costs
+from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.families import LayerSizes, read_shape
+from a3cli.models.model import describe
+from a3cli.settings import SolveSettings
+from a3cli.solvers import ov, slots
+from a3cli.stages import plan
+from a3cli.stages.plan import GREEDY_STEP, REFIT_ROUNDS, torch_build
+from a3cli.stream import sequential
+from tests.conftest import MODELS
+from tests.stages.test_bad_input import refused
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "rope_theta": 500000.0,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a config.json and nothing else; the folder."""
+
+    def write(**changes) -> Path:
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        content = {key: value for key, value in (LLAMA_8B | changes).items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(content))
+        return folder
+
+    return write
+
+
+def runtimes(found: dict) -> dict:
+    return {each["runtime"]: each for each in found["runtimes"]}
+
+
+def test_llama_8b(a3, config):
+    found = a3("plan", config(), "--json").json
+    assert found["parameters"]["before"] == 8_030_261_248  # as its card says
+    assert found["kv_bytes_per_token"]["before"] == 131_072
+    assert found["head_size"]["after"] == 96
+    assert found["mlp_width"]["after"] == 10_752
+    assert found["budget_reached"] == 0.25
+    assert runtimes(found)["llama.cpp"]["loads"] == "no"
+    assert found["machine"]["rates_are"] == dict.fromkeys(("start", "disk", "compute", "solve"), "assumed")
+    assert 0 < found["seconds"]["solve --method paper"] < found["seconds"]["solve --method best"]
+
+
+STARCODER2_3B = {
+    "model_type": "starcoder2",
+    "hidden_size": 3072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "vocab_size": 49152,
+    "tie_word_embeddings": None,  # on the hub it does not say so
+    "use_bias": None,
+}
+
+
+def test_what_a_starcoder2_does_not_say(a3, config):
+    """Embeddings are tied, every linear layer has a bias; an MLP without a gate has two weights a channel."""
+    found = a3("plan", config(**STARCODER2_3B), "--json").json
+    d, width, kv = 3072, 12288, 2 * 128
+    linear, biases, norms = 2 * d * (d + kv) + 2 * width * d, 2 * d + 2 * kv + width + d, 4 * d
+    assert found["parameters"]["before"] == 49152 * d + 30 * (linear + biases + norms) + 2 * d
+    assert found["budget_reached"] == 0.25
+    without = a3("plan", config(**{**STARCODER2_3B, "use_bias": False}), "--json").json
+    assert found["parameters"]["before"] - without["parameters"]["before"] == 30 * biases
+    untied = a3("plan", config(**{**STARCODER2_3B, "tie_word_embeddings": False}), "--json").json
+    assert untied["parameters"]["before"] - found["parameters"]["before"] == 49152 * d
+    assert "starcoder2 ignores head_dim" in runtimes(found)["vLLM"]["note"]
+
+
+@pytest.mark.parametrize("name", ["nemotron-gqa", "nemotron-mha-bias"])
+def test_a_head_that_turns_in_part(name, a3, checkpoint):
+    """Norms have biases; the shape is read of either spelling."""
+    found = a3("plan", checkpoint(name), "--head-multiple", 2, "--mlp-multiple", 8, "--seq-len", 64, "--json").json
+    assert found["parameters"]["before"] == Checkpoint(checkpoint(name)).parameters()
+    assert runtimes(found)["transformers 5"]["loads"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("said", "passed"),
+    [
+        ({}, 8),
+        ({"partial_rotary_factor": 0.25}, 12),
+        ({"partial_rotary_factor": 1.0}, 0),
+        ({"partial_rotary_factor": 0.25, "rope_parameters": {"partial_rotary_factor": 0.75}}, 4),
+    ],
+)
+def test_how_much_of_a_head_turns(said, passed):
+    """As transformers reads it."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 1}
+    theirs = NemotronConfig(**sizes, **copy.deepcopy(said))
+    plain = SimpleNamespace(**sizes, model_type="nemotron", **said)
+    assert read_shape(plain).passed_dims == read_shape(theirs).passed_dims == passed
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.5, -0.5, float("nan"), "half"])
+def test_what_is_no_number_of_pairs_is_refused(factor, a3, config):
+    sizes = {"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": factor}}
+    refused(a3("plan", config(model_type="nemotron", **sizes)), "partial_rotary_factor", "head_dim 16")
+
+
+def test_in_a_few_seconds(checkpoint):
+    """Of a processor's time, in a process of its own: 5 s where nothing else runs, most of it imports."""
+    sizes = ("--seq-len", "64", "--head-multiple", "2", "--mlp-multiple", "8")
+    command = [sys.executable, "-m", "a3cli", "plan", str(checkpoint("llama-gqa")), *sizes, "--json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run(command, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert json.loads(ended.stdout)["weights"]["checked"] == "tensors"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 12
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_are_those_of_the_checkpoint(name, a3, checkpoint):
+    """The configuration as JSON gives the same shape as transformers' own class, and every tensor is counted."""
+    folder = checkpoint(name)
+    found = a3("plan", folder, "--head-multiple", 2, "--mlp-multiple", 8, "--seq-len", 64, "--json").json
+    source = Checkpoint(folder)
+    shape = describe(source).shape
+    sizes = [LayerSizes(found["head_size"]["after"], found["head_size"]["after"], found["mlp_width"]["after"])] * 2
+    assert found["parameters"]["before"] == source.parameters()
+    assert found["bytes"]["before"] == source.bytes()
+    assert found["parameters"]["after"] == source.parameters() - costs.removed_parameters(shape, sizes)
+    assert found["kv_bytes_per_token"]["after"] == costs.kv_bytes_per_token(shape, sizes, 4)
+    assert 0.25 <= found["budget_reached"] < 0.35
+
+
+def test_disk_is_what_calibration_takes(a3, checkpoint, text_file, tmp_path):
+    folder, run = checkpoint("llama-gqa"), ("--samples", 6, "--seq-len", 64)
+    for kind in ("full", "diagonal"):
+        planned = a3("plan", folder, *run, "--mlp-stats", kind, "--head-multiple", 8, "--json").json
+        work = tmp_path / kind
+        assert a3("calibrate", folder, "--dataset", text_file, *run, "--mlp-stats", kind, "--work", work).code == 0
+        header = 2000
+        for layer in (work / "calibration").glob("layer-*"):
+            size = layer.stat().st_size
+            assert planned["disk_bytes"]["statistics_per_layer"] < size
+            assert size < planned["disk_bytes"]["statistics_per_layer"] + header
+        assert planned["disk_bytes"]["hidden_states"] == 2 * 6 * 64 * 48 * 4
+    assert "solve --method best" not in planned["seconds"]
+
+
+def test_calibration_flops_are_those_of_a_forward_and_the_products(checkpoint):
+    """Counted by torch, whose counter does not see the Gram matrices: they are added up in place."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    from a3cli.solvers.moments import LayerMoments
+    from a3cli.stream.sweep import moments_of
+
+    folder = checkpoint("llama-gqa")
+    model = describe(Checkpoint(folder))
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").model
+    moments = LayerMoments(16, True, torch.device("cpu"))
+    with (
+        torch.inference_mode(),
+        moments_of(network.layers[0], model.family, moments),
+        FlopCounterMode(display=False) as c,
+    ):
+        network(torch.zeros(2, 64, dtype=torch.long), use_cache=False)
+    one, two = (c.get_flop_counts()[f"LlamaModel.layers.{i}"] for i in (0, 1))
+    plain, hooked = (sum(counts.values()) for counts in (two, one))
+    shape = model.shape
+    assert plain == 128 * costs.prefill_flops_per_token(shape, shape.sizes[:1], 64)
+    in_place = 128 * (2 * (64 + 2 * 32) * 16 + 64**2 + 96**2)
+    sampled = 2 * 2 * 8 * 64 * 4 * 16  # attention by distance: 8 queries a block
+    assert hooked + in_place - sampled == pytest.approx(
+        128 * costs.calibration_flops_per_token(shape, 64, full_mlp=True), rel=0.01
+    )
+
+
+def test_budgets_are_reached_by_the_least_unlike_sizes():
+    shape = describe_shape(hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate_size=128)
+    total = costs.linear_weights(shape, shape.sizes)
+    for budget in (0.0, 0.1, 0.25, 0.4, 0.7):
+        size = costs.uniform_sizes(shape, budget, head_multiple=4, mlp_multiple=8)
+        removed = total - costs.linear_weights(shape, [size] * 2)
+        assert removed >= budget * total
+        assert abs(size.qk / 16 - size.mlp / 128) <= 0.2
+    assert costs.uniform_sizes(shape, 0.0, head_multiple=4, mlp_multiple=8) == LayerSizes(16, 16, 128)
+    assert costs.uniform_sizes(shape, 0.97, head_multiple=8, mlp_multiple=64) is None
+
+
+def describe_shape(**sizes):
+    from a3cli.models.families import ModelShape
+
+    return ModelShape(**sizes)
+
+
+def test_what_was_stated_or_measured_counts(a3, config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    slow, fast = (
+        a3("plan", config(), "--disk-gbps", rate, "--tflops", rate, "--solve-tflops", rate, "--json").json["seconds"]
+        for rate in (1, 4)
+    )
+    early, late = (a3("plan", config(), "--start-seconds", start, "--json").json["seconds"] for start in (1, 4))
+    assert all(fast[stage] < slow[stage] for stage in slow)
+    assert all(early[stage] <= late[stage] - 3 for stage in late)
+    exec(plan.NEEDED, {})  # here at no cost
+    monkeypatch.setattr(plan, "NEEDED", "import time; time.sleep(0.1)")
+    measured = a3("plan", config(), "--measure", "--tflops", 3, "--json").json["machine"]
+    assert measured["rates_are"] == {"start": "measured", "disk": "measured", "compute": "stated", "solve": "measured"}
+    assert measured["tflops"] == 3
+    assert 0.001 < measured["solve_tflops"] < 100
+    assert 0.001 < measured["disk_gbps"] < 100
+    assert 0.1 < measured["start_seconds"] < 60
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_several_processes_are_faster_on_gpus_and_share_the_cores_of_a_cpu(a3, config):
+    def calibrating(device: str, count: int) -> float:
+        options = ("--devices", device, "--tflops", 1, "--num-processes", count, "--json")
+        return a3("plan", config(), *options).json["seconds"]["calibrate"]
+
+    assert calibrating("cuda", 2) < 0.7 * calibrating("cuda", 1)
+    assert calibrating("cpu", 2) == calibrating("cpu", 1)
+
+
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+
+
+def test_a_gpu_selects_channels_one_after_another_and_solves_no_heads(a3, config):
+    """As measured on an H200: a layer of this shape took 10.5 s, at 62 TFLOP/s, and nearly all of it were steps."""
+    on_gpu = ("--devices", "cuda", "--disk-gbps", 1e6, "--json")
+    solving = {
+        rate: a3("plan", config(**LLAMA_70B), *on_gpu, "--solve-tflops", rate).json["seconds"] for rate in (62, 1e6)
+    }
+    assert solving[1e6]["solve --method best"] > 80 * 28672 * GREEDY_STEP
+    assert solving[62]["solve --method best"] / 80 == pytest.approx(10.5, rel=0.4)  # and slots, files, hashes
+    assert solving[62]["solve --method paper"] == solving[1e6]["solve --method paper"]
+
+
+def test_disk_for_the_solution_of_each_method(a3, config):
+    found = a3("plan", config(**LLAMA_70B), "--json").json["disk_bytes"]
+    assert found["solution"] == pytest.approx(72.7e9, rel=0.01)
+    assert found["solution_paper"] == pytest.approx(0.14e9, rel=0.01)
+    diagonal = a3("plan", config(**LLAMA_70B), "--mlp-stats", "diagonal", "--json").json["disk_bytes"]
+    assert diagonal["solution"] == diagonal["solution_paper"] == found["solution_paper"]  # best needs full statistics
+
+
+def test_devices_shape_and_dtype(a3, config):
+    cpu, gpu = (a3("plan", config(), "--devices", kind, "--json").json for kind in ("cpu", "cuda:0,cuda:1"))
+    assert gpu["machine"]["calibration_dtype"] == "bfloat16"
+    assert (gpu["machine"]["batch_size_is"], cpu["machine"]["batch_size_is"]) == ("the least", "taken")
+    assert "cuda at its peak at least" in a3("plan", config(), "--devices", "cuda").stdout.replace("\n", " ")
+    assert "at least" not in a3("plan", config(), "--devices", "cuda", "--batch-size", 2).stdout
+    assert gpu["device_memory_bytes"]["layer"] == cpu["device_memory_bytes"]["layer"] / 2
+    per_layer = a3("plan", config(), "--shape", "per-layer", "--json").json
+    assert "trust_remote_code" in runtimes(per_layer)["transformers 5"]["note"]
+    assert "each layer will have its own" in a3("plan", config(), "--shape", "per-layer").stdout
+    qwen = a3("plan", config(model_type="qwen2"), "--json").json
+    assert "qwen2 ignores head_dim" in runtimes(qwen)["MLX"]["note"]
+    assert qwen["parameters"]["before"] == 8_030_261_248 + 32 * 48 * 128
+
+
+def test_of_a_hub_id_only_the_configuration_is_downloaded(a3, config, monkeypatch):
+    asked = []
+
+    def download(model, *, revision, allow_patterns, ignore_patterns, local_files_only):
+        asked.append((model, revision, allow_patterns))
+        return str(config())
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = a3("plan", "owner/name", "--revision", "v2", "--json").json
+    assert found["model"] == "owner/name"
+    assert found["weights"]["checked"] == "nothing"  # the hub is not asked either: HF_HUB_OFFLINE
+    assert "headers could not be read" in found["weights"]["reason"]
+    assert asked == [("owner/name", "v2", ["config.json", "model.safetensors.index.json", "adapter_config.json"])]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"hidden_size": None, "vocab_size": "many"}, (), ("hidden_size", "vocab_size")),
+        ({"model_type": "gpt2"}, (), ("'gpt2'", "llama, mistral, nemotron, qwen2")),
+        ({"num_key_value_heads": 3}, (), ("impossible sizes",)),
+        ({"dtype": "int8"}, (), ("int8",)),
+        ({"per_layer_config": {}}, (), ("layers differ in size",)),
+        ({"quantization_config": {"quant_method": "gptq"}}, (), ("quantised",)),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, (), ("dynamic", "RoPE")),
+        ({"hidden_size": "4096"}, (), ("config.json", "hidden_size", "integer")),
+        ({"num_hidden_layers": 200_000_000}, (), ("config.json: num_hidden_layers is above 10,000",)),
+        ({"head_dim": 10**9, "vocab_size": 10**400}, (), ("config.json: head_dim is above", "vocab_size is above")),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 2 * 10**9}, (), ("head_dim is above",)),
+        ({"intermediate_size": 10**400}, (), ("intermediate_size is above 2,147,483,647",)),
+        ({"rope_parameters": []}, (), ("config.json", "rope_parameters")),
+        ({"rope_parameters": "linear"}, (), ("config.json", "rope_parameters")),
+        ({"rope_scaling": 5}, (), ("config.json", "rope_scaling")),
+        ({}, ("--seq-len", 200_000), ("--seq-len 200000", "131072")),
+        ({}, ("--budget", 0.999), ("cannot be reached",)),
+        ({}, ("--budget", 1.5, "--devices", "tpu", "--tflops", -1), ("--budget", "--devices", "--tflops")),
+    ],
+)
+def test_bad_input(changes, options, words, a3, config):
+    refused(a3("plan", config(**changes), *options), *words)
+
+
+def test_no_such_model(a3, tmp_path, monkeypatch):
+    refused(a3("plan", tmp_path / "none"), "no such folder")
+    refused(a3("plan", tmp_path), "config.json", "missing")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(a3("plan", "owner/name"), "owner/name", "HF_HUB_OFFLINE")
+
+
+def test_rounds_counted_are_those_run():
+    """costs.py does without torch, so it has its own copy of what the solvers' loops go up to."""
+    assert costs.ROUNDS == slots.ROUNDS
+    assert (costs.VALUE_ROUNDS, costs.VALUE_STEPS) == (best.VALUE_ROUNDS, ov.REFINEMENT_STEPS)
+    assert costs.GAUSS_NEWTON_STEPS == sequential.ITERATIONS
+    assert SolveSettings.model_fields["refit_rounds"].default == REFIT_ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("installed", "platform", "build"),
+    [
+        ("2.13.0+cpu", "linux", "cpu"),
+        ("2.13.0", "linux", "cuda"),
+        ("2.13.0+cu130", "linux", "cuda"),
+        ("2.13.0", "darwin", "cpu"),
+    ],
+)
+def test_imports_take_what_the_build_of_torch_takes(installed, platform, build, monkeypatch):
+    monkeypatch.setattr("a3cli.stages.plan.version", {"torch": installed}.__getitem__)
+    monkeypatch.setattr("sys.platform", platform)
+    assert torch_build() == build

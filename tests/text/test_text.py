@@ -1,0 +1,336 @@
+"""How text becomes blocks: where they are cut, what a row is, and that nothing is lost or counted twice."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a3cli.errors import A3Error
+from a3cli.settings import TextSettings
+from a3cli.text import blocks as text
+from a3cli.work.folder import hash_file
+from tests.conftest import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+
+
+def text_settings(path, **options):
+    return TextSettings(**{"dataset": str(path), "samples": 4, "seq_len": 8, **options})
+
+
+def tokens_of(string: str) -> list[int]:
+    return TOKENIZER(string)["input_ids"]
+
+
+@given(extra=st.integers(0, 40), samples=st.integers(1, 5), seq_len=st.integers(2, 9), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_blocks_are_disjoint_runs_of_the_stream(tmp_path_factory, extra, samples, seq_len, seed):
+    path = tmp_path_factory.mktemp("t") / "t.txt"
+    # 256 different characters in a row: a run is known by its first token
+    stream = "".join(chr(0x100 + i) for i in range(0, (samples * seq_len + extra + 1) // 2 * 1))
+    path.write_text(stream, "utf-8")
+    all_tokens = tokens_of(stream)
+    if len(all_tokens) < samples * seq_len:
+        return
+    blocks = text.sample_blocks(TOKENIZER, text_settings(path, samples=samples, seq_len=seq_len, seed=seed))
+    assert blocks.shape == (samples, seq_len)
+    position = 0
+    for block in blocks.tolist():
+        while all_tokens[position : position + seq_len] != block:
+            position += 1
+            assert position <= len(all_tokens) - seq_len, "not a later run of the stream"
+        position += seq_len
+
+
+def test_every_placement_is_reached(tmp_path):
+    """Two blocks of 3 in 8 tokens have 6 placements; over seeds each of them comes up."""
+    path = tmp_path / "t.txt"
+    path.write_text("abcdefgh")
+    placements = {
+        tuple(
+            block[0].item()
+            for block in text.sample_blocks(TOKENIZER, text_settings(path, samples=2, seq_len=3, seed=s))
+        )
+        for s in range(100)
+    }
+    first = tokens_of("abcdefgh")
+    assert placements == {(first[a], first[b]) for a in range(6) for b in range(a + 3, 6)}
+
+
+def test_seed_decides(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("".join(chr(97 + i % 26) * (i % 7) for i in range(300)))
+    one, again, other = (text.sample_blocks(TOKENIZER, text_settings(path, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_too_little_text_says_how_many_blocks_there_are(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("x" * 20)
+    with pytest.raises(A3Error, match=r"20 tokens give 2 blocks of 8, 4 were asked for"):
+        text.sample_blocks(TOKENIZER, text_settings(path))
+
+
+@given(length=st.integers(2, 60), seq_len=st.integers(2, 20))
+@settings(max_examples=40, deadline=None)
+def test_evaluation_blocks_hold_every_token_once(tmp_path_factory, length, seq_len):
+    path = tmp_path_factory.mktemp("t") / "t.txt"
+    path.write_text("ab" * (length // 2) + "c")
+    blocks = text.evaluation_blocks(TOKENIZER, text_settings(path, samples=None, seq_len=seq_len))
+    assert torch.cat(blocks).tolist() == tokens_of(path.read_text())
+    assert all(len(block) == seq_len for block in blocks[:-1])
+
+
+def write_rows(folder, rows, suffix):
+    path = folder / f"rows{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_are_joined_by_a_blank_line(tmp_path, suffix):
+    path = write_rows(tmp_path, [{"body": "one"}, {"body": "two"}, {"body": "three"}], suffix)
+    stream = list(text.token_stream(TOKENIZER, text_settings(path, text_field="body"), purpose="calibrate"))
+    assert TOKENIZER.decode(stream) == "one\n\ntwo\n\nthree"
+
+
+def test_a_folder_is_read_in_name_order(tmp_path):
+    (tmp_path / "b.txt").write_text("second")
+    write_rows(tmp_path, [{"text": "third"}], ".jsonl")
+    (tmp_path / "a.txt").write_text("first\nline")
+    (tmp_path / "ignored.md").write_text("no")
+    stream = list(text.token_stream(TOKENIZER, text_settings(tmp_path), purpose="calibrate"))
+    assert TOKENIZER.decode(stream) == "first\nline\n\nsecond\n\nthird"
+
+
+def test_chat_rows_go_through_the_template(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = write_rows(tmp_path, [{"messages": messages}], ".jsonl")
+    stream = list(text.token_stream(tokenizer, text_settings(path, chat=True), purpose="calibrate"))
+    assert tokenizer.decode(stream) == "<user>hi<assistant>ho"
+
+
+def test_one_bos_at_the_very_beginning(tmp_path):
+    class WithBos:
+        def __call__(self, string, *, add_special_tokens, verbose):
+            return {"input_ids": [1] * add_special_tokens + [len(string)]}
+
+    path = tmp_path / "t.txt"
+    path.write_text(("x" * 999 + "\n") * 3000)
+    stream = list(text.token_stream(WithBos(), text_settings(path), purpose="calibrate"))
+    assert stream[0] == 1
+    assert 1 not in stream[1:]
+    assert len(stream) > 2  # pieces of about a MiB
+
+
+@pytest.mark.parametrize(
+    ("dataset", "purpose", "expected"),
+    [
+        ("wikitext2", "calibrate", ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "train"})),
+        ("wikitext2", "evaluate", ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"})),
+        ("c4", "evaluate", ("allenai/c4", {"name": "en", "split": "validation"})),
+        ("owner/set:part", "calibrate", ("owner/set", {"name": "part", "split": "train"})),
+        ("owner/set", "evaluate", ("owner/set", {"name": None, "split": "test"})),
+    ],
+)
+def test_hub_sets_are_streamed_and_read_no_further_than_needed(monkeypatch, dataset, purpose, expected):
+    """What is asked of `datasets`, and that rows beyond the pool are never pulled."""
+    import datasets
+
+    asked, pulled = [], []
+
+    def load_dataset(path, **options):
+        asked.append((path, {key: value for key, value in options.items() if key != "streaming"}))
+        assert options["streaming"] is True
+
+        def generate():
+            for i in range(10**9):
+                pulled.append(i)
+                yield {"text": "y" * 100_000}
+
+        return generate()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    wanted = text_settings(dataset, samples=4, seq_len=512)
+    if purpose == "calibrate":
+        text.sample_blocks(TOKENIZER, wanted)
+    else:
+        text.evaluation_blocks(TOKENIZER, wanted)
+    assert asked == [expected]
+    assert len(pulled) <= 12  # one piece of a MiB
+
+
+CHATS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def chat_tokenizer():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHATS
+    return tokenizer
+
+
+def read_all(tokenizer, path, **options):
+    """The whole text, and what was read."""
+    read = text.TextRead()
+    stream = list(text.token_stream(tokenizer, text_settings(path, **options), purpose="calibrate", read=read))
+    return tokenizer.decode(stream), read
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_without_text_are_skipped_and_counted(tmp_path, suffix):
+    rows = [{"text": value} for value in (None, "one", "", " \n", "two", None)]
+    found, read = read_all(TOKENIZER, write_rows(tmp_path, rows, suffix))
+    assert found == "one\n\ntwo"
+    assert read.describe() == {"rows": 6, "skipped": 4, "whole": True}
+
+
+def test_a_set_without_any_text_is_an_error(tmp_path):
+    path = write_rows(tmp_path, [{"text": None}, {"text": "\t"}], ".jsonl")
+    with pytest.raises(A3Error, match="all of its 2 rows are without text"):
+        read_all(TOKENIZER, path)
+    (tmp_path / "a.txt").write_text("some")
+    assert read_all(TOKENIZER, tmp_path)[0] == "some"
+
+
+def test_empty_lines_of_wikitext_stay_as_the_papers_have_them(monkeypatch):
+    """Its rows are lines: without the empty ones perplexities would not compare with published ones."""
+    import datasets
+
+    lines = [{"text": line} for line in ("", " = A = \n", "", "word\n", None)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: lines)
+    found, read = read_all(TOKENIZER, "wikitext2")
+    assert found == "\n\n".join(["", " = A = \n", "", "word\n"])
+    assert read.skipped == 1
+    assert read_all(TOKENIZER, "owner/other")[0] == " = A = \n\n\nword\n"
+
+
+TALK = [{"from": "system", "value": "be"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        ([{"conversations": TALK}], {}, "<system>be<user>hi<assistant>ho"),
+        ([{"messages": MESSAGES}, {"messages": []}, {"messages": None}], {}, "<user>hi"),
+        ([{"messages": MESSAGES}, {"conversations": TALK[1:]}], {}, "<user>hi\n\n<user>hi<assistant>ho"),
+        ([{"dialog": MESSAGES, "messages": TALK}], {"text_field": "dialog"}, "<user>hi"),
+    ],
+)
+def test_chats_of_both_kinds_are_rendered(tmp_path, rows, options, expected):
+    found, read = read_all(chat_tokenizer(), write_rows(tmp_path, rows, ".jsonl"), chat=True, **options)
+    assert found == expected
+    assert read.rows - read.skipped == expected.count("\n\n") + 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"conversations": [TALK[0], {"from": "tool", "value": "x"}]}, "row 2, turn 2: unknown speaker 'tool'"),
+        ({"conversations": [{"from": "human", "value": None}]}, "row 2, turn 1: has neither role and content"),
+        ({"conversations": ["hi"]}, "row 2: the messages are not a list of turns"),
+    ],
+)
+def test_chats_that_cannot_be_rendered_name_the_row(tmp_path, row, said):
+    rows = text.row_documents(
+        [{"conversations": TALK}, row], chat_tokenizer(), text_settings("rows", chat=True), text.TextRead()
+    )
+    assert next(rows)
+    with pytest.raises(A3Error, match=said):
+        next(rows)
+
+
+def test_chat_needs_messages_and_a_template(tmp_path):
+    path = write_rows(tmp_path, [{"text": "x"}], ".jsonl")
+    with pytest.raises(A3Error, match="no field 'messages' or 'conversations' for --chat; its fields are text"):
+        read_all(chat_tokenizer(), path, chat=True)
+    path = write_rows(tmp_path, [{"conversations": TALK}], ".jsonl")
+    with pytest.raises(A3Error, match="row 1: the model's tokenizer has no chat template"):
+        read_all(TOKENIZER, path, chat=True)
+    with pytest.raises(A3Error, match="--chat reads its 'conversations'"):
+        read_all(TOKENIZER, path)
+    with pytest.raises(A3Error, match=r"holds list, not text \(--chat reads messages\)"):
+        read_all(TOKENIZER, path, text_field="conversations")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("t.txt", {"chat": True}, "--chat"),
+        ("t.txt", {"text_field": "text"}, "--text-field"),
+        ("t.txt", {"split": "train"}, "--split"),
+        ("t.jsonl", {"split": "train"}, "--split"),
+        ("t.jsonl", {"chat": True, "text_field": "x"}, None),
+        ("", {"chat": True, "text_field": "x"}, None),  # the folder of both
+        ("owner/name", {"split": "train"}, None),
+        ("wikitext2:some", {"split": "train"}, None),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, name, options, said):
+    (tmp_path / "t.txt").write_text("x")
+    (tmp_path / "t.jsonl").write_text("{}")
+    local = not name or "." in name
+    asked = text_settings(tmp_path / name if local else name, **options)
+    if said is None:
+        return text.check_texts([asked])
+    with pytest.raises(A3Error, match=f"{said} .*leave out {said}"):
+        text.check_texts([asked])
+    text.check_texts([asked, text_settings("owner/name", **options)])  # of use for the other one
+    return None
+
+
+@pytest.mark.parametrize("name", ["none.txt", "texts/none.jsonl", "owner/", "nothing", "/no/where", "a/b/c"])
+def test_a_data_set_that_is_not_there(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(A3Error, match="no such file or folder"):
+        text.check_texts([text_settings(name)])
+
+
+def three_files(folder):
+    for name, letter in (("b.txt", "b"), ("d.txt", "d"), ("f.jsonl", "f")):
+        (folder / name).write_text(letter * 200 if name.endswith(".txt") else '{"text": "x"}')
+
+
+def test_only_files_that_are_opened_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "TEXT_CHUNK", 1)
+    three_files(tmp_path)
+    read = text.TextRead()
+    text.sample_blocks(TOKENIZER, text_settings(tmp_path, samples=4, seq_len=10), read)  # a pool of 320 tokens
+    assert list(read.files) == ["b.txt", "d.txt"]
+    assert read.files["b.txt"] == hash_file(tmp_path / "b.txt")
+    assert not read.whole
+    text.evaluation_blocks(TOKENIZER, text_settings(tmp_path, samples=None), whole := text.TextRead())
+    assert list(whole.files) == ["b.txt", "d.txt", "f.jsonl"]
+    assert whole.describe() == {"rows": 1, "skipped": 0, "whole": True}
+
+
+def test_what_would_be_read_again(tmp_path, monkeypatch):
+    """Changes to what was not read do not matter, unless reading ended because there was no more."""
+    three_files(tmp_path)
+
+    def now(*, whole=False):
+        known = {"b.txt": "", "d.txt": ""}
+        return text.files_now(text_settings(tmp_path), known, whole=whole)
+
+    before = now()
+    assert list(before) == ["b.txt", "d.txt"]
+    (tmp_path / "f.jsonl").write_text("changed")
+    (tmp_path / "g.txt").write_text("new")
+    assert now() == before
+    assert list(now(whole=True)) == ["b.txt", "d.txt", "f.jsonl", "g.txt"]
+    (tmp_path / "c.txt").write_text("before")
+    assert list(now()) == ["b.txt", "c.txt"]
+    monkeypatch.chdir(tmp_path)
+    assert text.files_now(text_settings("b.txt"), {}, whole=False) == {"b.txt": before["b.txt"]}
+    assert text.files_now(text_settings("owner/name"), {}, whole=True) == {}
