@@ -146,7 +146,7 @@ def test_a_bug_has_an_exit_code_of_its_own(command, bug, a3, tmp_path, monkeypat
     def failing(*arguments, **options):
         raise bug
 
-    monkeypatch.setattr(STAGE_OF.get(command, f"a3cli.{command}.{command}"), failing)
+    monkeypatch.setattr(STAGE_OF.get(command, f"a3cli.stages.{command}.{command}"), failing)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path, source="x", text="x"))
     outcome = a3(*command.split(), *(str(word) for word in chain("source", "text.txt", tmp_path)[command]))
     assert (outcome.code, outcome.stdout) == (70, "")

@@ -138,7 +138,7 @@ def test_solve_and_export_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_
     assert a3("run", recipe, "--work", tmp_path / "w", "--out", tmp_path / "o").code == 0
     for section in ("solve", "export"):
         edit(recipe, section, num_processes=3)
-        monkeypatch.setattr(f"a3cli.{section}.spread", spread)
+        monkeypatch.setattr(f"a3cli.stages.{section}.spread", spread)
     assert a3("run", recipe).code == 0
     assert set(counts) == {3}
     assert snapshot(tmp_path / "o") == snapshot(tmp_path / "recipes" / "model")
