@@ -14,6 +14,7 @@ from a3cli.models.families import ModelShape
 from a3cli.models.model import Model
 from a3cli.report.long_range import solution_warnings
 from a3cli.settings import LOSSES, SolveSettings
+from a3cli.settings.options import command_words
 from a3cli.work.escape import code_span, markdown, printable
 from a3cli.work.folder import Json
 
@@ -277,7 +278,7 @@ def solve_command(settings: Json) -> str:
             without |= {"dtype", "batch_size"}
     defaults = {name: field.default for name, field in SolveSettings.model_fields.items()}
     options = {key: value for key, value in settings.items() if key not in without or value != defaults[key]}
-    return command("solve", None, {**options, "components": ",".join(settings["components"])})
+    return command("solve", None, options)
 
 
 def export_command(export: Json) -> str:
@@ -285,13 +286,5 @@ def export_command(export: Json) -> str:
 
 
 def command(name: str, argument: str | None, options: Json) -> str:
-    """A line of shell. What is not set is left out; names with odd characters are quoted, and made printable."""
-    if argument and argument.startswith("-"):  # else it would be taken for an option
-        argument = f"./{argument}"
-    words = ["a3", name, *([shlex.quote(printable(argument))] if argument else [])]
-    for key, value in options.items():
-        if value is True:
-            words.append(f"--{key.replace('_', '-')}")
-        elif value is not None and value is not False:
-            words.append(f"--{key.replace('_', '-')} {shlex.quote(printable(str(value)))}")
-    return " ".join(words)
+    """Return a line of shell; names with odd characters are quoted and made printable."""
+    return " ".join(shlex.quote(printable(word)) for word in ("a3", *command_words(name, argument, options)))

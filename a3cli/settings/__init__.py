@@ -1,4 +1,8 @@
-"""Frozen settings of each stage. All problems of one set of settings are reported together."""
+"""Frozen settings of each stage: the one definition of every option of the command line.
+
+A field holds type, default, choices, bounds and help text; an `Option` beside it names the panel of `--help`. A field
+without a default is an argument. All problems of one set of settings are reported together.
+"""
 
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -8,35 +12,60 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from a3cli.errors import A3Error
 from a3cli.settings.gates import Gate, parse_gate
+from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
 
 Component = Literal["qk", "ov", "mlp"]
 COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Sensitivity = Literal["residual", "probe"]
 # How config.json of a stock export describes RoPE of smaller heads; a3cli/runtimes says which runtime loads what.
 RopeForm = Literal["auto", "theta", "linear", "longrope"]
+DEFAULT_DATASET = "wikitext2"
 # What predicted losses are, by how they were brought to one unit.
 LOSSES: dict[Sensitivity, str] = {
     "residual": "squared error relative to the residual stream",
     "probe": "KL(source ‖ compressed) as probed, nats a token",
 }
+BUDGET_HELP = "Fraction of the decoder's linear weights to remove."
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, MACHINE]
+
+# Settings of more than one stage.
+Revision = Annotated[str | None, HOW, Field(description="Branch, tag or commit of a Hub id.")]
+RemoteCode = Annotated[bool, HOW, Field(description="Run code that comes with the model.")]
+FollowSymlinks = Annotated[bool, HOW, Field(description="Follow symbolic links out of the model's folder.")]
+FullCheck = Annotated[bool, HOW, Field(description="Hash the source's weights in full, not samples.")]
+MlpStats = Annotated[
+    Literal["full", "diagonal"], HOW, Field(description="Gram matrix of the MLP; `paper` needs only the diagonal.")
+]
+Shape = Annotated[
+    Literal["stock", "per-layer"], CUT, Field(description="One size for all layers, or one each (needs remote code).")
+]
+HeadMultiple = Annotated[int, CUT, Field(ge=1, description="Make head sizes a multiple of this.")]
+MlpMultiple = Annotated[int, CUT, Field(ge=1, description="Make MLP widths a multiple of this.")]
+Weighting = Annotated[Sensitivity, HOW, Field(description="Weight losses as predicted, or by KL probed in one sweep.")]
+SeqLen = Annotated[int, TEXT, Field(ge=2, description="Tokens per block.")]
+Device = Annotated[str, MACHINE, Field(description="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[DtypeName, MACHINE, Field(description="auto: float32 on a CPU, the checkpoint's on a GPU.")]
+BatchSize = Annotated[int, MACHINE, Field(ge=1, description="Batch size, in blocks.")]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class TextSettings(Settings):
     """Which text, and how many blocks of how many tokens are cut from it."""
 
-    dataset: str
-    text_field: str | None = None  # `text`; with `chat`, `messages` or `conversations`
-    split: str | None = None
-    chat: bool = False
-    samples: int | None = Field(default=128, ge=1)
-    seq_len: int = Field(default=2048, ge=2)
-    seed: int = Field(default=0, ge=0)
+    dataset: Annotated[str, TEXT, Field(description="Name (README.md), Hub id[:config], or text file or folder.")]
+    text_field: Annotated[
+        str | None, TEXT, Field(description="Field of a row that holds the text (default: text).")
+    ] = None
+    split: Annotated[str | None, TEXT, Field(description="Split of a Hub data set.")] = None
+    chat: Annotated[bool, TEXT, Field(description="Render each row's messages or conversations as a chat.")] = False
+    samples: Annotated[int | None, TEXT, Field(ge=1, description="Number of blocks.")] = 128
+    seq_len: SeqLen = 2048
+    seed: Annotated[int, TEXT, Field(ge=0, description="Seed of the blocks' places in the text.")] = 0
 
 
 def parse_batch_size(text: Any) -> Any:
@@ -46,23 +75,34 @@ def parse_batch_size(text: Any) -> Any:
     return int(text) if isinstance(text, str) and text.removeprefix("-").isdecimal() else text
 
 
-BatchSize = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_batch_size)]
+AutoBatchSize = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    MACHINE,
+    BeforeValidator(parse_batch_size),
+    Field(description="Batch size, in blocks, or auto: as large as fits."),
+]
 
 
 class CalibrateSettings(Settings):
-    model: str
-    revision: str | None = None
-    text: TextSettings
-    device: str = "auto"
-    devices: str | None = None
+    model: Annotated[str, Field(description="Local folder or Hub id of a safetensors checkpoint.")]
+    revision: Revision = None
+    text: Annotated[TextSettings, TextOptions({"dataset": Field(default=DEFAULT_DATASET)})]
+    device: Device = "auto"
+    devices: Annotated[str | None, MACHINE, Field(description="Devices of consecutive layers, like cuda:0,cuda:1.")] = (
+        None
+    )
     dtype: Dtype = "auto"
-    batch_size: BatchSize = None
-    hidden_states: Literal["disk", "memory", "device"] = "disk"
-    mlp_stats: Literal["full", "diagonal"] = "full"
-    trust_remote_code: bool = False
-    follow_symlinks: bool = False
-    full_check: bool = False
-    num_processes: int = Field(default=1, ge=1)
+    batch_size: AutoBatchSize = Field(default="auto", validate_default=True)
+    hidden_states: Annotated[
+        Literal["disk", "memory", "device"], MACHINE, Field(description="Where hidden states are kept between layers.")
+    ] = "disk"
+    mlp_stats: MlpStats = "full"
+    trust_remote_code: RemoteCode = False
+    follow_symlinks: FollowSymlinks = False
+    full_check: FullCheck = False
+    num_processes: Annotated[
+        int, MACHINE, Field(ge=1, description="Processes on this machine that share the blocks.")
+    ] = 1
 
 
 def _not_empty(components: tuple[Component, ...]) -> tuple[Component, ...]:
@@ -72,29 +112,45 @@ def _not_empty(components: tuple[Component, ...]) -> tuple[Component, ...]:
 
 
 class SolveSettings(Settings):
-    budget: Fraction | None = None
-    attention_budget: Fraction | None = None
-    mlp_budget: Fraction | None = None
-    method: Literal["best", "paper"] = "best"
-    shape: Literal["stock", "per-layer"] = "stock"
-    context: int | None = Field(default=None, ge=2)
-    components: Annotated[tuple[Component, ...], AfterValidator(_not_empty)] = COMPONENTS
-    head_multiple: int = Field(default=16, ge=1)
-    mlp_multiple: int = Field(default=64, ge=1)
-    min_head: int = Field(default=1, ge=1)
-    min_mlp: int = Field(default=1, ge=1)
-    rope_form: RopeForm = "auto"
-    eigenvalue_floor: float = Field(default=1e-10, ge=0, lt=1)
-    ridge: float = Field(default=1e-6, ge=0)
-    sensitivity: Sensitivity = "residual"
-    probe_blocks: int = Field(default=8, ge=1)
-    probe_points: int = Field(default=4, ge=1)
-    sequential: bool = False
-    refit_rounds: int = Field(default=2, ge=0)
-    device: str = "auto"
+    budget: Annotated[Fraction | None, CUT, Field(description=BUDGET_HELP)] = None
+    attention_budget: Annotated[Fraction | None, CUT, Field(description="Fraction of q, k, v and o to remove.")] = None
+    mlp_budget: Annotated[Fraction | None, CUT, Field(description="Fraction of the MLP's weights to remove.")] = None
+    method: Annotated[
+        Literal["best", "paper"], HOW, Field(description="`paper` is the published method; `best` goes beyond it.")
+    ] = "best"
+    shape: Shape = "stock"
+    context: Annotated[
+        int | None, HOW, Field(ge=2, description="Longest text to serve, in tokens (default: the model's).")
+    ] = None
+    components: Annotated[
+        tuple[Component, ...], CUT, AfterValidator(_not_empty), Field(description="Comma list of what may be cut.")
+    ] = COMPONENTS
+    head_multiple: HeadMultiple = 16
+    mlp_multiple: MlpMultiple = 64
+    min_head: Annotated[int, CUT, Field(ge=1, description="Smallest head size.")] = 1
+    min_mlp: Annotated[int, CUT, Field(ge=1, description="Smallest MLP width.")] = 1
+    rope_form: Annotated[RopeForm, HOW, Field(description="RoPE of smaller heads; auto: theta if it costs little.")] = (
+        "auto"
+    )
+    eigenvalue_floor: Annotated[
+        float, HOW, Field(ge=0, lt=1, description="Smallest eigenvalue, relative to the largest.")
+    ] = 1e-10
+    ridge: Annotated[float, HOW, Field(ge=0, description="Damping of refits, relative to the Gram's diagonal.")] = 1e-6
+    sensitivity: Weighting = "residual"
+    probe_blocks: Annotated[int, HOW, Field(ge=1, description="Calibration blocks that are probed.")] = 8
+    probe_points: Annotated[int, HOW, Field(ge=1, description="Sizes probed per component and layer.")] = 4
+    sequential: Annotated[
+        bool, HOW, Field(description="Refit each layer to the cuts before it, in a second sweep.")
+    ] = False
+    refit_rounds: Annotated[
+        int, HOW, Field(ge=0, description="Gauss-Newton rounds of --sequential; 0: only outputs.")
+    ] = 2
+    device: Device = "auto"
     dtype: Dtype = "auto"
-    batch_size: int = Field(default=1, ge=1)
-    num_processes: int | None = Field(default=None, ge=1)
+    batch_size: BatchSize = 1
+    num_processes: Annotated[
+        int | None, MACHINE, Field(ge=1, description="Layers solved in parallel (default: one per core).")
+    ] = None
 
 
 def parse_size(text: Any) -> Any:
@@ -111,13 +167,23 @@ def parse_size(text: Any) -> Any:
 
 
 class ExportSettings(Settings):
-    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
-    max_shard_size: Annotated[int, BeforeValidator(parse_size)] = Field(default=5_000_000_000, ge=1)
-    overwrite: bool = False
-    num_processes: int = Field(default=1, ge=1)
-    full_check: bool = False
-    check_reproducible: bool = False
-    evaluations: tuple[Path, ...] = ()
+    dtype: Annotated[
+        Literal["source", "float32", "bfloat16", "float16"], OUTPUT, Field(description="Dtype of the weights.")
+    ] = "source"
+    max_shard_size: Annotated[
+        int, OUTPUT, BeforeValidator(parse_size), Field(ge=1, description="Largest weight file, like 5GB.")
+    ] = Field(default="5GB", validate_default=True)
+    overwrite: Annotated[bool, OUTPUT, Field(description="Replace an earlier export.")] = False
+    num_processes: Annotated[int, MACHINE, Field(ge=1, description="Weight files written in parallel.")] = 1
+    full_check: FullCheck = False
+    check_reproducible: Annotated[
+        bool, HOW, Field(description="Write twice, compare hashes; exit code 1 if they differ.")
+    ] = False
+    evaluations: Annotated[
+        tuple[Path, ...],
+        Option("Output", "--eval"),
+        Field(description="Show figures from this file of `a3 eval --json`; repeatable."),
+    ] = ()
 
 
 def parse_budgets(text: Any) -> Any:
@@ -135,70 +201,112 @@ def parse_budgets(text: Any) -> Any:
     return tuple(float(start + i * step) for i in range(int((stop - start) / step) + 1))
 
 
+MOST_BLOCKS = Field(default=None, description="Maximum number of blocks (default: all).")
+
+
 class ParetoSettings(Settings):
     """Budgets to solve for with every method; with `text`, each result is measured on it too."""
 
-    budgets: Annotated[tuple[Fraction, ...], BeforeValidator(parse_budgets), Field(min_length=1, max_length=1000)]
-    head_multiple: int = Field(default=16, ge=1)
-    mlp_multiple: int = Field(default=64, ge=1)
-    sensitivity: Sensitivity = "residual"
-    sequential: bool = False
-    text: TextSettings | None = None
-    device: str = "auto"
+    budgets: Annotated[
+        tuple[Fraction, ...],
+        CUT,
+        BeforeValidator(parse_budgets),
+        Field(min_length=1, max_length=1000, description="first:last:step, or a list like 0.1,0.25,0.4."),
+    ] = Field(default="0.1:0.5:0.05", validate_default=True)
+    head_multiple: HeadMultiple = 16
+    mlp_multiple: MlpMultiple = 64
+    sensitivity: Weighting = "residual"
+    sequential: Annotated[bool, HOW, Field(description="Measure `best` with --sequential; `paper` without.")] = False
+    text: Annotated[
+        TextSettings | None,
+        TextOptions(
+            {
+                "dataset": Field(default=None, description="Data set to measure each point on, as for eval."),
+                "samples": MOST_BLOCKS,
+            },
+            omitted=("chat", "seed"),
+        ),
+    ] = None
+    device: Device = "auto"
     dtype: Dtype = "auto"
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: BatchSize = 1
 
 
 class EvalSettings(Settings):
-    model: str
-    revision: str | None = None
-    against: str | None = None
-    against_revision: str | None = None
-    texts: tuple[TextSettings, ...]
-    fail_if: tuple[Annotated[Gate, BeforeValidator(parse_gate)], ...] = ()
-    bootstrap: int = Field(default=1000, ge=0)
-    seed: int = Field(default=0, ge=0)
-    tasks: tuple[str, ...] = ()
-    tasks_path: Path | None = None
-    task_limit: int | None = Field(default=None, ge=1)
-    device: str = "auto"
+    model: Annotated[str, Field(description="Local folder or Hub id.")]
+    revision: Revision = None
+    against: Annotated[str | None, HOW, Field(description="Source to compare with: KL and top-1 agreement.")] = None
+    against_revision: Annotated[str | None, HOW, Field(description="Revision of --against.")] = None
+    texts: Annotated[
+        tuple[TextSettings, ...],
+        TextOptions(
+            {
+                "dataset": Field(description="As for calibrate; repeatable (default: wikitext2)."),
+                "text_field": Field(description="Field that holds the text; one for all sets, or one each."),
+                "split": Field(description="Split of a Hub data set; one for all sets, or one each."),
+                "samples": MOST_BLOCKS,
+            },
+            omitted=("seed",),
+        ),
+    ]
+    fail_if: Annotated[
+        tuple[Annotated[Gate, BeforeValidator(parse_gate)], ...],
+        HOW,
+        Field(description="Exit code 1 if so, like 'kl > 0.1'; repeatable (docs/ci.md)."),
+    ] = ()
+    bootstrap: Annotated[int, HOW, Field(ge=0, description="Resamples for the 95 % intervals; 0 for none.")] = 1000
+    seed: Annotated[int, HOW, Field(ge=0, description="Seed of the resamples.")] = 0
+    tasks: Annotated[tuple[str, ...], HOW, Field(description="Comma list of lm-evaluation-harness tasks.")] = ()
+    tasks_path: Annotated[Path | None, HOW, Field(description="Folder with your own task files; their code runs.")] = (
+        None
+    )
+    task_limit: Annotated[int | None, HOW, Field(ge=1, description="Maximum number of documents per task.")] = None
+    device: Device = "auto"
     dtype: Dtype = "auto"
-    batch_size: int = Field(default=1, ge=1)
-    trust_remote_code: bool = False
-    follow_symlinks: bool = False
+    batch_size: BatchSize = 1
+    trust_remote_code: RemoteCode = False
+    follow_symlinks: FollowSymlinks = False
 
 
 class VerifySettings(Settings):
     """`dtype` is what both the export and the reference compute in; auto is float32, whatever the weights are."""
 
-    device: str = "auto"
-    dtype: Dtype = "auto"
-    trust_remote_code: bool = False
-    require_reference: bool = False
+    device: Device = "auto"
+    dtype: Annotated[DtypeName, MACHINE, Field(description="Dtype to compute in; auto: float32.")] = "auto"
+    trust_remote_code: Annotated[
+        bool, HOW, Field(description="Run a per-layer export's code if it is what a3 ships.")
+    ] = False
+    require_reference: Annotated[
+        bool, HOW, Field(description="Fail without the work folder that the export is from.")
+    ] = False
 
 
 class PlanSettings(Settings):
     """What a run would be asked to do, and on what machine; a rate that is not given is assumed or measured."""
 
-    model: str
-    revision: str | None = None
-    follow_symlinks: bool = False
-    budget: Fraction = 0.25
-    shape: Literal["stock", "per-layer"] = "stock"
-    samples: int = Field(default=128, ge=1)
-    seq_len: int = Field(default=2048, ge=2)
-    batch_size: BatchSize = None
-    mlp_stats: Literal["full", "diagonal"] = "full"
-    head_multiple: int = Field(default=16, ge=2, multiple_of=2)
-    mlp_multiple: int = Field(default=64, ge=1)
+    model: Annotated[str, Field(description="Local folder or Hub id; weights are not downloaded.")]
+    revision: Revision = None
+    follow_symlinks: FollowSymlinks = False
+    budget: Annotated[Fraction, CUT, Field(description=BUDGET_HELP)] = 0.25
+    shape: Shape = "stock"
+    samples: Annotated[int, TEXT, Field(ge=1, description="Number of blocks.")] = 128
+    seq_len: SeqLen = 2048
+    batch_size: AutoBatchSize = Field(default="auto", validate_default=True)
+    mlp_stats: MlpStats = "full"
+    head_multiple: Annotated[HeadMultiple, Field(ge=2, multiple_of=2)] = 16
+    mlp_multiple: MlpMultiple = 64
     dtype: Dtype = "auto"
-    devices: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?(,cuda(:\d+)?)*)$")
-    num_processes: int = Field(default=1, ge=1)
-    start_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    disk_gbps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    tflops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    solve_tflops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    measure: bool = False
+    devices: Annotated[
+        str,
+        MACHINE,
+        Field(pattern=r"^(cpu|cuda(:\d+)?(,cuda(:\d+)?)*)$", description="cpu, cuda, or a list like cuda:0,cuda:1."),
+    ] = "cpu"
+    num_processes: Annotated[int, MACHINE, Field(ge=1, description="Processes that share the blocks.")] = 1
+    start_seconds: Annotated[Rate, Field(description="Seconds until a stage begins to work (default: 4.2).")] = None
+    disk_gbps: Annotated[Rate, Field(description="Disk speed in GB/s (default: 2).")] = None
+    tflops: Annotated[Rate, Field(description="Matmul TFLOP/s in --dtype (default: CPU 0.3, GPU 200).")] = None
+    solve_tflops: Annotated[Rate, Field(description="Matmul TFLOP/s in float64 (default: CPU 0.15, GPU 10).")] = None
+    measure: Annotated[bool, MACHINE, Field(description="Measure the rates that are not given; takes seconds.")] = False
 
 
 S = TypeVar("S", bound=Settings)
@@ -211,8 +319,3 @@ def make_settings(kind: type[S], **values: Any) -> S:
     except ValidationError as error:
         problems = sorted(f"{option_of(item['loc'])} {item['input']!r}: {item['msg']}" for item in error.errors())
         raise A3Error("bad settings: " + "; ".join(problems)) from None
-
-
-def option_of(place: tuple[int | str, ...]) -> str:
-    """The command-line option of a setting, whether alone, in a tuple or in nested settings."""
-    return "--" + [part for part in place if isinstance(part, str)][-1].replace("_", "-")

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from a3cli.errors import A3Error
 from a3cli.report.manifest import MANIFEST, read_export_manifest
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
+from a3cli.settings.options import command_words
 from a3cli.stages.calibrate import calibrate
 from a3cli.stages.evaluate import evaluate
 from a3cli.stages.export import export
@@ -73,16 +74,12 @@ def calibrate_in_processes(
     settings: CalibrateSettings, work: Work, *, overwrite: bool, stop: Stop, quiet: bool
 ) -> None:
     """`a3 calibrate` with these settings, in as many processes as they say."""
-    options = settings.model_dump(exclude={"model", "text", "num_processes"}) | settings.text.model_dump()
+    options = settings.model_dump(exclude={"model", "num_processes"})
     options |= {"work": work.folder, "overwrite": overwrite, "quiet": quiet}
     if stop.deadline < math.inf:
         options["max_minutes"] = max(0.0, stop.deadline - time.monotonic()) / 60
-    arguments = ["calibrate", settings.model]
-    for name, value in options.items():
-        if value is not None and value is not False:
-            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     with without_output():  # its result is a part of ours
-        launch(settings.num_processes, arguments)
+        launch(settings.num_processes, command_words("calibrate", settings.model, options))
 
 
 def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, stop: Stop) -> Json:

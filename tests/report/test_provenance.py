@@ -145,7 +145,7 @@ def settings_of(command_line):
 
         _, name, *arguments = shlex.split(line)
         with pytest.MonkeyPatch.context() as patch, suppress(Parsed):
-            patch.setattr("a3cli.settings.make_settings", make_settings)
+            patch.setattr("a3cli.cli.options.make_settings", make_settings)
             command_line.commands[name].main(arguments, standalone_mode=False)
         return made[0]
 
