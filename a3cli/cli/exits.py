@@ -1,0 +1,90 @@
+"""Errors as one line and an exit code; a bug keeps its traceback and has an exit code of its own."""
+
+import errno
+import platform
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from a3cli import __version__
+from a3cli.cli.options import UsageError
+from a3cli.errors import INTERNAL_ERROR, A3Error
+from a3cli.work.processes import hand_over
+
+# Disk full, quota, file too large, no permission, read-only file system: not our bugs.
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class ErrorsToExitCodes(TyperGroup):
+    """Turn errors into one line and an exit code; a bug keeps its traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        from a3cli.work.interrupt import terminated_as_interrupted
+
+        try:
+            with terminated_as_interrupted():
+                return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except A3Error as error:
+            fail(str(error), error.exit_code)
+        except UsageError as error:
+            command = error.ctx.command_path if error.ctx else "a3"
+            fail(f"{error.format_message()} (see {command} --help)", 2)
+        except KeyboardInterrupt:
+            fail("interrupted; nothing was left half-written, run the same command again", 3)
+        except BrokenPipeError:  # the parser ends the process without a word
+            raise
+        except Exception as error:
+            if problem := mendable(error):
+                fail(str(problem), problem.exit_code)
+            report_bug()
+
+
+def mendable(error: Exception) -> A3Error | None:
+    """Return what the user can do about an error that is not ours; None if it is a bug."""
+    if isinstance(error, OSError) and error.errno in MENDABLE:
+        where = f" ({error.filename})" if error.filename else ""
+        return A3Error(
+            f"{error.strerror}{where}; nothing was left half-written: mend it and run the same command again"
+        )
+    if isinstance(error, RuntimeError):
+        from a3cli.work.machine import out_of_memory
+
+        return out_of_memory(error)
+    return None
+
+
+def fail(message: str, code: int) -> NoReturn:
+    if not hand_over(message):
+        from a3cli.cli import display
+
+        display.print_error(message)
+    sys.exit(code)
+
+
+def report_bug() -> NoReturn:
+    """End the process after an error of our own: its traceback, and a last line that asks to report it."""
+    traceback.print_exc()
+    versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+    sys.stderr.write(
+        f"error: this is a bug in a3 (exit code {INTERNAL_ERROR}); please report it with the traceback above and these "
+        f"versions: {versions}\n"
+    )
+    sys.exit(INTERNAL_ERROR)
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions that a bug report needs; read here, since a module of ours may be what is broken."""
+    import importlib.metadata
+
+    versions = {"a3": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
