@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.models.families import LayerSizes, ModelShape, family_of, read_shape
-from a3cli.models.families.base import LARGEST, check_bounds
+from a3cli.models.config import LARGEST, check_bounds, read_shape
+from a3cli.models.families import LayerSizes, ModelShape, family_of
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.report.junit import Case
 from a3cli.report.manifest import MANIFEST
