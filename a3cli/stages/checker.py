@@ -35,7 +35,7 @@ class Export:
 
     def __init__(self, request: Json) -> None:
         self.folder = Path(request["folder"])
-        self.code: Json | None = request["code"]  # file, hash and auto_map of the code that may run; None: none may
+        self.code: Json | None = request["code"]  # hashes by file and auto_map of the code that may run; None: none may
         self.shapes: dict[str, list[int]] = request["shapes"]
         self.tokens: torch.Tensor = load_file(request["tokens"])["tokens"]
         self.logits = Path(request["logits"])
@@ -98,10 +98,11 @@ def check_code(export: Export) -> str:
         return "needs no code of its own"
     if found != export.code["auto_map"]:
         raise Failed(f"config.json: auto_map is {found}, not {export.code['auto_map']}")
-    path = export.folder / export.code["file"]
-    if not path.is_file() or hash_file(path) != export.code["hash"]:
-        raise Failed(f"{export.code['file']} is not the file that this a3 ships; its code was not run")
-    return f"{export.code['file']} is the file that a3 ships, so it may run"
+    for name, expected in export.code["files"].items():
+        path = export.folder / name
+        if not path.is_file() or hash_file(path) != expected:
+            raise Failed(f"{name} is not the file that this a3 ships; no code of the folder was run")
+    return f"{' and '.join(export.code['files'])} equal the files that a3 ships, so they may run"
 
 
 def check_tensors(export: Export) -> str:

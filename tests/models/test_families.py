@@ -64,5 +64,5 @@ def test_a_fused_tensor_holds_several_roles(sizes):
 
 
 def test_a_fused_tensor_is_never_taken_for_one_role():
-    with pytest.raises(ValueError, match="qkv_proj.weight is fused of q, k, v"):
+    with pytest.raises(ValueError, match=r"qkv_proj\.weight is fused of q, k, v"):
         FUSED.find_role("model.layers.0.self_attn.qkv_proj.weight")
