@@ -37,6 +37,7 @@ class Export:
         self.folder = Path(request["folder"])
         self.code: Json | None = request["code"]  # hashes by file and auto_map of the code that may run; None: none may
         self.shapes: dict[str, list[int]] = request["shapes"]
+        self.carried: tuple[str, ...] = tuple(request["carried"])  # prefixes of tensors that the class does not know
         self.tokens: torch.Tensor = load_file(request["tokens"])["tokens"]
         self.logits = Path(request["logits"])
         self.device: str = request["device"]
@@ -180,11 +181,14 @@ def check_load(export: Export) -> str:
         ignore_mismatched_sizes=True,  # reported below, by name
     )
     problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    problems += [f"{name} is not used" for name in sorted(info["unexpected_keys"])]
+    unused = (name for name in sorted(info["unexpected_keys"]) if not name.startswith(export.carried))
+    problems += [f"{name} is not used" for name in unused]
     problems += [f"{name} is {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
     raise_for(problems)
     loaded = model.state_dict()
     for name, tensor in export.tensors():
+        if name.startswith(export.carried):
+            continue
         if name not in loaded or loaded[name].shape != tensor.shape:
             raise Failed(f"{name} is {list(tensor.shape)} in its file and not in the loaded model")
         if loaded[name].device.type != "meta" and not torch.equal(loaded[name].cpu(), tensor.to(export.dtype)):

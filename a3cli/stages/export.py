@@ -201,7 +201,7 @@ def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str
     shapes = [model.shape.linear_shapes(sizes) for sizes in solution.sizes]
     planned = []
     for name, info in model.source.tensors.items():
-        if name not in model.stock.shapes:
+        if not model.stock.exports(name):
             continue
         new_shape = info.shape
         if found := model.family.find_role(name):

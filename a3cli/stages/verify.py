@@ -79,6 +79,7 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
             "folder": as_utf8(out.resolve()),
             "code": code_of(manifest["config"]) if per_layer and shapes else None,
             "shapes": shapes,
+            "carried": family_of(manifest["config"]["model_type"]).carried if shapes else (),
             "tokens": as_utf8(folder / "tokens.safetensors"),
             "logits": as_utf8(folder / "logits.safetensors"),
             "device": settings.device if machine.device.type == "cuda" else str(machine.device),

@@ -341,7 +341,7 @@ def opened(folder: Path, tmp_path: Path, *, code: Any = None) -> checker.Export:
         shapes = expected_shapes(config)[1]
     except Exception:  # a configuration that is damaged on purpose
         shapes = {}
-    return checker.Export({**request, "folder": folder, "code": code, "shapes": shapes, "tie": 1e-6})
+    return checker.Export({**request, "folder": folder, "code": code, "shapes": shapes, "carried": (), "tie": 1e-6})
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGES)))

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from a3cli.settings import COMPONENTS, Component
+
 Role = Literal["q", "k", "v", "o", "mlp_norm", "gate", "up", "down"]
 Kind = Literal["weight", "bias"]
 LinearShapes = Mapping[Role, tuple[int, int]]
@@ -41,6 +43,9 @@ class Family:
     norm_bias: bool = False
     tied: bool = False  # tie_word_embeddings if config.json does not say it
     rotary_factor: float | None = None  # partial_rotary_factor if config.json does not say it; None: RoPE turns all
+    stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
+    per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
+    carried: tuple[str, ...] = ()  # prefixes of tensors that the stock class does not know, copied as they are
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -52,6 +57,10 @@ class Family:
     def module(self, role: Role) -> str:
         """Return the path, inside a decoder layer, of the module that holds a role."""
         return self.places[role].module
+
+    def compressible(self, shape: str) -> tuple[Component, ...]:
+        """Return the components that can be made smaller in an export of this shape, "stock" or "per-layer"."""
+        return self.stock_components if shape == "stock" else self.per_layer_components
 
     @property
     def mlp(self) -> str:
