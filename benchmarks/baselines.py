@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from a3cli.models import costs
-from a3cli.models.families import ModelShape, read_shape
+from a3cli.models.config import read_shape
+from a3cli.models.families import ModelShape
 
 Grams = dict[str, torch.Tensor]
 ATTENTION = ("q", "k", "v", "o")

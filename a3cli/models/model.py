@@ -8,8 +8,8 @@ from typing import Any
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint, resolve_model, same_content
-from a3cli.models.families import Family, ModelShape, family_of, read_shape
-from a3cli.models.families.base import check_rope, check_rope_spellings
+from a3cli.models.config import check_rope, check_rope_spellings, read_shape
+from a3cli.models.families import Family, ModelShape, family_of
 from a3cli.models.hub import refuse_per_layer
 from a3cli.models.rope import Rope, read_rope
 from a3cli.models.stock import Shape, StockClass, match_tensors, read_stock_class

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.models.families.base import check_rope, family_of, rotary_dims, rotary_factor
+from a3cli.models.config import check_rope, rotary_dims, rotary_factor
+from a3cli.models.families import family_of
 from a3cli.solvers.rope import frequency_at
 from a3cli.work.folder import Json
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from a3cli.errors import A3Error
+from a3cli.models.families import family_of
 
 Shape = tuple[int, ...]
 SHOWN = 4  # names in an error
@@ -24,8 +25,8 @@ class StockClass:
     """What a stock class loads.
 
     `shapes` are those of its whole state dict; `tied` maps names that need not be stored to those that they are tied
-    to. Names in which `ignored` is found are left alone on loading. `prefix` is that of the decoder, which base-model
-    checkpoints leave out.
+    to. Names in which `ignored` is found are left alone on loading. Names that begin with one of `carried` are unknown
+    to the class, and exports keep them. `prefix` is that of the decoder, which base-model checkpoints leave out.
     """
 
     name: str
@@ -33,7 +34,12 @@ class StockClass:
     shapes: dict[str, Shape]
     tied: dict[str, str]
     ignored: re.Pattern[str]
+    carried: tuple[str, ...]
     prefix: str
+
+    def exports(self, name: str) -> bool:
+        """Return whether an export of the checkpoint has the tensor."""
+        return name in self.shapes or name.startswith(self.carried)
 
 
 def read_stock_class(config: Any) -> StockClass:
@@ -51,6 +57,7 @@ def read_stock_class(config: Any) -> StockClass:
         shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
         tied={name: names[id(tensor)] for name, tensor in state.items() if names.get(id(tensor), name) != name},
         ignored=re.compile("|".join((STORED_BUFFERS, *(network._keys_to_ignore_on_load_unexpected or ())))),
+        carried=family_of(config.model_type).carried,
         prefix=network.base_model_prefix + ".",
     )
 
@@ -67,7 +74,7 @@ def match_tensors(stock: StockClass, stored: Mapping[str, Shape | None], where: 
     }
     found = {own: stored[name] for name, own in names.items()}
     missing = stock.shapes.keys() - stock.tied.keys() - found.keys()
-    unknown = [name for name in found if name not in stock.shapes and not stock.ignored.search(name)]
+    unknown = [name for name in found if not stock.exports(name) and not stock.ignored.search(name)]
     twice = [name for name, own in names.items() if own != name and own in stored]
     misshapen = [
         f"tensor {name} is {list(shape)}, config.json says {list(stock.shapes[name])}"

@@ -35,8 +35,9 @@ class Export:
 
     def __init__(self, request: Json) -> None:
         self.folder = Path(request["folder"])
-        self.code: Json | None = request["code"]  # file, hash and auto_map of the code that may run; None: none may
+        self.code: Json | None = request["code"]  # hashes by file and auto_map of the code that may run; None: none may
         self.shapes: dict[str, list[int]] = request["shapes"]
+        self.carried: tuple[str, ...] = tuple(request["carried"])  # prefixes of tensors that the class does not know
         self.tokens: torch.Tensor = load_file(request["tokens"])["tokens"]
         self.logits = Path(request["logits"])
         self.device: str = request["device"]
@@ -98,10 +99,11 @@ def check_code(export: Export) -> str:
         return "needs no code of its own"
     if found != export.code["auto_map"]:
         raise Failed(f"config.json: auto_map is {found}, not {export.code['auto_map']}")
-    path = export.folder / export.code["file"]
-    if not path.is_file() or hash_file(path) != export.code["hash"]:
-        raise Failed(f"{export.code['file']} is not the file that this a3 ships; its code was not run")
-    return f"{export.code['file']} is the file that a3 ships, so it may run"
+    for name, expected in export.code["files"].items():
+        path = export.folder / name
+        if not path.is_file() or hash_file(path) != expected:
+            raise Failed(f"{name} is not the file that this a3 ships; no code of the folder was run")
+    return f"{' and '.join(export.code['files'])} equal the files that a3 ships, so they may run"
 
 
 def check_tensors(export: Export) -> str:
@@ -179,11 +181,14 @@ def check_load(export: Export) -> str:
         ignore_mismatched_sizes=True,  # reported below, by name
     )
     problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    problems += [f"{name} is not used" for name in sorted(info["unexpected_keys"])]
+    unused = (name for name in sorted(info["unexpected_keys"]) if not name.startswith(export.carried))
+    problems += [f"{name} is not used" for name in unused]
     problems += [f"{name} is {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
     raise_for(problems)
     loaded = model.state_dict()
     for name, tensor in export.tensors():
+        if name.startswith(export.carried):
+            continue
         if name not in loaded or loaded[name].shape != tensor.shape:
             raise Failed(f"{name} is {list(tensor.shape)} in its file and not in the loaded model")
         if loaded[name].device.type != "meta" and not torch.equal(loaded[name].cpu(), tensor.to(export.dtype)):

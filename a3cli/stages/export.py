@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.models import shipped
 from a3cli.models.checkpoint import (
     Checkpoint,
     PlannedTensor,
@@ -36,6 +35,7 @@ from a3cli.models.hub import INDEX
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.projections import apply_projection, pieces
 from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config
+from a3cli.models.shipped import module_name, shipped_files
 from a3cli.report.card import model_card, public_dataset, public_name, public_request
 from a3cli.report.manifest import MANIFEST, read_export_manifest
 from a3cli.report.measured import read_evaluation
@@ -66,7 +66,6 @@ from a3cli.work.processes import ahead, one_core_each, spread
 
 log = logging.getLogger(__name__)
 
-MODELING = Path(shipped.__file__).parent / "modeling_a3_llama.py"
 NOT_CARRIED = ("README.md", MANIFEST)
 MAKERS = 4  # threads that make what a weight file is to hold: as fast as one can be written
 
@@ -202,7 +201,7 @@ def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str
     shapes = [model.shape.linear_shapes(sizes) for sizes in solution.sizes]
     planned = []
     for name, info in model.source.tensors.items():
-        if name not in model.stock.shapes:
+        if not model.stock.exports(name):
             continue
         new_shape = info.shape
         if found := model.family.find_role(name):
@@ -246,7 +245,8 @@ def write_checkpoint(
     config = compressed_config(model, solution, settings)
     write_json(folder / "config.json", config)
     if solution.per_layer:
-        copy_file(MODELING, folder / MODELING.name)
+        for file in shipped_files(model.family.model_type):
+            copy_file(file, folder / file.name)
     carry_files(model.source, folder)
     result = {
         "source": {
@@ -374,7 +374,7 @@ def auto_map(family: Family) -> Json:
     """The classes in the exported code, by the auto class that builds them: vLLM's Transformers backend asks for the
     second one.
     """
-    causal = f"{MODELING.stem}.{family.per_layer_class}"
+    causal = f"{module_name(family.model_type)}.{family.per_layer_class}"
     return {"AutoModelForCausalLM": causal, "AutoModel": causal.replace("ForCausalLM", "Model")}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from a3cli.errors import A3Error
 from a3cli.methods import Curves
 from a3cli.models import costs
-from a3cli.models.families import LayerSizes
+from a3cli.models.families import Family, LayerSizes
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.settings import LOSSES, EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
 from a3cli.stages.evaluate import evaluate
@@ -71,7 +71,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         model = open_calibrated_source(work, calibration)
         check_statistics(work, calibration)
         points = Points(settings, work, calibration)
-        for name, variant in variants_of(settings):
+        for name, variant in variants_of(settings, model.family):
             if variant["method"] == "best" and calibration["request"]["mlp_stats"] == "diagonal":
                 log.info("%s: needs statistics that --mlp-stats diagonal left out", name)
                 continue
@@ -105,11 +105,16 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
     }
 
 
-def variants_of(settings: ParetoSettings) -> Iterator[tuple[str, Json]]:
-    """What is compared, by name: the paper's method as it was published, ours with what was asked for."""
+def variants_of(settings: ParetoSettings, family: Family) -> Iterator[tuple[str, Json]]:
+    """Yield the variants to compare by name: the method as published, and ours with the given options.
+
+    Each compresses all components that the family allows.
+    """
     for name, variant in VARIANTS.items():
         corrected = settings.sequential and variant["method"] == "best"
-        yield f"{name}, sequential" if corrected else name, {**variant, "sequential": corrected}
+        components = family.compressible(variant["shape"])
+        described = {**variant, "sequential": corrected, "components": components}
+        yield f"{name}, sequential" if corrected else name, described
 
 
 class Points:

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from a3cli.errors import A3Error
 from a3cli.models import costs
-from a3cli.models.families import Family, LayerSizes, ModelShape, family_of, read_shape
-from a3cli.models.families.base import check_bounds, check_rope, check_rope_spellings
+from a3cli.models.config import check_bounds, check_rope, check_rope_spellings, read_shape
+from a3cli.models.families import Family, LayerSizes, ModelShape, family_of
 from a3cli.models.hub import (
     ADAPTER,
     INDEX,

@@ -161,15 +161,7 @@ def analyse(
     settings: SolveSettings, model: Model, work: Work, calibration: Json, progress: Progress, stop: Stop
 ) -> tuple[Method, list[Curves]]:
     """All layers seen by the method, and their error curves: whatever the budget, this is done once."""
-    if settings.context is not None and settings.context > model.rope.context:
-        raise A3Error(
-            f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
-        )
-    if settings.rope_form in ("theta", "linear") and model.rope.kind in ("yarn", "longrope"):
-        raise A3Error(
-            f"--rope-form {settings.rope_form}: {model.source.name} has RoPE type {model.rope.kind}, which a changed "
-            "theta cannot express for smaller heads; use --rope-form auto, or --components mlp to keep heads whole"
-        )
+    check_settings_of_model(settings, model)
 
     def look_at(layer: int) -> Any:
         stop.before(f"analysing layer {layer + 1} of {model.shape.layers}", AGAIN)
@@ -195,6 +187,25 @@ def for_each_layer(work: Callable[[int], T], model: Model, settings: SolveSettin
         return [work(layer) for layer in layers]
     load_linear_algebra(choose_machine(settings.device, settings.dtype, model.source.dtype).device)
     return list(spread(work, layers, settings.num_processes or os.cpu_count() or 1))
+
+
+def check_settings_of_model(settings: SolveSettings, model: Model) -> None:
+    """Raise A3Error for settings that this model does not allow."""
+    if settings.context is not None and settings.context > model.rope.context:
+        raise A3Error(
+            f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
+        )
+    if settings.rope_form in ("theta", "linear") and model.rope.kind in ("yarn", "longrope"):
+        raise A3Error(
+            f"--rope-form {settings.rope_form}: {model.source.name} has RoPE type {model.rope.kind}, which a changed "
+            "theta cannot express for smaller heads; use --rope-form auto, or --components mlp to keep heads whole"
+        )
+    allowed = model.family.compressible(settings.shape)
+    if refused := [component for component in settings.components if component not in allowed]:
+        raise A3Error(
+            f"--components {','.join(settings.components)}: a3 cannot compress {' and '.join(refused)} of model_type "
+            f"{model.family.model_type!r} with --shape {settings.shape}; use --components {','.join(allowed)}"
+        )
 
 
 def check_settings(settings: SolveSettings) -> None:

@@ -23,13 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.models.families import LayerSizes, ModelShape, family_of, read_shape
-from a3cli.models.families.base import LARGEST, check_bounds
+from a3cli.models.config import LARGEST, check_bounds, read_shape
+from a3cli.models.families import LayerSizes, ModelShape, family_of
 from a3cli.models.model import Model, open_calibrated_source
+from a3cli.models.shipped import shipped_files
 from a3cli.report.junit import Case
 from a3cli.report.manifest import MANIFEST
 from a3cli.settings import ExportSettings, VerifySettings
-from a3cli.stages.export import MODELING, Solution, auto_map, read_solution
+from a3cli.stages.export import Solution, auto_map, read_solution
 from a3cli.stream.reference import FullSizeReference, reference_logits
 from a3cli.work.folder import (
     Json,
@@ -66,7 +67,7 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
     if per_layer and not settings.trust_remote_code:
         raise A3Error(
             f"{out}: its layers differ in size, and only the code in its folder builds them; use --trust-remote-code "
-            f"(that code is run only if it is the {MODELING.name} that a3 ships)"
+            "(that code is run only if it equals the code that a3 ships)"
         )
     machine = choose_machine(settings.device, "float32" if settings.dtype == "auto" else settings.dtype, torch.float32)
     config, shapes = check_config(manifest, damage)
@@ -78,6 +79,7 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
             "folder": as_utf8(out.resolve()),
             "code": code_of(manifest["config"]) if per_layer and shapes else None,
             "shapes": shapes,
+            "carried": family_of(manifest["config"]["model_type"]).carried if shapes else (),
             "tokens": as_utf8(folder / "tokens.safetensors"),
             "logits": as_utf8(folder / "logits.safetensors"),
             "device": settings.device if machine.device.type == "cuda" else str(machine.device),
@@ -164,11 +166,11 @@ def own_sizes(layers: Json, shape: ModelShape) -> list[LayerSizes]:
 
 
 def code_of(config: Json) -> Json:
-    """Return the file that may run as part of a per-layer export, its hash, and the auto_map that names its classes."""
+    """Return the hashes of the files that may run as part of a per-layer export, and the auto_map of their classes."""
+    family = family_of(config.get("model_type"))
     return {
-        "file": MODELING.name,
-        "hash": hash_file(MODELING),
-        "auto_map": auto_map(family_of(config.get("model_type"))),
+        "files": {file.name: hash_file(file) for file in shipped_files(family.model_type)},
+        "auto_map": auto_map(family),
     }
 
 

@@ -211,7 +211,7 @@ class _Layer:
     @property
     def _mlp(self) -> nn.Module:
         """What holds the MLP's linear layers."""
-        return self.small.get_submodule(self.decoder.family.modules["down"].rpartition(".")[0])
+        return self.small.get_submodule(self.decoder.family.mlp)
 
     def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> float:
         """Collect, solve, and put the new weight in the smaller layer; returns the squared error that is left."""
@@ -283,7 +283,7 @@ class _Layer:
             yield start, min(self.batch_size, blocks - start)
 
     def _module(self, layer: nn.Module, role: Role) -> nn.Module:
-        return layer.get_submodule(self.decoder.family.modules[role])
+        return layer.get_submodule(self.decoder.family.module(role))
 
     def _linear(self, role: Role) -> nn.Linear:
         linear = self._module(self.small, role)

@@ -15,6 +15,7 @@ from torch import nn
 from a3cli.models.families import LayerSizes, per_layer_config
 from a3cli.models.model import Model
 from a3cli.models.projections import apply_projection
+from a3cli.models.shipped import per_layer_class
 from a3cli.solvers.moments import Tensors
 from a3cli.stream.sweep import Decoder
 from a3cli.work.machine import Machine
@@ -44,9 +45,7 @@ class SmallerDecoder(Decoder):
         super().__init__(model, machine, config=config)
 
     def build(self, config: object, dtype: torch.dtype) -> nn.Module:
-        from a3cli.models.shipped import modeling_a3_llama
-
-        kind = getattr(modeling_a3_llama, self.family.per_layer_class)
+        kind = per_layer_class(self.family.model_type, self.family.per_layer_class)
         network: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
         return network
 

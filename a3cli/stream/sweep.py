@@ -227,7 +227,7 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
         return lambda module, args: add(args[0])
 
     def submodule(role: Role) -> nn.Module:
-        return layer.get_submodule(family.modules[role])
+        return layer.get_submodule(family.module(role))
 
     handles = [
         layer.register_forward_pre_hook(begin, with_kwargs=True),
@@ -255,7 +255,7 @@ def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
 
     On a CPU its activations then stay in the cache, and the largest of a layer's take little memory.
     """
-    mlp = layer.get_submodule(family.modules["down"].rpartition(".")[0])
+    mlp = layer.get_submodule(family.mlp)
     whole = mlp.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from a3cli.models.checkpoint import INDEX, SINGLE, Checkpoint, read_header, same_content
-from a3cli.models.families.base import check_rope_spellings
+from a3cli.models.config import check_rope_spellings
 from a3cli.models.model import describe
 from a3cli.stages import checker
 from tests.conftest import LINEAR, LLAMA3, LONGROPE, MODELS, SHORT, SOLVE, refused, snapshot

@@ -5,8 +5,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from a3cli.models.config import rotary_factor
 from a3cli.models.families import LayerSizes, ModelShape
-from a3cli.models.families.base import pair_dims, rotary_factor
+from a3cli.models.families.base import pair_dims
 from a3cli.report.card import describe_rope
 from a3cli.solvers.attention import AttentionProblem, SampledHead
 from a3cli.solvers.linalg import tail_sums

@@ -461,6 +461,8 @@ def test_saved_and_loaded_again(small, tmp_path):
     model.save_pretrained(tmp_path / "again")
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"].endswith("modeling_a3_llama.A3LlamaForCausalLM")
+    for name in ("modeling_a3_base.py", "modeling_a3_llama.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (small / name).read_bytes()
     assert "allow_global_per_layer_attribute_access" not in config
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
@@ -501,7 +503,10 @@ def test_card_and_manifest_say_how_to_load(small, capsys):
     card, manifest = (small / "README.md").read_text(), json.loads((small / "a3_manifest.json").read_text())
     assert "trust_remote_code=True" in card
     assert "6 to 16, mean 10.7" in card
-    assert "modeling_a3_llama.py" in manifest["files"]
+    assert [name for name in manifest["files"] if name.endswith(".py")] == [
+        "modeling_a3_base.py",
+        "modeling_a3_llama.py",
+    ]
     print_export(manifest, str(small))
     assert "trust_remote_code=True" in capsys.readouterr().out
     assert {each["runtime"]: each["loads"] for each in manifest["runtimes"]}["llama.cpp"] == "no"

@@ -15,7 +15,8 @@ from transformers import NemotronConfig
 from a3cli.methods import best
 from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint
-from a3cli.models.families import LayerSizes, read_shape
+from a3cli.models.config import read_shape
+from a3cli.models.families import LayerSizes
 from a3cli.models.model import describe
 from a3cli.settings import SolveSettings
 from a3cli.solvers import ov, slots

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error
+from a3cli.models import shipped
 from a3cli.models.families import LayerSizes
 from a3cli.settings import VerifySettings
 from a3cli.stages import checker
@@ -129,16 +130,19 @@ def test_a_per_layer_export_runs_only_the_code_that_a3_ships(a3, checkpoint, tex
     assert outcomes(a3(*command, "--trust-remote-code", "--json").json) == dict.fromkeys(CHECKS, "passed")
 
     ran = tmp_path / "ran"
-    code = out / "modeling_a3_llama.py"
-    code.write_text(code.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
-    reseal(out)
-    outcome = a3(*command, "--trust-remote-code", "--json")
-    assert outcome.code == 1
-    found = outcomes(outcome.json)
-    assert found["files"] == "passed"
-    assert found["code"] == "failed"
-    assert {found[name] for name in ("load", "generate", "forward", "reference")} == {"skipped"}
-    assert not ran.exists()
+    assert [path.name for path in sorted(out.glob("*.py"))] == ["modeling_a3_base.py", "modeling_a3_llama.py"]
+    for code in sorted(out.glob("*.py")):
+        shipped = code.read_text()
+        code.write_text(shipped + f"\nopen({str(ran)!r}, 'w').close()\n")
+        reseal(out)
+        outcome = a3(*command, "--trust-remote-code", "--json")
+        assert outcome.code == 1
+        found = outcomes(outcome.json)
+        assert found["files"] == "passed"
+        assert found["code"] == "failed"
+        assert {found[name] for name in ("load", "generate", "forward", "reference")} == {"skipped"}
+        assert not ran.exists()
+        code.write_text(shipped)
 
 
 def test_heads_that_turn_in_part_are_checked_too(a3, checkpoint, text_file, tmp_path):
@@ -337,7 +341,7 @@ def opened(folder: Path, tmp_path: Path, *, code: Any = None) -> checker.Export:
         shapes = expected_shapes(config)[1]
     except Exception:  # a configuration that is damaged on purpose
         shapes = {}
-    return checker.Export({**request, "folder": folder, "code": code, "shapes": shapes, "tie": 1e-6})
+    return checker.Export({**request, "folder": folder, "code": code, "shapes": shapes, "carried": (), "tie": 1e-6})
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGES)))
@@ -518,9 +522,13 @@ def test_a_work_folder_in_use_fails(export, origin):
     assert "in use by another" in found["detail"]
 
 
-def test_code_of_names_the_class_of_the_family():
-    assert code_of({"model_type": "mistral"})["auto_map"]["AutoModel"].endswith(".A3MistralModel")
-    assert code_of({"model_type": "llama"})["hash"] == hash_file(Path(code_of.__globals__["MODELING"]))
+def test_code_of_names_the_classes_and_files_of_the_family():
+    code = code_of({"model_type": "mistral"})
+    assert code["auto_map"]["AutoModel"] == "modeling_a3_mistral.A3MistralModel"
+    folder = Path(shipped.__file__).parent
+    assert code["files"] == {
+        name: hash_file(folder / name) for name in ("modeling_a3_base.py", "modeling_a3_mistral.py")
+    }
 
 
 def test_sizes_in_the_config_must_be_those_of_the_manifest(export):

@@ -1,5 +1,20 @@
-"""Everything that depends on `model_type`, as data."""
+"""One file of data for each supported `model_type`."""
 
-from a3cli.models.families.base import Family, LayerSizes, ModelShape, Role, family_of, per_layer_config, read_shape
+from typing import Any
 
-__all__ = ["Family", "LayerSizes", "ModelShape", "Role", "family_of", "per_layer_config", "read_shape"]
+from a3cli.errors import A3Error
+from a3cli.models.families import llama, mistral, nemotron, qwen2, starcoder2
+from a3cli.models.families.base import Family, LayerSizes, ModelShape, Place, Role, per_layer_config
+
+__all__ = ["FAMILIES", "Family", "LayerSizes", "ModelShape", "Place", "Role", "family_of", "per_layer_config"]
+
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, nemotron, qwen2, starcoder2)
+}
+
+
+def family_of(model_type: Any) -> Family:
+    """Return the family of a `config.model_type`. Raises A3Error listing the supported ones."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise A3Error(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]

@@ -1,0 +1,133 @@
+"""Read a decoder's shape and partial RoPE from a configuration, and check what it says of RoPE."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from a3cli.errors import A3Error
+from a3cli.models.families import Family, ModelShape, family_of
+
+
+def read_shape(config: Any) -> ModelShape:
+    """The shape that a transformers config describes. Raises A3Error if its sizes do not fit together."""
+    family, heads = family_of(config.model_type), config.num_attention_heads
+    attention_bias, mlp_bias = read_biases(family, config)
+    shape = ModelShape(
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate_size=config.intermediate_size,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        gated=family.gated,
+    )
+    shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
+    sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)
+    if min(sizes) < 1 or shape.heads % shape.kv_heads or shape.head_dim % 2:
+        raise A3Error(
+            f"config.json: impossible sizes (heads {shape.heads}, KV heads {shape.kv_heads}, "
+            f"head_dim {shape.head_dim}, hidden {shape.hidden_size}, MLP {shape.intermediate_size}, "
+            f"layers {shape.layers})"
+        )
+    return shape
+
+
+def read_biases(family: Family, config: Any) -> tuple[bool, bool]:
+    """Whether q, k and v, and whether the MLP's linear layers have biases."""
+    if family.use_bias:
+        every = bool(getattr(config, "use_bias", True))
+        return every, every
+    return family.qkv_bias or bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
+
+
+def rotary_dims(config: Any, head_dim: int) -> int:
+    """Dims of a head that RoPE turns. Raises A3Error if these are not pairs."""
+    default = family_of(config.model_type).rotary_factor
+    if default is None:
+        return head_dim
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    said = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    factor = default if said is None else said
+    turned = int(head_dim * factor) if isinstance(factor, (int, float)) and 0 <= factor <= 1 else -1
+    if turned % 2:
+        raise A3Error(f"config.json: partial_rotary_factor {factor!r} of head_dim {head_dim} is no number of pairs")
+    return turned
+
+
+def rotary_factor(turned: int, head_dim: int) -> float:
+    """The `partial_rotary_factor` of which loaders, who round down, make `turned` dims."""
+    factor = turned / head_dim
+    return factor if int(head_dim * factor) == turned else math.nextafter(factor, 1.0)
+
+
+# Beyond any model that there is; up to here lists of layers and of head sizes are gone through in no time.
+MOST_LAYERS, LARGEST_HEAD, LARGEST = 10_000, 2**16, 2**31 - 1
+
+
+def check_bounds(shape: ModelShape, vocabulary: int) -> None:
+    """Raise A3Error naming sizes that no model has, where there is no checkpoint to compare config.json with."""
+    bounds = {
+        "hidden_size": (shape.hidden_size, LARGEST),
+        "num_hidden_layers": (shape.layers, MOST_LAYERS),
+        "num_attention_heads": (shape.heads, LARGEST),
+        "num_key_value_heads": (shape.kv_heads, LARGEST),
+        "head_dim": (shape.head_dim, LARGEST_HEAD),
+        "intermediate_size": (shape.intermediate_size, LARGEST),
+        "vocab_size": (vocabulary, LARGEST),
+    }
+    if beyond := [f"{name} is above {most:,}" for name, (size, most) in bounds.items() if size > most]:
+        raise A3Error(f"config.json: {', '.join(beyond)}, which no model has; correct it")
+
+
+def check_rope_spellings(config: dict[str, Any], path: Path) -> None:
+    """Raise A3Error if config.json says one thing in `rope_parameters` and another at its top.
+
+    Versions of transformers differ in which they read; 4.57 knows only `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`.
+    """
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return
+    beside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
+    if "rope_scaling" in config and isinstance(scaling := config["rope_scaling"] or {}, dict):
+        beside |= with_rope_type(scaling)
+    within = with_rope_type(parameters)
+    differing = [
+        f"{key} is {value!r:.80} at its top and {within[key]!r:.80} in rope_parameters"
+        for key, value in beside.items()
+        if key in within and value != within[key]
+    ]
+    if differing:
+        raise A3Error(
+            f"{path} contradicts itself: {'; '.join(differing)}; transformers 4.57 and 5 read different ones: "
+            "correct the wrong one"
+        )
+
+
+def with_rope_type(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return RoPE parameters with `rope_type`, which older configurations call `type` or leave out."""
+    named = {key: value for key, value in parameters.items() if key != "type"}
+    return {"rope_type": parameters.get("type", "default"), **named}
+
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def check_rope(parameters: dict[str, Any], *, partial: bool) -> str:
+    """The RoPE type of `rope_parameters`. Raises A3Error if a subset of pairs cannot express it.
+
+    `partial`: the family knows heads of which RoPE turns only some dims.
+    """
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise A3Error(
+            f"config.json: RoPE type {kind!r} cannot be written for a subset of pairs (its frequencies change with "
+            f"the length of the text); supported are {', '.join(ROPE_TYPES)}; remove rope_scaling from config.json "
+            "to compress the model at its original context"
+        )
+    if not partial and parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise A3Error("config.json: partial_rotary_factor other than 1 is not supported for this family")
+    return str(kind)

@@ -1,0 +1,62 @@
+"""What a family's definition allows: components that may be compressed, and tensors that are carried."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from a3cli.models.families import FAMILIES
+from a3cli.models.families.llama import FAMILY as LLAMA
+from tests.conftest import SHORT, SOLVE, refused
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """Change the definition of the llama family for one test."""
+
+    def change(**fields):
+        monkeypatch.setitem(FAMILIES, "llama", replace(LLAMA, **fields))
+
+    return change
+
+
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+def test_solve_refuses_a_component_that_the_family_does_not_allow(shape, limited, a3, work):
+    only_here = "stock_components" if shape == "stock" else "per_layer_components"
+    limited(**{only_here: ("mlp",)})
+    command = (*SOLVE, "--overwrite", "--work", work)
+    refused(a3(*command, "--shape", shape), "qk and ov", "'llama'", f"--shape {shape}", "--components mlp")
+    other = "per-layer" if shape == "stock" else "stock"
+    for allowed in (("--shape", shape, "--components", "mlp"), ("--shape", other, "--method", "paper")):
+        outcome = a3(*command, *allowed)
+        assert outcome.code == 0, outcome.stderr
+
+
+def test_pareto_compresses_what_the_family_allows(limited, a3, work):
+    limited(stock_components=("mlp",), per_layer_components=("mlp",))
+    outcome = a3("pareto", "--budgets", "0.2", "--mlp-multiple", 8, "--work", work, "--json")
+    assert outcome.code == 0, outcome.stderr
+    for point in outcome.json["points"]:
+        assert all(size["qk"] == size["ov"] == 16 for size in point["sizes"])
+        assert all(size["mlp"] < 96 for size in point["sizes"])
+
+
+def test_carried_tensors_are_copied(limited, a3, source, text_file, tmp_path):
+    vision = {"vision.patches.weight": torch.randn(6, 4)}
+    save_file(vision, source / "model-00099-of-00099.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(
+        index.read_text().replace(
+            '"weight_map": {', '"weight_map": {"vision.patches.weight": "model-00099-of-00099.safetensors",'
+        )
+    )
+    work, out = ("--work", tmp_path / "other"), tmp_path / "out"
+    calibrate = ("calibrate", source, "--dataset", text_file, *SHORT, *work)
+    refused(a3(*calibrate), "not known to this class", "vision.patches.weight")
+
+    limited(carried=("vision.",))
+    for command in (calibrate, (*SOLVE, *work), ("export", out, *work), ("verify", out, *work, "--require-reference")):
+        outcome = a3(*command)
+        assert outcome.code == 0, outcome.stderr
+    assert torch.equal(load_file(out / "model.safetensors")["vision.patches.weight"], vision["vision.patches.weight"])
