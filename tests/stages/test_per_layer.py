@@ -34,16 +34,6 @@ SLOTS = [[0.0, 1.3, 2.5, 4.0, 6.8], WHOLE, [0.0, 2.0, 6.7]]  # bfloat16 has no 1
 FULL = [LayerSizes(16, 16, 96)] * 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def modules_cache(tmp_path_factory):
-    """Where transformers copies the code that it runs: not the user's own cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
-        yield
-
-
 def random_solution(name: str, sizes: LayerSizes, slots: list[float], *, method: str) -> dict[str, torch.Tensor]:
     """Tensors of `projections.py` for one layer; a component that keeps its size has none."""
     kv_heads, heads = (4 if "mha" in name else 2), 4

@@ -54,16 +54,6 @@ def make_export(a3, source: Path, text: Path, folder: Path, *options: object) ->
     return out
 
 
-@pytest.fixture(autouse=True, scope="module")
-def modules_cache(tmp_path_factory):
-    """Where transformers copies the code that it runs: not the user's own cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
-        yield
-
-
 @pytest.fixture
 def export(a3, checkpoint, text_file, tmp_path_factory, request) -> Path:
     """A stock export in several shards and its work folder, made once, copied by who damages it."""
