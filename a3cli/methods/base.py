@@ -75,9 +75,7 @@ class LayerInputs:
     def samples(self) -> Tensors:
         """Attention kept whole, as `samples.py` names it."""
         if (samples := read_named(self._path, NAMES, REMEDY)) is None:
-            raise A3Error(
-                f"layer {self.layer}: the statistics have no samples of attention; run a3 calibrate --overwrite"
-            )
+            raise A3Error(f"layer {self.layer}: the statistics have no attention samples; run a3 calibrate --overwrite")
         return samples
 
     def opened_again(self) -> "Callable[[], LayerInputs]":

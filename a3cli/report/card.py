@@ -41,7 +41,7 @@ summed over layers: {{ predicted }}.
 
 Measured with `a3 eval`:
 
-| text | perplexity of the source | perplexity | KL, nats a token | top-1 agreement |
+| text | perplexity of the source | perplexity | KL, nats per token | top-1 agreement |
 |---|---|---|---|---|
 {% for row in measured -%}
 | {{ row | join(" | ") }} |
@@ -176,8 +176,8 @@ def figures(shape: ModelShape, solution: Json) -> list[tuple[str, str, str]]:
     ]
     for label, key in (
         ("parameters", "parameters"),
-        ("KV cache, bytes a token", "kv_bytes_per_token"),
-        ("prefill FLOPs a token", "prefill_flops_per_token"),
+        ("KV cache, bytes per token", "kv_bytes_per_token"),
+        ("prefill FLOPs per token", "prefill_flops_per_token"),
     ):
         rows.append((label, f"{solution[key]['before']:,}", f"{solution[key]['after']:,}"))
     return rows

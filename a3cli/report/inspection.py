@@ -77,7 +77,7 @@ def describe(path: Path) -> Json:
     work = Work(path)
     if work.calibration_manifest.is_file() or work.calibration_progress.is_file():
         return describe_work(work)
-    raise A3Error(f"{path} is neither a work folder with a calibration nor an a3 export; give the folder of either")
+    raise A3Error(f"{path} is neither a work folder with a calibration nor an a3 export; give one of these")
 
 
 def describe_export(folder: Path) -> Json:
@@ -144,7 +144,7 @@ def describe_work(work: Work) -> Json:
     if stale:
         found.append(f"{work.solution_manifest} was solved from another calibration: run a3 solve --overwrite")
     if source is None:
-        found.append("the source is not where it was: bytes and token texts are missing here")
+        found.append("the source was not found: bytes and token texts are missing")
     return {
         "path": str(work.folder),
         "kind": "work",
@@ -212,7 +212,7 @@ def check_source(source: Checkpoint, work: Work, calibration: Json) -> None:
     if differs := name_differences(expected, found):
         raise A3Error(
             f"{source.name} is not the checkpoint of {work.calibration} (differs in {differs}); "
-            "restore what was changed, or calibrate again"
+            "restore the source, or run a3 calibrate again"
         )
 
 
@@ -400,11 +400,11 @@ def text_warnings(text: Json) -> list[str]:
         blocks, first = len({each["block"] for each in overlaps}), overlaps[0]
         found.append(
             f"text: {blocks} of {text['blocks'][0]} calibration blocks repeat another one ({identical} wholly; first "
-            f"block {first['block']}, {100 * first['share']:.0f} % of it in block {first['of']}): duplicates weigh "
+            f"block {first['block']}, {100 * first['share']:.0f} % of it in block {first['of']}): duplicates count "
             "twice; remove them, or use other text"
         )
     if text["distinct_tokens"] == 1:
-        found.append("text: a single token over and over")
+        found.append("text: one single token, repeated")
     return found
 
 

@@ -28,7 +28,7 @@ def check_junit(path: Path | None) -> None:
     """Raise A3Error for a place that no file can be written to, before any work begins."""
     if path and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise A3Error(
-            f"--junit {path}: it is a folder" if path.is_dir() else f"--junit {path}: its folder is not there"
+            f"--junit {path}: it is a folder" if path.is_dir() else f"--junit {path}: there is no folder {path.parent}"
         )
 
 

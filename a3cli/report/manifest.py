@@ -269,6 +269,6 @@ def read_export_manifest(path: Path) -> Json:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise A3Error(
-            f"{path} has not the form that this version of a3 writes ({where}: {first['msg']}); export again"
+            f"{path} does not follow the schema of this version of a3 ({where}: {first['msg']}); run a3 export again"
         ) from None
     return unaltered(found, path, "export again")

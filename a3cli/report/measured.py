@@ -39,4 +39,4 @@ def read_evaluation(path: Path) -> list[Json]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise A3Error(f"{path} is not what a3 eval --json prints ({where}: {first['msg']})") from None
+        raise A3Error(f"{path} is not the output of a3 eval --json ({where}: {first['msg']})") from None

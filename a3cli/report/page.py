@@ -119,7 +119,7 @@ def tiles(solution: Json | None, measured: list[Json], calibration: Json) -> lis
             tile(
                 "checkpoint", human_bytes(solution["bytes"]["after"]), f"was {human_bytes(solution['bytes']['before'])}"
             ),
-            tile("KV cache", f"−{1 - kv['after'] / kv['before']:.1%}", f"{kv['after']:,} bytes a token"),
+            tile("KV cache", f"−{1 - kv['after'] / kv['before']:.1%}", f"{kv['after']:,} bytes per token"),
         ]
     if measured:
         first = measured[0]
@@ -133,7 +133,7 @@ def tiles(solution: Json | None, measured: list[Json], calibration: Json) -> lis
             )
         )
         if first["kl"] is not None:
-            found.append(tile("KL from the source", f"{first['kl']:.4f}", "nats a token"))
+            found.append(tile("KL from the source", f"{first['kl']:.4f}", "nats per token"))
     if not solution:
         blocks, length = calibration["blocks"]
         found.append(tile("calibrated on", f"{calibration['tokens']:,}", f"tokens in {blocks} blocks of {length}"))
@@ -154,10 +154,10 @@ def changes(solution: Json) -> list[Json]:
     for key, label, show in (
         ("parameters", "parameters", "{:,}".format),
         ("bytes", "bytes", human_bytes),
-        ("kv_bytes_per_token", "KV cache, bytes a token", "{:,}".format),
+        ("kv_bytes_per_token", "KV cache, bytes per token", "{:,}".format),
         (
             "prefill_flops_per_token",
-            f"FLOPs a token, prompt of {solution['prefill_flops_per_token']['seq_len']:,}",
+            f"FLOPs per token, prompt of {solution['prefill_flops_per_token']['seq_len']:,}",
             human,
         ),
     ):

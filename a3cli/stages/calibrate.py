@@ -82,7 +82,7 @@ def calibrate(
 
 
 def meeting_device(settings: CalibrateSettings) -> str:
-    """Where several processes add up. Raises A3Error for what is no device, before they meet there."""
+    """Where several processes add up. Raises A3Error for what is not a device, before they meet there."""
     if settings.devices is None:
         find_device(settings.device, "--device")
         return settings.device
@@ -167,7 +167,7 @@ class Calibration:
         if needed > free:
             raise A3Error(
                 f"--hidden-states {self.settings.hidden_states}: {needed / 1e9:.2f} GB for the hidden states of "
-                f"{share} blocks, {free / 1e9:.2f} GB can be had; use --hidden-states disk"
+                f"{share} blocks, {free / 1e9:.2f} GB are free; use --hidden-states disk"
             )
         return needed if device.type == self.machine.device.type else 0
 
@@ -199,7 +199,7 @@ class Calibration:
             same = read_if_of(self.work.calibration_progress, begun["request"], comparable)
             return self._resume() if same else None
         except A3Error as error:
-            log.warning("%s; beginning anew", error)
+            log.warning("%s; starting again", error)
             self.done = begun
             return None
 
@@ -211,8 +211,8 @@ class Calibration:
         )
         if differing := name_differences(begun, here):
             raise A3Error(
-                f"{self.work.calibration_progress} was begun with other versions ({differing}); go on with those, or "
-                "use --overwrite to begin anew"
+                f"{self.work.calibration_progress} was written with other versions ({differing}); use those, or "
+                "--overwrite to start again"
             )
         self.done = {key: value for key, value in sealed.items() if key != "sha256"}
         check_hash(self.work.tokens, self.done["tokens_hash"], "use --overwrite")
@@ -237,7 +237,7 @@ class Calibration:
             if file.stat().st_size == states.bytes and recorded.get(file.name) == states.digest():
                 continue
             if file.name in recorded:
-                log.warning("%s is not as it was written; it is made again", file)
+                log.warning("%s has changed since it was written; it is computed again", file)
             file.unlink()
 
     def _check_space(self) -> None:
@@ -262,7 +262,7 @@ class Calibration:
             return StatesInMemory((len(share), blocks.shape[1], width), dtype, self._held_on)
         if not self.work.tokens.is_file():
             raise A3Error(
-                f"{self.work.tokens} is not there for process {processes.rank}: all nodes must share the work folder; "
+                f"{self.work.tokens} was not found by process {processes.rank}: all nodes must share the work folder; "
                 "use one that they share, or --hidden-states memory"
             )
         shape = (len(blocks), blocks.shape[1], width)
@@ -283,7 +283,7 @@ class Calibration:
         self.done = done
         finished, layers = len(done["layers"]), self.model.shape.layers
         if finished < layers:
-            self.stop.before(f"layer {finished + 1} of {layers}", "the same command goes on there")
+            self.stop.before(f"layer {finished + 1} of {layers}", "rerun the same command to resume")
 
     def _close(self, blocks: torch.Tensor) -> Json:
         manifest = {
@@ -371,7 +371,7 @@ def finished_manifest(work: Work, request: Json, settings: CalibrateSettings, *,
         if recorded["text"]["dataset"] != wanted["text"]["dataset"]:
             check_on_hub(settings.text)
         raise A3Error(
-            f"{path} is of a calibration of another request (differs in "
+            f"{path} belongs to a calibration with other settings (differs in "
             f"{differences(recorded, wanted, 'text')}); use --overwrite or another --work"
         )
     return found if path == work.calibration_manifest else None

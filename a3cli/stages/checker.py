@@ -50,7 +50,7 @@ class Export:
         except (OSError, ValueError) as error:
             raise Failed(f"{name} cannot be read: {error}") from error
         if not isinstance(value, dict):
-            raise Failed(f"{name} is no JSON object")
+            raise Failed(f"{name} is not a JSON object")
         return value
 
     def require_shapes(self) -> None:
@@ -148,7 +148,7 @@ def check_card(export: Export) -> str:
     lines = path.read_text("utf-8").splitlines()
     if not lines or lines[0] != "---" or "---" not in lines[1:]:
         raise Failed("README.md has no metadata at its top")
-    return "README.md is there, with its metadata"
+    return "README.md has its metadata"
 
 
 def check_tokenizer(export: Export) -> str:
@@ -190,7 +190,7 @@ def check_load(export: Export) -> str:
             raise Failed(f"{name} has other values in the loaded model than in its file")
     module = type(model).__module__
     if export.code is None and not module.startswith(STOCK_CODE):
-        raise Failed(f"the class {module}.{type(model).__name__} is none of transformers' own")
+        raise Failed(f"the class {module}.{type(model).__name__} is not a class of transformers")
     export.model = model.eval()
     return f"{type(model).__name__}, {'stock' if export.code is None else 'from the code in the folder'}"
 
@@ -220,7 +220,7 @@ def check_generate(export: Export) -> str:
                 f"with a cache token {place - prompt.shape[1] + 1} of prompt {row + 1} is {ours[place]}, "
                 f"without one {theirs[place]}"
             )
-    same = "the same tokens" if torch.equal(cached, plain) else "the same tokens, but for ties within rounding"
+    same = "the same tokens" if torch.equal(cached, plain) else "the same tokens, except for ties within rounding"
     return f"{NEW_TOKENS} tokens for each of {len(prompt)} prompts: {same} with a cache as without"
 
 

@@ -32,7 +32,7 @@ def evaluate(settings: EvalSettings) -> Json:
     """Perplexity of a model; with `against`, also the source's, KL(source ‖ model) in nats and top-1 agreement.
 
     Each data set has its own figures, intervals and judged gates, in `datasets`; those of a single one stand at the top
-    as well. Raises A3Error for a model that does not load whole, too little text, or a loss that is not finite.
+    as well. Raises A3Error for a model that does not load completely, too little text, or a loss that is not finite.
     """
     check_settings(settings)
     tasks = open_tasks(settings)
@@ -65,10 +65,10 @@ def check_settings(settings: EvalSettings) -> None:
     if not settings.texts and not settings.tasks:
         raise A3Error("nothing to measure: give --dataset or --tasks")
     if settings.fail_if and not settings.texts:
-        raise A3Error("--fail-if judges what is measured on a --dataset, and there is none")
+        raise A3Error("--fail-if needs a figure to compare; give a --dataset")
     unknown = [gate.text for gate in settings.fail_if if gate.needs_source and not settings.against]
     if unknown:
-        raise A3Error(f"--fail-if {', '.join(map(repr, unknown))}: only --against SOURCE gives this figure")
+        raise A3Error(f"--fail-if {', '.join(map(repr, unknown))}: this figure needs --against SOURCE")
     check_texts(settings.texts)
 
 
@@ -247,7 +247,7 @@ def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings)
     problems = [f"{name} is missing" for name in info["missing_keys"]]
     problems += [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     if problems:
-        raise A3Error(f"{checkpoint.name} does not load whole: {'; '.join(sorted(problems)[:5])}")
+        raise A3Error(f"{checkpoint.name} does not load completely: {'; '.join(sorted(problems)[:5])}")
     return model.eval()
 
 
@@ -266,7 +266,7 @@ def negative_log_likelihood(log_p: torch.Tensor, tokens: torch.Tensor, name: str
     targets = tokens[1:].to(log_p.device)
     total = -log_p.gather(-1, targets[:, None]).sum(dtype=torch.float64).item()
     if not math.isfinite(total):
-        raise A3Error(f"{name}: the loss is not finite; use --dtype float32, or the model is damaged")
+        raise A3Error(f"{name}: the loss is not finite; use --dtype float32; if that fails too, the model is damaged")
     return total
 
 

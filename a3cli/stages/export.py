@@ -152,8 +152,8 @@ def check_small_files(source: Checkpoint, work: Work) -> None:
     recorded = read_manifest(work.source, "run a3 calibrate on the source again")["small_files"]
     if differs := name_differences(recorded, source.hash_small_files()):
         raise A3Error(
-            f"{source.name}: {differs} changed since a3 calibrate; restore what was changed, or run the same "
-            "a3 calibrate again to take the files as they are"
+            f"{source.name}: {differs} changed since a3 calibrate; restore the files, or rerun the same "
+            "a3 calibrate to accept the changes"
         )
 
 
@@ -184,14 +184,17 @@ def check_target(out: Path, source: Checkpoint, work: Work, *, overwrite: bool) 
     resolved = out.resolve()
     for folder, name in ((source.folder.resolve(), "the source"), (work.folder.resolve(), "the work folder")):
         if resolved == folder or folder in resolved.parents or resolved in folder.parents:
-            raise A3Error(f"{out} and {name} {folder} lie inside one another; choose another output folder")
+            raise A3Error(f"{out} and {name} {folder} are inside one another; choose another output folder")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise A3Error(f"{out} is no folder; choose another output folder")
+        raise A3Error(f"{out} is not a folder; choose another output folder")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise A3Error(f"{out} is not empty; use --overwrite to replace an earlier export, or another folder")
         if not (out / MANIFEST).is_file():
-            raise A3Error(f"{out} holds something that is no a3 export; --overwrite does not replace it")
+            raise A3Error(
+                f"{out} holds something that is not an a3 export, which --overwrite does not replace; "
+                "choose another folder"
+            )
 
 
 def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str, list[PlannedTensor]]:
@@ -231,7 +234,7 @@ def write_checkpoint(
     def write(shard: str) -> str:
         known = draft.learnt(shard)
         if known is None:
-            stop.before(f"writing {shard}", "the same command goes on there")
+            stop.before(f"writing {shard}", "rerun the same command to resume")
             log.info("writing %s", shard)
             tensors = transform(model, solution, shards[shard])
             with writing(folder / shard):

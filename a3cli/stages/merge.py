@@ -65,9 +65,9 @@ def check_places(parts: Sequence[Work], target: Work) -> None:
     folders = [work.folder.resolve() for work in parts]
     for folder in folders:
         if not folder.is_dir():
-            raise A3Error(f"{folder} is no work folder")
+            raise A3Error(f"{folder} is not a work folder")
         if folders.count(folder) > 1:
-            raise A3Error(f"{folder} is named twice; its text would count twice")
+            raise A3Error(f"{folder} is given twice, and its text would count twice; give it once")
     if target.folder.resolve() in folders:
         raise A3Error(f"--into {target.folder} is one of the work folders to merge; choose another")
 
@@ -85,7 +85,10 @@ def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
             )
     seen = [each["calibration"] for calibration in calibrations for each in ingredients(calibration)]
     if len(set(seen)) < len(seen):
-        raise A3Error("the same calibration is there twice (as itself or merged before); its text would count twice")
+        raise A3Error(
+            "the same calibration is given twice (itself or in an earlier merge), and its text would count twice; "
+            "give it once"
+        )
 
 
 def ingredients(calibration: Json) -> list[Json]:
@@ -185,5 +188,5 @@ def add_statistics(files: Sequence[Path]) -> Tensors:
                 value.add_(more.get_tensor(name))
     samples = [read_named(file, NAMES, REMEDY) for file in files]
     if lacking := [str(file) for file, found in zip(files, samples, strict=True) if found is None]:
-        raise A3Error(f"{', '.join(lacking)}: no samples of attention; {REMEDY}")
+        raise A3Error(f"{', '.join(lacking)}: no attention samples; {REMEDY}")
     return total | merge_samples([found for found in samples if found])

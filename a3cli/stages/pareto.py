@@ -73,7 +73,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         points = Points(settings, work, calibration)
         for name, variant in variants_of(settings):
             if variant["method"] == "best" and calibration["request"]["mlp_stats"] == "diagonal":
-                log.info("%s: needs statistics that --mlp-stats diagonal left out", name)
+                log.info("%s is left out: it needs a3 calibrate --mlp-stats full", name)
                 continue
             missing = [budget for budget in settings.budgets if not points.has(name, budget)]
             if not missing:
@@ -225,7 +225,7 @@ def plot(result: Json) -> "Figure":
     predicted = f"predicted loss\n({LOSSES[result['sensitivity']]})"  # in two lines: in one it is longer than the axis
     panels: dict[str, Callable[[Json], float]] = {predicted: lambda each: each["predicted_loss"]}
     if any("measured" in each for each in reached):
-        panels["KL(source ‖ compressed), nats a token"] = lambda each: each["measured"]["kl"]
+        panels["KL(source ‖ compressed), nats per token"] = lambda each: each["measured"]["kl"]
     figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
     for axes, (label, loss) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name in dict.fromkeys(each["variant"] for each in reached):

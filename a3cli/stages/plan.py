@@ -252,8 +252,8 @@ def check_remote(
 
     if indexed and (differing := sorted(found.keys() ^ indexed.keys())):
         raise A3Error(
-            f"{model}: {SINGLE} and {INDEX} hold different tensors (only one has {differing[0]}), and loaders take the "
-            "one or the other; use another revision, or a local copy without the one that is not meant"
+            f"{model}: {SINGLE} and {INDEX} hold different tensors (only one has {differing[0]}), and loaders "
+            "differ in which they read; use another revision, or a local copy without the wrong one"
         )
     for name, (dtype, _) in found.items():
         find_dtype(dtype, name, model)

@@ -52,7 +52,7 @@ class Probe(NamedTuple):
     size: int
 
 
-# Of each layer and component: KL (nats a token) at each probed size, ascending.
+# Of each layer and component: KL (nats per token) at each probed size, ascending.
 Measured = list[dict[Component, dict[int, float]]]
 
 
@@ -107,7 +107,7 @@ class _Run:
         target = self._streams(0) if first == 0 else None
         calls = [embed_all(each, self.blocks, self.batch_size, target) for each in (decoder, cuts)]
         for layer in range(first, self.layers):
-            stop.before(f"probing layer {layer + 1} of {self.layers}", "the same command goes on there")
+            stop.before(f"probing layer {layer + 1} of {self.layers}", "rerun the same command to resume")
             self._pass(layer, decoder, cuts, calls)
             streams = hash_file(self._streams(layer + 1).path)
             write_manifest(self.progress_file, {"request": self.request, "layer": layer + 1, "streams": streams})
@@ -125,7 +125,7 @@ class _Run:
                 if done < self.layers:
                     log.info("resuming at layer %d of %d", done + 1, self.layers)
                 return done
-            log.warning("%s is not as it was written; probing begins anew", streams)
+            log.warning("%s has changed since it was written; probing starts again", streams)
         self.work.probes.mkdir(exist_ok=True)
         clear(self.work.probes)
         check_space(self.work.folder, 2 * self._streams(0).bytes, "probing")

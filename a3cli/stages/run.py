@@ -40,7 +40,7 @@ def run_recipe(
 
     An export that fails a check of `verify` is not evaluated.
 
-    Raises A3Error where a stage does, and before any of them for settings that contradict one another, and Interrupted
+    Raises A3Error where a stage does, and before any of them for settings that contradict each other, and Interrupted
     at the end of the step in which `stop` was set off.
     """
     check_settings(recipe.solve)
@@ -98,7 +98,7 @@ def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, sto
                 check_hashes({recipe.out / name: digest for name, digest in found["files"].items()}, "export again")
                 return found
         except A3Error as damage:
-            log.warning("%s is made again: %s", recipe.out, damage)
+            log.warning("exporting %s again: %s", recipe.out, damage)
             replace = True
     settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace})
     return export(recipe.out, settings, work, stop=stop)

@@ -54,8 +54,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-AGAIN = "the same command goes on there"
-REMOVE = "remove it and run the same command again, which makes it anew"
+AGAIN = "rerun the same command to resume"
+REMOVE = "remove it and rerun the same command, which computes it again"
 STREAMS = "streams"  # folder of the sequential correction's hidden states, in the draft
 
 
@@ -163,7 +163,8 @@ def analyse(
     """All layers seen by the method, and their error curves: whatever the budget, this is done once."""
     if settings.context is not None and settings.context > model.rope.context:
         raise A3Error(
-            f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
+            f"--context {settings.context} is longer than the context of {model.source.name} "
+            f"({model.rope.context}); lower it"
         )
     if settings.rope_form in ("theta", "linear") and model.rope.kind in ("yarn", "longrope"):
         raise A3Error(
@@ -198,12 +199,12 @@ def for_each_layer(work: Callable[[int], T], model: Model, settings: SolveSettin
 
 
 def check_settings(settings: SolveSettings) -> None:
-    """Raise A3Error naming all settings that contradict one another."""
+    """Raise A3Error naming all settings that contradict each other."""
     problems = []
     if settings.budget is None and settings.attention_budget is None and settings.mlp_budget is None:
         problems.append("no budget: give --budget (or --attention-budget and --mlp-budget)")
     if None not in (settings.budget, settings.attention_budget, settings.mlp_budget):
-        problems.append("--budget, --attention-budget and --mlp-budget contradict one another: give two at most")
+        problems.append("--budget, --attention-budget and --mlp-budget contradict each other: give two at most")
     attention = {"qk", "ov"} & set(settings.components)
     if len(attention) == 1 and settings.shape == "stock":
         problems.append(
@@ -220,7 +221,7 @@ def check_settings(settings: SolveSettings) -> None:
             "pairs that it selects, and a per-layer export holds its slots itself"
         )
     if settings.head_multiple % 2 and attention:
-        problems.append(f"--head-multiple {settings.head_multiple}: RoPE turns pairs of dims, so it must be even")
+        problems.append(f"--head-multiple {settings.head_multiple}: RoPE rotates pairs of dims, so it must be even")
     if problems:
         raise A3Error("bad settings: " + "; ".join(problems))
 
@@ -343,7 +344,7 @@ def count_refits(draft: Draft, layers: int) -> int:
     for name, expected in (last or {}).get("following", {}).items():
         file = draft.folder / STREAMS / name
         if done < layers and not (file.is_file() and hash_file(file) == expected):
-            log.warning("%s is not as it was written; the sequential correction begins anew", file)
+            log.warning("%s has changed since it was written; the sequential correction starts again", file)
             return 0
     return done
 

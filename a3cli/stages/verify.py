@@ -100,9 +100,9 @@ def read_export(out: Path) -> tuple[Json, list[str]]:
     Raises A3Error if `out` is no a3 export.
     """
     if not out.is_dir():
-        raise A3Error(f"{out} is no folder; a3 verify takes what a3 export wrote")
+        raise A3Error(f"{out} is not a folder; give the output folder of a3 export")
     if not (out / MANIFEST).is_file():
-        raise A3Error(f"{out} has no {MANIFEST}; a3 verify takes what a3 export wrote")
+        raise A3Error(f"{out} has no {MANIFEST}; give the output folder of a3 export")
     manifest, config, damage = {"solution": {}, "dtype": "source"}, {}, []
     try:
         manifest = open_manifest(out / MANIFEST)
@@ -122,7 +122,7 @@ def open_manifest(path: Path) -> Json:
     if manifest.get("dtype") not in get_args(ExportSettings.model_fields["dtype"].annotation):
         lacking.append("dtype")
     if lacking:
-        raise A3Error(f"{path} has no {', '.join(lacking)}; export again")
+        raise A3Error(f"{path} has no {', '.join(lacking)}; run a3 export again")
     return unaltered(manifest, path, "export again")
 
 

@@ -57,11 +57,11 @@ class HiddenStates:
     def read(self, start: int, count: int) -> torch.Tensor:
         """Blocks `[count, T, d]` on the CPU. Raises A3Error if the file is shorter than it must be."""
         buffer = torch.empty(count * self.block_bytes, dtype=torch.uint8)
-        remedy = "remove it and run the same command again, which makes it anew"
+        remedy = "remove it and rerun the same command, which computes it again"
         with reading(self.path, remedy), self.path.open("rb", buffering=0) as file:
             file.seek((self.first + start) * self.block_bytes)
             if not fill(file, buffer.numpy().data):
-                raise A3Error(f"{self.path} is truncated; run the same command again, which makes it anew")
+                raise A3Error(f"{self.path} is truncated; rerun the same command, which computes it again")
         return buffer.view(self.dtype).view(count, *self.shape[1:])
 
     def write(self, start: int, blocks: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ def choose_batch_size(
         beside = f" beside {held / 1e9:.2f} GB of hidden states" if held else ""
         remedy = "--mlp-stats diagonal or a shorter --seq-len" if full_mlp else "a shorter --seq-len"
         raise A3Error(
-            f"not enough memory on {machine.device}: {figures}, {free / 1e9:.2f} GB can be had{beside}; use {remedy}, "
+            f"not enough memory on {machine.device}: {figures}, {free / 1e9:.2f} GB are free{beside}; use {remedy}, "
             "or free some"
         )
     fitting = (free - layer - sums) // block

@@ -338,7 +338,7 @@ class Sweep:
         there = min(self.processes.gather(there))
         if there < layer and layer:
             layers = self.decoder.shape.layers
-            log.info("the input of layer %d of %d is missing; running the layers before it again", layer + 1, layers)
+            log.info("the input of layer %d of %d is missing; rerunning the layers before it", layer + 1, layers)
         with self.processes.together():
             target = self.states.begin() if there < 0 else self.states.input_of(there)
             with running_out_is_told():
@@ -406,10 +406,10 @@ class Sweep:
         if not self.adapt or self.batch_size == 1:
             remedy = "use --batch-size auto" if self.batch_size > 1 else "use a shorter --seq-len"
             raise A3Error(
-                f"out of memory at {self.batch_size} blocks a batch ({first_line(error)}); {remedy}"
+                f"out of memory at {self.batch_size} blocks per batch ({first_line(error)}); {remedy}"
             ) from error
         self.batch_size //= 2
-        log.info("out of memory: going on with %d blocks a batch", self.batch_size)
+        log.info("out of memory: continuing with %d blocks per batch", self.batch_size)
 
 
 def collect_garbage() -> None:

@@ -117,7 +117,7 @@ def check_fit(blocks: Iterable[torch.Tensor], config: Json, model: str) -> None:
         if isinstance(vocabulary, int) and int(block.max()) >= vocabulary:
             raise A3Error(
                 f"the tokenizer of {model} gives token {int(block.max())}, its vocabulary has {vocabulary}; "
-                "the tokenizer files are of another model"
+                "use the tokenizer files of this model"
             )
 
 
@@ -282,7 +282,7 @@ def check_exists(settings: TextSettings) -> None:
         path.suffix in FORMATS or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/")
     ):
         raise A3Error(
-            f"dataset {settings.dataset!r}: no such file or folder, no hub id (owner/name[:configuration]), "
+            f"dataset {settings.dataset!r}: no such file or folder, not a Hub id (owner/name[:configuration]), "
             f"and none of {', '.join(ALIASES)}"
         )
 

@@ -175,7 +175,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CannotWrite(f"{path} cannot be written: {error}; mend it or choose another folder") from error
+        raise CannotWrite(f"{path} cannot be written: {error}; fix that or choose another folder") from error
 
 
 @contextmanager
@@ -204,7 +204,7 @@ class Draft:
         if found and self.folder.is_dir() and not self.folder.is_symlink():
             self._finished = found["finished"]
             self.drop_unfinished()
-            log.info("going on with %d finished files of %s", len(self._finished), self.folder)
+            log.info("resuming with %d finished files of %s", len(self._finished), self.folder)
         else:
             self.remove()
             self.folder.mkdir()
@@ -217,7 +217,7 @@ class Draft:
         path = self.folder / name
         if path.is_file() and hash_file(path) == known["hash"]:
             return known
-        log.warning("%s is not as it was written; it is made again", path)
+        log.warning("%s has changed since it was written; it is computed again", path)
         return None
 
     def finish(self, name: str, digest: str | None = None, **learnt: Any) -> Json:
@@ -403,7 +403,7 @@ def read_if_of(path: Path, request: Json, comparable: Callable[[Json], Json] = d
     """
     found = read_undamaged(path)
     if found is None and path.exists():
-        log.warning("%s is not as it was written; it is made again", path)
+        log.warning("%s has changed since it was written; it is computed again", path)
     return found if found and comparable(found["request"]) == comparable(request) else None
 
 

@@ -49,7 +49,7 @@ def stopping(minutes: float | None = None) -> Iterator[Stop]:
         _handle(at_once)
         # A launcher of ours ends the peers of a process that failed, and says itself why.
         if not (ended_by_launcher() and stop.signal is signal.SIGTERM):
-            log.warning("%s: finishing the step in progress; once more stops at once", stop.signal.name)
+            log.warning("%s: finishing the current step; a second signal stops at once", stop.signal.name)
 
     with _handling(first):
         yield stop

@@ -45,7 +45,7 @@ def choose_machine(device: str, dtype: str, source_dtype: torch.dtype, *, device
     `devices` is a list like `cuda:0,cuda:1`, in place of `device`. Several processes on a machine divide it.
     """
     if devices is not None and device != "auto":
-        raise A3Error(f"--devices {devices} and --device {device} contradict one another: give one of them")
+        raise A3Error(f"--devices {devices} and --device {device} contradict each other: give one of them")
     names = own_part(devices) if devices is not None else [device]
     option = "--device" if devices is None else "--devices"
     chosen = tuple(find_device(name, option) for name in names)
@@ -71,7 +71,7 @@ def find_device(name: str, option: str) -> torch.device:
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise A3Error(f"{option} {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+        raise A3Error(f"{option} {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise A3Error(f"{option} {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     if chosen.type not in ("cpu", "cuda"):

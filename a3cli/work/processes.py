@@ -82,8 +82,8 @@ class Processes:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if not on_cpu and here > torch.cuda.device_count():
             raise A3Error(
-                f"{here} processes on this machine, which has {torch.cuda.device_count()} CUDA devices; start one for "
-                "each, or use --device cpu"
+                f"{here} processes on this machine, which has {torch.cuda.device_count()} CUDA devices; start one per "
+                "GPU, or use --device cpu"
             )
         self._accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=peers)
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
@@ -123,8 +123,8 @@ class Processes:
             raise
         except RuntimeError as error:  # what gloo and nccl raise of a peer that has gone
             raise Interrupted(
-                f"process {self.rank} of {self.count} lost another one ({first_line(error)}); the same command goes on "
-                "where it stopped"
+                f"process {self.rank} of {self.count} lost another process ({first_line(error)}); "
+                "rerun the same command to resume"
             ) from error
 
     @contextmanager
@@ -289,9 +289,9 @@ def raise_first(codes: dict[int, int], folder: Path) -> None:
     if killed and not causes:
         # With those that the launcher killed since they did not end in time: it does not say which came first.
         deaths = " and ".join(f"process {rank} was killed ({signal.Signals(-codes[rank]).name})" for rank in killed)
-        raise Interrupted(f"{deaths}; the same command goes on where it stopped")
+        raise Interrupted(f"{deaths}; rerun the same command to resume")
     for rank in (*causes, *said):  # the first of them
         problem = A3Error(said[rank])
         problem.exit_code = codes[rank] if codes[rank] > 0 else Interrupted.exit_code
         raise problem
-    raise Interrupted("all processes were terminated (SIGTERM); the same command goes on where it stopped")
+    raise Interrupted("all processes were terminated (SIGTERM); rerun the same command to resume")

@@ -325,4 +325,4 @@ def test_statistics_without_samples_are_refused(a3, checkpoint, text_file, tmp_p
     reseal(file)
     outcome = a3("solve", "--budget", 0.25, "--mlp-multiple", 8, *work)
     assert (outcome.code, outcome.stderr.count("\n")) == (2, 1)
-    assert "layer 1: the statistics have no samples of attention" in outcome.stderr
+    assert "layer 1: the statistics have no attention samples" in outcome.stderr

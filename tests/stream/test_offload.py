@@ -78,7 +78,7 @@ def test_damaged_hidden_states_are_made_again(damage, a3, command, whole, cut):
     file.unlink() if damage == "gone" else os.truncate(file, size - 8 if damage == "truncated" else size + 8)
     said = finished_alike(a3, command, cut, whole)
     assert "the input of layer 4 of 5 is missing" in said
-    assert ("hidden-003.bin is not as it was written" in said) == (damage != "gone")
+    assert ("hidden-003.bin has changed since it was written" in said) == (damage != "gone")
 
 
 def test_hidden_states_truncated_under_way(a3, command, whole, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_in_memory_the_same_bytes_and_no_files(where, a3, command, whole, tmp_pa
     options = (*command[:-1], "--hidden-states", where, "--work")
     work = interrupt(a3, monkeypatch, 3, *options, tmp_path / "memory")
     assert not list(work.rglob("hidden-*"))
-    assert "running the layers before it again" in finished_alike(a3, command, work, whole, *options[-3:-1])
+    assert "rerunning the layers before it" in finished_alike(a3, command, work, whole, *options[-3:-1])
     monkeypatch.setattr("a3cli.stages.calibrate.free_memory", lambda device: 46_000)
     refused(a3(*options, tmp_path / "short"), f"--hidden-states {where}", "0.00 GB", "--hidden-states disk")
     assert not (tmp_path / "short").exists()
@@ -240,8 +240,8 @@ def test_batches_are_halved_until_they_fit(where, a3, command, whole, tmp_path, 
     outcome = a3(*auto, "--json")
     assert outcome.code == 0
     assert [line for line in outcome.stderr.splitlines() if "memory" in line] == [
-        "out of memory: going on with 3 blocks a batch",
-        "out of memory: going on with 1 blocks a batch",
+        "out of memory: continuing with 3 blocks per batch",
+        "out of memory: continuing with 1 blocks per batch",
     ]
     assert outcome.json["made_with"] == [{"processes": 1, "batch_size": 1}] * LAYERS
     assert_close([whole, tmp_path / "auto"])
@@ -278,10 +278,10 @@ def test_a_batch_that_cannot_even_be_embedded_is_halved(a3, command, whole, tmp_
     monkeypatch.setattr(sweep.Decoder, "look_up", look_up)
     outcome = a3(*but(command[:-1], "--batch-size", "auto"), "--work", tmp_path / "auto", "--json")
     assert outcome.code == 0, outcome
-    assert "going on with 3 blocks a batch" in outcome.stderr
+    assert "continuing with 3 blocks per batch" in outcome.stderr
     assert_close([whole, tmp_path / "auto"])
     ended = a3(*but(command[:-1], "--batch-size", 6), "--work", tmp_path / "asked", "--quiet")
-    refused(ended, "out of memory at 6 blocks a batch")
+    refused(ended, "out of memory at 6 blocks per batch")
 
 
 def test_batch_is_halved_in_the_middle_and_kept(a3, command, whole, tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def test_a_batch_that_was_asked_for_is_not_changed(a3, command, tmp_path, monkey
     monkeypatch.setattr(sweep, "run_layer", running_out_above(2, sweep.run_layer))
     ended = a3(*command, tmp_path / "w", "--quiet")
     refused(
-        ended, "out of memory at 4 blocks a batch (CUDA out of memory. Tried to allocate 9 GiB)", "--batch-size auto"
+        ended, "out of memory at 4 blocks per batch (CUDA out of memory. Tried to allocate 9 GiB)", "--batch-size auto"
     )
     monkeypatch.setattr(sweep, "run_layer", running_out_above(0, sweep.run_layer))
     refused(
