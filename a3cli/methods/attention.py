@@ -12,7 +12,7 @@ from a3cli.solvers.moments import Tensors
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import SlotMaps
 
-JUDGING = 4  # one in so many blocks is not fitted, but judges
+VALIDATION_EVERY = 4  # one in so many blocks is not fitted, but judges
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def split(samples: Tensors, *, few: bool) -> tuple[Tensors, Tensors]:
     """Blocks to fit, all or few, and blocks to judge by; of a single block queries."""
     alone = len(samples["sample_k"]) == 1
     divided = [name for name in samples if not alone or name in ("sample_q", "sample_seen")]
-    place = torch.arange(samples["sample_q"].shape[1 if alone else 0]) % JUDGING
+    place = torch.arange(samples["sample_q"].shape[1 if alone else 0]) % VALIDATION_EVERY
     fitted, judging = place == 0 if few else place != 1, place == 1
     if not judging.any():  # a single query
         judging = fitted

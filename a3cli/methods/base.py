@@ -213,11 +213,11 @@ class Method(ABC):
         """Analyse the next layer."""
 
     @abstractmethod
-    def share(self) -> None:
+    def build_slot_tables(self) -> None:
         """Settle the RoPE slots at every head size, once all layers are known."""
 
     @abstractmethod
-    def settle(self, sizes: Sequence[LayerSizes]) -> None:
+    def finalize_slots(self, sizes: Sequence[LayerSizes]) -> None:
         """A last word on RoPE slots, once each layer's sizes are chosen."""
 
     @abstractmethod

@@ -43,7 +43,7 @@ from a3cli.solvers.rope import (
     spread_distances,
 )
 from a3cli.solvers.slots import HeadStatistics, SlotMaps
-from a3cli.work.folder import Json, read_if_of, versions, write_manifest
+from a3cli.work.folder import Json, read_if_request_matches, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def with_larger_diagonal(gram: torch.Tensor, damping: float) -> torch.Tensor:
 
 def read_order(path: Path, request: Json) -> ChannelOrder | None:
     """What an earlier solution found: selection takes long, and no budget changes it."""
-    found = read_if_of(path, request)
+    found = read_if_request_matches(path, request)
     if found is None:
         return None
     return ChannelOrder(torch.tensor(found["order"]), torch.tensor(found["curve"], dtype=torch.float64))
@@ -177,7 +177,7 @@ class Best(Method):
         found = order_channels(gram, down, block=block, overwrite_gram=True)  # nobody reads it again
         return ChannelOrder(found.order.cpu(), found.curve.cpu())
 
-    def share(self) -> None:
+    def build_slot_tables(self) -> None:
         if "qk" not in self.settings.components:
             return
         layers = list(range(len(self.layers)))
@@ -221,7 +221,7 @@ class Best(Method):
         mass = torch.stack([self.layers[layer].attention_mass for layer in layers]).sum(0)
         return spread_distances(mass, self._context, far_weight=FAR_WEIGHT)
 
-    def settle(self, sizes: Sequence[LayerSizes]) -> None:
+    def finalize_slots(self, sizes: Sequence[LayerSizes]) -> None:
         """In the stock shape, take evenly spaced slots if they cost next to nothing: most runtimes load them."""
         self.damping.clear()  # what projections that are not part of the solution took, and what they reached
         self.errors.clear()

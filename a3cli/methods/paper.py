@@ -57,12 +57,12 @@ class Paper(Method):
             )
         )
 
-    def share(self) -> None:
+    def build_slot_tables(self) -> None:
         """All heads of a layer keep the same pairs, by total score; in the stock shape all layers do."""
         own = [layer.pair_scores.sum(0) for layer in self.layers]
         self.scores = own if self.per_layer else [torch.stack(own).sum(0)] * len(own)
 
-    def settle(self, sizes: Sequence[LayerSizes]) -> None:
+    def finalize_slots(self, sizes: Sequence[LayerSizes]) -> None:
         """Nothing: kept pairs stay where they are."""
 
     def curves(self, layer: int) -> Curves:

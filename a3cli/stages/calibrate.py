@@ -38,7 +38,7 @@ from a3cli.work.folder import (
     drop_leftovers,
     hash_file,
     name_differences,
-    read_if_of,
+    read_if_request_matches,
     read_manifest,
     read_tensors,
     read_undamaged,
@@ -196,7 +196,7 @@ class Calibration:
             return self._resume() if self.work.calibration_progress.exists() else None
         begun = self.done
         try:
-            same = read_if_of(self.work.calibration_progress, begun["request"], comparable)
+            same = read_if_request_matches(self.work.calibration_progress, begun["request"], comparable)
             return self._resume() if same else None
         except A3Error as error:
             log.warning("%s; starting again", error)

@@ -232,7 +232,7 @@ def write_checkpoint(
     folder = draft.folder
 
     def write(shard: str) -> str:
-        known = draft.learnt(shard)
+        known = draft.finished_info(shard)
         if known is None:
             stop.before(f"writing {shard}", "rerun the same command to resume")
             log.info("writing %s", shard)
@@ -285,25 +285,25 @@ def judge_export(config: Json, model: Model, solution: Solution) -> list[Verdict
 def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces]:
     """One tensor after another, made by several threads while the system reads the next."""
     with one_core_each(min(MAKERS, os.cpu_count() or 1)) as threads:
-        rows = ahead(threads, all_transformed(model, solution, planned), MAKERS)
+        rows = ahead(threads, shard_jobs(model, solution, planned), MAKERS)
         for _, of_tensor in groupby(rows, key=itemgetter(0)):
             yield (part for _, part in of_tensor)
 
 
-def all_transformed(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Callable[[], Named]]:
+def shard_jobs(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Callable[[], Named]]:
     """What makes the tensors of a weight file, one after another."""
     for this, following in zip(planned, [*planned[1:], None], strict=True):
         if following:
             model.source.read_ahead(following.name)
-        yield from transformed(model, solution, this)
+        yield from tensor_jobs(model, solution, this)
 
 
-def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Iterator[Callable[[], Named]]:
+def tensor_jobs(model: Model, solution: Solution, planned: PlannedTensor) -> Iterator[Callable[[], Named]]:
     """What makes one tensor as the export stores it, some rows each. Raises A3Error for what is not finite."""
     found = model.family.find_role(planned.name)
     if found is None:
         for rows in stored_rows(model.source.info(planned.name)):
-            yield partial(made, rows, planned, model)
+            yield partial(project_rows, rows, planned, model)
         return
     layer, role, _ = found
     weight = model.source.read(planned.name)
@@ -311,10 +311,10 @@ def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Ite
         project = partial(
             apply_projection, role=role, solution=of_rows, shape=model.shape, fold_scale=not solution.per_layer
         )
-        yield partial(made, part, planned, model, project)
+        yield partial(project_rows, part, planned, model, project)
 
 
-def made(
+def project_rows(
     rows: torch.Tensor,
     planned: PlannedTensor,
     model: Model,

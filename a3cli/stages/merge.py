@@ -156,7 +156,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
         hashes = []
         for layer in range(len(calibrations[0]["layers"])):
             name = target.statistics(layer).name
-            known = draft.learnt(name)
+            known = draft.finished_info(name)
             if known is None:
                 log.info("layer %d of %d", layer + 1, len(calibrations[0]["layers"]))
                 for work, calibration in zip(parts, calibrations, strict=True):

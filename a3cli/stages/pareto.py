@@ -34,7 +34,7 @@ from a3cli.work.folder import (
     Json,
     Work,
     making_scratch,
-    read_if_of,
+    read_if_request_matches,
     read_json,
     read_undamaged,
     replacing,
@@ -122,7 +122,7 @@ class Points:
         self._read: Json | None = begun.get("text_read") if begun else None
         read = self._read
         files = files_now(settings.text, read["files"], whole=read["whole"]) if settings.text and read else {}
-        known = read_if_of(self._file, self._request(files))
+        known = read_if_request_matches(self._file, self._request(files))
         self.found: list[Json] = known["points"] if known else []
         if known is None:
             self._read = None

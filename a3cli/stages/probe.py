@@ -30,7 +30,7 @@ from a3cli.work.folder import (
     Work,
     check_space,
     hash_file,
-    read_if_of,
+    read_if_request_matches,
     read_manifest,
     read_tensors,
     versions,
@@ -117,7 +117,7 @@ class _Run:
 
     def _begin(self) -> int:
         """The layer to go on at; 0 with empty streams unless a sweep with this request was under way."""
-        found = read_if_of(self.progress_file, self.request)
+        found = read_if_request_matches(self.progress_file, self.request)
         if found:
             streams = self._streams(found["layer"]).path
             if streams.is_file() and hash_file(streams) == found["streams"]:

@@ -21,7 +21,16 @@ from a3cli.stages.solve import check_settings, solve
 from a3cli.stages.verify import verify
 from a3cli.stream.sweep import Progress
 from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
-from a3cli.work.folder import Json, Work, check_hashes, hash_json, read_if_of, read_manifest, versions, write_manifest
+from a3cli.work.folder import (
+    Json,
+    Work,
+    check_hashes,
+    hash_json,
+    read_if_request_matches,
+    read_manifest,
+    versions,
+    write_manifest,
+)
 from a3cli.work.interrupt import Stop
 from a3cli.work.processes import launch, without_output
 
@@ -117,7 +126,7 @@ def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Jso
     """
     settings = settings.model_copy(update={"trust_remote_code": True})
     request = {"settings": settings.model_dump(mode="json"), "export": hash_json(manifest), "versions": versions()}
-    if not overwrite and (found := read_if_of(work.verification, request)):
+    if not overwrite and (found := read_if_request_matches(work.verification, request)):
         return dict(found["result"])
     result = verify(recipe.out, settings, work)
     if result["passed"]:

@@ -99,7 +99,7 @@ def write_solution(
     model = method.model
     layers = range(model.shape.layers)
     sizes = choose_sizes(settings, model.shape, curves)
-    method.settle(sizes)
+    method.finalize_slots(sizes)
     slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
     request = describe_request(settings, calibration)
     chosen = describe_choice(settings, model, sizes, slots)
@@ -108,7 +108,7 @@ def write_solution(
 
         def write_layer(layer: int) -> Json:
             name = one_shot_file(layer) if settings.sequential else layer_file(layer)
-            if known := draft.learnt(name):
+            if known := draft.finished_info(name):
                 return known
             stop.before(f"projecting layer {layer + 1} of {len(layers)}", AGAIN)
             inputs = LayerInputs(model, work, layer)
@@ -182,7 +182,7 @@ def analyse(
 
     method = METHODS[settings.method](model, settings)
     method.layers = for_each_layer(look_at, model, settings)
-    method.share()
+    method.build_slot_tables()
     curves = for_each_layer(method.curves, model, settings)
     if settings.sensitivity == "probe":
         curves = weigh(curves, probe(method, curves, work, calibration, progress, stop))
@@ -272,7 +272,7 @@ def correct(
     Returns the hashes of the layers' files.
     """
     layers = range(model.shape.layers)
-    corrected = [known for layer in layers if (known := draft.learnt(layer_file(layer)))]
+    corrected = [known for layer in layers if (known := draft.finished_info(layer_file(layer)))]
     if len(corrected) < len(layers):
         cuts = [
             Cut(layer, size, own, partial(read_tensors, draft.folder / one_shot_file(layer), REMOVE))
@@ -339,7 +339,7 @@ def refit_layers(
 def count_refits(draft: Draft, layers: int) -> int:
     """How many layers an earlier sweep has corrected; 0 if what the next one begins with is damaged."""
     done, last = 0, None
-    while done < layers and (found := draft.learnt(refit_file(done))):
+    while done < layers and (found := draft.finished_info(refit_file(done))):
         done, last = done + 1, found
     for name, expected in (last or {}).get("following", {}).items():
         file = draft.folder / STREAMS / name

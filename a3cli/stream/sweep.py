@@ -341,7 +341,7 @@ class Sweep:
             log.info("the input of layer %d of %d is missing; rerunning the layers before it", layer + 1, layers)
         with self.processes.together():
             target = self.states.begin() if there < 0 else self.states.input_of(there)
-            with running_out_is_told():
+            with as_out_of_memory():
                 arguments = embed_all(self.decoder, self.own, self.batch_size, target if there < 0 else None)
         if there < 0:
             self._keep(0)
@@ -357,20 +357,20 @@ class Sweep:
     ) -> dict[int, LayerMoments]:
         """This process's batches through consecutive layers: moments of each from `first_layer` on."""
         decoder, moments = self.decoder, {}
-        aside = decoder.machine.copies  # files are read and written in threads while the device computes
+        in_background = decoder.machine.copies  # files are read and written in threads while the device computes
         source, target = self.states.input_of(stage.start), self.states.begin()
-        with running_out_is_told(), ExitStack() as stack:
+        with as_out_of_memory(), ExitStack() as stack:
             modules = stack.enter_context(decoder.stage(stage))
             for index, module in zip(stage, modules, strict=True):
-                if not aside:
+                if not in_background:
                     stack.enter_context(mlp_in_pieces(module, decoder.family))
                 if index >= first_layer:
                     device = next(module.parameters()).device
                     samples = AttentionSamples(len(self.blocks), self.blocks.shape[1], device)
                     moments[index] = LayerMoments(decoder.shape.head_dim, self.full_mlp, device, samples)
                     stack.enter_context(moments_of(module, decoder.family, moments[index]))
-            write = stack.enter_context(writer(target, aside=aside))
-            for start, batch in read_batches(source, len(self.own), self.batch_size, aside=aside):
+            write = stack.enter_context(writer(target, in_background=in_background))
+            for start, batch in read_batches(source, len(self.own), self.batch_size, in_background=in_background):
                 hidden = batch
                 for index, module in zip(stage, modules, strict=True):
                     if index in moments:
@@ -420,7 +420,7 @@ def collect_garbage() -> None:
 
 
 @contextmanager
-def running_out_is_told() -> Iterator[None]:
+def as_out_of_memory() -> Iterator[None]:
     """Make whatever is raised when memory runs out, on any device, an OutOfMemoryError."""
     try:
         yield
@@ -430,18 +430,21 @@ def running_out_is_told() -> Iterator[None]:
         raise
 
 
-def read_batches(source: Blocks, blocks: int, batch_size: int, *, aside: bool) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each batch `[B, T, d]` with its first block. `aside`: the next one is read in a thread meanwhile, and pinned.
+def read_batches(
+    source: Blocks, blocks: int, batch_size: int, *, in_background: bool
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield each batch `[B, T, d]` with the index of its first block.
 
-    What lies on a device already is not.
+    With `in_background` a thread prefetches the next batch and pins it, unless it is on a device already.
     """
     starts = range(0, blocks, batch_size)
 
     def read(start: int) -> torch.Tensor:
         batch = source.read(start, min(batch_size, blocks - start))
-        return batch.pin_memory() if aside and batch.device.type == "cpu" and torch.cuda.is_available() else batch
+        pinned = in_background and batch.device.type == "cpu" and torch.cuda.is_available()
+        return batch.pin_memory() if pinned else batch
 
-    if not aside:
+    if not in_background:
         yield from ((start, read(start)) for start in starts)
         return
     with ThreadPoolExecutor(1) as thread:
@@ -454,9 +457,9 @@ def read_batches(source: Blocks, blocks: int, batch_size: int, *, aside: bool) -
 
 
 @contextmanager
-def writer(target: Blocks, *, aside: bool) -> Iterator[Callable[[int, torch.Tensor], None]]:
-    """Writes batches to where they belong. `aside`: in a thread, which may be one batch behind."""
-    if not aside:
+def writer(target: Blocks, *, in_background: bool) -> Iterator[Callable[[int, torch.Tensor], None]]:
+    """Yield a function that writes batches to `target`; with `in_background` in a thread, one batch behind."""
+    if not in_background:
         yield target.write
         return
     pending: list[Future[None]] = []

@@ -139,7 +139,7 @@ def test_batches_on_a_device_are_not_pinned(monkeypatch):
     """The meta device stands in for a GPU, whose memory cannot be pinned either."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     states = StatesInMemory((5, 4, 8), torch.float32, torch.device("meta"))
-    batches = list(sweep.read_batches(states, 5, 2, aside=True))
+    batches = list(sweep.read_batches(states, 5, 2, in_background=True))
     assert [(start, len(batch), batch.device.type) for start, batch in batches] == [
         (0, 2, "meta"), (2, 2, "meta"), (4, 1, "meta"),
     ]  # fmt: skip
@@ -210,7 +210,7 @@ def test_bad_devices(a3, command, tmp_path, monkeypatch):
 
 
 def test_threads_of_a_device_with_memory_of_its_own(a3, command, whole, tmp_path, monkeypatch):
-    """Reading ahead, writing behind and fetching weights aside give the same bytes, and the same errors."""
+    """Reading ahead, writing behind and fetching weights in the background give the same bytes, and the same errors."""
     monkeypatch.setattr(Machine, "copies", True)
     for where in ("disk", "memory", "device"):
         assert a3(*command, tmp_path / where, "--hidden-states", where).code == 0
@@ -341,9 +341,9 @@ def test_hidden_states_in_memory_leave_less_for_the_layer(a3, command, tmp_path,
     ],
 )
 def test_what_running_out_of_memory_looks_like(said):
-    with pytest.raises(torch.OutOfMemoryError), sweep.running_out_is_told():
+    with pytest.raises(torch.OutOfMemoryError), sweep.as_out_of_memory():
         raise RuntimeError(said)
-    with pytest.raises(RuntimeError, match="device-side") as other, sweep.running_out_is_told():
+    with pytest.raises(RuntimeError, match="device-side") as other, sweep.as_out_of_memory():
         raise RuntimeError("CUDA error: device-side assert triggered")
     assert not isinstance(other.value, torch.OutOfMemoryError)
 
