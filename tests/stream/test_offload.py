@@ -94,7 +94,7 @@ def test_hidden_states_truncated_under_way(a3, command, whole, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "run_layer", truncating)
-        refused(a3(*command, work, "--quiet"), "hidden-003.bin", "truncated", "run the same command again")
+        refused(a3(*command, work, "--quiet"), "hidden-003.bin", "truncated", "rerun the same command")
     finished_alike(a3, command, work, whole)
 
 
