@@ -1,7 +1,7 @@
-"""Finished calibrations of one model on different text → one calibration, as if all of the text had been one.
+"""Merge finished calibrations of one model on different text into one, as if it were one text.
 
-Statistics are sums, so they add up exactly; attention that was kept whole is put together. One layer of two
-calibrations is in memory at a time.
+Statistics are sums, so they add up exactly; attention samples are concatenated. One layer of two calibrations is in
+memory at a time.
 """
 
 import logging
@@ -41,9 +41,9 @@ REMEDY = "run a3 calibrate --overwrite there"
 
 
 def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> Json:
-    """Write the sum of the calibrations in `parts` to `target`; returns its manifest.
+    """Write the sum of the calibrations in `parts` to `target`; return its manifest.
 
-    Raises A3Error for a calibration that is unfinished, altered, of another model or kind, or there twice, and if
+    Raises A3Error for a calibration that is unfinished, altered, of another model or kind, or given twice, and if
     `target` holds another one, unless `overwrite`.
     """
     check_places(parts, target)
@@ -73,11 +73,11 @@ def check_places(parts: Sequence[Work], target: Work) -> None:
 
 
 def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
-    """Raise A3Error unless the sums mean the same and no text is in two of them."""
+    """Check that the sums are compatible and no text is in two of them. Raises A3Error."""
     first = calibrations[0]
     for work, other in zip(parts[1:], calibrations[1:], strict=True):
         differing = [name for name in SAME if other["request"][name] != first["request"][name]]
-        if other["blocks"][1] != first["blocks"][1]:  # distances go up to the length, and blocks are one tensor
+        if other["blocks"][1] != first["blocks"][1]:  # distances and the blocks' tensor depend on the length
             differing.append("seq_len")
         if differing:
             raise A3Error(
@@ -92,7 +92,7 @@ def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
 
 
 def ingredients(calibration: Json) -> list[Json]:
-    """What a calibration was made from: its own text, or the parts that it was merged from."""
+    """Return a calibration's own text, or the parts that it was merged from."""
     request = calibration["request"]
     if "merged" in request:
         return list(request["merged"])
@@ -119,7 +119,7 @@ def merged_reading(request: Json) -> Json | None:
 
 
 def merged_request(calibrations: list[Json]) -> Json:
-    """A calibration's request, with what it was merged from."""
+    """Return the merged calibration's request, with its parts."""
     first = calibrations[0]["request"]
     merged = [each for calibration in calibrations for each in ingredients(calibration)]
     text = {
@@ -131,7 +131,7 @@ def merged_request(calibrations: list[Json]) -> Json:
 
 
 def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json | None:
-    """The manifest of the same merge, done before. Raises A3Error for another calibration unless `overwrite`."""
+    """Return the manifest of the same finished merge, or None. Raises A3Error for another one unless `overwrite`."""
     if overwrite or not (target.calibration_manifest.exists() or target.calibration_progress.exists()):
         return None
     if target.calibration_manifest.exists():
@@ -145,7 +145,7 @@ def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json |
 
 
 def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, target: Work, request: Json) -> Json:
-    """Layer by layer; the folder appears when it is whole, and a merge that was cut short goes on."""
+    """Write the merged calibration layer by layer; the folder appears when it is complete. Resumable."""
     for work, calibration in zip(parts, calibrations, strict=True):
         check_hash(work.tokens, calibration["tokens_hash"], REMEDY)
     with drafting(target.calibration, {**request, "versions": versions()}) as draft:
@@ -178,7 +178,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
 
 
 def add_statistics(files: Sequence[Path]) -> Tensors:
-    """The sums of one layer over all calibrations, and samples of all."""
+    """Return the sums of one layer over all calibrations, and samples of all."""
     with open_tensors(files[0], REMEDY) as first:
         names = [name for name in first.keys() if name not in NAMES]  # noqa: SIM118, no dictionary
         total = {name: first.get_tensor(name).clone() for name in names}
