@@ -1,7 +1,7 @@
-"""a3_manifest.json, the provenance of an export: its form, and the JSON Schema of that form in docs/.
+"""a3_manifest.json, the provenance of an export, as pydantic models from which docs/ gets its JSON Schema.
 
-The form is closed: a field that is not written here makes a manifest invalid, so a new one is added here, and
-`python scripts/manifest_schema.py` writes the schema anew.
+The schema is closed: an unknown field makes a manifest invalid. Add new fields here, and run
+`python scripts/manifest_schema.py` to update the schema.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from a3cli.work.folder import Json, read_json, unaltered
 MANIFEST = "a3_manifest.json"
 SCHEMA_ID = "a3_manifest.schema.json"
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of what JSON says
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of JSON content
 FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
 ShardHash = Annotated[str, Field(pattern="^(sampled-)?blake3:[0-9a-f]{64}$")]
 TextFiles = Annotated[
@@ -249,7 +249,7 @@ class Manifest(Part):
 
 
 def schema() -> Json:
-    """JSON Schema, draft 2020-12."""
+    """Return the JSON Schema, draft 2020-12."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": SCHEMA_ID,
@@ -258,9 +258,9 @@ def schema() -> Json:
 
 
 def read_export_manifest(path: Path) -> Json:
-    """A manifest as it was written.
+    """Return an export's manifest.
 
-    Raises A3Error if it has not the form that this version of a3 writes, or was altered.
+    Raises A3Error if it does not follow this version's schema or was altered.
     """
     found = read_json(path)
     try:
