@@ -160,8 +160,8 @@ def test_damaged_checkpoint(damage, a3, source, text_file, tmp_path):
 @pytest.mark.parametrize("model", ["nowhere", "no where!", "./nowhere", "/nowhere", "owner/nowhere", "a/b/nowhere"])
 def test_no_such_model(model, a3, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(a3("calibrate", model, "--dataset", text_file, *SHORT), model, "hub")
-    refused(a3("eval", model, "--dataset", text_file), model, "hub")
+    refused(a3("calibrate", model, "--dataset", text_file, *SHORT), model, "Hub")
+    refused(a3("eval", model, "--dataset", text_file), model, "Hub")
     assert not list(tmp_path.iterdir())
 
 
