@@ -90,9 +90,9 @@ def write_report(points: list[Point], out: Path, shape: str, device: str, rates:
     lines = [
         "# How cost grows",
         "",
-        "Memory hardly depends on the number of layers or blocks, time is linear in both. Measured on random",
-        f"checkpoints of shape `{shape}` (`benchmarks/random_checkpoint.py`), blocks of {SEQ_LEN} tokens, {where},",
-        "beside what `a3 plan` says with the speeds that its `--measure` found at the beginning:",
+        "Memory hardly depends on the number of layers or blocks; time is linear in both. Measured on random",
+        f"checkpoints of shape `{shape}` (`benchmarks/random_checkpoint.py`), blocks of {SEQ_LEN} tokens, {where}.",
+        "The planned columns are the estimates of `a3 plan`, with the speeds that its `--measure` found at the start:",
         f"`{stated}`.",
         "",
         "```",

@@ -70,7 +70,7 @@ def main() -> None:
         ("perplexity on held-out modules", result["source_perplexity"], result["perplexity"]),
         ("parameters", solution["parameters"]["before"], solution["parameters"]["after"]),
         ("weight bytes", *((folder / "model.safetensors").stat().st_size for folder in (MODEL, OUT))),
-        ("KV cache, bytes a token", *(solution["kv_bytes_per_token"][when] for when in ("before", "after"))),
+        ("KV cache, bytes per token", *(solution["kv_bytes_per_token"][when] for when in ("before", "after"))),
     ]
     print(f"\n{'':32}{'before':>12}{'after':>12}")
     for name, before, after in rows:

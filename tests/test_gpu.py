@@ -139,7 +139,7 @@ def test_real_memory_that_runs_out_halves_the_batch(a3, checkpoint, text_file, t
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert ended.code == 0, ended
-    assert "out of memory: going on with" in ended.stderr
+    assert "out of memory: continuing with" in ended.stderr
     assert 1 <= ended.json["made_with"][0]["batch_size"] <= 128
     assert_close([tmp_path / "small", tmp_path / "auto"])
 

@@ -151,8 +151,8 @@ def print_solution(manifest: Json) -> None:
     names = {
         "parameters": "parameters",
         "bytes": "bytes",
-        "kv_bytes_per_token": "KV cache, bytes a token",
-        "prefill_flops_per_token": f"prefill FLOPs a token at {manifest['prefill_flops_per_token']['seq_len']}",
+        "kv_bytes_per_token": "KV cache, bytes per token",
+        "prefill_flops_per_token": f"prefill FLOPs per token at {manifest['prefill_flops_per_token']['seq_len']}",
     }
     for key, label in names.items():
         before, after = manifest[key]["before"], manifest[key]["after"]
@@ -201,17 +201,19 @@ def print_plan(result: Json) -> None:
         "mlp_width": "MLP width",
         "parameters": "parameters",
         "bytes": "bytes",
-        "kv_bytes_per_token": "KV cache, bytes a token",
-        "prefill_flops_per_token": f"prefill FLOPs a token at {result['prefill_flops_per_token']['seq_len']}",
+        "kv_bytes_per_token": "KV cache, bytes per token",
+        "prefill_flops_per_token": f"prefill FLOPs per token at {result['prefill_flops_per_token']['seq_len']}",
     }
     for key, label in names.items():
         before, after = result[key]["before"], result[key]["after"]
         table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.3f}")
     _print_table(table)
-    means = "means: each layer will have its own" if result["shape"] == "per-layer" else "the same in all layers"
+    means = (
+        "are means: each layer will have its own" if result["shape"] == "per-layer" else "are the same in all layers"
+    )
     _say(
         f"removes {100 * result['budget_reached']:.2f} % of the decoder's linear weights, attention and MLP alike; "
-        f"sizes {means}. Calibration will say how to share the budget better."
+        f"sizes {means}. a3 calibrate measures how to share the budget better."
     )
     needs = Table("", "disk", "memory", "time")
     for column in needs.columns[1:]:
@@ -229,7 +231,7 @@ def print_plan(result: Json) -> None:
     device, machine = result["device_memory_bytes"], result["machine"]
     least = "at least " if machine["batch_size_is"] == "the least" else ""  # auto takes more where memory is free
     _say(
-        f"statistics {size(disk['statistics_per_layer'])} a layer, hidden states {size(disk['hidden_states'])} while "
+        f"statistics {size(disk['statistics_per_layer'])} per layer, hidden states {size(disk['hidden_states'])} while "
         f"calibrating; {machine['devices']} at its peak {least}{size(device['total'])} (layer {size(device['layer'])}, "
         f"batch {size(device['batch'])}, statistics {size(device['moments'])})"
     )
@@ -364,7 +366,16 @@ def print_report(result: Json) -> None:
 
 
 def _layers_table(layers: list[Json]) -> Table:
-    columns = ("size", "predicted loss", "energy kept", "effective rank", "condition", "tokens a dim", "damping", "MB")
+    columns = (
+        "size",
+        "predicted loss",
+        "energy kept",
+        "effective rank",
+        "condition",
+        "tokens per dim",
+        "damping",
+        "MB",
+    )
     table = Table("layer", "", *columns)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -393,7 +404,7 @@ def _text_table(text: Json) -> Table:
     table.add_row("distinct tokens", f"{text['distinct_tokens']:,}")
     if "vocabulary" in text:
         table.add_row("share of the vocabulary", f"{text['share_of_vocabulary']:.1%} of {text['vocabulary']:,}")
-        table.add_row("bytes a token", f"{text['bytes_per_token']:.2f}")
+        table.add_row("bytes per token", f"{text['bytes_per_token']:.2f}")
         table.add_row("characters", ", ".join(f"{share:.0%} {kind}" for kind, share in text["characters"].items()))
     table.add_row(f"repeated {text['ngram']}-grams", f"{text['repeated_ngrams']:.1%}")
     table.add_row("blocks that repeat another", str(len({each["block"] for each in text["overlapping_blocks"]})))

@@ -1,4 +1,4 @@
-"""How each component is made smaller: the paper's way, and ours. Chosen by `--method`."""
+"""The methods that shrink each component: the paper's and a3's. Chosen by `--method`."""
 
 from a3cli.methods.base import Curves, LayerInputs, Method
 from a3cli.methods.best import Best

@@ -1,4 +1,4 @@
-"""Query and key maps of one layer, refined on the attention that its statistics keep whole."""
+"""Refine the query and key maps of one layer on its attention samples."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from a3cli.solvers.moments import Tensors
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import SlotMaps
 
-JUDGING = 4  # one in so many blocks is not fitted, but judges
+VALIDATION_EVERY = 4  # every fourth block validates instead of being fitted
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Iterations of refining, on all blocks that don't judge or on as many as do."""
+    """Iterations of refinement, on all fitted blocks, or on as many as validate (`few`)."""
 
     iterations: int
     few: bool = False
@@ -25,7 +25,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class AttentionError:
-    """Relative squared error of the stream on the attention that judges, by the closed form's maps and refined ones."""
+    """Relative squared error of the stream on validation samples, with the closed form's maps and with refined ones."""
 
     closed_form: float
     refined: float
@@ -33,7 +33,7 @@ class AttentionError:
 
 @dataclass(frozen=True)
 class RefinedMaps:
-    """Complex maps `[K, P, S]`, and what error they leave; `[K, h, S]` where RoPE turns only some dims."""
+    """Complex maps `[K, P, S]` (`[K, h, S]` with partial RoPE) and their remaining error."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -49,7 +49,7 @@ def refine_maps(
     effort: Effort,
     device: torch.device,
 ) -> RefinedMaps:
-    """From the closed form's maps for these slots; `far` is what score errors beyond the samples' length cost."""
+    """Refine the closed form's maps for these slots; `far` is the cost of score errors beyond the samples' length."""
     query, key = closed.query.clone(), closed.key.clone()
     before = after = 0.0
     fitting, judging = split(inputs.samples(), few=effort.few)
@@ -70,10 +70,10 @@ def refine_maps(
 
 
 def split(samples: Tensors, *, few: bool) -> tuple[Tensors, Tensors]:
-    """Blocks to fit, all or few, and blocks to judge by; of a single block queries."""
+    """Split samples into fitted ones, all or few, and validation ones; a single block is split by queries."""
     alone = len(samples["sample_k"]) == 1
     divided = [name for name in samples if not alone or name in ("sample_q", "sample_seen")]
-    place = torch.arange(samples["sample_q"].shape[1 if alone else 0]) % JUDGING
+    place = torch.arange(samples["sample_q"].shape[1 if alone else 0]) % VALIDATION_EVERY
     fitted, judging = place == 0 if few else place != 1, place == 1
     if not judging.any():  # a single query
         judging = fitted
@@ -88,7 +88,7 @@ def split(samples: Tensors, *, few: bool) -> tuple[Tensors, Tensors]:
 
 
 def sampled_head(inputs: LayerInputs, rope: Rope, samples: Tensors, kv_head: int, device: torch.device) -> SampledHead:
-    """One KV head's sampled attention."""
+    """Return one KV head's sampled attention."""
     length = samples["sample_k"].shape[1]
     group = slice(kv_head * inputs.shape.group, (kv_head + 1) * inputs.shape.group)
     own = slice(kv_head, kv_head + 1)
@@ -105,11 +105,11 @@ def sampled_head(inputs: LayerInputs, rope: Rope, samples: Tensors, kv_head: int
 
 
 def _heads(samples: Tensors, name: str, heads: slice, head_dim: int, device: torch.device) -> torch.Tensor:
-    """Some heads `[N, T, n, h]` of what was sampled."""
+    """Return some heads `[N, T, n, h]` of a sampled tensor."""
     own: torch.Tensor = samples[name].unflatten(-1, (-1, head_dim))[:, :, heads]
     return own.to(device).float()
 
 
 def score_penalty(problem: Problem, weight: float) -> Penalty:
-    """What one KV head's score errors cost, times a weight."""
+    """Return a function for the cost of one KV head's score errors, times a weight."""
     return lambda query, key: weight * problem.loss(query[None].cpu(), key[None].cpu())[0]

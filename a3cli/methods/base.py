@@ -1,7 +1,7 @@
-"""What a method is given and what it must answer: error curves at every size, and projections at the chosen one.
+"""The interface of a method: error curves at every size, and projections at the chosen one.
 
-A method sees one layer after another, then settles what all layers share (the RoPE of a stock checkpoint), and only
-then is asked for curves and projections. Losses are relative squared errors of the residual stream.
+A method analyses one layer after another, then builds what all layers share (the RoPE slots of a stock checkpoint), and
+then returns curves and projections. Losses are relative squared errors of the residual stream.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ from a3cli.work.folder import Json, Work, open_tensors, read_manifest, read_name
 from a3cli.work.machine import choose_machine
 
 REMEDY = "run a3 calibrate --overwrite"
-# Whose statistics are damaged, for a message.
+# Component of each statistic, for messages.
 COMPONENT_OF = {
     **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance", "sample_q", "sample_k"), "QK"),
     **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "attention_residual"), "OV"),
@@ -36,14 +36,14 @@ Curves = dict[Component, dict[int, float]]
 
 
 def check_statistics(value: torch.Tensor, name: str, layer: int) -> None:
-    """Raise A3Error naming layer, component and sum if a value is not finite."""
+    """Check that a value is finite. Raises A3Error naming layer, component and sum."""
     if not torch.isfinite(value).all():
         place = f"layer {layer}, {COMPONENT_OF[name]}" if name in COMPONENT_OF else f"layer {layer}"
         raise A3Error(f"{place}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
 
 
 class LayerInputs:
-    """Statistics (means over tokens) and weights of one layer, read when they are asked for.
+    """Statistics (means over tokens) and weights of one layer, read on demand.
 
     Raises A3Error for statistics that are missing or not finite.
     """
@@ -53,14 +53,14 @@ class LayerInputs:
         self._model, self._path, self._work = model, work.statistics(layer), work
 
     def check(self) -> None:
-        """Look at all sums, also those that no method reads; the large ones are looked at when they are."""
+        """Check all small sums, also unused ones; the large ones are checked when they are read."""
         with open_tensors(self._path, REMEDY) as file:
             for name in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
                 if name not in LARGE:
                     check_statistics(file.get_tensor(name), name, self.layer)
 
     def mean(self, name: str) -> torch.Tensor:
-        """One sum of `moments.py` over the token count, as stored: the large ones are packed triangles."""
+        """Return one sum of `moments.py` over the token count, as stored: the large ones are packed triangles."""
         with open_tensors(self._path, REMEDY) as file:
             if name not in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
                 raise A3Error(
@@ -73,60 +73,58 @@ class LayerInputs:
         return value
 
     def samples(self) -> Tensors:
-        """Attention kept whole, as `samples.py` names it."""
+        """Return the attention samples, with the names of `samples.py`."""
         if (samples := read_named(self._path, NAMES, REMEDY)) is None:
-            raise A3Error(
-                f"layer {self.layer}: the statistics have no samples of attention; run a3 calibrate --overwrite"
-            )
+            raise A3Error(f"layer {self.layer}: the statistics have no attention samples; run a3 calibrate --overwrite")
         return samples
 
     def opened_again(self) -> "Callable[[], LayerInputs]":
-        """For later, without what has been read until now."""
+        """Return the same inputs without the tensors read so far."""
         return partial(LayerInputs, self._model, self._work, self.layer)
 
     @cached_property
     def o_gram(self) -> torch.Tensor:
-        """`E[o oᵀ]` `[Hh, Hh]` over all heads, float64."""
+        """Return `E[o oᵀ]` `[Hh, Hh]` over all heads, float64."""
         return unpack_upper(self.mean("o_gram"), self.shape.heads * self.shape.head_dim).double()
 
     @cached_property
     def head_outputs(self) -> torch.Tensor:
-        """`E[o_i o_iᵀ]` `[H, h, h]` of each head."""
+        """Return `E[o_i o_iᵀ]` `[H, h, h]` of each head."""
         return gram_blocks(self.o_gram, self.shape.heads)
 
     def mlp_gram(self) -> torch.Tensor:
-        """`E[x xᵀ]` `[I, I]` float64: by far the largest thing here, so it is made anew and not kept."""
+        """Return `E[x xᵀ]` `[I, I]` float64, by far the largest tensor here: computed at each call, not kept."""
         return unpack_upper(self.mean("mlp_gram").double(), self.shape.intermediate_size)
 
     @cached_property
     def mlp_mean(self) -> torch.Tensor:
-        """`E[x]` `[I]`."""
+        """Return `E[x]` `[I]`."""
         return self.mean("x_sum")
 
     @cached_property
     def output_weight(self) -> torch.Tensor:
-        """`W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
+        """Return `W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
         weight = self._model.source.read(self._model.family.tensor(self.layer, "o"))
         return weight.view(len(weight), self.shape.heads, self.shape.head_dim).permute(1, 2, 0)
 
     @cached_property
     def output_gram(self) -> torch.Tensor:
-        """`W_o,i W_o,iᵀ` `[H, h, h]`."""
+        """Return `W_o,i W_o,iᵀ` `[H, h, h]`."""
         return output_gram_of(self.output_weight)
 
     @cached_property
     def down(self) -> torch.Tensor:
-        """The down projection `[d, I]`."""
+        """Return the down projection `[d, I]`."""
         return self._model.source.read(self._model.family.tensor(self.layer, "down"))
 
     @cached_property
     def down_bias(self) -> torch.Tensor:
-        """The down projection's bias `[d]`, for models whose MLP has biases."""
+        """Return the down projection's bias `[d]`, for models whose MLP has biases."""
         return self._model.source.read(self._model.family.tensor(self.layer, "down", "bias"))
 
     @cached_property
     def attention_unit(self) -> float:
-        """What turns squared errors of the attention output into relative ones of the stream."""
+        """Return the factor from squared errors of the attention output to relative ones of the stream."""
         return 1 / self.mean("attention_residual").item()
 
     @cached_property
@@ -134,10 +132,10 @@ class LayerInputs:
         return 1 / self.mean("mlp_residual").item()
 
     def score_unit(self, attained: float) -> torch.Tensor:
-        """What turns squared scores (before they are scaled) into relative errors of the stream, `[K]`.
+        """Return the factors `[K]` from squared scores (before scaling) to relative errors of the stream.
 
-        attained is the share of the bound in `attention_effect` that score errors reach: one that knows nothing of the
-        values reaches Σ a² of the attention weights a; docs/experiments.md has what was measured.
+        attained is the share of the bound in `attention_effect` that score errors reach: errors independent of the
+        values reach Σ a² of the attention weights a; docs/experiments.md has measurements.
         """
         effect = attained * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
         scale: float = self._model.rope.attention_factor**2 * self.shape.head_dim**-0.5
@@ -145,13 +143,13 @@ class LayerInputs:
 
     @property
     def origin(self) -> Json:
-        """The statistics and weights of this layer by their hashes."""
+        """Return the hashes of this layer's statistics and weights."""
         calibration = read_manifest(self._work.calibration_manifest, "run a3 calibrate --overwrite")
         return {"statistics": calibration["layers"][self.layer], "source": calibration["request"]["source"]}
 
     @property
     def channels_file(self) -> Path:
-        """Where the order of this layer's MLP channels is kept."""
+        """Return the path of the file with the order of this layer's MLP channels."""
         return self._work.channel_order(self.layer)
 
     def key_ranks(self) -> list[float]:
@@ -160,7 +158,7 @@ class LayerInputs:
 
 
 def attention_effect(v_gram: torch.Tensor, head_outputs: torch.Tensor, output_gram: torch.Tensor) -> torch.Tensor:
-    """How much a unit of score variance can move the residual stream, per KV head `[K]`.
+    """Return the largest effect of a unit of score variance on the residual stream, per KV head `[K]`.
 
     To first order a score error δ moves head i's output by `Cov_attention(δ, v)`, so by Cauchy-Schwarz its
     square is at most `Var(δ) · Var_attention(v W_o,i)`, and the variance of the values under the attention
@@ -173,7 +171,7 @@ def attention_effect(v_gram: torch.Tensor, head_outputs: torch.Tensor, output_gr
 
 
 def describe_ranks(ov: JointDecomposition, key_ranks: list[float], channel_rank: float) -> Json:
-    """Effective ranks and damping of one layer, for the manifest."""
+    """Return effective ranks and damping of one layer, for the manifest."""
     return {
         "effective_rank": {"qk": key_ranks, "ov": ov.effective_rank.tolist(), "mlp": channel_rank},
         "floored_eigenvalues": {"ov": ov.floored.tolist()},
@@ -181,19 +179,19 @@ def describe_ranks(ov: JointDecomposition, key_ranks: list[float], channel_rank:
 
 
 class Method(ABC):
-    """One way to make the components smaller.
+    """A way to shrink the components.
 
-    In the stock shape all layers share the RoPE slots of a head size, in the per-layer shape each has its own.
+    In the stock shape all layers share the RoPE slots of a head size; in the per-layer shape each has its own.
     """
 
-    layers: list[Any]  # what `add_layer` found, in order
+    layers: list[Any]  # the results of `add_layer`, in order
 
     def __init__(self, model: Model, settings: SolveSettings) -> None:
         self.model, self.settings = model, settings
 
     @property
     def device(self) -> torch.device:
-        """Where the heavy arithmetic is done: the GPU if there is one."""
+        """Return the device for heavy arithmetic: the GPU if there is one."""
         return choose_machine(self.settings.device, "float32", torch.float32).device
 
     @property
@@ -201,7 +199,7 @@ class Method(ABC):
         return self.settings.shape == "per-layer"
 
     def sizes(self, component: Component) -> list[int]:
-        """The sizes that a component may take, ascending; the full one alone if it is not to be cut."""
+        """Return the sizes that a component may take, ascending; only the full one if it is not cut."""
         shape, settings = self.model.shape, self.settings
         full = shape.intermediate_size if component == "mlp" else shape.head_dim
         if component not in settings.components:
@@ -215,28 +213,28 @@ class Method(ABC):
         """Analyse the next layer."""
 
     @abstractmethod
-    def share(self) -> None:
-        """Settle the RoPE slots at every head size, once all layers are known."""
+    def build_slot_tables(self) -> None:
+        """Choose the RoPE slots at every head size, after all layers have been added."""
 
     @abstractmethod
-    def settle(self, sizes: Sequence[LayerSizes]) -> None:
-        """A last word on RoPE slots, once each layer's sizes are chosen."""
+    def finalize_slots(self, sizes: Sequence[LayerSizes]) -> None:
+        """Make the final choice of RoPE slots, after each layer's sizes have been chosen."""
 
     @abstractmethod
     def curves(self, layer: int) -> Curves:
-        """Loss of each component at each of its `sizes`."""
+        """Return the loss of each component at each of its `sizes`."""
 
     @abstractmethod
     def rope_slots(self, layer: int, rank: int) -> list[float]:
-        """The source pair that each slot of a head of `rank` dims turns like; fractional between two pairs."""
+        """Return the source pair of each slot's frequency in a head of `rank` dims; fractional between two pairs."""
 
     def slots_or_pairs(self, layer: int, rank: int) -> list[float]:
-        """The same, with all pairs where the head keeps its size."""
+        """Return `rope_slots`, or all pairs if the head keeps its size."""
         full = self.model.shape.head_dim
         return self.rope_slots(layer, rank) if rank < full else [float(pair) for pair in range(full // 2)]
 
     def project(self, inputs: LayerInputs, sizes: LayerSizes) -> Tensors:
-        """What an export applies to one layer (see `projections.py`); a component that keeps its size has no entry."""
+        """Return the projections of one layer (see `projections.py`); a component that keeps its size has no entry."""
         tensors: Tensors = {}
         if sizes.qk < inputs.shape.head_dim:
             tensors |= self.project_qk(inputs, sizes.qk)
@@ -248,16 +246,16 @@ class Method(ABC):
 
     @abstractmethod
     def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
-        """What an export applies to q and k of one layer."""
+        """Return the projections of q and k of one layer."""
 
     @abstractmethod
     def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
-        """What an export applies to v and o of one layer."""
+        """Return the projections of v and o of one layer."""
 
     @abstractmethod
     def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:
-        """What an export applies to gate, up and down of one layer."""
+        """Return the projections of gate, up and down of one layer."""
 
     @abstractmethod
     def describe(self, layer: int) -> Json:
-        """Effective ranks, damping and energy (the loss of keeping nothing) of one layer, for the manifest."""
+        """Return effective ranks, damping and energy (the loss of keeping nothing) of one layer, for the manifest."""

@@ -1,4 +1,4 @@
-"""Beyond the paper: RoPE by slots, attention-weighted OV with a joint refit, MLP that is refit.
+"""`--method best`: RoPE slots, attention-weighted OV with a joint refit, MLP selection with a refit.
 
 - QK: bands of neighbouring pairs choose the slots (`solvers/rope.py`), then every slot mixes every pair, by alternating
   least squares on the scores (`solvers/slots.py`), and last the maps are refined for attention's output on sampled
@@ -6,7 +6,7 @@
   in the stock shape, and each layer's own in the per-layer shape.
 - OV: the mean attention-weighted Gram matrix of the group; then value maps and the output projection are fitted over
   all heads at once, by alternating least squares.
-- MLP: forward greedy selection that knows about the refit, then the refit of the down projection.
+- MLP: forward greedy selection that accounts for the refit, then the refit of the down projection.
 """
 
 import logging
@@ -43,25 +43,25 @@ from a3cli.solvers.rope import (
     spread_distances,
 )
 from a3cli.solvers.slots import HeadStatistics, SlotMaps
-from a3cli.work.folder import Json, read_if_of, versions, write_manifest
+from a3cli.work.folder import Json, read_if_request_matches, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
-ATTAINED = 1 / 3  # of the bound on what score errors do
-LONGEST_BAND = 16  # pairs; longer bands never won, and cost grows with the square
-FAR_WEIGHT = 0.05  # weight of distances up to the whole context beside those that calibration saw
-AFFINE_COST = 0.01  # of the whole predicted loss, that evenly spaced slots may have more and still be preferred
-VALUE_ROUNDS = 3  # of refining the value maps over all heads
-THOROUGH = Effort(iterations=20)  # of refining query and key maps
-QUICK = Effort(iterations=10, few=True)  # where only the loss is asked for
+ATTAINED = 1 / 3  # of the bound on the effect of score errors
+LONGEST_BAND = 16  # pairs; longer bands were never chosen, and cost grows with the square
+FAR_WEIGHT = 0.05  # weight of all distances up to the context, beside those that calibration measured
+AFFINE_COST = 0.01  # evenly spaced slots are preferred if they add at most this share of the total predicted loss
+VALUE_ROUNDS = 3  # of refinement of the value maps over all heads
+THOROUGH = Effort(iterations=20)  # of refinement of query and key maps
+QUICK = Effort(iterations=10, few=True)  # if only the loss is needed
 UNREFINED = Effort(iterations=0, few=True)
-PROMISING = 1.2  # times the loss allowed, which slots may have if refining them gained what it gained elsewhere
-REFINED_AT = (1 / 4, 1 / 2, 3 / 4)  # of a head: sizes whose curve is measured on sampled attention, not inferred
-BLOCKS = 256  # greedy selection takes the MLP's channels in so many blocks
+PROMISING = 1.2  # slots within this factor of the allowed loss, assuming the usual gain of refinement, are refined
+REFINED_AT = (1 / 4, 1 / 2, 3 / 4)  # of a head: sizes measured on sampled attention; others are interpolated
+BLOCKS = 256  # number of blocks in which greedy selection takes the MLP's channels
 
 
 def fitted_gram(inputs: LayerInputs) -> torch.Tensor:
-    """What the down projection is fitted by, `[I, I]`: about the mean where a bias can absorb that."""
+    """Return the Gram matrix `[I, I]` for the fit of the down projection: about the mean if a bias can absorb it."""
     gram = inputs.mlp_gram()
     if not inputs.shape.mlp_bias:
         return gram
@@ -70,15 +70,15 @@ def fitted_gram(inputs: LayerInputs) -> torch.Tensor:
 
 
 def with_larger_diagonal(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """A copy with `damping` times the mean of its diagonal added to it."""
+    """Return a copy with `damping` times the mean of its diagonal added to the diagonal."""
     damped = gram.clone()
     damped.diagonal().add_(damping * gram.diagonal().mean())
     return damped
 
 
 def read_order(path: Path, request: Json) -> ChannelOrder | None:
-    """What an earlier solution found: selection takes long, and no budget changes it."""
-    found = read_if_of(path, request)
+    """Read the channel order of an earlier solution: selection takes long and does not depend on the budget."""
+    found = read_if_request_matches(path, request)
     if found is None:
         return None
     return ChannelOrder(torch.tensor(found["order"]), torch.tensor(found["curve"], dtype=torch.float64))
@@ -112,14 +112,14 @@ class BestLayer:
 
 @dataclass(frozen=True)
 class Table:
-    """Bands for every number of slots, and the layers that share them, with the Gram matrices they were made from."""
+    """Bands for every number of slots, the layers that share them, and the Gram matrices they were computed from."""
 
     bands: list[list[Band]]
     grams: dict[int, PairGrams]
 
 
 def interpolate(measured: dict[int, float], rank: int) -> float:
-    """A factor between ranks where it is known, geometrically; beyond them the nearest one. 1 if none is known."""
+    """Interpolate a factor geometrically between measured ranks; beyond them the nearest one, 1 if there is none."""
     if not measured:
         return 1.0
     ranks, logs = list(measured), [math.log(max(value, 1e-30)) for value in measured.values()]
@@ -131,13 +131,13 @@ class Best(Method):
         super().__init__(model, settings)
         self.form = heads_of(model.rope, floor=settings.eigenvalue_floor)
         self.layers: list[BestLayer] = []
-        self.tables: list[Table] = []  # of each layer
-        self.affine: dict[int, list[float]] = {}  # evenly spaced slots in place of a shared table's, by rank
+        self.tables: list[Table] = []  # per layer
+        self.affine: dict[int, list[float]] = {}  # evenly spaced slots that replace a shared table's, by rank
         self.score_losses: dict[tuple[int, int], float] = {}  # by layer and rank
-        self.gains: dict[int, dict[int, float]] = {}  # measured loss over that of the scores, by layer and rank
-        self.quick: dict[tuple[int, int], AttentionError] = {}  # of a table's own slots, by layer and rank
-        self.errors: dict[int, AttentionError] = {}  # of the maps that are part of the solution
-        self.damping: defaultdict[int, dict[Component, float]] = defaultdict(dict)  # that refits used, by layer
+        self.gains: dict[int, dict[int, float]] = {}  # measured loss over the scores' loss, by layer and rank
+        self.quick: dict[tuple[int, int], AttentionError] = {}  # errors with a table's own slots, by layer and rank
+        self.errors: dict[int, AttentionError] = {}  # errors of the maps in the solution
+        self.damping: defaultdict[int, dict[Component, float]] = defaultdict(dict)  # of the refits, by layer
 
     def add_layer(self, inputs: LayerInputs) -> None:
         shape = inputs.shape
@@ -174,10 +174,10 @@ class Best(Method):
     def _find_order(self, inputs: LayerInputs) -> ChannelOrder:
         gram, down = fitted_gram(inputs).to(self.device), inputs.down.to(self.device)
         block = max(1, len(gram) // BLOCKS)
-        found = order_channels(gram, down, block=block, overwrite_gram=True)  # nobody reads it again
+        found = order_channels(gram, down, block=block, overwrite_gram=True)  # it is not used again
         return ChannelOrder(found.order.cpu(), found.curve.cpu())
 
-    def share(self) -> None:
+    def build_slot_tables(self) -> None:
         if "qk" not in self.settings.components:
             return
         layers = list(range(len(self.layers)))
@@ -197,7 +197,7 @@ class Best(Method):
         """Return the evenly spaced slots with the least score error in closed form, summed over layers."""
         layers = range(len(self.layers))
         return min(
-            self._spacings(rank) or [self._band_slots(0, rank)],  # none of which may turn
+            self._spacings(rank) or [self._band_slots(0, rank)],  # there may be no rotated slot
             key=lambda slots: sum(self._loss_of(layer, self._slot_maps(layer, rank, slots)) for layer in layers),
         )
 
@@ -206,7 +206,7 @@ class Best(Method):
         return evenly_spaced(self.model.rope, self._band_slots(0, rank), linear_factor=linear_factor)
 
     def _table(self, layers: list[int]) -> Table:
-        """Bands that these layers share, by dynamic programming over their summed costs."""
+        """Return the bands shared by these layers, by dynamic programming over their summed costs."""
         rope, floor = self.model.rope, self.settings.eigenvalue_floor
         distances, pairs = self._distances(layers), len(rope.short)
         chosen = [self.layers[layer] for layer in layers]
@@ -221,9 +221,9 @@ class Best(Method):
         mass = torch.stack([self.layers[layer].attention_mass for layer in layers]).sum(0)
         return spread_distances(mass, self._context, far_weight=FAR_WEIGHT)
 
-    def settle(self, sizes: Sequence[LayerSizes]) -> None:
-        """In the stock shape, take evenly spaced slots if they cost next to nothing: most runtimes load them."""
-        self.damping.clear()  # what projections that are not part of the solution took, and what they reached
+    def finalize_slots(self, sizes: Sequence[LayerSizes]) -> None:
+        """In the stock shape, use evenly spaced slots if they cost next to nothing: most runtimes load them."""
+        self.damping.clear()  # drop the damping and errors of projections that are not part of the solution
         self.errors.clear()
         rank = sizes[0].qk
         if self.per_layer or rank == self.model.shape.head_dim or self.settings.rope_form != "auto":
@@ -249,7 +249,7 @@ class Best(Method):
             self.affine[rank] = chosen
 
     def _quickly(self, layer: int, rank: int) -> AttentionError:
-        """What can be reached with the slots that bands chose."""
+        """Return the error of quickly refined maps with the slots of the bands."""
         if (layer, rank) not in self.quick:
             closed = self._slot_maps(layer, rank)
             self.score_losses[layer, rank] = self._loss_of(layer, closed)
@@ -257,7 +257,7 @@ class Best(Method):
         return self.quick[layer, rank]
 
     def _slot_maps(self, layer: int, rank: int, slots: list[float] | None = None) -> SlotMaps:
-        """Bands give the maps to start from, and the slots unless others are given; the layer's own distances count."""
+        """Solve for maps, starting from bands, which also give the slots by default; use the layer's own distances."""
         table = self.tables[layer]
         start = self.form.start(table.grams[layer], table.bands[rank // 2])
         return self._problem(layer, slots or self.rope_slots(layer, rank)).solve(start)
@@ -265,14 +265,14 @@ class Best(Method):
     def _problem(self, layer: int, slots: list[float]) -> Problem:
         return self.form.problem(self.layers[layer].heads, slots, self._distances([layer]))
 
-    @torch.inference_mode(False)  # which has no gradients, and in which probing asks for projections
+    @torch.inference_mode(False)  # inference mode has no gradients, and probing calls this in it
     def _refine(self, layer: int, slots: list[float], closed: SlotMaps, effort: Effort) -> RefinedMaps:
-        """The closed form's maps, refined on sampled attention, and on scores beyond what was sampled."""
+        """Refine the closed form's maps on sampled attention, and on scores beyond the samples' length."""
         inputs, far = self.layers[layer].inputs(), self._far_penalties(layer, slots, effort)
         return refine_maps(inputs, self.model.rope, slots, closed, far, effort, self.device)
 
     def _far_penalties(self, layer: int, slots: list[float], effort: Effort) -> list[Penalty | None]:
-        """What score errors beyond the samples' length cost each KV head, where maps are fitted at all."""
+        """Return the cost of score errors beyond the samples' length for each KV head, if maps are fitted."""
         solved = self.layers[layer]
         beyond = distances_beyond(len(solved.attention_mass), self._context)
         if beyond is None or effort.iterations == 0:
@@ -302,7 +302,7 @@ class Best(Method):
         return self.layers[layer].channels.curve * self.layers[layer].mlp_unit
 
     def _attention_loss(self, layer: int, rank: int) -> float:
-        """What the scores' error does to the stream: measured on sampled attention at some sizes, inferred between."""
+        """Return the stream error caused by score errors: measured on samples at some sizes, interpolated between."""
         if layer not in self.gains:
             self.gains[layer] = {at: self._gain(layer, at) for at in self._measured_ranks()}
         return self._score_loss(layer, rank) * interpolate(self.gains[layer], rank)
@@ -324,7 +324,7 @@ class Best(Method):
         return self.score_losses[layer, rank]
 
     def _loss_of_nothing(self, layer: int) -> float:
-        """What attention loses that looks at all keys alike."""
+        """Return the loss of attention that weighs all keys alike."""
         nothing = torch.zeros(self.model.shape.kv_heads, self.form.coordinates, 1, dtype=torch.complex128)
         maps = SlotMaps(nothing, nothing, nothing.real[:, 0, 0])
         return self._refine(layer, [0.0], maps, UNREFINED).error.closed_form
@@ -381,15 +381,15 @@ class Best(Method):
         gram: torch.Tensor,
         refit: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """A refit from `gram` or, where rounding left that indefinite, from one with a larger diagonal.
+        """Refit from `gram` or, if rounding left it indefinite, from one with a larger diagonal.
 
-        What it took is in `describe`. Raises A3Error if a hundredth of the mean diagonal is too little.
+        `describe` reports the damping. Raises A3Error if a hundredth of the mean diagonal is too little.
         """
         for damping in (0.0, *(10.0**-power for power in range(7, 1, -1))):
             try:
                 result = refit(with_larger_diagonal(gram, damping) if damping else gram)
             except ValueError as error:
-                failure = str(error)  # with its frames the error would hold matrices
+                failure = str(error)  # keeping the error would keep its frames' matrices
                 continue
             if damping:
                 log.warning("layer %d, %s: singular statistics, damped by %g", inputs.layer, component.upper(), damping)

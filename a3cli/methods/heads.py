@@ -1,7 +1,7 @@
-"""How `best` looks at query and key heads: in pairs that all turn, or in dims of which RoPE turns only some.
+"""How `best` represents query and key heads: as rotated pairs, or as dims with partial RoPE.
 
-Both say the same things: Gram matrices, the cost of bands, maps to start from, the score problem of given slots, and
-what maps are on real dims.
+Both classes give Gram matrices, the cost of bands, initial maps, the score problem for given slots, and maps on real
+dims.
 """
 
 from collections.abc import Sequence
@@ -15,35 +15,35 @@ from a3cli.solvers.partial import PartialProblem, key_start, partial_grams, part
 from a3cli.solvers.rope import Band, Distances, PairGrams, band_maps, frequency_at, pair_grams, real_map
 from a3cli.solvers.slots import HeadStatistics, SlotProblem, head_statistics
 
-CENTRING = 0.95  # share of the constant part of a key that the softmax is trusted to ignore
+CENTRING = 0.95  # share of the constant part of a key that the softmax is assumed to ignore
 
 Problem = SlotProblem | PartialProblem
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads that RoPE turns as a whole: maps are complex, `[K, P, S]`, of P = h/2 pairs."""
+    """Heads with full RoPE: maps are complex, `[K, P, S]`, of P = h/2 pairs."""
 
     rope: Rope
     floor: float
 
     @property
     def coordinates(self) -> int:
-        """Rows of a map."""
+        """Return the number of rows of a map."""
         return len(self.rope.short)
 
     def statistics(self, q_gram: torch.Tensor, k_gram: torch.Tensor, k_mean: torch.Tensor) -> HeadStatistics:
-        """From real Gram matrices `[H, h, h]`, `[K, h, h]` and key means `[K, h]`."""
+        """Return the statistics from real Gram matrices `[H, h, h]`, `[K, h, h]` and key means `[K, h]`."""
         return head_statistics(q_gram, k_gram, k_mean)
 
     def grams(
         self, q_gram: torch.Tensor, k_gram: torch.Tensor, k_mean: torch.Tensor, distances: Distances
     ) -> PairGrams:
-        """The same, centred: what bands are found by."""
+        """Return the centred Gram matrices from which bands are found."""
         return pair_grams(q_gram, k_gram, k_mean, self._constancy(distances), centring=CENTRING)
 
     def start(self, grams: PairGrams, bands: list[Band]) -> torch.Tensor:
-        """Keys' maps of these bands."""
+        """Return the keys' maps of these bands."""
         return band_maps(grams, bands, floor=self.floor)[1]
 
     def problem(self, heads: HeadStatistics, slots: Sequence[float], distances: Distances) -> Problem:
@@ -52,7 +52,7 @@ class Heads:
         )
 
     def real_map(self, maps: torch.Tensor, slots: Sequence[float]) -> torch.Tensor:
-        """`[K, h, 2S]` of real dims, those of the smaller head in its own order."""
+        """Return the maps `[K, h, 2S]` on real dims, in the smaller head's order of dims."""
         columns = self._columns(maps)
         ordered = torch.empty_like(columns)
         ordered[..., pair_dims(len(slots), len(turning_slots(self.rope, slots)))] = columns
@@ -73,7 +73,7 @@ class Heads:
 
 
 class PartialHeads(Heads):
-    """Heads of which RoPE turns only the first dims: maps are complex, `[K, h, S]`, of real dims."""
+    """Heads with partial RoPE: maps are complex, `[K, h, S]`, of real dims."""
 
     @property
     def coordinates(self) -> int:

@@ -1,4 +1,4 @@
-"""The paper's method as it is published: pair selection (the same pairs in all heads), joint OV, channel selection."""
+"""`--method paper`, as published: pair selection (the same pairs in all heads), joint OV, channel selection."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from a3cli.solvers.ov import solve_ov
 from a3cli.solvers.qk import keep_pairs, score_pairs
 from a3cli.work.folder import Json
 
-# Of the bound on what score errors do. Pairs are scored with what is constant over keys, which the softmax ignores, so
-# less of it is reached than where keys are centred.
+# Share of the bound on the effect of score errors. Pair scores include what is constant over keys, which the softmax
+# ignores, so the share is smaller than for centred keys.
 ATTAINED = 1 / 4
 
 
 @dataclass(frozen=True)
 class PaperLayer:
-    """`pair_scores` `[K, h/2]` in squared scores, `channel_scores` `[I]`; the units bring losses together."""
+    """`pair_scores` `[K, h/2]` in squared scores, `channel_scores` `[I]`; the units make losses comparable."""
 
     pair_scores: torch.Tensor
     ov: JointDecomposition
@@ -39,7 +39,7 @@ class Paper(Method):
     def __init__(self, model: Model, settings: SolveSettings) -> None:
         super().__init__(model, settings)
         self.layers: list[PaperLayer] = []
-        self.scores: list[torch.Tensor] = []  # of pairs, for each layer: its own or those that all share
+        self.scores: list[torch.Tensor] = []  # of pairs, for each layer: its own or shared ones
 
     def add_layer(self, inputs: LayerInputs) -> None:
         dims = pair_dims(inputs.shape.head_dim // 2, inputs.shape.turning_pairs)
@@ -57,13 +57,13 @@ class Paper(Method):
             )
         )
 
-    def share(self) -> None:
-        """All heads of a layer keep the same pairs, by total score; in the stock shape all layers do."""
+    def build_slot_tables(self) -> None:
+        """Choose the pairs by total score: the same in all heads of a layer, in the stock shape in all layers."""
         own = [layer.pair_scores.sum(0) for layer in self.layers]
         self.scores = own if self.per_layer else [torch.stack(own).sum(0)] * len(own)
 
-    def settle(self, sizes: Sequence[LayerSizes]) -> None:
-        """Nothing: kept pairs stay where they are."""
+    def finalize_slots(self, sizes: Sequence[LayerSizes]) -> None:
+        """Do nothing: kept pairs are final."""
 
     def curves(self, layer: int) -> Curves:
         solved = self.layers[layer]

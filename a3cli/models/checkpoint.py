@@ -75,7 +75,9 @@ class Checkpoint:
         for shard in self.shards:
             for tensor, info in read_header(shard).items():
                 if tensor in self.tensors:
-                    raise A3Error(f"tensor {tensor} is in two shards of {folder}; the checkpoint is damaged")
+                    raise A3Error(
+                        f"tensor {tensor} is in two shards of {folder}; the checkpoint is damaged, download it again"
+                    )
                 self.tensors[tensor] = info
 
     def read(self, tensor: str) -> torch.Tensor:
@@ -98,7 +100,7 @@ class Checkpoint:
     def info(self, tensor: str) -> TensorInfo:
         """Raises A3Error if the checkpoint has no such tensor."""
         if tensor not in self.tensors:
-            raise A3Error(f"{self.name} has no tensor {tensor}; is config.json of this checkpoint?")
+            raise A3Error(f"{self.name} has no tensor {tensor}; use the config.json of this checkpoint")
         return self.tensors[tensor]
 
     def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
@@ -179,7 +181,7 @@ def check_links(folder: Path, *, follow: bool) -> bool:
                     "the file itself there, or allow it with --follow-symlinks (of a3 calibrate, plan and eval)"
                 )
         if not path.is_file() and not path.is_dir():
-            raise A3Error(f"{path} is no regular file; put the file itself there")
+            raise A3Error(f"{path} is not a regular file; put the file itself there")
     return links_out
 
 
@@ -200,7 +202,7 @@ def find_shards(folder: Path, name: str) -> list[Path]:
         return [single]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise A3Error(f"{name} has only pickle weights (.bin), which a3 never loads; convert it to safetensors first")
-    raise A3Error(f"{name} has no {SINGLE} and no {INDEX}")
+    raise A3Error(f"{name} has no {SINGLE} and no {INDEX}; give a folder or Hub id with safetensors weights")
 
 
 def check_same_tensors(single: Path, shards: list[Path], weight_map: Mapping[str, str]) -> None:
@@ -219,7 +221,7 @@ def check_same_tensors(single: Path, shards: list[Path], weight_map: Mapping[str
     if problem:
         raise A3Error(
             f"{single} and {single.parent / INDEX} ({len(shards)} shards) hold different tensors ({problem}), and "
-            "loaders take the one or the other; remove the one that is not meant"
+            "loaders differ in which they read; remove the wrong one"
         )
 
 
@@ -244,7 +246,7 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
         encoded = header_bytes(shard)
         header = json.loads(encoded)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise A3Error(f"{shard} is truncated or no safetensors file ({error}); download it again") from error
+        raise A3Error(f"{shard} is truncated or not a safetensors file ({error}); download it again") from error
     header.pop("__metadata__", None)
     infos = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -285,7 +287,7 @@ def fingerprint_shard(shard: Path) -> str:
 def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
     """Raise A3Error if a weight has a NaN or Inf."""
     if not is_finite(tensor):
-        raise A3Error(f"{where}: tensor {name} has NaN or Inf values; the checkpoint is damaged")
+        raise A3Error(f"{where}: tensor {name} has NaN or Inf values; the checkpoint is damaged, download it again")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

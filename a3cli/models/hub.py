@@ -27,7 +27,7 @@ def find_folder(model: str, revision: str | None = None, *, files: Sequence[str]
             )
         return Path(model)
     if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise A3Error(f"model {model!r}: no such folder, and no hub id (owner/name)")
+        raise A3Error(f"model {model!r}: no such folder, and not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -43,7 +43,7 @@ def find_folder(model: str, revision: str | None = None, *, files: Sequence[str]
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise A3Error(
-            f"model {model!r} is no local folder and cannot be had from the hub: {first_line(error)} "
+            f"model {model!r} is not a local folder and could not be downloaded from the Hub: {first_line(error)} "
             "(check the name, `hf auth login` for gated models, HF_HUB_OFFLINE)"
         ) from error
 
@@ -73,7 +73,10 @@ def read_index(folder: Path) -> dict[str, str]:
         raise A3Error(f"{folder / INDEX} has no weight_map; download the checkpoint again")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise A3Error(f"{folder / INDEX} names {file!r}, which is no safetensors file of this folder")
+            raise A3Error(
+                f"{folder / INDEX} names {file!r}, which is not a safetensors file of this folder; "
+                "download the checkpoint again"
+            )
     return weight_map
 
 
@@ -102,7 +105,7 @@ def read_config(folder: Path, name: str) -> Json:
     """The raw config.json. Raises A3Error if it is missing, no JSON object, or that of a quantised model."""
     config = read_json(folder / "config.json")
     if config.get("quantization_config") or config.get("compression_config"):
-        raise A3Error(f"{name} is quantised (config.json says so); a3 needs its fp32, bf16 or fp16 original")
+        raise A3Error(f"{name} is quantised (config.json says so); use its fp32, bf16 or fp16 original")
     return config
 
 

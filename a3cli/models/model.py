@@ -97,7 +97,7 @@ def check_tied(source: Checkpoint, tied: Mapping[str, str]) -> None:
         if name in source.tensors and not same_content(source.info(name), source.info(original)):
             raise A3Error(
                 f"{source.name}: config.json ties {name} to {original}, and the two are stored with different values; "
-                "set tie_word_embeddings to false if both are meant, or remove the first"
+                "set tie_word_embeddings to false if both are intended, or remove the first"
             )
 
 
@@ -120,7 +120,7 @@ def check_size(source: Checkpoint) -> None:
     if described > 2 * source.parameters():
         raise A3Error(
             f"{source.name}: config.json describes {described:,} weights, the checkpoint has {source.parameters():,}; "
-            "is config.json of this checkpoint?"
+            "use the config.json of this checkpoint"
         )
 
 
@@ -156,6 +156,6 @@ def open_calibrated_source(work: Work, calibration: Json, *, full_check: bool = 
         raise A3Error(
             f"{source.name}, named in {work.source}, is not the checkpoint of {work.calibration_manifest} "
             f"(differs in {differs}); "
-            "restore what was changed, or calibrate again"
+            "restore the source, or run a3 calibrate again"
         )
     return describe(source, calibrated=True)

@@ -76,8 +76,8 @@ def read_rope(config: Any) -> Rope:
         long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1)
     if factor != 1 and turned < config.head_dim:
         raise A3Error(
-            f"config.json: RoPE type {kind!r} scales what it turns by {factor:g} and not what it passes through, which "
-            "is not supported with partial_rotary_factor; remove rope_scaling from config.json"
+            f"config.json: RoPE type {kind!r} scales attention by {factor:g}, which is not supported "
+            "with partial_rotary_factor; remove rope_scaling from config.json"
         )
     still = torch.zeros((config.head_dim - turned) // 2, dtype=torch.float64)
     return Rope(

@@ -1,4 +1,4 @@
-"""The model card of an export, with what a reader needs to know where it came from and how to load it."""
+"""The model card of an export: where it comes from and how to load it."""
 
 import re
 import shlex
@@ -18,10 +18,10 @@ from a3cli.settings.options import command_words
 from a3cli.work.escape import code_span, markdown, printable
 from a3cli.work.folder import Json
 
-# What `--dataset` takes from the hub, an id and perhaps a configuration; and the ends of local files.
+# A Hub id of `--dataset`, optionally with a configuration; and the suffixes of local files.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 TEXT_FILES = (".jsonl", ".parquet", ".txt")
-FILES_NAMED = 5  # of a folder's files, on a card; the manifest names them all
+FILES_NAMED = 5  # files of a folder listed on a card; the manifest lists all
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -42,7 +42,7 @@ summed over layers: {{ predicted }}.
 
 Measured with `a3 eval`:
 
-| text | perplexity of the source | perplexity | KL, nats a token | top-1 agreement |
+| text | perplexity of the source | perplexity | KL, nats per token | top-1 agreement |
 |---|---|---|---|---|
 {% for row in measured -%}
 | {{ row | join(" | ") }} |
@@ -82,7 +82,7 @@ Base model: `{{ base }}`{{ revision }}. Licence: {{ licence }}. Method: {{ metho
 
 
 def model_card(model: Model, manifest: Json) -> str:
-    """The README.md of an export, from its manifest."""
+    """Return the README.md of an export, from its manifest."""
     source, solution, calibration = model.source, manifest["solution"], manifest["calibration"]
     base = public_name(manifest["source"])
     metadata = card_metadata(source)
@@ -119,20 +119,20 @@ def model_card(model: Model, manifest: Json) -> str:
 
 
 def public_dataset(dataset: str) -> str:
-    """A data set by the name that says something elsewhere: a hub id as it is, of a local path the last part."""
+    """Return the public name of a data set: a Hub id, or the last part of a local path."""
     path = Path(dataset)
     on_hub = HUB_ID.fullmatch(dataset) and path.suffix not in TEXT_FILES and not path.exists()
     return dataset if on_hub else path.name
 
 
 def public_request(request: Json) -> Json:
-    """A calibration's request, or a part of a merged one, without local paths."""
+    """Return a calibration's request, or a part of a merged one, without local paths."""
     named = {**request, "text": {**request["text"], "dataset": public_dataset(request["text"]["dataset"])}}
     return named | {"merged": [public_request(part) for part in request["merged"]]} if "merged" in request else named
 
 
 def card_metadata(source: Checkpoint) -> Json:
-    """Hub metadata: base model, and the source card's licence carried over."""
+    """Return Hub metadata: the base model and the licence of the source's card."""
     metadata: Json = {"library_name": "transformers", "tags": ["a3", "compressed"], "pipeline_tag": "text-generation"}
     if source.revision:
         metadata["base_model"] = source.name
@@ -141,7 +141,7 @@ def card_metadata(source: Checkpoint) -> Json:
         try:
             found = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
         except (ValueError, OSError, HfHubHTTPError):
-            return metadata  # a card that does not parse has no licence to carry
+            return metadata  # an unparsable card has no licence
         for key in ("license", "license_name", "license_link", "language"):
             if found.get(key):
                 metadata[key] = found[key]
@@ -149,7 +149,7 @@ def card_metadata(source: Checkpoint) -> Json:
 
 
 def describe_method(solution: Json) -> str:
-    """Method and shape in a few words."""
+    """Return method and shape in a few words."""
     settings = solution["request"]["settings"]
     name = "A³ as published" if settings["method"] == "paper" else "A³ with RoPE slots and refits"
     corrected = ", corrected in a second sweep" if settings["sequential"] else ""
@@ -157,7 +157,7 @@ def describe_method(solution: Json) -> str:
 
 
 def measured_row(found: Json) -> tuple[str, ...]:
-    """One data set's figures as the card shows them."""
+    """Return one data set's figures as a row of the card."""
     figures = [
         "–" if found[key] is None else format(found[key], form)
         for key, form in (("source_perplexity", ".3f"), ("perplexity", ".3f"), ("kl", ".4f"), ("top1_agreement", ".1%"))
@@ -166,7 +166,7 @@ def measured_row(found: Json) -> tuple[str, ...]:
 
 
 def figures(shape: ModelShape, solution: Json) -> list[tuple[str, str, str]]:
-    """The before/after rows of the card."""
+    """Return the before/after rows of the card."""
     rows = [
         (label, f"{full:,}", spread([sizes[key] for sizes in solution["sizes"]]))
         for label, key, full in (
@@ -177,15 +177,15 @@ def figures(shape: ModelShape, solution: Json) -> list[tuple[str, str, str]]:
     ]
     for label, key in (
         ("parameters", "parameters"),
-        ("KV cache, bytes a token", "kv_bytes_per_token"),
-        ("prefill FLOPs a token", "prefill_flops_per_token"),
+        ("KV cache, bytes per token", "kv_bytes_per_token"),
+        ("prefill FLOPs per token", "prefill_flops_per_token"),
     ):
         rows.append((label, f"{solution[key]['before']:,}", f"{solution[key]['after']:,}"))
     return rows
 
 
 def spread(values: list[int]) -> str:
-    """One size, or the range of a size that differs by layer, with its mean."""
+    """Return one size, or its range and mean if it differs by layer."""
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}, mean {sum(values) / len(values):,.1f}"
 
@@ -204,19 +204,19 @@ def describe_rope(shape: ModelShape, solution: Json) -> str:
 
 
 def describe_context(solution: Json) -> str:
-    """What `--context` asked for; nothing if it was not given."""
+    """Return a sentence about `--context`, empty if it was not given."""
     if (context := solution["request"]["settings"]["context"]) is None:
         return ""
     return f"Made for texts of up to {context:,} tokens, which is `max_position_embeddings` in config.json."
 
 
 def public_name(source: Json) -> str:
-    """A hub id as it is; of a folder its name, since its path says nothing to others."""
+    """Return a Hub id, or the name of a folder without its path."""
     return str(source["model"]) if source["revision"] else Path(str(source["model"])).name
 
 
 def describe_texts(calibration: Json, quoted: Callable[[str], str]) -> str:
-    """Say what a calibration, or each that it was merged from, has read: data set, files, rows."""
+    """Describe what a calibration, or each of its merged parts, has read: data set, files, rows."""
     request = calibration["request"]
     parts = request.get("merged") or [{**request, "text_read": calibration.get("text_read")}]
     return " and ".join(describe_text(part, quoted) for part in parts)
@@ -234,7 +234,7 @@ def describe_text(part: Json, quoted: Callable[[str], str]) -> str:
 
 
 def calibrate_commands(base: str, revision: str | None, calibration: Json) -> list[str]:
-    """Return the commands that give these statistics again, bit by bit; several calibrations were merged."""
+    """Return the commands that reproduce these statistics bit for bit, also for a merged calibration."""
     request = calibration["request"]
     parts = request.get("merged") or [{**request, "made_with": calibration.get("made_with")}]
     works = [f"work-{i + 1}" for i in range(len(parts))] if len(parts) > 1 else [None]
@@ -256,9 +256,9 @@ def calibrate_commands(base: str, revision: str | None, calibration: Json) -> li
 
 
 def division(made_with: list[Json]) -> tuple[Json, bool]:
-    """Return how most layers' sums were divided, in batches and processes, and whether all were divided alike.
+    """Return batch size and processes of most layers, and whether all layers had the same.
 
-    Sums of floating-point numbers depend on it, and `--batch-size auto` depends on the memory that was free.
+    Floating-point sums depend on them, and `--batch-size auto` depends on the free memory.
     """
     if not made_with:
         return {}, True
@@ -268,7 +268,7 @@ def division(made_with: list[Json]) -> tuple[Json, bool]:
 
 
 def solve_command(settings: Json) -> str:
-    """Return the command that gives these settings again; what had no effect is left out where it is the default."""
+    """Return the command for these settings, without options that have their default."""
     without = set()
     if not settings["sequential"]:
         without |= {"refit_rounds"}
@@ -286,5 +286,5 @@ def export_command(export: Json) -> str:
 
 
 def command(name: str, argument: str | None, options: Json) -> str:
-    """Return a line of shell; names with odd characters are quoted and made printable."""
+    """Return a shell command; names with special characters are quoted and escaped."""
     return " ".join(shlex.quote(printable(word)) for word in ("a3", *command_words(name, argument, options)))

@@ -1,4 +1,4 @@
-"""Coordinates of a report's charts, in per cent of the plot's width and height. The template draws them."""
+"""Coordinates of a report's charts, in percent of the plot's width and height. The template draws them."""
 
 import math
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from typing import Any
 
 from a3cli.work.folder import Json
 
-DECADES = 6  # of a logarithmic axis at most: what lies below its end is as good as nothing
+DECADES = 6  # at most on a logarithmic axis; smaller values are negligible
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def error_curves(layers: Sequence[Json], component: str) -> Json:
-    """Loss against the share of the size kept, a line a layer, and a dot at each layer's chosen size."""
+    """Return loss against the kept share of the size: one line per layer, and a dot at each layer's chosen size."""
     curves = [(each["curves"][component], each["size"]) for each in layers]
     positive = [loss for curve, _ in curves for loss in curve["loss"] if loss > 0]
     if not positive:
@@ -27,7 +27,7 @@ def error_curves(layers: Sequence[Json], component: str) -> Json:
     lines, dots = [], []
     for number, (curve, size) in enumerate(curves):
         pairs = list(zip(curve["size"], curve["loss"], strict=True))
-        points = [place(x, y) for x, y in pairs if y > 0 and x < full]  # there, nothing is lost
+        points = [place(x, y) for x, y in pairs if y > 0 and x < full]  # the full size loses nothing
         lines.append({"path": _path(points), "opacity": _depth(number, len(curves)), "name": f"layer {number}"})
         for loss in (y for x, y in pairs if x == size):
             x, y = place(size, loss)
@@ -45,7 +45,7 @@ def error_curves(layers: Sequence[Json], component: str) -> Json:
 
 
 def score_error(mean: Json, layers: Sequence[Json]) -> Json:
-    """Relative error of the attention scores by distance (logarithmic), a line a layer, the mean last and strongest."""
+    """Return the score error by distance (logarithmic): one line per layer, and the mean last, drawn strongest."""
     longest = math.log2(1 + mean["distance"][-1]) or 1.0
     most = max((value for each in (mean, *layers) for value in each["relative"]), default=0.0)
     top = _round_up(100 * most) or 1.0
@@ -66,7 +66,7 @@ def score_error(mean: Json, layers: Sequence[Json]) -> Json:
 
 
 def slot_rows(slots: Any, pairs: int) -> list[Json]:
-    """Where on the axis of the source's pairs each slot turns; one row for all layers, or a row each."""
+    """Return each slot's place on the axis of the source's pairs; one row for all layers, or one per layer."""
     rows = slots if slots and isinstance(slots[0], list) else [slots]
     named = [("all layers" if len(rows) == 1 else str(i), row) for i, row in enumerate(rows)]
     return [
@@ -87,12 +87,12 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _depth(layer: int, layers: int) -> float:
-    """Opacity of a layer's line: deeper is stronger."""
+    """Return the opacity of a layer's line: deeper layers are stronger."""
     return 0.3 + 0.7 * (layer + 1) / layers
 
 
 def _round_up(value: float) -> float:
-    """To 1, 2, 4, 6 or 8 times a power of ten."""
+    """Round up to 1, 2, 4, 6 or 8 times a power of ten."""
     if value <= 0:
         return 0.0
     power = 10.0 ** math.floor(math.log10(value))

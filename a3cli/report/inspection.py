@@ -1,6 +1,6 @@
-"""A work folder at any stage, or an export → what is known of it, and warnings. Changes nothing, takes no lock.
+"""Inspect a work folder at any stage, or an export, and warn. Changes nothing and takes no lock.
 
-A work folder has its statistics and its calibration text; an export only what its manifest says of them.
+A work folder has its statistics and calibration text; an export has only its manifest.
 """
 
 from collections.abc import Sequence
@@ -36,16 +36,16 @@ from a3cli.work.folder import (
 )
 
 ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
-NEAR_SINGULAR = 1e8  # condition; beyond, the smallest eigenvalues are rounding of float32 sums
-SINGULAR = 1e-10  # of the largest eigenvalue: what the solvers' floor raises by default
-WIDEST_SPECTRUM = 2048  # widths up to which all eigenvalues are computed: a wider one takes a minute a layer
+NEAR_SINGULAR = 1e8  # condition; above it, the smallest eigenvalues are rounding of float32 sums
+SINGULAR = 1e-10  # of the largest eigenvalue: the solvers' default floor
+WIDEST_SPECTRUM = 2048  # largest width whose eigenvalues are all computed: wider ones take a minute per layer
 SOURCE_REMEDY = "run a3 calibrate on the source again"
 TITLES: dict[Component, str] = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """H, K, h, I; and where the source or the export is at hand d, the vocabulary, the bytes of a weight, and whether
+    """H, K, h, I; and, if the source or the export is available, d, the vocabulary, the bytes of a weight, and whether
     the MLP has a gate.
     """
 
@@ -59,11 +59,11 @@ class Dimensions:
     gated: bool = True
 
     def of_gram(self, component: Component) -> int:
-        """The largest matrix that is inverted: all heads together for the refit of the output projection."""
+        """Return the size of the largest inverted matrix: all heads together for the refit of the output projection."""
         return {"qk": self.head_dim, "ov": self.heads * self.head_dim, "mlp": self.intermediate}[component]
 
     def bytes(self, component: Component, size: int) -> int | None:
-        """Of a component's weights in one layer, biases left out."""
+        """Return the bytes of a component's weights in one layer, without biases."""
         if self.hidden is None or self.item is None:
             return None
         rows = (3 if self.gated else 2) if component == "mlp" else self.heads + self.kv_heads
@@ -71,13 +71,13 @@ class Dimensions:
 
 
 def describe(path: Path) -> Json:
-    """The folder's stage, source, settings, hashes, layers and warnings. Raises A3Error for any other folder."""
+    """Return the folder's stage, source, settings, hashes, layers and warnings. Raises A3Error for other folders."""
     if (path / MANIFEST).is_file():
         return describe_export(path)
     work = Work(path)
     if work.calibration_manifest.is_file() or work.calibration_progress.is_file():
         return describe_work(work)
-    raise A3Error(f"{path} is neither a work folder with a calibration nor an a3 export; give the folder of either")
+    raise A3Error(f"{path} is neither a work folder with a calibration nor an a3 export; give one of these")
 
 
 def describe_export(folder: Path) -> Json:
@@ -116,7 +116,7 @@ def describe_export(folder: Path) -> Json:
 
 
 def count_in(config: Json, key: str, path: Path) -> int:
-    """Raise A3Error unless config.json has a positive number there."""
+    """Return the positive number at `key` of config.json. Raises A3Error if it is anything else."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise A3Error(f"{path}: {key} is {value!r}, not a positive number; run a3 export again")
@@ -144,7 +144,7 @@ def describe_work(work: Work) -> Json:
     if stale:
         found.append(f"{work.solution_manifest} was solved from another calibration: run a3 solve --overwrite")
     if source is None:
-        found.append("the source is not where it was: bytes and token texts are missing here")
+        found.append("the source was not found: bytes and token texts are missing")
     return {
         "path": str(work.folder),
         "kind": "work",
@@ -162,7 +162,7 @@ def describe_work(work: Work) -> Json:
 
 
 def read_source(work: Work, calibration: Json) -> Json:
-    """Where a calibration's checkpoint is. Raises A3Error if source.json was altered or is of another model."""
+    """Read where a calibration's checkpoint is. Raises A3Error if source.json was altered or is of another model."""
     recorded = read_manifest(work.source, SOURCE_REMEDY)
     if recorded.get("fingerprint") != calibration["request"]["source"]:
         raise A3Error(
@@ -173,7 +173,7 @@ def read_source(work: Work, calibration: Json) -> Json:
 
 
 def measured_in(work: Work, solution: Json | None) -> list[Json]:
-    """What a3 run measured of this solution's export, as long as that export is where it was."""
+    """Return the figures that a3 run measured for this solution's export, if that export still exists."""
     if solution is None or not work.evaluation.is_file():
         return []
     evaluation = read_manifest(work.evaluation, "run a3 run --overwrite")
@@ -182,7 +182,7 @@ def measured_in(work: Work, solution: Json | None) -> list[Json]:
         manifest = read_export_manifest(Path(request["settings"]["model"]) / MANIFEST)
         of_this = hash_json(manifest) == request["export"] and manifest["solution"]["sha256"] == solution["sha256"]
         return [as_measured(each) for each in evaluation["result"]["datasets"]] if of_this else []
-    except (A3Error, ValidationError):  # another model was measured, the export is gone, or a figure is not finite
+    except (A3Error, ValidationError):  # another model was measured, the export was removed, or a figure is not finite
         return []
 
 
@@ -191,7 +191,7 @@ def as_measured(figures: Json) -> Json:
 
 
 def open_source(recorded: Json) -> Checkpoint | None:
-    """The source, if it is on this machine; a hub id is looked for in the cache alone.
+    """Open the source if it is on this machine; a Hub id is looked up only in the cache.
 
     Raises A3Error for a local folder with a damaged checkpoint.
     """
@@ -205,14 +205,14 @@ def open_source(recorded: Json) -> Checkpoint | None:
 
 
 def check_source(source: Checkpoint, work: Work, calibration: Json) -> None:
-    """Raise A3Error unless weights, configuration and tokenizer are those that were calibrated."""
+    """Check that weights, configuration and tokenizer are those of the calibration. Raises A3Error."""
     request = calibration["request"]
     found = {**source.fingerprint(), "tokenizer": tokenizer_fingerprint(source.folder)}
     expected = {**{key: request["source"].get(key) for key in found}, "tokenizer": request["tokenizer"]}
     if differs := name_differences(expected, found):
         raise A3Error(
             f"{source.name} is not the checkpoint of {work.calibration} (differs in {differs}); "
-            "restore what was changed, or calibrate again"
+            "restore the source, or run a3 calibrate again"
         )
 
 
@@ -229,7 +229,7 @@ def describe_calibration_text(blocks: torch.Tensor, source: Checkpoint | None) -
 def describe_statistics(
     work: Work, hashes: Sequence[str], source: Checkpoint | None
 ) -> tuple[Dimensions | None, list[dict[Component, Json]]]:
-    """The shape that the finished layers' statistics have, and what their spectra say."""
+    """Return the dimensions of the finished layers' statistics, and the health of their spectra."""
     health, dimensions = [], None
     for layer, expected in enumerate(hashes):
         check_hash(work.statistics(layer), expected, "run a3 calibrate --overwrite")
@@ -249,7 +249,7 @@ def describe_statistics(
 
 
 def layer_health(file: Any, dimensions: Dimensions, layer: int) -> dict[Component, Json]:
-    """Effective rank and condition of the Gram matrices of one layer's statistics: the worst of the heads."""
+    """Return effective rank and condition of one layer's Gram matrices, for the worst head."""
 
     def sums(name: str) -> torch.Tensor:
         found: torch.Tensor = file.get_tensor(name)
@@ -259,7 +259,7 @@ def layer_health(file: Any, dimensions: Dimensions, layer: int) -> dict[Componen
     width = dimensions.heads * dimensions.head_dim
     outputs = unpack_upper(sums("o_gram"), width)
     attention = spectrum_health(gram_blocks(outputs, dimensions.heads))
-    if width <= WIDEST_SPECTRUM:  # what the output projection is refit on
+    if width <= WIDEST_SPECTRUM:  # used by the refit of the output projection
         attention |= conditions(outputs[None])
     energy = sums("mlp_energy").double()
     mlp: Json = {
@@ -277,12 +277,12 @@ def layer_health(file: Any, dimensions: Dimensions, layer: int) -> dict[Componen
 
 
 def conditions(grams: torch.Tensor) -> Json:
-    """`spectrum_health` without the effective rank, which other matrices tell."""
+    """Return `spectrum_health` without the effective rank, which is computed from other matrices."""
     return {key: value for key, value in spectrum_health(grams).items() if key != "effective_rank"}
 
 
 def spectrum_health(grams: torch.Tensor) -> Json:
-    """Of Gram matrices `[n, h, h]`: mean effective rank, worst condition, eigenvalues that are but rounding."""
+    """Return mean effective rank, worst condition and number of rounding eigenvalues of Gram matrices `[n, h, h]`."""
     values = torch.linalg.eigvalsh(grams.double())
     least, largest = values.amin(-1), values.amax(-1)
     condition = torch.where(least > 0, largest / least, torch.inf).max().item()
@@ -296,7 +296,7 @@ def spectrum_health(grams: torch.Tensor) -> Json:
 def describe_layers(
     dimensions: Dimensions, tokens: int, solution: Json | None, health: list[dict[Component, Json]]
 ) -> list[Json]:
-    """Each layer's components: size, loss, energy, ranks, tokens, damping, bytes; None for what is not known."""
+    """Return each layer's components: size, loss, energy, ranks, tokens, damping, bytes; None if unknown."""
     count = len(solution["sizes"]) if solution else len(health)
     return [
         {
@@ -336,10 +336,10 @@ def describe_component(
 
 
 def solved_component(component: Component, dimensions: Dimensions, solution: Json, layer: int) -> Json:
-    """What a solution says of one layer's component."""
+    """Return a solution's entries for one layer's component."""
     size, found = solution["sizes"][layer][component], solution["per_layer"][layer]
     loss = loss_at(found["curves"][component], size)
-    # Probed losses are in units of their own.
+    # Probed losses have other units.
     energy = found["energy"][component] if solution["request"]["settings"]["sensitivity"] == "residual" else None
     ranks = found["effective_rank"][component]
     settings = solution["request"]["settings"]
@@ -360,12 +360,12 @@ def solved_component(component: Component, dimensions: Dimensions, solution: Jso
 
 
 def loss_at(curve: Json, size: int) -> float | None:
-    """The loss that an error curve has at a size."""
+    """Return the loss of an error curve at a size."""
     return float(curve["loss"][curve["size"].index(size)]) if size in curve["size"] else None
 
 
 def warnings(layers: list[Json], text: Json | None, solution: Json | None = None) -> list[str]:
-    """What may hurt, a line each: scores at long range, too few tokens, singular statistics, copied text."""
+    """Return the warnings, one line each: long range, too few tokens, singular statistics, duplicated text."""
     found = solution_warnings(solution) if solution else []
     for component in COMPONENTS:
         found += component_warnings(component, [(each["layer"], each[component]) for each in layers])
@@ -400,16 +400,16 @@ def text_warnings(text: Json) -> list[str]:
         blocks, first = len({each["block"] for each in overlaps}), overlaps[0]
         found.append(
             f"text: {blocks} of {text['blocks'][0]} calibration blocks repeat another one ({identical} wholly; first "
-            f"block {first['block']}, {100 * first['share']:.0f} % of it in block {first['of']}): duplicates weigh "
+            f"block {first['block']}, {100 * first['share']:.0f} % of it in block {first['of']}): duplicates count "
             "twice; remove them, or use other text"
         )
     if text["distinct_tokens"] == 1:
-        found.append("text: a single token over and over")
+        found.append("text: one single token, repeated")
     return found
 
 
 def name_layers(layers: list[int]) -> str:
-    """`layer 3` or `layers 0–4, 7`."""
+    """Format layer indices as `layer 3` or `layers 0–4, 7`."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:

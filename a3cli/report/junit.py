@@ -1,4 +1,4 @@
-"""Results as a JUnit file, which CI systems show test by test."""
+"""Write results as a JUnit file, which CI systems show test by test."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 @dataclass(frozen=True)
 class Case:
-    """One test: what it is about, its name, and how it ended, with the detail that a reader wants."""
+    """One test case: its subject, name, outcome and detail."""
 
     group: str
     name: str
@@ -25,15 +25,15 @@ class Case:
 
 
 def check_junit(path: Path | None) -> None:
-    """Raise A3Error for a place that no file can be written to, before any work begins."""
+    """Check that the file can be written, before any work starts. Raises A3Error."""
     if path and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise A3Error(
-            f"--junit {path}: it is a folder" if path.is_dir() else f"--junit {path}: its folder is not there"
+            f"--junit {path}: it is a folder" if path.is_dir() else f"--junit {path}: there is no folder {path.parent}"
         )
 
 
 def write_junit(path: Path, suite: str, cases: Sequence[Case]) -> None:
-    """One suite; characters that XML cannot hold are replaced."""
+    """Write one suite; characters that XML does not allow are replaced."""
     counts = {outcome: sum(case.outcome == outcome for case in cases) for outcome in ("failed", "skipped")}
     root = ElementTree.Element("testsuites")
     totals = {"tests": len(cases), "failures": counts["failed"], "errors": 0, "skipped": counts["skipped"]}

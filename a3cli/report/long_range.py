@@ -1,4 +1,4 @@
-"""A solution's manifest → warnings about distances that calibration did not see."""
+"""Warn about distances beyond the calibrated length, from a solution's manifest."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""a3_manifest.json, the provenance of an export: its form, and the JSON Schema of that form in docs/.
+"""a3_manifest.json, the provenance of an export, as pydantic models from which docs/ gets its JSON Schema.
 
-The form is closed: a field that is not written here makes a manifest invalid, so a new one is added here, and
-`python scripts/manifest_schema.py` writes the schema anew.
+The schema is closed: an unknown field makes a manifest invalid. Add new fields here, and run
+`python scripts/manifest_schema.py` to update the schema.
 """
 
 from pathlib import Path
@@ -18,12 +18,12 @@ from a3cli.work.folder import Json, read_json, unaltered
 MANIFEST = "a3_manifest.json"
 SCHEMA_ID = "a3_manifest.schema.json"
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of what JSON says
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of JSON content
 FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
 ShardHash = Annotated[str, Field(pattern="^(sampled-)?blake3:[0-9a-f]{64}$")]
 TextFiles = Annotated[
     dict[str, FileHash],
-    Field(description="of each local file that was opened, by its path in the data set; none for a set on the Hub"),
+    Field(description="hash of each local file that was read, by its path in the data set; empty for a Hub data set"),
 ]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
@@ -37,28 +37,28 @@ class Part(BaseModel):
 
 
 class Fingerprint(Part):
-    """What identifies a source: its configuration, sampled content of each shard, and with --full-check all of it."""
+    """Identity of a source: hashes of its configuration, of samples of each shard and, with --full-check, of all."""
 
-    config: Sha256 = Field(alias="config.json", description="of config.json in canonical form")
+    config: Sha256 = Field(alias="config.json", description="hash of config.json in canonical form")
     shards: dict[str, ShardHash] = Field(min_length=1)
     in_full: dict[str, FileHash] | None = None
 
 
 class Source(Part):
-    model: str = Field(description="name of the folder, or id on the hub")
-    revision: str | None = Field(description="commit on the hub; null for a folder")
+    model: str = Field(description="name of the folder, or Hub id")
+    revision: str | None = Field(description="commit on the Hub; null for a folder")
     fingerprint: Fingerprint
 
 
 class MadeWith(Part):
-    """How the sums of one layer were divided: rounding depends on it."""
+    """How the sums of one layer were divided, on which rounding depends."""
 
     processes: Size
-    batch_size: Size = Field(description="blocks in a batch of each process")
+    batch_size: Size = Field(description="blocks per batch of each process")
 
 
 class TextRead(Part):
-    """How far a data set was read."""
+    """What was read of a data set."""
 
     rows: Count = Field(description="rows read; text of .txt files is not counted")
     skipped: Count = Field(description="rows without text: null, empty or only white space")
@@ -68,14 +68,14 @@ class TextRead(Part):
 class Ingredient(Part):
     """One of the calibrations that were merged."""
 
-    calibration: Sha256 = Field(description="of its manifest")
+    calibration: Sha256 = Field(description="hash of its manifest")
     text: TextSettings
     text_files: TextFiles
     text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
     tokens: Size
     device: str
     batch_size: Size | Literal["auto"]
-    made_with: list[MadeWith] = Field(description="of each layer")
+    made_with: list[MadeWith] = Field(description="one entry per layer")
 
 
 class CalibrationRequest(Part):
@@ -95,10 +95,12 @@ class Calibration(Part):
     request: CalibrationRequest
     text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
     tokens: Size
-    blocks: tuple[Size, Size] = Field(description="number and length")
+    blocks: tuple[Size, Size] = Field(description="number of blocks, and their length in tokens")
     tokens_hash: FileHash
-    made_with: list[MadeWith] | None = Field(default=None, description="of each layer; null for merged calibrations")
-    sha256: Sha256 = Field(description="of the calibration's own manifest")
+    made_with: list[MadeWith] | None = Field(
+        default=None, description="one entry per layer; null for merged calibrations"
+    )
+    sha256: Sha256 = Field(description="hash of the calibration's manifest")
 
 
 class Sizes(Part):
@@ -139,25 +141,25 @@ class ByDistance(Part):
 
 
 class EffectiveRank(Part):
-    qk: list[Loss] = Field(description="of each KV head")
-    ov: list[Loss] = Field(description="of each KV head")
+    qk: list[Loss] = Field(description="one per KV head")
+    ov: list[Loss] = Field(description="one per KV head")
     mlp: Loss
 
 
 class Floored(Part):
-    ov: list[Count] = Field(description="eigenvalues raised to the floor, for each KV head")
+    ov: list[Count] = Field(description="number of eigenvalues raised to the floor, per KV head")
 
 
 class Damping(Part):
-    """Relative to the mean of the Gram matrix's diagonal; more than --ridge where statistics are singular."""
+    """Damping relative to the mean of the Gram matrix's diagonal; above --ridge for singular statistics."""
 
     ov: Loss | None = None
     mlp: Loss | None = None
 
 
 class AttentionError(Part):
-    """Relative squared error of the stream on sampled attention that was not fitted, by the closed form's query and key
-    maps and by refined ones.
+    """Relative squared error of the stream on validation samples, with the closed form's query and key maps and with
+    refined ones.
     """
 
     closed_form: Loss
@@ -172,9 +174,9 @@ class TokensPerDimension(Part):
 class Layer(Part):
     effective_rank: EffectiveRank
     floored_eigenvalues: Floored
-    energy: ByComponent = Field(description="the loss of keeping nothing")
-    attention_error: AttentionError | None = Field(description="of smaller heads, with --method best")
-    damping: Damping = Field(description="what the refits used")
+    energy: ByComponent = Field(description="loss of keeping nothing")
+    attention_error: AttentionError | None = Field(description="only for smaller heads, with --method best")
+    damping: Damping = Field(description="damping used by the refits")
     curves: Curves
     score_error: ByDistance
     tokens_per_dimension: TokensPerDimension
@@ -198,7 +200,7 @@ class Solution(Part):
     request: SolutionRequest
     shape: Literal["stock", "per-layer"]
     full_size: Sizes
-    sizes: list[Sizes] = Field(min_length=1, description="of each layer")
+    sizes: list[Sizes] = Field(min_length=1, description="one entry per layer")
     head_dim: Change | None = Field(default=None, description="stock shape only")
     intermediate_size: Change | None = Field(default=None, description="stock shape only")
     budget_asked: Share | None
@@ -208,25 +210,25 @@ class Solution(Part):
     kv_bytes_per_token: Change
     prefill_flops_per_token: Flops
     rope_slots: list[Pair] | list[list[Pair]] | None = Field(
-        description="pair of the source that each slot turns like, those of pairs that RoPE does not turn included; "
-        "null where heads keep their size"
+        description="source pair whose frequency each slot has, including pairs that RoPE does not rotate; "
+        "null if heads keep their size"
     )
     context: Size
     predicted_loss: ByComponent
     predicted_score_error: ByDistance
     per_layer: list[Layer] = Field(min_length=1)
     versions: Versions
-    sha256: Sha256 = Field(description="of the solution's own manifest")
+    sha256: Sha256 = Field(description="hash of the solution's manifest")
 
 
 class Runtime(Part):
     runtime: str
     loads: Loads
-    note: str = Field(description="why not, or what to mind")
+    note: str = Field(description="the reason, or a condition")
 
 
 class Manifest(Part):
-    """Where an export comes from, how it was made, and the hash of each of its files."""
+    """Provenance of an export: its source, how it was made, and the hash of each of its files."""
 
     model_config = ConfigDict(extra="forbid", title="a3_manifest.json")
 
@@ -235,11 +237,13 @@ class Manifest(Part):
     solution: Solution
     dtype: Literal["source", "float32", "bfloat16", "float16"]
     max_shard_size: Size
-    measured: list[Measured] = Field(description="what a3 eval measured, where it was given to a3 export")
-    runtimes: list[Runtime] = Field(min_length=1, description="what loads the export")
+    measured: list[Measured] = Field(description="figures of a3 eval that were given to a3 export")
+    runtimes: list[Runtime] = Field(min_length=1, description="which runtimes load the export")
     versions: Versions
-    files: dict[str, FileHash] = Field(min_length=1, description="every file of the folder but this one")
-    sha256: Sha256 = Field(description="of the rest of this file: JSON with sorted keys, as Python's json.dumps has it")
+    files: dict[str, FileHash] = Field(min_length=1, description="hash of every other file of the folder")
+    sha256: Sha256 = Field(
+        description="hash of the rest of this file: JSON with sorted keys, as written by Python's json.dumps"
+    )
 
     @model_validator(mode="after")
     def _one_entry_a_layer(self) -> "Manifest":
@@ -249,7 +253,7 @@ class Manifest(Part):
 
 
 def schema() -> Json:
-    """JSON Schema, draft 2020-12."""
+    """Return the JSON Schema, draft 2020-12."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": SCHEMA_ID,
@@ -258,9 +262,9 @@ def schema() -> Json:
 
 
 def read_export_manifest(path: Path) -> Json:
-    """A manifest as it was written.
+    """Return an export's manifest.
 
-    Raises A3Error if it has not the form that this version of a3 writes, or was altered.
+    Raises A3Error if it does not follow this version's schema or was altered.
     """
     found = read_json(path)
     try:
@@ -269,6 +273,6 @@ def read_export_manifest(path: Path) -> Json:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise A3Error(
-            f"{path} has not the form that this version of a3 writes ({where}: {first['msg']}); export again"
+            f"{path} does not follow the schema of this version of a3 ({where}: {first['msg']}); run a3 export again"
         ) from None
     return unaltered(found, path, "export again")

@@ -1,4 +1,4 @@
-"""What `a3 eval --json` printed, read again: figures for a report or a model card."""
+"""Read the output of `a3 eval --json`: figures for a report or a model card."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ class Gate(BaseModel):
 
 
 class Measured(BaseModel):
-    """The figures of one data set; those of the source are there with `--against`."""
+    """The figures of one data set; with `--against` also those of the source."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -31,7 +31,7 @@ class Measured(BaseModel):
 
 
 def read_evaluation(path: Path) -> list[Json]:
-    """One entry a data set. Raises A3Error naming a file that holds something else."""
+    """Return one entry per data set. Raises A3Error naming a file that has other content."""
     found = read_json(path)
     sets = found.get("datasets")
     try:
@@ -39,4 +39,4 @@ def read_evaluation(path: Path) -> list[Json]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise A3Error(f"{path} is not what a3 eval --json prints ({where}: {first['msg']})") from None
+        raise A3Error(f"{path} is not the output of a3 eval --json ({where}: {first['msg']})") from None

@@ -1,6 +1,6 @@
-"""What `inspect.describe` found, with figures of `a3 eval` → one HTML page that needs nothing else.
+"""Write one self-contained HTML page with the results of `inspection.describe` and figures of `a3 eval`.
 
-The template asks for nothing from the network, and its content policy would not let it.
+The template requests nothing from the network, and its content policy forbids it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
 
 def check_place(html: Path | None) -> Path:
-    """Raise A3Error for a file that no page can be written to, before any work begins."""
+    """Check that the page can be written, before any work starts. Raises A3Error."""
     if html is None:
         raise A3Error("no file to write: give --html FILE")
     if html.is_dir() or not html.parent.is_dir():
@@ -36,7 +36,7 @@ def read_evaluations(files: Sequence[Path]) -> list[Json]:
 
 
 def write_report(found: Json, measured: list[Json], html: Path) -> Json:
-    """Write the page, with the figures that are known where none are given; returns its place and what it shows."""
+    """Write the page, with known figures if none are given; return its path and its content."""
     measured = measured or found["measured"]
     page = render(found, measured)
     with replacing(html) as partial:
@@ -57,12 +57,12 @@ def render(found: Json, measured: list[Json]) -> str:
 
 
 def _finalize(value: Any) -> Any:
-    """No control character of a name reaches the page; markup made by the template itself stays."""
+    """Escape control characters of names; keep markup made by the template."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def content(found: Json, measured: list[Json]) -> Json:
-    """What the template shows, by section."""
+    """Return the template's content, by section."""
     solution, calibration = found["solution"], found["calibration"]
     return {
         "name": public_name(found["source"]),
@@ -107,7 +107,7 @@ def curve_inputs(found: Json, component: str) -> list[Json]:
 
 
 def tiles(solution: Json | None, measured: list[Json], calibration: Json) -> list[Json]:
-    """The figures to read first."""
+    """Return the main figures."""
     found = []
     if solution:
         kv = solution["kv_bytes_per_token"]
@@ -119,7 +119,7 @@ def tiles(solution: Json | None, measured: list[Json], calibration: Json) -> lis
             tile(
                 "checkpoint", human_bytes(solution["bytes"]["after"]), f"was {human_bytes(solution['bytes']['before'])}"
             ),
-            tile("KV cache", f"−{1 - kv['after'] / kv['before']:.1%}", f"{kv['after']:,} bytes a token"),
+            tile("KV cache", f"−{1 - kv['after'] / kv['before']:.1%}", f"{kv['after']:,} bytes per token"),
         ]
     if measured:
         first = measured[0]
@@ -133,7 +133,7 @@ def tiles(solution: Json | None, measured: list[Json], calibration: Json) -> lis
             )
         )
         if first["kl"] is not None:
-            found.append(tile("KL from the source", f"{first['kl']:.4f}", "nats a token"))
+            found.append(tile("KL from the source", f"{first['kl']:.4f}", "nats per token"))
     if not solution:
         blocks, length = calibration["blocks"]
         found.append(tile("calibrated on", f"{calibration['tokens']:,}", f"tokens in {blocks} blocks of {length}"))
@@ -145,7 +145,7 @@ def tile(label: str, value: str, note: str) -> Json:
 
 
 def changes(solution: Json) -> list[Json]:
-    """Rows of the before/after table; `share` is what is left, from 0 to 1."""
+    """Return the rows of the before/after table; `share` is the remaining fraction, from 0 to 1."""
     names = {"qk": "query and key head size", "ov": "value head size", "mlp": "MLP width"}
     rows = []
     for key, label in names.items():
@@ -154,10 +154,10 @@ def changes(solution: Json) -> list[Json]:
     for key, label, show in (
         ("parameters", "parameters", "{:,}".format),
         ("bytes", "bytes", human_bytes),
-        ("kv_bytes_per_token", "KV cache, bytes a token", "{:,}".format),
+        ("kv_bytes_per_token", "KV cache, bytes per token", "{:,}".format),
         (
             "prefill_flops_per_token",
-            f"FLOPs a token, prompt of {solution['prefill_flops_per_token']['seq_len']:,}",
+            f"FLOPs per token, prompt of {solution['prefill_flops_per_token']['seq_len']:,}",
             human,
         ),
     ):
@@ -171,7 +171,7 @@ def change(label: str, before: str, after: str, share: float) -> Json:
 
 
 def size_map(layers: list[Json]) -> list[Json]:
-    """Each layer's sizes as numbers and shares."""
+    """Return each layer's sizes as numbers and shares."""
     return [
         {
             "layer": each["layer"],
@@ -190,7 +190,7 @@ def rope(solution: Json) -> Json:
 
 
 def score_error(solution: Json) -> Json | None:
-    """None where no head lost a dimension."""
+    """Return the chart of score errors, or None if no head lost a dimension."""
     mean = solution["predicted_score_error"]
     if not any(mean["relative"]):
         return None
@@ -198,7 +198,7 @@ def score_error(solution: Json) -> Json | None:
 
 
 def settings(found: Json) -> list[tuple[str, Json]]:
-    """Titled groups of settings."""
+    """Return titled groups of settings."""
     request = found["calibration"]["request"]
     kept = {key: request[key] for key in ("batch_size", "mlp_stats", "device", "dtype")}
     groups = [("calibrate", {**request["text"], **kept})]
@@ -220,7 +220,7 @@ def commands(found: Json) -> list[str]:
 
 
 def hashes(found: Json) -> list[tuple[str, str]]:
-    """What ties the stages together."""
+    """Return the hashes that link the stages."""
     fingerprint = found["calibration"]["request"]["source"]
     rows = [("source config.json", fingerprint["config.json"])]
     rows += [(f"source {name} (sampled)", value) for name, value in sorted(fingerprint["shards"].items())]
@@ -238,7 +238,7 @@ def human_bytes(count: float) -> str:
 
 
 def human(count: float) -> str:
-    """Three digits and a unit: `1.23 G`."""
+    """Format a count with three digits and a unit: `1.23 G`."""
     units = ["", "k", "M", "G", "T", "P"]
     while count >= 999.5 and len(units) > 1:
         count /= 1000

@@ -108,7 +108,7 @@ def _transformers_5(export: Export) -> tuple[Loads, str]:
 
 def _transformers_4(export: Export) -> tuple[Loads, str]:
     if export.model_type == "nemotron" and export.rope != "default":
-        return NO, f"its Nemotron class ignores RoPE type {export.rope} without a word"
+        return NO, f"its Nemotron class ignores RoPE type {export.rope} silently"
     notes = ["with trust_remote_code=True"] if export.per_layer else []
     if export.own_tokenizer_class:
         notes.append("not the tokenizer: transformers 5 saved it as TokenizersBackend, use PreTrainedTokenizerFast")
@@ -128,7 +128,7 @@ def _llama_cpp(export: Export) -> tuple[Loads, str]:
     if export.per_layer:
         return NO, "has no layers that differ in head size"
     if export.rope == "longrope":
-        return NO, "its converter drops the longrope factors without a word; use --rope-form theta"
+        return NO, "its converter drops the longrope factors silently; use --rope-form theta"
     return YES, ""
 
 
@@ -140,9 +140,9 @@ def _onnx_runtime(export: Export) -> tuple[Loads, str]:
     if export.per_layer:
         return NO, "its builder does not know the architecture"
     if export.rope in ("longrope", "linear"):
-        return NO, f"its builder ignores RoPE type {export.rope} without a word; use --rope-form theta"
+        return NO, f"its builder ignores RoPE type {export.rope} silently; use --rope-form theta"
     if export.head_dim % 16:
-        return NO, f"head size {export.head_dim} is no multiple of 16; use --head-multiple 16"
+        return NO, f"head size {export.head_dim} is not a multiple of 16; use --head-multiple 16"
     return YES, ""
 
 

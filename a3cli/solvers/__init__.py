@@ -1,1 +1,1 @@
-"""The method's mathematics: tensors in, tensors and error curves out. No model, path, logger or CLI here."""
+"""The method's mathematics: tensors in, tensors and error curves out. No models, paths, logging or CLI here."""

@@ -1,4 +1,4 @@
-"""Which sizes to keep: a search over error curves, not over models."""
+"""Choose the sizes to keep: a search over error curves, not over models."""
 
 import math
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-FINEST = 1 << 17  # steps into which the removal is divided at most; beyond, it is rounded down
+FINEST = 1 << 17  # largest number of steps of the removal; more are rounded down to a coarser unit
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One size that a component may take: weights it removes from the model, and its predicted loss."""
+    """One size that a component may take: the weights it removes from the model, and its predicted loss."""
 
     size: int
     removed: int
@@ -19,14 +19,14 @@ class Choice:
 
 
 def allocate(items: Sequence[Sequence[Choice]], needed: int) -> list[Choice]:
-    """One choice of each item, so that at least `needed` weights go at the least total loss.
+    """Choose one size of each item, so that at least `needed` weights are removed at the least total loss.
 
     An exact knapsack by dynamic programming over the weights removed, in units of their greatest common divisor. (Where
     that makes more than `FINEST` steps, removals are rounded down to a coarser unit: still never too few.) In each item
     the choice that removes least must also lose least. Among equal losses the smaller removal wins. Raises ValueError
     if all items together cannot remove `needed`.
     """
-    least = [min(choice.removed for choice in item) for item in items]  # is removed in any case
+    least = [min(choice.removed for choice in item) for item in items]  # removed in any case
     target = max(0, needed - sum(least))
     extra = [[choice.removed - low for choice in item] for item, low in zip(items, least, strict=True)]
     unit = max(math.gcd(*(removed for item in extra for removed in item)), -(-target // FINEST), 1)
@@ -34,9 +34,9 @@ def allocate(items: Sequence[Sequence[Choice]], needed: int) -> list[Choice]:
     steps = [[removed // unit for removed in item] for item in extra]
     if sum(map(max, extra)) < needed - sum(least):
         raise ValueError("no choice removes enough")
-    if sum(map(max, steps)) < target:  # by rounding: everything is needed
+    if sum(map(max, steps)) < target:  # by rounding: every removal is needed
         return [max(item, key=lambda choice: choice.removed) for item in items]
-    # One item may jump over the target by its whole removal; jumping further never pays.
+    # One item may exceed the target by its whole removal; exceeding it further never pays.
     loss = torch.full((target + max(map(max, steps)) + 1,), float("inf"), dtype=torch.float64)
     loss[0] = 0
     chosen = []
@@ -52,7 +52,7 @@ def allocate(items: Sequence[Sequence[Choice]], needed: int) -> list[Choice]:
 
 
 def _add_item(loss: torch.Tensor, steps: list[int], losses: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least loss of every state after one more item, and the index of its choice."""
+    """Return the least loss of every state after one more item, and the index of its choice."""
     best, which = torch.full_like(loss, float("inf")), torch.zeros(len(loss), dtype=torch.int32)
     for index, (step, more) in enumerate(zip(steps, losses, strict=True)):
         reached = loss[: len(loss) - step] + more
@@ -63,5 +63,5 @@ def _add_item(loss: torch.Tensor, steps: list[int], losses: list[float]) -> tupl
 
 
 def sizes(full: int, multiple: int, *, least: int = 1) -> list[int]:
-    """Sizes that a dimension may take, ascending: the multiples from `least` to below `full`, and `full` itself."""
+    """Return the sizes that a dimension may take, ascending: multiples from `least` to below `full`, and `full`."""
     return [*(size for size in range(multiple, full, multiple) if size >= least), full]

@@ -1,16 +1,16 @@
-"""A³-QK on attention itself: query and key maps that leave a head's output as it is, on sampled queries.
+"""A³-QK on attention itself: refine query and key maps to preserve a head's output, on sampled queries.
 
-Scores matter by what the softmax makes of them. Where it is sure of a key, even a large error of the others changes
-nothing; where two keys compete, a small one does. So after the closed form (`solvers/slots.py`), which weighs all
-scores alike, the same maps are refined for what the squared scores stand in for, the output of attention:
+The effect of score errors depends on the softmax. If it is sure of a key, even a large error of the others changes
+nothing; if two keys compete, a small error does. So after the closed form (`solvers/slots.py`), which weighs all scores
+alike, the same maps are refined for the output of attention:
 
     min  E_m Σ_i ‖(ã_i,m − a_i,m) V W_o,i‖²,
     ã_i,m = softmax over n of Re Σ_s (Aᴴ z^q_i,m)_s conj(Bᴴ z^k_n)_s exp(iφ_s(m−n)) · scale
 
 over the sampled queries m of a KV head's group of heads i, by L-BFGS from the closed form's maps: a smooth problem in
-`4 P S` real numbers. Few samples would be fitted better than the text that they are from, so other samples judge every
-step, and the best maps by these are taken. `z = x_p + i·x_{p+h/2}` as in `solvers/rope.py`; P = h/2 pairs, S slots.
-Where RoPE turns only some dims, `z` are the h real dims themselves, as in `solvers/partial.py`.
+`4 P S` real numbers. Few samples would be overfitted, so every step is validated on other samples, and the maps with
+the lowest validation loss are kept. `z = x_p + i·x_{p+h/2}` as in `solvers/rope.py`; P = h/2 pairs, S slots.
+With partial RoPE, `z` are the h real dims, as in `solvers/partial.py`.
 """
 
 import math
@@ -22,22 +22,22 @@ import torch
 from a3cli.solvers.rope import as_pairs
 
 FLOOR = 1e-4  # of the mean eigenvalue, when queries and keys are whitened
-ENTRIES = 1 << 17  # scores at a time, which then stay near the processor
+ENTRIES = 1 << 17  # scores at a time, so that they stay in the cache
 ENTRIES_ON_GPU = 1 << 25
 
-ROW_PARTS = 4  # a block's queries are taken in so many parts: early ones need few keys
+ROW_PARTS = 4  # parts of a block's queries: early ones need few keys
 
 Penalty = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class SampledHead:
-    """What one KV head's attention did, on the device that it is fitted on.
+    """One KV head's attention samples, on the device of the fit.
 
     queries `[N, R, g, h]` of its g heads and keys `[N, T, h]` before RoPE, values `[N, T, h]`, all float32; `seen`
-    `[N, R, 2]` is the first key that each query attends to and its own place, the last one; `pairs` `[P]` are radians a
-    position; `scale` multiplies scores; `output_gram` `[g, h, h]` is `W_o,i W_o,iᵀ`; `turning` counts the pairs that
-    RoPE turns, None if all.
+    `[N, R, 2]` is the first key that each query attends to and its own place, the last one; `pairs` `[P]` are radians
+    per position; `scale` multiplies scores; `output_gram` `[g, h, h]` is `W_o,i W_o,iᵀ`; `turning` counts the rotated
+    pairs, None if all are.
     """
 
     queries: torch.Tensor
@@ -52,7 +52,7 @@ class SampledHead:
 
 @dataclass(frozen=True)
 class Refined:
-    """Complex maps `[P, S]` of queries and keys, and the loss by the judge of those given and of these."""
+    """Complex maps `[P, S]` of queries and keys, and the validation loss before and after refinement."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -70,7 +70,7 @@ class Piece:
 
 
 class AttentionProblem:
-    """The squared error of one KV head's contribution to the residual stream, a token, as a function of its maps."""
+    """The squared error per token of one KV head's contribution to the residual stream, as a function of its maps."""
 
     def __init__(self, head: SampledHead) -> None:
         self.head = head
@@ -83,11 +83,11 @@ class AttentionProblem:
             self.queries, self.keys = (x.to(self.keys.dtype) for x in real)
 
     def _of(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries `[n, g, R, P]` and keys `[n, T, P]` of a piece."""
+        """Return queries `[n, g, R, P]` and keys `[n, T, P]` of a piece."""
         return self.queries[piece.blocks, :, piece.rows], self.keys[piece.blocks, : piece.length]
 
     def _cut(self) -> Iterator[Piece]:
-        """Some blocks and some of their queries at a time, with no more keys than those attend to."""
+        """Cut into pieces: some blocks, some of their queries, and only the keys that these attend to."""
         blocks, group, rows = self.queries.shape[:3]
         small = blocks * rows * group * self.keys.shape[1] <= ENTRIES
         for some in torch.arange(rows).chunk(1 if small else ROW_PARTS):
@@ -98,7 +98,7 @@ class AttentionProblem:
                 yield Piece(slice(int(few[0]), int(few[-1]) + 1), inside, length)
 
     def loss(self, query: torch.Tensor, key: torch.Tensor, slots: torch.Tensor) -> float:
-        """Of complex maps `[P, S]` and slots `[S]` in radians a position."""
+        """Return the loss of complex maps `[P, S]` and slots `[S]` in radians per position."""
         with torch.no_grad():
             turns = self._turns(slots)
             narrow = self._narrow(query, key)
@@ -114,10 +114,10 @@ class AttentionProblem:
         iterations: int,
         penalty: Penalty | None,
     ) -> Refined:
-        """The maps on the way to better ones of which `judge`, of other samples, loses least; those given if these do.
+        """Refine maps by L-BFGS; return those with the least loss on `judge` (other samples), possibly the given ones.
 
-        Complex128 on the device of those given. `penalty` is what else the maps cost, None for nothing. The variables
-        are the maps of whitened queries and keys, of which L-BFGS needs half the iterations.
+        Complex128 on the device of the given maps. `penalty` is an additional cost of the maps, or None. The variables
+        are the maps of whitened queries and keys, which halves the iterations.
         """
         before = judge.loss(query, key, slots)
         best, lowest = Refined(query, key, before, before), math.inf
@@ -140,7 +140,7 @@ class AttentionProblem:
             return [w @ torch.view_as_complex(x).to(w) for w, x in zip(widen, variables, strict=True)]
 
         def evaluate() -> torch.Tensor:
-            """The loss and its gradient, a few blocks at a time: what a softmax keeps for it would fill the memory."""
+            """Compute loss and gradient, a few blocks at a time: the softmax's saved tensors would exhaust memory."""
             nonlocal best, lowest
             optimizer.zero_grad()
             wide = maps()
@@ -154,7 +154,7 @@ class AttentionProblem:
                 total += error.detach().cpu()
             torch.autograd.backward([*narrow, *costs], [*(leaf.grad for leaf in leaves), *(None for _ in costs)])
             total += sum(cost.detach() for cost in costs)
-            if total < lowest:  # a step of the line search that will be taken; never where float32 overflowed
+            if total < lowest:  # a step that the line search accepts; never one with a float32 overflow
                 lowest = total.item()
                 found = [x.detach().to(query) for x in wide]
                 after = judge.loss(found[0], found[1], slots)
@@ -170,26 +170,26 @@ class AttentionProblem:
         return [x.to(self.keys.device, torch.complex64) for x in maps]
 
     def _turns(self, frequencies: torch.Tensor) -> torch.Tensor:
-        """`exp(i f t)` `[T, n]` at each place."""
+        """Return `exp(i f t)` `[T, n]` at each position."""
         places = torch.arange(self.head.keys.shape[1], dtype=torch.float64)
         angle = places[:, None] * frequencies.cpu()
         return torch.polar(torch.ones_like(angle), angle).to(self.keys.device, torch.complex64)
 
     def _outputs(self, piece: Piece, queries: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Attention's outputs `[n, g, R, h]` of queries `[n, g, R, S]` and keys `[n, T, S]`."""
+        """Return attention's outputs `[n, g, R, h]` of queries `[n, g, R, S]` and keys `[n, T, S]`."""
         first, last = self.head.seen[piece.blocks, piece.rows].long().unbind(-1)
         shape = (*queries.shape[:3], piece.length)
         turned = torch.view_as_real(queries * (self.head.scale * turns[last][:, None])).flatten(-2)
         places = torch.arange(piece.length, device=keys.device)
         hidden = (places < first[..., None]) | (places > last[..., None])  # [n, R, T]
-        # Heads side by side with queries: a product that repeats keys and values for each would copy them.
+        # Merge heads with queries: broadcasting keys and values over heads would copy them.
         scores = turned.flatten(1, 2) @ torch.view_as_real(keys * turns[: piece.length]).flatten(-2).mT
         weights = scores.view(shape).masked_fill(hidden[:, None], float("-inf")).softmax(-1)
         found = weights.flatten(1, 2) @ self.head.values[piece.blocks, : piece.length]
         return found.view(*shape[:3], -1)
 
     def _error(self, index: int, maps: list[torch.Tensor], turns: torch.Tensor) -> torch.Tensor:
-        """One piece's part of the loss."""
+        """Return one piece's part of the loss."""
         piece, (query, key) = self.pieces[index], [each.conj() for each in maps]
         queries, keys = self._of(piece)
         found = self._outputs(piece, queries @ query, keys @ key, turns)
@@ -200,7 +200,7 @@ class AttentionProblem:
 
 
 def whitening(samples: torch.Tensor) -> torch.Tensor:
-    """`E[z zᴴ]^{-1/2}` `[P, P]` of samples `[..., P]`, complex128: `z̃ = Mᴴ z` with `M = E[z zᴴ]^{-1/2} M'`."""
+    """Return `E[z zᴴ]^{-1/2}` `[P, P]` of samples `[..., P]`, complex128: `z̃ = Mᴴ z`, `M = E[z zᴴ]^{-1/2} M'`."""
     flat = samples.flatten(0, -2).to(torch.complex128)
     gram = (flat.mH @ flat).mT / len(flat)
     values, vectors = torch.linalg.eigh(gram)
@@ -210,6 +210,6 @@ def whitening(samples: torch.Tensor) -> torch.Tensor:
 
 
 def balanced(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product of each slot, shared out evenly."""
+    """Scale both maps so that each slot has the same product and equal energy in both."""
     share = (query.abs().square().sum(0) / key.abs().square().sum(0)).nan_to_num(1.0, 1.0).clamp(1e-6, 1e6).pow(0.25)
     return query / share, key * share

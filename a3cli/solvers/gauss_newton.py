@@ -1,8 +1,8 @@
-"""Least squares for linear layers that something nonlinear follows: Gauss-Newton, by conjugate gradients.
+"""Least squares for linear layers followed by a nonlinear function: Gauss-Newton with conjugate gradients.
 
 The layers' outputs z become hidden values `h(z)`, of which only derivatives are used, and these become outputs
-`h(z) Vᵀ`. All is linearised in the layers' weights, the linear least-squares problem is solved by preconditioned
-conjugate gradients, and nothing larger than the weights is ever formed. An iteration costs about two forwards over all
+`h(z) Vᵀ`. The outputs are linearised in the layers' weights, preconditioned conjugate gradients solve the linear
+least-squares problem, and no tensor is larger than the weights. An iteration costs about two forward passes over all
 tokens. n layers of m outputs read the same d inputs.
 """
 
@@ -27,7 +27,7 @@ def gauss_newton_step(
     damping: float,
     iterations: int,
 ) -> torch.Tensor:
-    """The step `[n, m, d]` towards `argmin_δ Σ ‖t − h(z) Vᵀ − J δ‖² + damping · ‖δ‖²_P` from weights `[n, m, d]`.
+    """Return the step `[n, m, d]` to `argmin_δ Σ ‖t − h(z) Vᵀ − J δ‖² + damping · ‖δ‖²_P` from weights `[n, m, d]`.
 
     hidden maps pre-activations `z` `[tokens, n, m]` to hidden values `[tokens, h]`, token by token, and output is V
     `[k, h]`; `batches()` yields inputs `[tokens, d]` and targets `[tokens, k]`, the same each time. The metric
@@ -53,19 +53,19 @@ def gauss_newton_step(
 
 
 def pre_activations(x: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
-    """`x Wᵀ + b`, `[tokens, n, m]`."""
+    """Return `x Wᵀ + b`, `[tokens, n, m]`."""
     return torch.addmm(biases.flatten(), x, weights.flatten(0, 1).mT).view(len(x), *biases.shape)
 
 
 def _as_weights(by_pre_activations: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Derivatives by pre-activations `[tokens, n, m]` as derivatives by weights `[n, m, d]`."""
+    """Convert derivatives by pre-activations `[tokens, n, m]` to derivatives by weights `[n, m, d]`."""
     return (by_pre_activations.flatten(1).mT @ x).view(*by_pre_activations.shape[1:], -1)
 
 
 def _first_pass(
     hidden: Hidden, output: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor, batches: Batches
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`E[x xᵀ]` slightly damped, the energies `s`, and `Jᵀ(t − f)`.
+    """Return `E[x xᵀ]` slightly damped, the energies `s`, and `Jᵀ(t − f)`.
 
     s is estimated with random signs for the outputs: `E_r (∂(rᵀf)/∂z)² = Σ_k (∂f_k/∂z)²`, averaged over all tokens.
     """
@@ -82,5 +82,5 @@ def _first_pass(
     gram /= tokens
     mean = gram.diagonal().mean()
     gram.diagonal().add_(torch.where(mean > 0, 1e-3 * mean, 1.0))
-    least = torch.finfo(rows.dtype).tiny  # where nothing reaches the outputs the step is zero
+    least = torch.finfo(rows.dtype).tiny  # the step is zero where nothing reaches the outputs
     return gram, rows.clamp_min(1e-6 * rows.mean()).clamp_min(least), right

@@ -1,4 +1,4 @@
-"""Square roots of Gram matrices and the joint decomposition that QK and OV share. float64 throughout."""
+"""Square roots of Gram matrices and the joint decomposition of QK and OV. float64 throughout."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Root:
-    """`S = G^½` and `S⁻¹`, `[..., h, h]`, of a Gram matrix whose spectrum was floored.
+    """`S = G^½` and `S⁻¹`, `[..., h, h]`, of a Gram matrix with a floored spectrum.
 
     `floored` `[...]` counts the eigenvalues raised to the floor, `effective_rank` `[...]` is the
     exponential of the entropy of the normalised spectrum (Roy & Vetterli, 2007).
@@ -21,10 +21,10 @@ class Root:
 
 
 def root_and_inverse(gram: torch.Tensor, *, floor: float) -> Root:
-    """Symmetric square root and its inverse of `gram` `[..., h, h]`, by `eigh` in float64.
+    """Return the symmetric square root of `gram` `[..., h, h]` and its inverse, by `eigh` in float64.
 
     Eigenvalues below `floor` times the largest are raised to it, in the root and in the inverse alike, so
-    that the two stay inverse to one another. A zero Gram matrix has the identity for both.
+    that the two stay inverse to each other. A zero Gram matrix has the identity for both.
     Raises ValueError if `gram` is not finite.
     """
     if not torch.isfinite(gram).all():
@@ -45,7 +45,7 @@ def root_and_inverse(gram: torch.Tensor, *, floor: float) -> Root:
 
 
 def effective_rank(spectrum: torch.Tensor) -> torch.Tensor:
-    """Exponential of the entropy of a spectrum `[..., h]` normalised to sum 1."""
+    """Return the exponential of the entropy of a spectrum `[..., h]` normalised to sum 1."""
     p = spectrum.clamp_min(0)
     p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
     return torch.exp(-torch.xlogy(p, p).sum(-1))
@@ -68,7 +68,7 @@ class JointDecomposition:
 
 
 def decompose_jointly(shared_gram: torch.Tensor, other_gram: torch.Tensor, *, floor: float) -> JointDecomposition:
-    """Eigenvectors of `S · other_gram · S`, `S = shared_gram^½`; both `[..., h, h]`.
+    """Return eigenvalues and maps of `S · other_gram · S`, `S = shared_gram^½`; both `[..., h, h]`.
 
     The head-space form of the paper's Theorems A³-QK and A³-OV with its joint SVD over a GQA group: the
     truncation to rank r is the exact minimum of the group's summed squared error.
@@ -86,13 +86,13 @@ def decompose_jointly(shared_gram: torch.Tensor, other_gram: torch.Tensor, *, fl
 
 
 def tail_sums(values: torch.Tensor) -> torch.Tensor:
-    """Error curve `[..., n + 1]` of a descending spectrum `[..., n]`: entry r is `Σ_{j>=r} values_j`."""
+    """Return the error curve `[..., n + 1]` of a descending spectrum `[..., n]`: entry r is `Σ_{j>=r} values_j`."""
     tails = values.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([tails, torch.zeros_like(tails[..., :1])], -1)
 
 
 def _wide(matrix: torch.Tensor) -> torch.Tensor:
-    """float64, or complex128 for the complex Gram matrices of rotated pairs."""
+    """Convert to float64, or to complex128 for the complex Gram matrices of rotated pairs."""
     return matrix.to(torch.complex128 if matrix.is_complex() else torch.float64)
 
 
@@ -104,7 +104,7 @@ def _hermitian(matrix: torch.Tensor) -> torch.Tensor:
 def solve_ridge(
     gram: torch.Tensor, target: torch.Tensor, *, ridge: float, overwrite_gram: bool = False
 ) -> torch.Tensor:
-    """`(gram + εI)⁻¹ target` by Cholesky, ε = `ridge` times the mean of the diagonal.
+    """Return `(gram + εI)⁻¹ target` by Cholesky, ε = `ridge` times the mean of the diagonal.
 
     gram `[n, n]` positive semi-definite, target `[n, d]`; with `overwrite_gram` the factor takes gram's place. Raises
     ValueError if it cannot be factorised.
@@ -126,7 +126,7 @@ def conjugate_gradients(
     *,
     iterations: int,
 ) -> torch.Tensor:
-    """`iterations` steps from zero towards the solution of `operator(v) = right`, positive definite."""
+    """Take `iterations` steps from zero towards the solution of `operator(v) = right`, positive definite."""
     solution, residual = torch.zeros_like(right), right.clone()
     direction = conditioned = precondition(residual)
     product = (residual * conditioned).sum()

@@ -1,4 +1,4 @@
-"""A³-MLP: fewer intermediate channels."""
+"""A³-MLP: select intermediate channels."""
 
 from dataclasses import dataclass
 
@@ -8,31 +8,31 @@ from a3cli.solvers.linalg import solve_ridge
 
 
 def score_channels(energy: torch.Tensor, down_weight: torch.Tensor) -> torch.Tensor:
-    """The paper's score `[I]` of each channel, `R_jj ‖w_j‖²` (Section A³-MLP, the CUR form).
+    """Return the paper's score `[I]` of each channel, `R_jj ‖w_j‖²` (Section A³-MLP, the CUR form).
 
-    energy `[I]` = `E[x_j²]` of what feeds the down projection; down_weight `[d, I]`, column j is `w_j`. The
+    energy `[I]` = `E[x_j²]` of the down projection's input; down_weight `[d, I]`, column j is `w_j`. The
     paper's `‖r_j‖²‖w_j‖²`, with `r_j` a column of `R^½`, is the same number: `‖R^½ e_j‖² = R_jj`. Kept
     channels stay as they are.
     """
     norms = torch.zeros_like(energy, dtype=torch.float64)
-    for rows in down_weight.split(max(1, (1 << 18) // down_weight.shape[1])):  # what stays in a core's cache
+    for rows in down_weight.split(max(1, (1 << 18) // down_weight.shape[1])):  # fits a core's cache
         norms += rows.double().square().sum(0)
     return energy.double() * norms
 
 
 def keep_channels(scores: torch.Tensor, kept: int) -> torch.Tensor:
-    """Indices `[kept]` of the highest scores `[I]`, ascending; among equals the first channel wins."""
+    """Return the indices `[kept]` of the highest scores `[I]`, ascending; among equals the first channel wins."""
     return scores.argsort(descending=True, stable=True)[:kept].sort().values
 
 
 # A channel of which less than this share is unexplained counts as explained: statistics are accumulated in float32, and
-# with fewer tokens than channels what is left of the last ones is rounding.
+# with fewer tokens than channels the rest of the last ones is rounding.
 EXPLAINED = 1e-5
 
 
 @dataclass(frozen=True)
 class ChannelOrder:
-    """Channels in the order in which they are worth keeping, and what is lost at each number kept.
+    """Channels in the order of selection, and the loss at each number of kept channels.
 
     `order` `[I]`; `curve` `[I + 1]` is the squared error of the MLP's output with the first m channels and a refit down
     projection.
@@ -45,13 +45,13 @@ class ChannelOrder:
 def order_channels(
     gram: torch.Tensor, down_weight: torch.Tensor, *, block: int, candidates: int = 4, overwrite_gram: bool = False
 ) -> ChannelOrder:
-    """Forward greedy selection that knows about the refit: one pass gives every width and its exact error.
+    """Select channels greedily, accounting for the refit: one pass gives every width and its exact error.
 
     gram `[I, I]` = `E[x xᵀ]`, down_weight `[d, I]`. The channel taken next is the one that most reduces the residual of
     the refit, `‖(R W)_j‖² / R_jj` on the deflated `R`. Block-wise: `block` channels are taken among the `candidates ·
-    block` of largest gain, exactly greedily among those, before what is left of `R` is deflated by them. About
+    block` of largest gain, exactly greedily among those, before the rest of `R` is deflated by them. About
     `I³/3 + 3/2 I² d` multiply-adds in matrix products; `block=1` is exact greedy. Beside `R` in float64 it holds two
-    matrices `[I, d]`; with `overwrite_gram` a float64 `gram` is itself worked on, and spoilt.
+    matrices `[I, d]`; with `overwrite_gram` a float64 `gram` is overwritten.
     """
     residual = gram.to(torch.float64, copy=not overwrite_gram)
     weight = down_weight.mT.double()
@@ -81,10 +81,10 @@ def order_channels(
 
 
 class _Left:
-    """The channels that are not taken: the leading rows (and columns) of `R`, `T = R W` and the rest, in place.
+    """The remaining channels: the leading rows (and columns) of `R`, `T = R W` and the rest, in place.
 
-    The last ones move into the gaps that the taken ones leave, so that every product is as small as can be and no
-    matrix is copied.
+    The last rows move into the gaps of the taken ones, so that every product is as small as possible and no matrix is
+    copied.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class _Left:
         return len(self.channels)
 
     def take(self, taken: torch.Tensor, useful: torch.Tensor) -> None:
-        """Drop the rows `taken`, and take out of the others what those of them that are `useful` explain."""
+        """Drop the rows `taken`, and deflate the others by the `useful` ones among them."""
         columns = self.residual[:, useful]
         factor = torch.linalg.cholesky(columns[useful])
         half = torch.linalg.solve_triangular(factor, columns.mT, upper=False)
@@ -114,7 +114,7 @@ class _Left:
         self.residual.addmm_(half.mT, half, alpha=-1)
 
     def _moves(self, taken: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places that `taken` leaves in the leading rows, and the rows at the end that fill them."""
+        """Return the gaps of `taken` in the leading rows, and the rows at the end that fill them."""
         n = self.count - len(taken)
         last = torch.ones(len(taken), dtype=torch.bool, device=taken.device)
         last[taken[taken >= n] - n] = False
@@ -122,14 +122,14 @@ class _Left:
 
 
 def _gains(energy: torch.Tensor, met: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """`‖T_j‖² / R_jj`, and 0 for channels that the chosen ones explain: what is left of those is rounding."""
+    """Return `‖T_j‖² / R_jj`, and 0 for channels that the chosen ones explain, whose rest is rounding."""
     return torch.where(energy > least, met.clamp_min(0) / energy.clamp_min(least), 0.0)
 
 
 def _take_greedily(
     residual: torch.Tensor, met: torch.Tensor, least: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact greedy among a pool: indices `[count]` into it, and what each one gained.
+    """Select exactly greedily from a pool; return indices `[count]` into it and the gain of each.
 
     Works on `R` and on `met = T Tᵀ`, both of the pool's size, in place: `T_j − c_j T_b` changes `T Tᵀ` by rank two. The
     index stays a tensor `[1]`, so that nothing waits for the device.
@@ -151,7 +151,7 @@ def _take_greedily(
 
 
 def refit_down(gram: torch.Tensor, down_weight: torch.Tensor, kept: torch.Tensor, *, ridge: float) -> torch.Tensor:
-    """The down projection `[d, m]` of the kept channels that fits best what all of them put out, by least squares.
+    """Return the down projection `[d, m]` of the kept channels that fits the output of all channels by least squares.
 
     `W̃ = (R_SS + εI)⁻¹ R_S: W`, ε = `ridge` times the mean of the diagonal. Never worse on the calibration set than
     keeping the columns as they are. About `m I d + m³/6 + m² d` multiply-adds; beside its arguments it holds one matrix

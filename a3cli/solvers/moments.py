@@ -1,4 +1,4 @@
-"""Activations → running sums. Pure tensors: nothing here knows a model or a file.
+"""Accumulate running sums of activations. Only tensors: no models or files here.
 
 Sums, not means, so that statistics over different text add up exactly. Per layer, over n tokens:
 
@@ -12,7 +12,7 @@ Sums, not means, so that statistics over different text add up exactly. Per laye
     distance [T]       attention mass by query-key distance, of sampled queries over all heads
     tokens []
 
-and attention kept whole of a few blocks (`samples.py`), which is joined rather than added up.
+and attention samples of a few blocks (`samples.py`), which are concatenated, not summed.
 
 Products are formed in float32 per batch and added up in float64, except the two large Gram matrices
 (`o_gram`, `mlp_gram`), which are added up in float32 and stored as the rows of their upper triangle.
@@ -30,13 +30,13 @@ Tensors = dict[str, torch.Tensor]
 LARGE = ("o_gram", "mlp_gram")
 SAMPLED_QUERIES = 8
 PIECE = 512  # tokens
-ROWS = 256  # of a large Gram matrix
-SMALL = 1 << 19  # numbers; memory for so few is at hand
+ROWS = 256  # rows of a large Gram matrix at a time
+SMALL = 1 << 19  # numbers; memory for so few is available
 
 
 @dataclass
 class LayerMoments:
-    """Running sums of one layer, on the device that the activations are on."""
+    """Running sums of one layer, on the activations' device."""
 
     head_dim: int
     full_mlp: bool
@@ -45,14 +45,14 @@ class LayerMoments:
 
     def __post_init__(self) -> None:
         self.sums: Tensors = {}
-        self.first_block = 0  # of the batch under way
+        self.first_block = 0  # of the current batch
         self._wide = torch.empty(0)
 
     def add_heads(self, name: str, x: torch.Tensor) -> None:
-        """`q`, `k` or `v` of a batch, `[..., heads · h]`."""
+        """Add `q`, `k` or `v` of a batch, `[..., heads · h]`."""
         flat = x.reshape(-1, x.shape[-1])
         heads = flat.shape[1] // self.head_dim
-        # A CPU's batch is small; a GPU's has so many tokens that each piece of it counts for itself.
+        # A CPU's batch is small; a GPU's has so many tokens that each piece is summed separately.
         kind = torch.float32 if self._on_cpu else torch.float64
         gram = torch.zeros(heads, self.head_dim, self.head_dim, device=self.device, dtype=kind)
         total = torch.zeros(flat.shape[1], device=self.device, dtype=kind)
@@ -67,7 +67,7 @@ class LayerMoments:
         self._add(f"{name}_sum", total.view(heads, self.head_dim))
 
     def add_attention_output(self, o: torch.Tensor) -> None:
-        """Input of the output projection `[..., H · h]`."""
+        """Add the input of the output projection `[..., H · h]`."""
         flat = o.reshape(-1, o.shape[-1])
         total = torch.zeros(flat.shape[1], device=self.device)
         with products_of(flat.dtype):
@@ -77,7 +77,7 @@ class LayerMoments:
         self._add("o_sum", total)
 
     def add_mlp(self, x: torch.Tensor) -> None:
-        """Input of the down projection `[..., I]`."""
+        """Add the input of the down projection `[..., I]`."""
         flat = x.reshape(-1, x.shape[-1])
         energy, total = torch.zeros(2, flat.shape[1], device=self.device)
         with products_of(flat.dtype):
@@ -94,18 +94,18 @@ class LayerMoments:
         return self.device.type == "cpu"
 
     def _energy(self, piece: torch.Tensor) -> torch.Tensor:
-        """`Σ x²` over tokens, of `[n, m]`, a few at a time: squares of a GPU's batch would take much room."""
+        """Return `Σ x²` over tokens of `[n, m]`, a few at a time: squares of a GPU's batch would take much memory."""
         total = torch.zeros(piece.shape[1], device=self.device)
         for rows in piece.split(max(1, SMALL // piece.shape[1]) if self._on_cpu else PIECE):
             total += rows.float().square().sum(0)
         return total
 
     def _pieces(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The tokens of a batch `[n, m]` as a factor of the products.
+        """Yield the tokens of a batch `[n, m]` as factors of the products.
 
-        On the CPU a few at a time, in float32, since its products of half precision would be rounded to it, and in a
-        buffer that is used again: touching fresh memory takes longer than the cast, and what stays in the cache is read
-        faster. A GPU takes half precision as it is, and adds up in float32.
+        On the CPU: a few at a time, in float32, since products of half precision would be rounded to it, and in a
+        reused buffer, since touching fresh memory takes longer than the cast and cached data is read faster. A GPU
+        multiplies half precision directly and accumulates in float32.
         """
         if not self._on_cpu:
             yield flat
@@ -121,14 +121,14 @@ class LayerMoments:
     def add_attention(
         self, seen: Tensors, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
     ) -> None:
-        """Where attention looks: `q` `[B, T, H·h]`, `k` and `v` `[B, T, K·h]` before RoPE; see `attention_mass`."""
+        """Add attention by distance: `q` `[B, T, H·h]`, `k` and `v` `[B, T, K·h]` before RoPE; see `attention_mass`."""
         self._add("distance", attention_mass(seen["q"], seen["k"], rotation, mask, head_dim=self.head_dim))
         if self.samples is not None:
             self.samples.add(self.first_block, seen["q"], seen["k"], seen["v"], mask)
 
     def add_residual(self, name: str, x: torch.Tensor) -> None:
-        """`attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
-        of_tokens = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # a norm over everything loses digits
+        """Add `attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
+        of_tokens = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # a norm over all tokens would lose digits
         self._add(name, of_tokens.double().square().sum())
         if name == "mlp_residual":
             self._add("tokens", torch.tensor(x[..., 0].numel(), dtype=torch.float64, device=self.device))
@@ -149,7 +149,7 @@ class LayerMoments:
             _add_product(gram[i : i + rows, i:], flat[:, i : i + rows].mT, flat[:, i:])
 
     def finished(self) -> Tensors:
-        """The sums as they are stored, the large ones packed. Empties this object. Without any batch there are none."""
+        """Return the sums as stored, the large ones packed, and empty this object. Without any batch there are none."""
         stored = {}
         for name in list(self.sums):
             value = self.sums.pop(name)
@@ -161,8 +161,9 @@ class LayerMoments:
 
 @contextmanager
 def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 products of what was `dtype` before: a CPU's bfloat16 units (AMX) lose nothing of bfloat16, and add up in
-    float32. Where there are none nothing changes.
+    """Allow bf16 (AMX) matmuls for float32 data that was originally bf16; they lose nothing and accumulate in float32.
+
+    Without such units nothing changes.
     """
     before = torch.get_float32_matmul_precision()
     if dtype == torch.bfloat16:
@@ -174,13 +175,13 @@ def products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total += a b` in float32; `a` and `b` may be of half precision on a GPU."""
+    """Compute `total += a b` in float32; `a` and `b` may have half precision on a GPU."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
         return
     try:
         total += torch.mm(a, b, out_dtype=torch.float32)
-    except (TypeError, NotImplementedError, RuntimeError):  # an older torch, or a device that has no such product
+    except (TypeError, NotImplementedError, RuntimeError):  # an older torch, or a device without such a product
         total.addmm_(a.float(), b.float())
 
 
@@ -192,10 +193,10 @@ def attention_mass(
     *,
     head_dim: int,
 ) -> torch.Tensor:
-    """Attention weights by distance `[T]`, summed over blocks, heads and a few evenly spaced queries a block.
+    """Return attention weights by distance `[T]`, summed over blocks, heads and a few evenly spaced queries per block.
 
     q `[B, T, H·h]`, k `[B, T, K·h]` before RoPE; rotation is the layer's (cos, sin), each `[·, T, r]`, with pairs
-    `(p, p + r/2)`, r < h where RoPE passes dims through; mask `[B or 1, 1, T, T]` is boolean (True attends) or
+    `(p, p + r/2)`, r < h with partial RoPE; mask `[B or 1, 1, T, T]` is boolean (True attends) or
     additive, None is causal.
     """
     length = q.shape[1]
@@ -225,7 +226,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def pack_upper(matrix: torch.Tensor) -> torch.Tensor:
-    """Rows of the upper triangle of `[n, n]`, one after another: `[n(n+1)/2]`."""
+    """Return the rows of the upper triangle of `[n, n]`, concatenated: `[n(n+1)/2]`."""
     n = len(matrix)
     packed = matrix.new_empty(n * (n + 1) // 2)
     start = 0
@@ -236,7 +237,7 @@ def pack_upper(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_upper(packed: torch.Tensor, n: int) -> torch.Tensor:
-    """The symmetric `[n, n]` matrix of `pack_upper`."""
+    """Return the symmetric `[n, n]` matrix of `pack_upper`."""
     matrix = packed.new_zeros(n, n)
     start = 0
     for i in range(n):
@@ -248,6 +249,6 @@ def unpack_upper(packed: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def gram_blocks(o_gram: torch.Tensor, heads: int) -> torch.Tensor:
-    """The diagonal blocks `[H, h, h]` of `[Hh, Hh]`: each head's own Gram matrix."""
+    """Return the diagonal blocks `[H, h, h]` of `[Hh, Hh]`: each head's Gram matrix."""
     size = len(o_gram) // heads
     return torch.stack([o_gram[i : i + size, i : i + size] for i in range(0, len(o_gram), size)])

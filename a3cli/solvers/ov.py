@@ -9,9 +9,9 @@ REFINEMENT_STEPS = 30  # of conjugate gradients in one round of `refine_values`
 
 
 def solve_ov(value_gram: torch.Tensor, output_gram: torch.Tensor, *, floor: float) -> JointDecomposition:
-    """A³-OV (Theorem A³-OV, joint over a KV group).
+    """Solve A³-OV (Theorem A³-OV, joint over a KV group).
 
-    value_gram `[K, h, h]`: the Gram matrix of what enters the output projection, `E[o_i o_iᵀ]` for MHA; the
+    value_gram `[K, h, h]`: the Gram matrix of the output projection's input, `E[o_i o_iᵀ]` for MHA; the
     paper's `E[v vᵀ]` for GQA. output_gram `[H, h, h]` = `W_o,i W_o,iᵀ`. `W_v ← W_v · shared_map`,
     `W_o,i ← other_mapᵀ · W_o,i`. For MHA the loss is the exact minimum of `E‖o_i W_o,i − õ_i W̃_o,i‖²`.
     """
@@ -19,18 +19,18 @@ def solve_ov(value_gram: torch.Tensor, output_gram: torch.Tensor, *, floor: floa
 
 
 def output_gram_of(output_weight: torch.Tensor) -> torch.Tensor:
-    """`W_o,i W_o,iᵀ` `[H, h, h]` in float64, of `[H, h, d]`; one head is converted at a time."""
+    """Return `W_o,i W_o,iᵀ` `[H, h, h]` in float64, for `[H, h, d]`; one head is converted at a time."""
     return torch.stack([head.double() @ head.double().mT for head in output_weight])
 
 
 def refit_output(
     o_gram: torch.Tensor, output_weight: torch.Tensor, value_map: torch.Tensor, *, ridge: float
 ) -> torch.Tensor:
-    """The output projection `[H·r, d]` that fits best what all heads together put out, by least squares.
+    """Return the output projection `[H·r, d]` that fits the output of all heads together by least squares.
 
     o_gram `[Hh, Hh]` = `E[o oᵀ]` over all heads, output_weight `[Hh, d]`, value_map `[K, h, r]`. With `õ = Aᵀo`, `A`
-    block diagonal, `W̃ = (Aᵀ C A + εI)⁻¹ Aᵀ C W`, ε = `ridge` times the mean of the diagonal. Repairs what treating
-    heads one by one ignores; never worse on the calibration set than their own output maps.
+    block diagonal, `W̃ = (Aᵀ C A + εI)⁻¹ Aᵀ C W`, ε = `ridge` times the mean of the diagonal. Accounts for
+    correlations between heads; never worse on the calibration set than the heads' own output maps.
     """
     a = _block_diagonal(o_gram, value_map)
     reduced = a.mT @ o_gram.double()
@@ -40,12 +40,12 @@ def refit_output(
 def refine_values(
     o_gram: torch.Tensor, output_weight: torch.Tensor, value_map: torch.Tensor, *, ridge: float, rounds: int
 ) -> torch.Tensor:
-    """Value maps `[K, h, r]` that fit all heads' output together better, by alternating least squares.
+    """Refine value maps `[K, h, r]` for the output of all heads together, by alternating least squares.
 
-    `solve_ov`, which this starts from, treats KV heads one by one, and a group by its mean Gram matrix. For the output
+    The initial maps of `solve_ov` treat KV heads separately, and a group by its mean Gram matrix. For the output
     projection `W̃` that `refit_output` gives, `‖C^½ (W − A W̃)‖²` is quadratic in the shared maps A as well: its normal
     equations `Σ_{i in group} Σ_j C_ij A_j W̃_j W̃_iᵀ = Σ_{i in group} (C W)_i W̃_iᵀ` are solved by conjugate gradients.
-    Never worse on the calibration set than what it starts from.
+    Never worse on the calibration set than the initial maps.
     """
     kv_heads, size, rank = value_map.shape
     heads = len(o_gram) // size
@@ -70,7 +70,7 @@ def refine_values(
 
 
 def _block_diagonal(o_gram: torch.Tensor, value_map: torch.Tensor) -> torch.Tensor:
-    """`A` `[Hh, H·r]`: each head's own map `[h, r]`, that of its group."""
+    """Return `A` `[Hh, H·r]` with each head's map `[h, r]`, that of its group."""
     heads = len(o_gram) // value_map.shape[1]
     a: torch.Tensor = torch.block_diag(*value_map.double().repeat_interleave(heads // len(value_map), 0))
     return a

@@ -1,18 +1,17 @@
-"""A³-QK where RoPE turns only some dims of a head and passes the rest through: real-linear maps, real scores.
+"""A³-QK with partial RoPE: real-linear maps, real scores.
 
-RoPE turns the first R pairs, dims `(p, p + R)`; the other `n = h − 2R` dims meet as they are. A band never holds both:
-between them there is no frequency. What is passed through is A³-QK without RoPE, so Theorem A³-QK (`solvers/qk.py`)
-solves it, two real dims a slot.
+RoPE rotates the first R pairs, dims `(p, p + R)`; the other `n = h − 2R` dims are not rotated. A band never holds both,
+since no frequency lies between them. The unrotated dims are A³-QK without RoPE, so Theorem A³-QK (`solvers/qk.py`)
+solves them, two real dims per slot.
 
-Then every slot may mix every dim, which is more than complex maps of pairs can say: a dim that does not turn needs no
-partner. A map is complex, `M` `[h, S]`, and slot s of a head `x` is the pair `z̃_s = (Mᴴ x)_s`, any two real
-combinations of its dims; it turns with φ_s, which is 0 for what is passed through. In the coordinates `w = T x`, `T`
-unitary,
+Then every slot may mix every dim, which is more general than complex maps of pairs: an unrotated dim needs no partner.
+A map is complex, `M` `[h, S]`, and slot s of a head `x` is the pair `z̃_s = (Mᴴ x)_s`, any two real combinations of its
+dims; its frequency is φ_s, which is 0 for unrotated slots. In the coordinates `w = T x`, `T` unitary,
 
-    w = ((x_p + i·x_{p+R})/√2, (x_p − i·x_{p+R})/√2, the dims that are passed through),
+    w = ((x_p + i·x_{p+R})/√2, (x_p − i·x_{p+R})/√2, the unrotated dims),
 
-RoPE is diagonal with frequencies (θ, −θ, 0), a slot is two that turn with φ and −φ, and the real score is the one that
-`solvers/slots.py` computes from complex coordinates. So its alternation minimises the error of real scores themselves.
+RoPE is diagonal with frequencies (θ, −θ, 0), a slot is two with frequencies φ and −φ, and the real score is the one
+that `solvers/slots.py` computes from complex coordinates. So its alternation minimises the error of real scores.
 """
 
 from dataclasses import replace
@@ -25,7 +24,7 @@ from a3cli.solvers.slots import HeadStatistics, SlotMaps, SlotProblem
 
 
 def coordinates(head_dim: int, turning: int) -> torch.Tensor:
-    """The unitary `T` `[h, h]` of `w = T x`."""
+    """Return the unitary `T` `[h, h]` of `w = T x`."""
     basis = torch.eye(head_dim, dtype=torch.complex128)
     first, second = basis[:turning], 1j * basis[turning : 2 * turning]
     return torch.cat([(first + second) / 2**0.5, (first - second) / 2**0.5, basis[2 * turning :]])
@@ -34,9 +33,9 @@ def coordinates(head_dim: int, turning: int) -> torch.Tensor:
 def partial_statistics(
     q_gram: torch.Tensor, k_gram: torch.Tensor, k_mean: torch.Tensor, turning: int
 ) -> HeadStatistics:
-    """Of `w`, from real Gram matrices `[H, h, h]`, `[K, h, h]` and key means `[K, h]`.
+    """Return the statistics of `w`, from real Gram matrices `[H, h, h]`, `[K, h, h]` and key means `[K, h]`.
 
-    The queries' is doubled: so losses are twice those of real scores, as those of complex scores are about.
+    The queries' Gram is doubled, so that losses are twice those of real scores, about as those of complex scores are.
     """
     change = coordinates(k_gram.shape[-1], turning)
     queries = sum_over_group(q_gram, len(k_gram)).to(change)
@@ -53,7 +52,7 @@ def partial_grams(
     centring: float,
     floor: float,
 ) -> PairGrams:
-    """`pair_grams` of the pairs that turn, `constancy` `[R, R]`, and the theorem for the dims that don't."""
+    """Return `pair_grams` of the rotated pairs, with `constancy` `[R, R]`, and the theorem for the unrotated dims."""
     turned, passed = slice(0, 2 * len(constancy)), slice(2 * len(constancy), None)
     grams = pair_grams(
         q_gram[:, turned, turned], k_gram[:, turned, turned], k_mean[:, turned], constancy, centring=centring
@@ -64,7 +63,7 @@ def partial_grams(
 
 
 def key_start(grams: PairGrams, bands: list[Band], *, floor: float) -> torch.Tensor:
-    """Keys' maps `[K, h, S]` of bands, those of pairs that turn first; the last one is of what is passed through."""
+    """Return keys' maps `[K, h, S]` of bands, rotated pairs first; the last band is that of the unrotated dims."""
     assert grams.still is not None
     turned = band_maps(grams, bands[:-1], floor=floor)[1]
     first, second = grams.still.shared_map[..., : 2 * bands[-1].rank].chunk(2, -1)
@@ -76,7 +75,7 @@ def key_start(grams: PairGrams, bands: list[Band], *, floor: float) -> torch.Ten
 
 
 class PartialProblem:
-    """`SlotProblem` for maps `[K, h, S]` of heads `x`; heads are `partial_statistics`, pairs those that turn `[R]`."""
+    """`SlotProblem` for maps `[K, h, S]` of heads `x`; heads are `partial_statistics`, pairs the rotated ones `[R]`."""
 
     def __init__(
         self,
@@ -101,16 +100,16 @@ class PartialProblem:
         )
 
     def solve(self, key: torch.Tensor) -> SlotMaps:
-        """Alternate from the keys' maps `[K, h, S]` given. No half-step increases the loss."""
+        """Alternate from the given keys' maps `[K, h, S]`. No half-step increases the loss."""
         found = self._problem.solve(self._doubled(key))
         return SlotMaps(self._halved(found.query), self._halved(found.key), found.loss)
 
     def loss(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """`[K]`, of maps `[K, h, S]`: twice the squared error of real scores."""
+        """Return the loss `[K]` of maps `[K, h, S]`: twice the squared error of real scores."""
         return self._problem.loss(self._doubled(query), self._doubled(key))
 
     def _doubled(self, maps: torch.Tensor) -> torch.Tensor:
-        """Of `w`, `[K, h, 2S]`: each slot and its conjugate."""
+        """Return the maps of `w`, `[K, h, 2S]`: each slot and its conjugate."""
         return self._change @ torch.cat([maps, maps.conj()], -1) / 2**0.5
 
     def _halved(self, maps: torch.Tensor) -> torch.Tensor:
@@ -118,5 +117,5 @@ class PartialProblem:
 
 
 def real_columns(maps: torch.Tensor) -> torch.Tensor:
-    """`z̃ = Mᴴ x` for `M` `[..., h, S]` as a real matrix `[..., h, 2S]`: the real part of every slot, then imaginary."""
+    """Return `z̃ = Mᴴ x`, `M` `[..., h, S]`, as a real matrix `[..., h, 2S]`: real parts, then imaginary ones."""
     return torch.cat([maps.real, -maps.imag], -1)

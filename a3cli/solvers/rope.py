@@ -1,7 +1,7 @@
 """A³-QK with RoPE by bands: closed form inside bands of neighbouring pairs that share one frequency.
 
 Pair p of a head is the complex number `z_p = x_p + i·x_{p+h/2}`; RoPE multiplies it by `exp(i m θ_p)` at position m,
-and the score is `Re Σ_p z^q_p conj(z^k_p) exp(i(m−n)θ_p)`. In a band of pairs that turn alike, complex linear maps
+and the score is `Re Σ_p z^q_p conj(z^k_p) exp(i(m−n)θ_p)`. In a band of pairs with one frequency, complex linear maps
 commute with the rotation, so A³-QK applies in complex form. A band of one pair with rank 0 or 1 is the paper's CUR, one
 band of everything its theorem without RoPE. P = h/2 pairs, K KV heads.
 """
@@ -14,15 +14,15 @@ import torch
 from a3cli.solvers.linalg import JointDecomposition, decompose_jointly, tail_sums
 from a3cli.solvers.qk import sum_over_group
 
-TRIED = 4  # frequencies that a band may take from each pair to the next
+TRIED = 4  # frequencies tried for a band from each pair to the next
 
 
 @dataclass(frozen=True)
 class PairGrams:
     """Complex Gram matrices `[K, P, P]` of one layer's queries (summed over the group) and keys.
 
-    `keys` is centred: what is constant over keys has no effect on the softmax where pairs hardly turn. Where RoPE
-    passes dims through, P are the pairs that turn, and `still` is what becomes of the others (`solvers/partial.py`).
+    `keys` is centred: what is constant over keys has no effect on the softmax where pairs hardly rotate. With partial
+    RoPE, P are the rotated pairs, and `still` is the solution for the other dims (`solvers/partial.py`).
     """
 
     queries: torch.Tensor
@@ -33,9 +33,9 @@ class PairGrams:
 
 @dataclass(frozen=True)
 class Band:
-    """Pairs `start … stop-1` compressed to `rank` slots that turn alike.
+    """Pairs `start … stop-1` compressed to `rank` slots with one frequency.
 
-    `slot` is the pair whose frequency they take; between two pairs it is a fraction (see `frequency_at`).
+    `slot` is the pair with that frequency; between two pairs it is a fraction (see `frequency_at`).
     """
 
     start: int
@@ -46,7 +46,7 @@ class Band:
 
 @dataclass(frozen=True)
 class BandCost:
-    """Loss `[L, n + 1]` of one band in each layer at each rank, and the slot (a fractional pair) it was made for."""
+    """Loss `[L, n + 1]` of one band in each layer at each rank, and its slot (a fractional pair)."""
 
     losses: torch.Tensor
     slot: float
@@ -54,13 +54,13 @@ class BandCost:
 
 @dataclass(frozen=True)
 class Distances:
-    """How far attention looks: weights `[D]`, summing to 1, of query-key distances `[D]`."""
+    """Attention mass by distance: weights `[D]`, summing to 1, of query-key distances `[D]`."""
 
     delta: torch.Tensor
     weight: torch.Tensor
 
     def expected_phase(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """`E_Δ exp(i (f_a − s_b) Δ)` `[A, B]` of frequencies `[A]` and `[B]`."""
+        """Return `E_Δ exp(i (f_a − s_b) Δ)` `[A, B]` of frequencies `[A]` and `[B]`."""
         return (self._turns(first) * self.weight) @ self._turns(second).mH
 
     def _turns(self, frequencies: torch.Tensor) -> torch.Tensor:
@@ -68,16 +68,15 @@ class Distances:
         return torch.polar(torch.ones_like(angle), angle)
 
     def constancy(self, frequencies: torch.Tensor) -> torch.Tensor:
-        """`|E_Δ exp(iθ_pΔ)| |E_Δ exp(iθ_p'Δ)|` `[P, P]`: near 1 for pairs that hardly turn over these distances."""
+        """Return `|E_Δ exp(iθ_pΔ)| |E_Δ exp(iθ_p'Δ)|` `[P, P]`: near 1 for pairs that hardly rotate."""
         phase = self.expected_phase(frequencies, torch.zeros_like(frequencies[:1])).abs()
         return phase * phase.mT
 
 
 def spread_distances(mass: torch.Tensor, context: int, *, far_weight: float) -> Distances:
-    """Measured attention mass `[T]` by distance, and a log-uniform share `far_weight` over 1 … context−1.
+    """Return the measured attention mass `[T]` by distance, plus a log-uniform share `far_weight` over 1 … context−1.
 
-    The share keeps far distances from costing nothing when calibration text was shorter than the context. Distances
-    are exact below 256 and log-spaced above.
+    The share gives a cost to distances beyond the calibration text. Distances are exact below 256 and log-spaced above.
     """
     near = torch.arange(min(256, max(context, len(mass))), dtype=torch.float64)
     far = torch.logspace(8, math.log2(max(context, len(mass), 257)), 193, base=2, dtype=torch.float64).round()
@@ -91,7 +90,7 @@ def spread_distances(mass: torch.Tensor, context: int, *, far_weight: float) -> 
 
 
 def distances_beyond(length: int, context: int) -> Distances | None:
-    """Distances `length` … `context` − 1, log-uniformly; None if there are no such."""
+    """Return distances `length` … `context` − 1, log-uniformly; None if there are none."""
     if context <= length:
         return None
     delta = torch.logspace(math.log2(length), math.log2(context - 1), 193, base=2, dtype=torch.float64).round().unique()
@@ -100,12 +99,12 @@ def distances_beyond(length: int, context: int) -> Distances | None:
 
 
 def log_spans(delta: torch.Tensor) -> torch.Tensor:
-    """Of ascending distances `[D]`: how much of a log-uniform spread each stands for."""
+    """Return the share of a log-uniform spread that each of ascending distances `[D]` represents."""
     return torch.cat([delta[1:], delta[-1:] + 1]).clamp_min(1).log() - delta.clamp_min(1).log()
 
 
 def frequency_at(frequencies: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Frequencies at fractional pair indices, by geometric interpolation; 0 where a pair has it."""
+    """Return frequencies at fractional pair indices, by geometric interpolation; 0 where a pair's frequency is 0."""
     below = slots.floor().long()
     above = (below + 1).clamp_max(len(frequencies) - 1)
     above = torch.where(frequencies[above] > 0, above, below)
@@ -116,10 +115,10 @@ def frequency_at(frequencies: torch.Tensor, slots: torch.Tensor) -> torch.Tensor
 def pair_grams(
     q_gram: torch.Tensor, k_gram: torch.Tensor, k_mean: torch.Tensor, constancy: torch.Tensor, *, centring: float
 ) -> PairGrams:
-    """From real Gram matrices `[H, h, h]`, `[K, h, h]` and key means `[K, h]`.
+    """Return the complex Gram matrices of real ones `[H, h, h]`, `[K, h, h]` and key means `[K, h]`.
 
-    The part `centring · constancy` (`[P, P]`, see `Distances`) of the mean's outer product is taken out of the keys'
-    Gram matrix.
+    The part `centring · constancy` (`[P, P]`, see `Distances`) of the mean's outer product is subtracted from the
+    keys' Gram matrix.
     """
     queries = complex_gram(sum_over_group(q_gram, len(k_gram)))
     raw = complex_gram(k_gram.double())
@@ -130,9 +129,9 @@ def pair_grams(
 
 
 def as_pairs(x: torch.Tensor, turning: int | None = None) -> torch.Tensor:
-    """`[..., h]` real → `[..., P]` complex.
+    """Convert `[..., h]` real to `[..., P]` complex.
 
-    Of a head of which RoPE turns only the first `turning` pairs: those, then the rest paired in the same way.
+    With partial RoPE: the first `turning` pairs, then the rest paired in the same way.
     """
     if turning is not None:
         return torch.cat([as_pairs(x[..., : 2 * turning]), as_pairs(x[..., 2 * turning :])], -1)
@@ -141,13 +140,13 @@ def as_pairs(x: torch.Tensor, turning: int | None = None) -> torch.Tensor:
 
 
 def complex_gram(gram: torch.Tensor) -> torch.Tensor:
-    """`E[z zᴴ]` `[..., P, P]` from the real `E[x xᵀ]` `[..., h, h]`."""
+    """Return `E[z zᴴ]` `[..., P, P]` from the real `E[x xᵀ]` `[..., h, h]`."""
     (a, b), (c, d) = (half.chunk(2, -1) for half in gram.chunk(2, -2))
     return torch.complex(a + d, c - b)
 
 
 def sharing_cost(frequencies: torch.Tensor, shared: torch.Tensor, distances: Distances) -> torch.Tensor:
-    """`2 (1 − E_Δ cos((θ_p − θ)Δ))` `[B, P]`: relative squared error of turning pairs `[P]` with frequencies `[B]`."""
+    """Return `2 (1 − E_Δ cos((θ_p − θ)Δ))` `[B, P]`: relative squared error of pairs `[P]` with frequencies `[B]`."""
     return 2 * (1 - distances.expected_phase(shared, frequencies).real).clamp_min(0)
 
 
@@ -160,10 +159,10 @@ def band_costs(
     longest: int,
     floor: float,
 ) -> dict[tuple[int, int], BandCost]:
-    """Cost of every band `(start, stop)` of at most `longest` consecutive pairs.
+    """Return the cost of every band `(start, stop)` of at most `longest` consecutive pairs.
 
-    units[l] `[K]` turns layer l's squared scores into the common unit. Rank 0 loses all of the band's energy. All that
-    RoPE passes through is one band behind those of the pairs that turn.
+    units[l] `[K]` converts layer l's squared scores to the common unit. Rank 0 loses all of the band's energy. All
+    unrotated dims are one band after those of the rotated pairs.
     """
     pairs = len(frequencies)
     energy = torch.stack([unit @ gram.energy for gram, unit in zip(grams, units, strict=True)])
@@ -177,7 +176,7 @@ def band_costs(
             losses[:, 1:] += shared[:, None]
             costs[start, start + length] = BandCost(losses, slot)
     if still := [gram.still for gram in grams if gram.still is not None]:
-        # Two dims a slot. A real score has half the energy of its complex form, which the units are for.
+        # Two dims per slot. A real score has half the energy of its complex form, for which the units are.
         doubled = [2 * (unit @ tail_sums(each.values)[:, ::2]) for unit, each in zip(units, still, strict=True)]
         losses = torch.stack(doubled)
         costs[pairs, pairs + losses.shape[1] - 1] = BandCost(losses, float(pairs))
@@ -185,17 +184,17 @@ def band_costs(
 
 
 def _tails(grams: PairGrams, unit: torch.Tensor, length: int, floor: float) -> torch.Tensor:
-    """What every band of `length` pairs loses in one layer at each rank, `[bands, length + 1]`."""
+    """Return the loss of every band of `length` pairs in one layer at each rank, `[bands, length + 1]`."""
     bands = [slice(start, start + length) for start in range(grams.keys.shape[-1] - length + 1)]
     keys, queries = (torch.stack([g[:, band, band] for band in bands]) for g in (grams.keys, grams.queries))
     return (unit[:, None] * tail_sums(decompose_jointly(keys, queries, floor=floor).values)).sum(1)
 
 
 def best_slot(sharing: torch.Tensor, band: slice, energy: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """The shared slot of a band with the least sharing cost over all layers, and each layer's cost `[L]`.
+    """Return the shared slot of a band with the least sharing cost over all layers, and each layer's cost `[L]`.
 
-    energy `[L, P]`; sharing is the cost of each point tried for each pair. The band's own pairs are tried, and the
-    points between them.
+    energy `[L, P]`; sharing is the cost of each tried frequency for each pair. The frequencies of the band's pairs and
+    points between them are tried.
     """
     first = TRIED * band.start
     cost = energy[:, band] @ sharing[first : TRIED * (band.stop - 1) + 1, band].mT
@@ -204,7 +203,7 @@ def best_slot(sharing: torch.Tensor, band: slice, energy: torch.Tensor) -> tuple
 
 
 def best_bands(costs: dict[tuple[int, int], BandCost], pairs: int, most: int) -> list[tuple[float, list[Band]]]:
-    """For every number of slots 0 … most: the least loss, and the bands that reach it.
+    """Return, for every number of slots 0 … most, the least loss and the bands that reach it.
 
     A dynamic programme over (end of the last band, slots used): optimal among partitions of the pairs in consecutive
     bands with a rank each.
@@ -235,7 +234,7 @@ def _trace(last: list[list[Band | None]], end: int, slots: int) -> list[Band]:
 
 
 def band_maps(grams: PairGrams, bands: list[Band], *, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Complex maps `[K, P, S]` of queries and keys: `z̃ = Mᴴ z`. Slots follow the bands."""
+    """Return complex maps `[K, P, S]` of queries and keys: `z̃ = Mᴴ z`. Slots follow the bands."""
     kv_heads, pairs, _ = grams.keys.shape
     maps = torch.zeros(2, kv_heads, pairs, sum(band.rank for band in bands), dtype=torch.complex128)
     used = 0
@@ -249,6 +248,6 @@ def band_maps(grams: PairGrams, bands: list[Band], *, floor: float) -> tuple[tor
 
 
 def real_map(complex_map: torch.Tensor) -> torch.Tensor:
-    """`z̃ = Mᴴ z` for `M` `[..., P, R]` as the real matrix `[..., 2P, 2R]` that multiplies row vectors of dims."""
+    """Return `z̃ = Mᴴ z`, `M` `[..., P, R]`, as the real matrix `[..., 2P, 2R]` that multiplies row vectors of dims."""
     a, b = complex_map.real, complex_map.imag
     return torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)

@@ -1,8 +1,8 @@
-"""Attention kept whole: of a few blocks every layer's keys and values, and one query in eight.
+"""Attention samples: every layer's keys and values of a few blocks, and every eighth query.
 
-No Gram matrix tells which key a query looks at, and that decides what an error of a score does. What is kept here lets
-`solvers/attention.py` see it. Queries and keys are those before RoPE, all in bfloat16: their rounding is the same for
-the source and for what is fitted to it.
+The effect of a score error depends on which keys a query attends to, which no Gram matrix contains. The samples give
+`solvers/attention.py` that information. Queries and keys are those before RoPE, all in bfloat16: the rounding is the
+same for the source and for the maps fitted to it.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class AttentionSamples:
-    """One layer's samples in one process; the blocks of other processes stay zero, so that the sum over all is whole.
+    """One layer's samples in one process; the blocks of other processes are zero, so that the sum over all is complete.
 
-    `blocks` blocks of `length` tokens are calibrated on; `device` is where the activations are.
+    Calibration has `blocks` blocks of `length` tokens; `device` is the activations' device.
     """
 
     blocks: int
@@ -32,7 +32,7 @@ class AttentionSamples:
         self.tensors: Tensors = {}
 
     def add(self, first: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Blocks `first`, `first + 1`, …: queries `[B, T, H·h]`, keys and values `[B, T, K·h]`, the model's mask."""
+        """Add blocks from `first` on: queries `[B, T, H·h]`, keys and values `[B, T, K·h]`, the model's mask."""
         for offset in range(len(q)):
             if (i := self.place.get(first + offset)) is None:
                 continue
@@ -54,7 +54,7 @@ class AttentionSamples:
 
 
 def first_seen(rows: torch.Tensor, sequence: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """The first key `[R]` that queries at `rows` attend to: 0 but for a sliding window.
+    """Return the first key `[R]` that queries at `rows` attend to: 0 except with a sliding window.
 
     mask `[B or 1, 1, T, T]` is boolean (True attends) or additive, None is causal.
     """
@@ -66,7 +66,7 @@ def first_seen(rows: torch.Tensor, sequence: int, mask: torch.Tensor | None) -> 
 
 
 def merge_samples(parts: list[Tensors]) -> Tensors:
-    """Of several calibrations' samples (blocks of one length) as many as one of them would keep, evenly."""
+    """Return as many of several calibrations' samples (blocks of one length) as one of them would keep, evenly."""
     joined = {name: torch.cat([part[name] for part in parts]) for name in NAMES}
     kept = sampled_blocks(*joined["sample_k"].shape[:2])
     return {name: value[kept] for name, value in joined.items()}

@@ -1,14 +1,14 @@
 """A³-QK with RoPE by slots: every slot of the smaller head mixes every pair, by alternating least squares.
 
-Pairs are complex numbers as in `solvers/rope.py`. With maps `A` (queries) and `B` (keys), both `[P, S]`, and slots that
-turn with φ, the smaller head computes `z^kᴴ B diag(exp(iφΔ)) Aᴴ z^q` in place of `z^kᴴ diag(exp(iθΔ)) z^q`. For queries
-and keys drawn independently at a distance Δ the squared error is quadratic in A for fixed B and in B for fixed A, and
-the expectation over Δ only multiplies the matrices of the normal equations entry by entry. So each half-step is solved
-in closed form by matrices no larger than P, whatever the distances. Bands (`solvers/rope.py`) are the special case in
-which a slot mixes only pairs that it turns like; they give the slots and the maps to start from.
+Pairs are complex numbers as in `solvers/rope.py`. With maps `A` (queries) and `B` (keys), both `[P, S]`, and slots
+with frequencies φ, the smaller head computes `z^kᴴ B diag(exp(iφΔ)) Aᴴ z^q` in place of `z^kᴴ diag(exp(iθΔ)) z^q`. For
+queries and keys drawn independently at a distance Δ the squared error is quadratic in A for fixed B and in B for fixed
+A, and the expectation over Δ only multiplies the matrices of the normal equations entry by entry. So each half-step is
+solved in closed form with matrices no larger than P, whatever the distances. Bands (`solvers/rope.py`) are the special
+case in which a slot mixes only pairs of its band; they give the slots and the initial maps.
 
 What is constant over keys has no effect on the softmax: the share `centring` of the squared mean error over Δ that the
-mean key makes is taken out of the loss. P = h/2 pairs, S slots, K KV heads; complex128.
+mean key makes is subtracted from the loss. P = h/2 pairs, S slots, K KV heads; complex128.
 """
 
 from dataclasses import dataclass
@@ -31,20 +31,20 @@ class HeadStatistics:
     key_mean: torch.Tensor
 
     def of(self, kv_head: int) -> "HeadStatistics":
-        """One KV head's own."""
+        """Return the statistics of one KV head."""
         own = slice(kv_head, kv_head + 1)
         return HeadStatistics(self.queries[own], self.keys[own], self.key_mean[own])
 
 
 def head_statistics(q_gram: torch.Tensor, k_gram: torch.Tensor, k_mean: torch.Tensor) -> HeadStatistics:
-    """From real Gram matrices `[H, h, h]`, `[K, h, h]` and key means `[K, h]`."""
+    """Return the statistics from real Gram matrices `[H, h, h]`, `[K, h, h]` and key means `[K, h]`."""
     queries = complex_gram(sum_over_group(q_gram, len(k_gram)))
     return HeadStatistics(queries, complex_gram(k_gram.double()), as_pairs(k_mean.double()))
 
 
 @dataclass(frozen=True)
 class SlotMaps:
-    """Complex maps `[K, P, S]` of queries and keys, and the squared score error `[K]` that they leave."""
+    """Complex maps `[K, P, S]` of queries and keys, and their squared score error `[K]`."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -54,7 +54,7 @@ class SlotMaps:
 class SlotProblem:
     """One layer's squared score error for given slots, as a function of the maps.
 
-    `pairs` `[P]` and `slots` `[S]` are frequencies in radians a position. `floor` times the mean of its diagonal is
+    `pairs` `[P]` and `slots` `[S]` are frequencies in radians per position. `floor` times the mean of its diagonal is
     added to each matrix that is inverted.
     """
 
@@ -79,13 +79,13 @@ class SlotProblem:
         self.energy = self._score_energy(distances.expected_phase(pairs, pairs))
 
     def _score_energy(self, phases: torch.Tensor) -> torch.Tensor:
-        """The loss `[K]` of keeping nothing."""
+        """Return the loss `[K]` of keeping nothing."""
         mean = self._mean * self._pair_mean.conj()
         keys = self.heads.keys * phases.conj() - self.centring * mean @ mean.mH
         return _real_trace(keys, self.heads.queries)
 
     def solve(self, key: torch.Tensor) -> SlotMaps:
-        """Alternate from the keys' maps `[K, P, S]` given. No half-step increases the loss."""
+        """Alternate from the given keys' maps `[K, P, S]`. No half-step increases the loss."""
         query = self._best_query(key)
         loss = self.loss(query, key)
         for _ in range(ROUNDS):
@@ -98,7 +98,7 @@ class SlotProblem:
         return SlotMaps(query, key, loss)
 
     def _query_equations(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`N` `[K, S, S]` and `R` `[K, P, S]` of `A N = R`: the derivative by A, multiplied by `E[z^q z^qᴴ]⁻¹`."""
+        """Return `N` `[K, S, S]` and `R` `[K, P, S]`, `A N = R`: the derivative by A, multiplied by `E[z^q z^qᴴ]⁻¹`."""
         from_mean = (self._mean.mH @ key) * self._slot_mean.mT  # [K, 1, S], the mean key in each slot
         seen = key.mH @ self.heads.keys @ key * self._slots.conj()
         met = self.heads.keys @ key * self._mixed.conj()
@@ -113,14 +113,14 @@ class SlotProblem:
         return query
 
     def loss(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """`[K]`, of maps `[K, P, S]`."""
+        """Return the loss `[K]` of maps `[K, P, S]`."""
         left, right = self._query_equations(key)
         reached = self.heads.queries @ query
         quadratic = _real_trace(query.mH @ reached, left)
         return (self.energy - 2 * (reached.conj() * right).sum((-1, -2)).real + quadratic).clamp_min(0)
 
     def _best_key(self, query: torch.Tensor) -> torch.Tensor:
-        """B of `G_k B N − c μ μᴴ B M = G_k R − c μ μᴴ R'`: a rank-one change of `B N = R`, c the centring."""
+        """Solve `G_k B N − c μ μᴴ B M = G_k R − c μ μᴴ R'` for B: a rank-one change of `B N = R`, c the centring."""
         reached = self.heads.queries @ query
         energy = query.mH @ reached
         inverse = torch.linalg.inv(_damped(energy * self._slots, self.floor))
@@ -142,10 +142,10 @@ def score_error(
     slots: torch.Tensor,
     distance: float,
 ) -> float:
-    """Root mean square error of a layer's scores at one distance, relative to the scores, keys not centred.
+    """Return the root mean square error of a layer's scores at one distance, relative to the scores, keys not centred.
 
     grams: real ones of queries `[H, h, h]` and keys `[K, h, h]`; maps: real ones of both, `[K, h, r]`; pairs `[h/2]`
-    and slots `[r/2]` are frequencies. For queries and keys drawn independently; 0 where the scores are.
+    and slots `[r/2]` are frequencies. For queries and keys drawn independently; 0 where the scores are 0.
     """
     queries, keys = sum_over_group(grams[0], len(grams[1])), grams[1].double()
     turned = _turn_back(pairs, distance)
@@ -156,18 +156,18 @@ def score_error(
 
 
 def _turn_back(frequencies: torch.Tensor, distance: float) -> torch.Tensor:
-    """`[2n, 2n]` rotation by minus `distance` positions, pairs in dims `(p, p + n)`: a score is `qᵀ · rotation · k`."""
+    """Return the rotation `[2n, 2n]` by −`distance`, pairs in dims `(p, p + n)`: a score is `qᵀ · rotation · k`."""
     cos, sin = (torch.diag(part) for part in ((frequencies * distance).cos(), (frequencies * distance).sin()))
     return torch.cat([torch.cat([cos, sin], -1), torch.cat([-sin, cos], -1)], -2)
 
 
 def _real_trace(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """`Re tr(first · second)` of `[..., n, n]`."""
+    """Return `Re tr(first · second)` of `[..., n, n]`."""
     return (first * second.mT).sum((-1, -2)).real
 
 
 def _damped(matrix: torch.Tensor, floor: float) -> torch.Tensor:
-    """`matrix + floor · (mean of its diagonal) · I`; the identity in place of zero."""
+    """Return `matrix + floor · (mean of its diagonal) · I`, or the identity for a zero matrix."""
     mean = matrix.diagonal(dim1=-2, dim2=-1).real.mean(-1)
     damping = torch.where(mean > 0, floor * mean, 1.0)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

@@ -1,4 +1,4 @@
-"""Stage 1: text → sweep → moments → work folder."""
+"""Stage 1, calibrate: run text through the model layer by layer and store each layer's statistics."""
 
 import logging
 from contextlib import ExitStack, suppress
@@ -38,7 +38,7 @@ from a3cli.work.folder import (
     drop_leftovers,
     hash_file,
     name_differences,
-    read_if_of,
+    read_if_request_matches,
     read_manifest,
     read_tensors,
     read_undamaged,
@@ -53,16 +53,16 @@ from a3cli.work.processes import Processes, joined
 
 log = logging.getLogger(__name__)
 
-COMPUTING = ("a3cli", "torch", "transformers")  # what sums come from: a calibration is all of one version of these
+COMPUTING = ("a3cli", "torch", "transformers")  # a calibration uses one version of each throughout
 
 
 def calibrate(
     settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress, stop: Stop | None = None
 ) -> Json:
-    """Make the statistics of every decoder layer; returns the manifest.
+    """Compute the statistics of every decoder layer; return the manifest.
 
-    A finished calibration with the same request is returned as it is, an unfinished one goes on at the
-    layer where it stopped. Several processes call this alike; the main one alone writes, hidden states apart.
+    A finished calibration with the same request is returned; an unfinished one resumes at its layer. All processes
+    call this; only the main one writes, except for hidden states.
     Raises A3Error for another request in the same folder unless `overwrite`, and Interrupted at the end of the layer
     in which `stop` was set off.
     """
@@ -82,7 +82,7 @@ def calibrate(
 
 
 def meeting_device(settings: CalibrateSettings) -> str:
-    """Where several processes add up. Raises A3Error for what is no device, before they meet there."""
+    """Return the device on which processes reduce their sums. Raises A3Error if it is not a device."""
     if settings.devices is None:
         find_device(settings.device, "--device")
         return settings.device
@@ -96,14 +96,14 @@ def open_model(settings: CalibrateSettings) -> tuple[Model, Machine]:
 
 
 class Calibration:
-    """One calibration under way, in one process of several."""
+    """One running calibration, in one of its processes."""
 
     def __init__(
         self, settings: CalibrateSettings, work: Work, model: Model, machine: Machine, request: Json, stop: Stop
     ) -> None:
         self.settings, self.work, self.model, self.machine, self.stop = settings, work, model, machine, stop
         self.full_mlp = settings.mlp_stats == "full"
-        # Finished layers' hashes and how each was made, as in progress.json: only the main process keeps it up.
+        # Hashes of finished layers and how each was computed, as in progress.json: only the main process updates it.
         self.done: Json = {
             "request": request,
             "text_read": None,
@@ -114,7 +114,7 @@ class Calibration:
         }
 
     def run(self, processes: Processes, progress: Progress, *, overwrite: bool) -> Json:
-        """From text, or from where it stopped, to the manifest."""
+        """Run or resume the calibration; return the manifest."""
         fitting = self._fitting_batch(processes)
         kept = processes.from_main(lambda: self._kept(overwrite=overwrite))
         resumed = kept is not None
@@ -141,13 +141,13 @@ class Calibration:
             )
             sweep.run(first)
         except Exception:
-            if processes.main and not resumed and not self.done["layers"]:  # as if it had never begun
+            if processes.main and not resumed and not self.done["layers"]:  # leave nothing
                 clear(self.work)
             raise
         return processes.from_main(lambda: self._close(blocks))
 
     def _fitting_batch(self, processes: Processes) -> int:
-        """Blocks a batch that fit in every process; checked even when the user names a number."""
+        """Return the batch size that fits in every process; check it also if the user names one."""
         blocks, seq_len = self.settings.text.samples, self.settings.text.seq_len
         assert blocks is not None
         with processes.together():
@@ -158,7 +158,7 @@ class Calibration:
         return self.settings.batch_size or min(processes.gather(fitting))
 
     def _held_hidden_states(self, share: int) -> int:
-        """Bytes that the hidden states of so many blocks take beside a layer. Raises A3Error if they don't fit."""
+        """Return the bytes of the hidden states of `share` blocks. Raises A3Error if they do not fit beside a layer."""
         device, seq_len = self._held_on, self.settings.text.seq_len
         if device is None:
             return 0
@@ -167,18 +167,18 @@ class Calibration:
         if needed > free:
             raise A3Error(
                 f"--hidden-states {self.settings.hidden_states}: {needed / 1e9:.2f} GB for the hidden states of "
-                f"{share} blocks, {free / 1e9:.2f} GB can be had; use --hidden-states disk"
+                f"{share} blocks, {free / 1e9:.2f} GB are free; use --hidden-states disk"
             )
         return needed if device.type == self.machine.device.type else 0
 
     @property
     def _held_on(self) -> torch.device | None:
-        """The device whose memory holds hidden states, None if files do."""
+        """Return the device whose memory holds hidden states, or None if files do."""
         places = {"disk": None, "memory": torch.device("cpu"), "device": self.machine.device}
         return places[self.settings.hidden_states]
 
     def _cut(self, batch_size: int) -> tuple[torch.Tensor, int]:
-        """The blocks `[N, T]` of a new calibration, and that no layer is finished."""
+        """Return the blocks `[N, T]` of a new calibration, and 0 finished layers."""
         source = self.model.source
         tokenizer = load_tokenizer(source.folder, trust_remote_code=self.settings.trust_remote_code)
         read = TextRead()
@@ -191,28 +191,28 @@ class Calibration:
         return blocks, 0
 
     def _kept(self, *, overwrite: bool) -> tuple[torch.Tensor, int] | None:
-        """What an unfinished calibration left to go on with; to overwrite is to begin anew unless it was the same."""
+        """Return the state of an unfinished calibration to resume; with `overwrite`, only of the same request."""
         if not overwrite:
             return self._resume() if self.work.calibration_progress.exists() else None
         begun = self.done
         try:
-            same = read_if_of(self.work.calibration_progress, begun["request"], comparable)
+            same = read_if_request_matches(self.work.calibration_progress, begun["request"], comparable)
             return self._resume() if same else None
         except A3Error as error:
-            log.warning("%s; beginning anew", error)
+            log.warning("%s; starting again", error)
             self.done = begun
             return None
 
     def _resume(self) -> tuple[torch.Tensor, int]:
-        """Blocks and number of finished layers of an unfinished calibration, checked against its files."""
+        """Return blocks and number of finished layers of an unfinished calibration, checked against its files."""
         sealed = read_manifest(self.work.calibration_progress, "use --overwrite")
         begun, here = (
             {name: each.get(name) for name in COMPUTING} for each in (sealed.get("versions", {}), versions())
         )
         if differing := name_differences(begun, here):
             raise A3Error(
-                f"{self.work.calibration_progress} was begun with other versions ({differing}); go on with those, or "
-                "use --overwrite to begin anew"
+                f"{self.work.calibration_progress} was written with other versions ({differing}); use those, or "
+                "--overwrite to start again"
             )
         self.done = {key: value for key, value in sealed.items() if key != "sha256"}
         check_hash(self.work.tokens, self.done["tokens_hash"], "use --overwrite")
@@ -227,9 +227,9 @@ class Calibration:
         return blocks, len(self.done["layers"])
 
     def _drop_damaged_hidden_states(self, shape: tuple[int, int, int]) -> None:
-        """What is not there is made again, by another pass through the layers that are done.
+        """Remove damaged hidden-state files; another pass through the finished layers recomputes them.
 
-        A file of which nothing is recorded may be whole, but a power failure would leave the same.
+        A file without a recorded checksum may be complete, but a power failure would leave the same.
         """
         recorded = self.done["hidden_states"]
         for file in sorted(self.work.calibration.glob("hidden-[0-9]*.bin")):
@@ -237,7 +237,7 @@ class Calibration:
             if file.stat().st_size == states.bytes and recorded.get(file.name) == states.digest():
                 continue
             if file.name in recorded:
-                log.warning("%s is not as it was written; it is made again", file)
+                log.warning("%s has changed since it was written; it is computed again", file)
             file.unlink()
 
     def _check_space(self) -> None:
@@ -247,7 +247,7 @@ class Calibration:
         check_space(self.work.folder, needed - there, "calibration")
 
     def _begin(self, blocks: torch.Tensor) -> None:
-        """From here on the folder holds this calibration, and no other."""
+        """Clear the folder and record this calibration in it."""
         clear(self.work)
         self.work.calibration.mkdir(exist_ok=True)
         write_tensors(self.work.tokens, {"tokens": blocks})
@@ -255,14 +255,14 @@ class Calibration:
         write_manifest(self.work.calibration_progress, self.done)
 
     def _states(self, blocks: torch.Tensor, processes: Processes) -> States:
-        """Where this process's hidden states lie. Raises A3Error if its node does not see the work folder."""
+        """Return this process's hidden states. Raises A3Error if its node does not see the work folder."""
         share = processes.share(len(blocks))
         width, dtype = self.model.shape.hidden_size, self.machine.dtype
         if self._held_on is not None:
             return StatesInMemory((len(share), blocks.shape[1], width), dtype, self._held_on)
         if not self.work.tokens.is_file():
             raise A3Error(
-                f"{self.work.tokens} is not there for process {processes.rank}: all nodes must share the work folder; "
+                f"{self.work.tokens} was not found by process {processes.rank}: all nodes must share the work folder; "
                 "use one that they share, or --hidden-states memory"
             )
         shape = (len(blocks), blocks.shape[1], width)
@@ -283,7 +283,7 @@ class Calibration:
         self.done = done
         finished, layers = len(done["layers"]), self.model.shape.layers
         if finished < layers:
-            self.stop.before(f"layer {finished + 1} of {layers}", "the same command goes on there")
+            self.stop.before(f"layer {finished + 1} of {layers}", "rerun the same command to resume")
 
     def _close(self, blocks: torch.Tensor) -> Json:
         manifest = {
@@ -304,10 +304,10 @@ class Calibration:
 def describe_request(
     settings: CalibrateSettings, source: Checkpoint, machine: Machine, known: Json | None = None
 ) -> Json:
-    """Return everything that the statistics depend on: requests that are `comparable` and equal give equal bytes.
+    """Return everything that the statistics depend on: requests with equal `comparable` parts give equal bytes.
 
-    Which files a calibration reads is known only afterwards. `known` has those of an earlier one (see `known_text`):
-    `text_files` then has the files that would be read if all else is the same.
+    The files that a calibration reads are known only afterwards. `known` has those of an earlier one (see
+    `known_text`): `text_files` then has the files that would be read if everything else is the same.
     """
     return {
         "text": describe_text(settings.text),
@@ -327,13 +327,13 @@ def comparable(request: Json) -> Json:
 
 
 def recorded_calibration(work: Work) -> Path | None:
-    """Return the file that describes the calibration in a work folder, finished or not."""
+    """Return the path of the file that describes the calibration in a work folder, finished or not."""
     manifests = (work.calibration_manifest, work.calibration_progress)
     return next((path for path in manifests if path.exists()), None)
 
 
 def known_text(work: Work) -> Json | None:
-    """Return which local files the calibration in a work folder has read, and whether to the end of the data set."""
+    """Return the local files that a work folder's calibration has read, and whether to the data set's end."""
     path = recorded_calibration(work)
     found = read_undamaged(path) if path else None
     if found is None:
@@ -342,7 +342,7 @@ def known_text(work: Work) -> Json | None:
 
 
 def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json, work: Work) -> None:
-    """Where the later stages find the checkpoint: it may have been moved since the calibration began."""
+    """Write where the later stages find the checkpoint, which may have been moved since the calibration started."""
     local = Path(settings.model).is_dir()
     record = {
         "model": str(Path(settings.model).resolve()) if local else settings.model,
@@ -351,16 +351,16 @@ def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json
         "fingerprint": request["source"],
         "small_files": source.hash_small_files(),
     }
-    with suppress(A3Error):  # damaged, or not there yet
+    with suppress(A3Error):  # damaged or missing
         if {**read_manifest(work.source, ""), "sha256": None} == {**record, "sha256": None}:
             return
     write_manifest(work.source, record)
 
 
 def finished_manifest(work: Work, request: Json, settings: CalibrateSettings, *, overwrite: bool) -> Json | None:
-    """The manifest of a finished calibration with this request, if there is one.
+    """Return the manifest of a finished calibration with this request, or None.
 
-    Raises A3Error if the folder holds a calibration, finished or not, of another request, unless `overwrite`.
+    Raises A3Error if the folder holds a calibration, finished or not, with another request, unless `overwrite`.
     """
     path = recorded_calibration(work)
     if overwrite or path is None:
@@ -371,41 +371,41 @@ def finished_manifest(work: Work, request: Json, settings: CalibrateSettings, *,
         if recorded["text"]["dataset"] != wanted["text"]["dataset"]:
             check_on_hub(settings.text)
         raise A3Error(
-            f"{path} is of a calibration of another request (differs in "
+            f"{path} belongs to a calibration with other settings (differs in "
             f"{differences(recorded, wanted, 'text')}); use --overwrite or another --work"
         )
     return found if path == work.calibration_manifest else None
 
 
 def write_hashed(path: Path, tensors: Tensors) -> str:
-    """A safetensors file, hashed and synced while it is written; returns the hash."""
+    """Write a safetensors file, hash and sync it meanwhile; return the hash."""
     planned = [PlannedTensor(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
-    planned.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # each begins at a multiple of its size
+    planned.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # aligns each to its item size
     with replacing(path) as partial:
         return write_shard(partial, planned, ([tensors[tensor.name]] for tensor in planned))
 
 
 def remove_leftovers(work: Work) -> None:
-    """What a finished calibration needs no more; also after a process that was killed once its manifest was there."""
+    """Remove what a finished calibration no longer needs, also after a kill that followed the manifest."""
     for leftover in (*work.calibration.glob("hidden-*.bin"), work.calibration_progress):
         leftover.unlink(missing_ok=True)
 
 
 def clear(work: Work) -> None:
-    """Remove what a calibration and a solution made; the manifests first, so that nothing looks finished."""
+    """Remove the files of a calibration and its solution; the manifests first, so that nothing looks finished."""
     for folder in (work.solution, work.calibration):
         (folder / "manifest.json").unlink(missing_ok=True)
         for pattern in ("progress.json", "layer-*.safetensors", "hidden-*.bin", "tokens.safetensors"):
             for path in folder.glob(pattern):
                 path.unlink()
         drop_leftovers(folder)
-        with suppress(OSError):  # not there, or with something in it that is not ours
+        with suppress(OSError):  # missing, or with files that are not a3's
             folder.rmdir()
     work.source.unlink(missing_ok=True)
 
 
 def bytes_needed(shape: ModelShape, settings: CalibrateSettings, machine: Machine, layers: int) -> int:
-    """Disk that the rest of a calibration takes at its peak: statistics and both hidden-state files."""
+    """Return the peak disk usage of the rest of a calibration: statistics and both hidden-state files."""
     text = settings.text
     assert text.samples is not None
     files = 2 if settings.hidden_states == "disk" else 0

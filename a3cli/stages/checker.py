@@ -1,9 +1,9 @@
-"""The part of `a3 verify` that runs in a process of its own, a script on torch, transformers, safetensors and blake3.
+"""The part of `a3 verify` that runs in its own process, with torch, transformers, safetensors and blake3 only.
 
     python checker.py REQUEST.json
 
-Reads the request, prints one JSON object a line for each check: name, outcome (passed, failed, skipped) and detail.
-Nothing of a3 is imported, so what passes here passes for whoever loads the folder with stock transformers.
+Reads the request and prints one JSON object per line for each check: name, outcome (passed, failed, skipped), detail.
+Nothing of a3 is imported, so the checks also hold for users who load the folder with stock transformers.
 """
 
 import json
@@ -27,11 +27,11 @@ NEW_TOKENS = 20
 
 
 class Failed(Exception):
-    """What a check found wrong, in words."""
+    """A failed check, with the reason."""
 
 
 class Export:
-    """The folder under examination and what is asked of it."""
+    """The checked folder and the request."""
 
     def __init__(self, request: Json) -> None:
         self.folder = Path(request["folder"])
@@ -51,11 +51,11 @@ class Export:
         except (OSError, ValueError) as error:
             raise Failed(f"{name} cannot be read: {error}") from error
         if not isinstance(value, dict):
-            raise Failed(f"{name} is no JSON object")
+            raise Failed(f"{name} is not a JSON object")
         return value
 
     def require_shapes(self) -> None:
-        """Raises Failed if config.json describes no model, which transformers may try to build all the same."""
+        """Raise Failed if config.json describes no model, which transformers could try to build anyway."""
         if not self.shapes:
             raise Failed("config.json does not describe a model")
 
@@ -63,7 +63,7 @@ class Export:
         return sorted(self.folder.glob("*.safetensors"))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of every file, one in memory at a time."""
+        """Yield every tensor of every file, one in memory at a time."""
         for path in self.weight_files():
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
@@ -71,7 +71,7 @@ class Export:
 
 
 def check_files(export: Export) -> str:
-    """Every file that the manifest lists has its hash, and there are no other weights and no other code."""
+    """Check that every file in the manifest has its hash, and that there are no other weights or code."""
     listed = export.json(MANIFEST).get("files")
     if not isinstance(listed, dict) or not listed:
         raise Failed(f"{MANIFEST} lists no files")
@@ -91,7 +91,7 @@ def check_files(export: Export) -> str:
 
 
 def check_code(export: Export) -> str:
-    """Only the code that a3 ships may run, and only as the classes of the model."""
+    """Check that only code shipped by a3 runs, and only as the classes of the model."""
     found = export.json("config.json").get("auto_map")
     if export.code is None:
         if found is not None:
@@ -107,7 +107,7 @@ def check_code(export: Export) -> str:
 
 
 def check_tensors(export: Export) -> str:
-    """Names and shapes in the files' headers are what config.json and the manifest's sizes say, each name once."""
+    """Check that names and shapes in the files' headers match config.json and the manifest's sizes, each name once."""
     export.require_shapes()
     found: dict[str, list[int]] = {}
     places: dict[str, str] = {}
@@ -150,14 +150,14 @@ def check_card(export: Export) -> str:
     lines = path.read_text("utf-8").splitlines()
     if not lines or lines[0] != "---" or "---" not in lines[1:]:
         raise Failed("README.md has no metadata at its top")
-    return "README.md is there, with its metadata"
+    return "README.md has its metadata"
 
 
 def check_tokenizer(export: Export) -> str:
-    """It loads without code of its own, and gives tokens that the model has."""
+    """Check that the tokenizer loads without code and that its tokens fit the vocabulary."""
     from transformers import AutoTokenizer
 
-    export.require_shapes()  # transformers reads config.json for a tokenizer, too
+    export.require_shapes()  # transformers reads config.json for a tokenizer too
     tokenizer = AutoTokenizer.from_pretrained(export.folder, local_files_only=True, trust_remote_code=False)
     ids = tokenizer("A smaller model, tomorrow: 3.14 ≈ π\n")["input_ids"]
     vocabulary = export.json("config.json")["vocab_size"]
@@ -167,7 +167,7 @@ def check_tokenizer(export: Export) -> str:
 
 
 def check_load(export: Export) -> str:
-    """Everything in the files arrives in the model as it is: nothing missing, left over or of another shape."""
+    """Check that the model has all tensors of the files, unchanged: none missing, left over or of another shape."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -195,14 +195,14 @@ def check_load(export: Export) -> str:
             raise Failed(f"{name} has other values in the loaded model than in its file")
     module = type(model).__module__
     if export.code is None and not module.startswith(STOCK_CODE):
-        raise Failed(f"the class {module}.{type(model).__name__} is none of transformers' own")
+        raise Failed(f"the class {module}.{type(model).__name__} is not a class of transformers")
     export.model = model.eval()
     return f"{type(model).__name__}, {'stock' if export.code is None else 'from the code in the folder'}"
 
 
 @torch.inference_mode()
 def check_generate(export: Export) -> str:
-    """Greedy generation takes the same tokens with a cache as without; where two are equal within rounding, either."""
+    """Check that greedy generation gives the same tokens with and without a cache, except for ties within rounding."""
     prompt = export.tokens[:, : max(1, min(16, export.tokens.shape[1] - NEW_TOKENS))].to(export.model.device)
     options = {
         "attention_mask": torch.ones_like(prompt),
@@ -225,13 +225,13 @@ def check_generate(export: Export) -> str:
                 f"with a cache token {place - prompt.shape[1] + 1} of prompt {row + 1} is {ours[place]}, "
                 f"without one {theirs[place]}"
             )
-    same = "the same tokens" if torch.equal(cached, plain) else "the same tokens, but for ties within rounding"
+    same = "the same tokens" if torch.equal(cached, plain) else "the same tokens, except for ties within rounding"
     return f"{NEW_TOKENS} tokens for each of {len(prompt)} prompts: {same} with a cache as without"
 
 
 @torch.inference_mode()
 def check_forward(export: Export) -> str:
-    """Logits of the request's tokens, finite, and written down to be compared with the reference."""
+    """Check that the logits of the request's tokens are finite; write them for the comparison with the reference."""
     answers = [export.model(row[None].to(export.model.device), use_cache=False).logits for row in export.tokens]
     logits = torch.cat([answer.float().cpu() for answer in answers]).contiguous()
     if not torch.isfinite(logits).all():
@@ -254,7 +254,7 @@ def raise_for(problems: list[str]) -> None:
         raise Failed("; ".join(problems[:5]) + more)
 
 
-# name → (check, the checks without which it cannot be made)
+# name → (check, the checks that it requires)
 CHECKS: dict[str, tuple[Callable[[Export], str], tuple[str, ...]]] = {
     "files": (check_files, ()),
     "code": (check_code, ()),
@@ -262,7 +262,7 @@ CHECKS: dict[str, tuple[Callable[[Export], str], tuple[str, ...]]] = {
     "finite": (check_finite, ()),
     "card": (check_card, ()),
     "tokenizer": (check_tokenizer, ()),
-    "load": (check_load, ("code", "tensors")),  # a model larger than its files may fill the memory
+    "load": (check_load, ("code", "tensors")),  # a model larger than its files could exhaust memory
     "generate": (check_generate, ("load",)),
     "forward": (check_forward, ("load",)),
 }
@@ -286,7 +286,7 @@ def attempt(check: Callable[[Export], str], export: Export) -> tuple[str, str]:
         return "passed", check(export)
     except Failed as failure:
         return "failed", str(failure)
-    except Exception as error:  # whatever a damaged folder makes the libraries raise
+    except Exception as error:  # damaged folders make the libraries raise anything
         traceback.print_exc()
         return "failed", " ".join(f"{type(error).__name__}: {error}".split())[:500]
 

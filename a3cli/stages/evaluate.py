@@ -1,8 +1,8 @@
-"""Perplexity the way the papers measure it, and how far a model is from its source.
+"""Perplexity as the papers measure it, and the distance of a model from its source.
 
 Text is cut into consecutive blocks of `seq_len` (the last one shorter); in each block every token but the
-first is predicted once. Perplexity is the exponential of the mean over all predicted tokens. Everything is kept as sums
-over each block, from which the bootstrap resamples.
+first is predicted once. Perplexity is the exponential of the mean over all predicted tokens. Results are kept as sums
+per block, from which the bootstrap resamples.
 """
 
 import math
@@ -29,16 +29,16 @@ FIGURES = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1
 
 @torch.inference_mode()
 def evaluate(settings: EvalSettings) -> Json:
-    """Perplexity of a model; with `against`, also the source's, KL(source ‖ model) in nats and top-1 agreement.
+    """Return a model's perplexity; with `against`, also the source's, KL(source ‖ model) in nats and top-1 agreement.
 
-    Each data set has its own figures, intervals and judged gates, in `datasets`; those of a single one stand at the top
-    as well. Raises A3Error for a model that does not load whole, too little text, or a loss that is not finite.
+    `datasets` has figures, intervals and gates of each data set; those of a single one are at the top level as well.
+    Raises A3Error for a model that does not load completely, too little text, or a loss that is not finite.
     """
     check_settings(settings)
     tasks = open_tasks(settings)
     checkpoints = open_checkpoints(settings)
     for checkpoint in checkpoints:
-        check_size(checkpoint)  # before anything of transformers reads it
+        check_size(checkpoint)  # before transformers reads it
     machine = choose_machine(settings.device, settings.dtype, checkpoints[0].dtype)
     tokenizer = load_tokenizer(checkpoints[0].folder, trust_remote_code=settings.trust_remote_code)
     texts = [(text, read_blocks(text, tokenizer, checkpoints[0])) for text in settings.texts]
@@ -61,19 +61,19 @@ def evaluate(settings: EvalSettings) -> Json:
 
 
 def check_settings(settings: EvalSettings) -> None:
-    """Raise A3Error for gates that cannot be judged, for nothing to do, and for texts that cannot be read as asked."""
+    """Check that there is something to measure, that gates have figures and that texts can be read. Raises A3Error."""
     if not settings.texts and not settings.tasks:
         raise A3Error("nothing to measure: give --dataset or --tasks")
     if settings.fail_if and not settings.texts:
-        raise A3Error("--fail-if judges what is measured on a --dataset, and there is none")
+        raise A3Error("--fail-if needs a figure to compare; give a --dataset")
     unknown = [gate.text for gate in settings.fail_if if gate.needs_source and not settings.against]
     if unknown:
-        raise A3Error(f"--fail-if {', '.join(map(repr, unknown))}: only --against SOURCE gives this figure")
+        raise A3Error(f"--fail-if {', '.join(map(repr, unknown))}: this figure needs --against SOURCE")
     check_texts(settings.texts)
 
 
 def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
-    """The model and, with `against`, its source. Raises A3Error for code that may not run."""
+    """Return the model's checkpoint and, with `against`, its source's. Raises A3Error for code that may not run."""
     models = [(settings.model, settings.revision)]
     if settings.against:
         models.append((settings.against, settings.against_revision))
@@ -88,7 +88,7 @@ def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
 
 
 def read_blocks(text: TextSettings, tokenizer: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], TextRead]:
-    """Return a data set's blocks, and what was read of it."""
+    """Return a data set's blocks and the record of what was read."""
     read = TextRead()
     blocks = evaluation_blocks(tokenizer, text, read)
     check_fit(blocks, checkpoint.config, checkpoint.name)
@@ -104,7 +104,7 @@ def measure(
     settings: EvalSettings,
     machine: Machine,
 ) -> Json:
-    """Figures of one data set, their intervals, and the gates judged."""
+    """Return the figures of one data set, their intervals and the results of the gates."""
     source, source_name = (models[1], names[1]) if len(models) > 1 else (None, "")
     sums, seconds = sum_blocks(
         models[0],
@@ -145,7 +145,7 @@ def sum_blocks(
     name: str,
     source_name: str,
 ) -> tuple[torch.Tensor, float]:
-    """`[N, 2]` or, with a source, `[N, 5]` float64, and the seconds that the model's own forwards took.
+    """Return sums per block, `[N, 2]` or with a source `[N, 5]` float64, and the seconds of the model's forwards.
 
     A row has a block's number of predicted tokens and the sums over them of: the negative log-likelihood; the
     source's; KL(source ‖ model); the tokens on which both agree. Raises A3Error if a likelihood is not finite; the
@@ -170,19 +170,19 @@ def sum_blocks(
 
 
 def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[float, int]:
-    """KL(q ‖ p) summed over the tokens `[T, V]`, and on how many of them both have the same favourite."""
+    """Return KL(q ‖ p) summed over the tokens `[T, V]`, and the number of tokens with the same top-1 token."""
     kl = (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64).item()
     return kl, int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
 
 
 def describe_sums(sums: torch.Tensor) -> Json:
-    """The figures of all blocks together."""
+    """Return the figures of all blocks together."""
     figures = {key: value.item() for key, value in figures_of(sums.sum(0)).items()}
     return {"predicted_tokens": int(sums[:, 0].sum()), **figures}
 
 
 def figures_of(total: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What follows from sums `[..., 2 or 5]` over blocks (see `sum_blocks`)."""
+    """Return the figures for sums `[..., 2 or 5]` over blocks (see `sum_blocks`)."""
     predicted, *sums = total.unbind(-1)
     perplexity = (sums[0] / predicted).exp()
     if len(sums) == 1:
@@ -199,7 +199,7 @@ def figures_of(total: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def bootstrap(sums: torch.Tensor, *, resamples: int, seed: int) -> Json:
-    """95 % intervals of all figures by drawing whole blocks again, with replacement; None where there is one block.
+    """Return 95 % intervals of all figures by resampling whole blocks with replacement; None for a single block.
 
     Tokens of one block are not independent, blocks nearly are, and both models see the same ones.
     """
@@ -214,7 +214,7 @@ def bootstrap(sums: torch.Tensor, *, resamples: int, seed: int) -> Json:
 
 
 def cases(result: Json) -> list[Case]:
-    """An evaluation as tests: one for each gate on each data set; a data set or task without gates counts as passed."""
+    """Return an evaluation as test cases: one per gate and data set; a data set or task without gates passes."""
     found = []
     for each in result["datasets"]:
         figures = ", ".join(f"{key} {each[key]:.6g}" for key in FIGURES if key in each)
@@ -228,7 +228,7 @@ def cases(result: Json) -> list[Case]:
 
 
 def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings) -> Any:
-    """The model as transformers loads it. Raises A3Error if any weight is missing or does not fit."""
+    """Return the model as loaded by transformers. Raises A3Error if any weight is missing or does not fit."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -247,26 +247,26 @@ def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings)
     problems = [f"{name} is missing" for name in info["missing_keys"]]
     problems += [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     if problems:
-        raise A3Error(f"{checkpoint.name} does not load whole: {'; '.join(sorted(problems)[:5])}")
+        raise A3Error(f"{checkpoint.name} does not load completely: {'; '.join(sorted(problems)[:5])}")
     return model.eval()
 
 
 def batches(blocks: list[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
-    """Blocks of one length together, in order: `[B, T]`."""
+    """Yield batches `[B, T]` of consecutive blocks of the same length."""
     full = [block for block in blocks if len(block) == len(blocks[0])]
     for start in range(0, len(full), size):
         yield torch.stack(full[start : start + size])
     for block in blocks[len(full) :]:
-        if len(block) > 1:  # one token alone predicts nothing
+        if len(block) > 1:  # a single token predicts nothing
             yield block[None]
 
 
 def negative_log_likelihood(log_p: torch.Tensor, tokens: torch.Tensor, name: str) -> float:
-    """Sum over the predicted tokens of one block. Raises A3Error if it is not finite."""
+    """Return the sum over the predicted tokens of one block. Raises A3Error if it is not finite."""
     targets = tokens[1:].to(log_p.device)
     total = -log_p.gather(-1, targets[:, None]).sum(dtype=torch.float64).item()
     if not math.isfinite(total):
-        raise A3Error(f"{name}: the loss is not finite; use --dtype float32, or the model is damaged")
+        raise A3Error(f"{name}: the loss is not finite; use --dtype float32; if that fails too, the model is damaged")
     return total
 
 

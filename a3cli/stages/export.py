@@ -1,9 +1,9 @@
-"""Stage 3: source + solution → a Hugging Face folder that loads as any other.
+"""Stage 3, export: apply the solution to the source and write a Hugging Face folder.
 
-In the stock shape it is a stock checkpoint; in the per-layer shape the folder also holds the code that builds layers of
-different sizes. Tensors stream from the source's shards to new ones, one at a time; what the solution does not touch is
-copied byte for byte. The folder is written beside its place and renamed at the end; an export that was cut short goes
-on with the weight files that it had finished.
+In the stock shape it is a stock checkpoint; in the per-layer shape the folder also has the code that builds layers of
+different sizes. Tensors stream from the source's shards to new ones, one at a time; tensors that the solution does not
+change are copied byte for byte. The folder is written beside its place and renamed at the end; an interrupted export
+resumes at the unfinished weight file.
 """
 
 import logging
@@ -67,14 +67,14 @@ from a3cli.work.processes import ahead, one_core_each, spread
 log = logging.getLogger(__name__)
 
 NOT_CARRIED = ("README.md", MANIFEST)
-MAKERS = 4  # threads that make what a weight file is to hold: as fast as one can be written
+MAKERS = 4  # threads that compute a weight file's rows, as fast as they can be written
 
-Pieces = Iterator[torch.Tensor]  # rows of one weight that follow one another
+Pieces = Iterator[torch.Tensor]  # consecutive rows of one weight
 Named = tuple[str, torch.Tensor]  # such rows, with the weight's name
 
 
 class Solution:
-    """What is applied: the manifest, and the projections of as many layers at a time as are written."""
+    """The manifest, and the projections of the layers that are being written."""
 
     def __init__(self, manifest: Json, work: Work, *, held: int = 1) -> None:
         self.manifest = manifest
@@ -91,8 +91,8 @@ class Solution:
 def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None = None) -> Json:
     """Write the compressed checkpoint to `out`; returns its manifest.
 
-    Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use; CheckFailed if it is
-    to be written twice and the two differ; Interrupted at the end of the weight file in which `stop` was set off.
+    Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use; CheckFailed if
+    two writes differ (`check_reproducible`); Interrupted at the end of the weight file in which `stop` was set off.
     """
     stop = stop or Stop()
     with work.locked():
@@ -123,7 +123,7 @@ def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None
 
 
 def describe_request(settings: ExportSettings, solution: Solution) -> Json:
-    """Everything that the weight files depend on."""
+    """Return everything that the weight files depend on."""
     wanted = {"dtype", "max_shard_size"}
     return {
         "settings": settings.model_dump(mode="json", include=wanted),
@@ -133,9 +133,9 @@ def describe_request(settings: ExportSettings, solution: Solution) -> Json:
 
 
 def finished_export(out: Path, request: Json, measured: list[Json]) -> Json | None:
-    """The manifest of a whole export that this request wrote, as a command that was killed at its end leaves it."""
+    """Return the manifest of a complete export with this request, as left by a kill at the end, or None."""
     found: Json = {}
-    with suppress(A3Error):  # there is none, or no export of ours
+    with suppress(A3Error):  # missing, or not an a3 export
         found = {} if out.is_symlink() else read_export_manifest(out / MANIFEST)
     if not found or found["measured"] != measured:
         return None
@@ -151,8 +151,8 @@ def check_small_files(source: Checkpoint, work: Work) -> None:
     recorded = read_manifest(work.source, "run a3 calibrate on the source again")["small_files"]
     if differs := name_differences(recorded, source.hash_small_files()):
         raise A3Error(
-            f"{source.name}: {differs} changed since a3 calibrate; restore what was changed, or run the same "
-            "a3 calibrate again to take the files as they are"
+            f"{source.name}: {differs} changed since a3 calibrate; restore the files, or rerun the same "
+            "a3 calibrate to accept the changes"
         )
 
 
@@ -163,7 +163,7 @@ def check_same_files(one: Json, other: Json, out: Path) -> None:
 
 
 def read_solution(work: Work, *, held: int = 1) -> tuple[Json, Solution]:
-    """Calibration manifest and solution, checked against one another and against their files."""
+    """Return calibration manifest and solution, checked against each other and against their files."""
     if not work.solution_manifest.is_file():
         raise A3Error(f"{work.folder} has no finished solution; run a3 solve first (--work names the folder)")
     calibration = read_manifest(work.calibration_manifest, "run a3 calibrate --overwrite")
@@ -179,18 +179,21 @@ def read_solution(work: Work, *, held: int = 1) -> tuple[Json, Solution]:
 
 
 def check_target(out: Path, source: Checkpoint, work: Work, *, overwrite: bool) -> None:
-    """Raise A3Error unless `out` may be written: empty or an earlier export, and apart from what is read."""
+    """Check that `out` is empty or an earlier export, and apart from the folders that are read. Raises A3Error."""
     resolved = out.resolve()
     for folder, name in ((source.folder.resolve(), "the source"), (work.folder.resolve(), "the work folder")):
         if resolved == folder or folder in resolved.parents or resolved in folder.parents:
-            raise A3Error(f"{out} and {name} {folder} lie inside one another; choose another output folder")
+            raise A3Error(f"{out} and {name} {folder} are inside one another; choose another output folder")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise A3Error(f"{out} is no folder; choose another output folder")
+        raise A3Error(f"{out} is not a folder; choose another output folder")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise A3Error(f"{out} is not empty; use --overwrite to replace an earlier export, or another folder")
         if not (out / MANIFEST).is_file():
-            raise A3Error(f"{out} holds something that is no a3 export; --overwrite does not replace it")
+            raise A3Error(
+                f"{out} holds something that is not an a3 export, which --overwrite does not replace; "
+                "choose another folder"
+            )
 
 
 def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str, list[PlannedTensor]]:
@@ -224,13 +227,13 @@ def write_checkpoint(
     measured: list[Json],
     stop: Stop,
 ) -> Json:
-    """Weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
+    """Write weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
     folder = draft.folder
 
     def write(shard: str) -> str:
-        known = draft.learnt(shard)
+        known = draft.finished_info(shard)
         if known is None:
-            stop.before(f"writing {shard}", "the same command goes on there")
+            stop.before(f"writing {shard}", "rerun the same command to resume")
             log.info("writing %s", shard)
             tensors = transform(model, solution, shards[shard])
             with writing(folder / shard):
@@ -280,27 +283,27 @@ def judge_export(config: Json, model: Model, solution: Solution) -> list[Verdict
 
 
 def transform(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Pieces]:
-    """One tensor after another, made by several threads while the system reads the next."""
+    """Yield one tensor after another, computed by several threads while the system prefetches the next."""
     with one_core_each(min(MAKERS, os.cpu_count() or 1)) as threads:
-        rows = ahead(threads, all_transformed(model, solution, planned), MAKERS)
+        rows = ahead(threads, shard_jobs(model, solution, planned), MAKERS)
         for _, of_tensor in groupby(rows, key=itemgetter(0)):
             yield (part for _, part in of_tensor)
 
 
-def all_transformed(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Callable[[], Named]]:
-    """What makes the tensors of a weight file, one after another."""
+def shard_jobs(model: Model, solution: Solution, planned: list[PlannedTensor]) -> Iterator[Callable[[], Named]]:
+    """Yield the jobs that compute the tensors of a weight file, in order."""
     for this, following in zip(planned, [*planned[1:], None], strict=True):
         if following:
             model.source.read_ahead(following.name)
-        yield from transformed(model, solution, this)
+        yield from tensor_jobs(model, solution, this)
 
 
-def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Iterator[Callable[[], Named]]:
-    """What makes one tensor as the export stores it, some rows each. Raises A3Error for what is not finite."""
+def tensor_jobs(model: Model, solution: Solution, planned: PlannedTensor) -> Iterator[Callable[[], Named]]:
+    """Yield the jobs that compute one exported tensor, some rows each. Raises A3Error if it is not finite."""
     found = model.family.find_role(planned.name)
     if found is None:
         for rows in stored_rows(model.source.info(planned.name)):
-            yield partial(made, rows, planned, model)
+            yield partial(project_rows, rows, planned, model)
         return
     layer, role, _ = found
     weight = model.source.read(planned.name)
@@ -308,10 +311,10 @@ def transformed(model: Model, solution: Solution, planned: PlannedTensor) -> Ite
         project = partial(
             apply_projection, role=role, solution=of_rows, shape=model.shape, fold_scale=not solution.per_layer
         )
-        yield partial(made, part, planned, model, project)
+        yield partial(project_rows, part, planned, model, project)
 
 
-def made(
+def project_rows(
     rows: torch.Tensor,
     planned: PlannedTensor,
     model: Model,
@@ -329,7 +332,7 @@ def converted(rows: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
 
 
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
-    """The source's config.json with what the solution changes."""
+    """Return the source's config.json with the changes of the solution."""
     changes = per_layer_changes(model, solution) if solution.per_layer else stock_changes(model, solution)
     if solution.manifest["context"] != model.rope.context:  # lowered by --context
         changes["max_position_embeddings"] = solution.manifest["context"]
@@ -342,10 +345,10 @@ def compressed_config(model: Model, solution: Solution, settings: ExportSettings
 
 
 def stock_changes(model: Model, solution: Solution) -> Json:
-    """One head size and one MLP width for all layers and, if heads are smaller, the new RoPE."""
+    """Return one head size and MLP width for all layers and, if heads are smaller, the new RoPE."""
     sizes = solution.sizes[0]
     changes: Json = {"intermediate_size": sizes.mlp}
-    if model.source.stored_otherwise:  # config.json names the class of the decoder alone
+    if model.source.stored_otherwise:  # config.json names only the decoder's class
         changes["architectures"] = [model.stock.name]
     if sizes.qk < model.shape.head_dim:
         rope = replace(model.rope, context=solution.manifest["context"])
@@ -356,9 +359,9 @@ def stock_changes(model: Model, solution: Solution) -> Json:
 
 
 def per_layer_changes(model: Model, solution: Solution) -> Json:
-    """`per_layer_config`, as transformers 5 reads it, and the code that builds layers from it.
+    """Return `per_layer_config` for transformers 5, and the `auto_map` of the code that builds the layers.
 
-    `head_dim` stays that of the source: it defines the pairs that `rope_slots` counts, and the softmax scale.
+    `head_dim` stays the source's: it defines the pairs that `rope_slots` refers to, and the softmax scale.
     """
     return {
         "architectures": [model.family.per_layer_class],
@@ -371,21 +374,19 @@ def per_layer_changes(model: Model, solution: Solution) -> Json:
 
 
 def auto_map(family: Family) -> Json:
-    """The classes in the exported code, by the auto class that builds them: vLLM's Transformers backend asks for the
-    second one.
-    """
+    """Return the classes in the exported code by auto class; vLLM's Transformers backend needs the second one."""
     causal = f"{module_name(family.model_type)}.{family.per_layer_class}"
     return {"AutoModelForCausalLM": causal, "AutoModel": causal.replace("ForCausalLM", "Model")}
 
 
 def lowered_rope(model: Model, solution: Solution) -> Json:
-    """RoPE of all pairs, if `--context` lowered `max_position_embeddings`: of some kinds it would change with that."""
+    """Return RoPE of all pairs if `--context` lowered `max_position_embeddings`, on which some RoPE types depend."""
     context, pairs = solution.manifest["context"], range(len(model.rope.short))
     return {} if context == model.rope.context else kept_rope_config(replace(model.rope, context=context), pairs)
 
 
 def carry_files(source: Checkpoint, folder: Path) -> None:
-    """Tokenizer, generation config, chat template, licence: what lies beside the weights and is not rewritten."""
+    """Copy tokenizer, generation config, chat template, licence and other files that stay unchanged."""
     for name, path in source.small_files().items():
         if name not in NOT_CARRIED:
             copy_file(path, folder / name)

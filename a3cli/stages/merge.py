@@ -1,7 +1,7 @@
-"""Finished calibrations of one model on different text → one calibration, as if all of the text had been one.
+"""Merge finished calibrations of one model on different text into one, as if it were one text.
 
-Statistics are sums, so they add up exactly; attention that was kept whole is put together. One layer of two
-calibrations is in memory at a time.
+Statistics are sums, so they add up exactly; attention samples are concatenated. One layer of two calibrations is in
+memory at a time.
 """
 
 import logging
@@ -41,9 +41,9 @@ REMEDY = "run a3 calibrate --overwrite there"
 
 
 def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> Json:
-    """Write the sum of the calibrations in `parts` to `target`; returns its manifest.
+    """Write the sum of the calibrations in `parts` to `target`; return its manifest.
 
-    Raises A3Error for a calibration that is unfinished, altered, of another model or kind, or there twice, and if
+    Raises A3Error for a calibration that is unfinished, altered, of another model or kind, or given twice, and if
     `target` holds another one, unless `overwrite`.
     """
     check_places(parts, target)
@@ -65,19 +65,19 @@ def check_places(parts: Sequence[Work], target: Work) -> None:
     folders = [work.folder.resolve() for work in parts]
     for folder in folders:
         if not folder.is_dir():
-            raise A3Error(f"{folder} is no work folder")
+            raise A3Error(f"{folder} is not a work folder")
         if folders.count(folder) > 1:
-            raise A3Error(f"{folder} is named twice; its text would count twice")
+            raise A3Error(f"{folder} is given twice, and its text would count twice; give it once")
     if target.folder.resolve() in folders:
         raise A3Error(f"--into {target.folder} is one of the work folders to merge; choose another")
 
 
 def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
-    """Raise A3Error unless the sums mean the same and no text is in two of them."""
+    """Check that the sums are compatible and no text is in two of them. Raises A3Error."""
     first = calibrations[0]
     for work, other in zip(parts[1:], calibrations[1:], strict=True):
         differing = [name for name in SAME if other["request"][name] != first["request"][name]]
-        if other["blocks"][1] != first["blocks"][1]:  # distances go up to the length, and blocks are one tensor
+        if other["blocks"][1] != first["blocks"][1]:  # distances and the blocks' tensor depend on the length
             differing.append("seq_len")
         if differing:
             raise A3Error(
@@ -85,11 +85,14 @@ def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
             )
     seen = [each["calibration"] for calibration in calibrations for each in ingredients(calibration)]
     if len(set(seen)) < len(seen):
-        raise A3Error("the same calibration is there twice (as itself or merged before); its text would count twice")
+        raise A3Error(
+            "the same calibration is given twice (itself or in an earlier merge), and its text would count twice; "
+            "give it once"
+        )
 
 
 def ingredients(calibration: Json) -> list[Json]:
-    """What a calibration was made from: its own text, or the parts that it was merged from."""
+    """Return a calibration's own text, or the parts that it was merged from."""
     request = calibration["request"]
     if "merged" in request:
         return list(request["merged"])
@@ -116,7 +119,7 @@ def merged_reading(request: Json) -> Json | None:
 
 
 def merged_request(calibrations: list[Json]) -> Json:
-    """A calibration's request, with what it was merged from."""
+    """Return the merged calibration's request, with its parts."""
     first = calibrations[0]["request"]
     merged = [each for calibration in calibrations for each in ingredients(calibration)]
     text = {
@@ -128,7 +131,7 @@ def merged_request(calibrations: list[Json]) -> Json:
 
 
 def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json | None:
-    """The manifest of the same merge, done before. Raises A3Error for another calibration unless `overwrite`."""
+    """Return the manifest of the same finished merge, or None. Raises A3Error for another one unless `overwrite`."""
     if overwrite or not (target.calibration_manifest.exists() or target.calibration_progress.exists()):
         return None
     if target.calibration_manifest.exists():
@@ -142,7 +145,7 @@ def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json |
 
 
 def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, target: Work, request: Json) -> Json:
-    """Layer by layer; the folder appears when it is whole, and a merge that was cut short goes on."""
+    """Write the merged calibration layer by layer; the folder appears when it is complete. Resumable."""
     for work, calibration in zip(parts, calibrations, strict=True):
         check_hash(work.tokens, calibration["tokens_hash"], REMEDY)
     with drafting(target.calibration, {**request, "versions": versions()}) as draft:
@@ -153,7 +156,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
         hashes = []
         for layer in range(len(calibrations[0]["layers"])):
             name = target.statistics(layer).name
-            known = draft.learnt(name)
+            known = draft.finished_info(name)
             if known is None:
                 log.info("layer %d of %d", layer + 1, len(calibrations[0]["layers"]))
                 for work, calibration in zip(parts, calibrations, strict=True):
@@ -175,7 +178,7 @@ def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, 
 
 
 def add_statistics(files: Sequence[Path]) -> Tensors:
-    """The sums of one layer over all calibrations, and samples of all."""
+    """Return the sums of one layer over all calibrations, and samples of all."""
     with open_tensors(files[0], REMEDY) as first:
         names = [name for name in first.keys() if name not in NAMES]  # noqa: SIM118, no dictionary
         total = {name: first.get_tensor(name).clone() for name in names}
@@ -185,5 +188,5 @@ def add_statistics(files: Sequence[Path]) -> Tensors:
                 value.add_(more.get_tensor(name))
     samples = [read_named(file, NAMES, REMEDY) for file in files]
     if lacking := [str(file) for file, found in zip(files, samples, strict=True) if found is None]:
-        raise A3Error(f"{', '.join(lacking)}: no samples of attention; {REMEDY}")
+        raise A3Error(f"{', '.join(lacking)}: no attention samples; {REMEDY}")
     return total | merge_samples([found for found in samples if found])

@@ -1,7 +1,7 @@
-"""One calibration → loss against size, for every method at many budgets: predicted, and measured where text is given.
+"""Loss against size for every method at many budgets: predicted, and measured if text is given.
 
-Error curves are made once for each method; each budget is then only an allocation. Measuring projects, exports and
-evaluates in a temporary folder inside the work folder; the solution that is there is left alone.
+Error curves are computed once per method; each budget is then only an allocation. Measuring projects, exports and
+evaluates in a temporary folder inside the work folder; an existing solution is not touched.
 """
 
 import logging
@@ -34,7 +34,7 @@ from a3cli.work.folder import (
     Json,
     Work,
     making_scratch,
-    read_if_of,
+    read_if_request_matches,
     read_json,
     read_undamaged,
     replacing,
@@ -58,7 +58,7 @@ VARIANTS = {
 
 
 def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: Stop | None = None) -> Json:
-    """Every variant at every budget; returns the points. A budget that a variant cannot reach has an `error`.
+    """Compute the points of every variant at every budget; a budget that a variant cannot reach has an `error`.
 
     Raises A3Error if the statistics are missing, altered or of another source, or if no point can be reached, and
     Interrupted at the end of the layer or point in which `stop` was set off.
@@ -73,7 +73,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         points = Points(settings, work, calibration)
         for name, variant in variants_of(settings, model.family):
             if variant["method"] == "best" and calibration["request"]["mlp_stats"] == "diagonal":
-                log.info("%s: needs statistics that --mlp-stats diagonal left out", name)
+                log.info("%s is left out: it needs a3 calibrate --mlp-stats full", name)
                 continue
             missing = [budget for budget in settings.budgets if not points.has(name, budget)]
             if not missing:
@@ -118,7 +118,7 @@ def variants_of(settings: ParetoSettings, family: Family) -> Iterator[tuple[str,
 
 
 class Points:
-    """What is known so far, in a file of the work folder: measuring one point can take long."""
+    """The finished points, in a file of the work folder, since measuring one point can take long."""
 
     def __init__(self, settings: ParetoSettings, work: Work, calibration: Json) -> None:
         self._file = work.points
@@ -127,7 +127,7 @@ class Points:
         self._read: Json | None = begun.get("text_read") if begun else None
         read = self._read
         files = files_now(settings.text, read["files"], whole=read["whole"]) if settings.text and read else {}
-        known = read_if_of(self._file, self._request(files))
+        known = read_if_request_matches(self._file, self._request(files))
         self.found: list[Json] = known["points"] if known else []
         if known is None:
             self._read = None
@@ -151,7 +151,7 @@ class Points:
         write_manifest(self._file, {"request": request, "text_read": self._read, "points": self.found})
 
     def note_text(self, measured: Json) -> None:
-        """Record which files an evaluation has read: what later points have in common with this one."""
+        """Record which files an evaluation has read; later points must have read the same."""
         self._read = {"files": measured["text_files"], "whole": measured["text_read"]["whole"]}
 
     def forget(self) -> None:
@@ -166,7 +166,7 @@ def settings_of(settings: ParetoSettings, variant: Json, budget: float) -> Solve
 
 
 def point(settings: SolveSettings, model: Model, calibration: Json, curves: list[Curves]) -> Json:
-    """Sizes, costs and predicted loss at one budget."""
+    """Return sizes, costs and predicted loss at one budget."""
     try:
         sizes = choose_sizes(settings, model.shape, curves)
     except A3Error as error:
@@ -186,7 +186,7 @@ def mean_sizes(sizes: list[LayerSizes]) -> Json:
 
 
 def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) -> Json:
-    """What `evaluate` finds of the solution in `work`, exported to `out`."""
+    """Export the solution in `work` to `out` and return its evaluation."""
     source = read_json(work.source)
     log.info("measuring %s, %s, at %g", settings.method, settings.shape, settings.budget)
     export(out, ExportSettings(), work)
@@ -201,13 +201,13 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) 
             device=settings.device,
             dtype=settings.dtype,
             batch_size=settings.batch_size,
-            trust_remote_code=settings.shape == "per-layer",  # the code is our own
+            trust_remote_code=settings.shape == "per-layer",  # the code is a3's
         )
     )
 
 
 def check_plot(path: Path | None) -> None:
-    """Raise A3Error for a file that no plot can be written to, before any work begins."""
+    """Check that a plot can be written to `path`, before any work starts. Raises A3Error."""
     if path and path.suffix not in (".png", ".svg"):
         raise A3Error(f"--plot {path}: the name must end in .png or .svg")
     if path and not path.parent.is_dir():
@@ -215,7 +215,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def draw(result: Json, path: Path) -> None:
-    """Write `plot` of a sweep's points as PNG or SVG, by the name's end."""
+    """Write the `plot` of a sweep's points as PNG or SVG, by the file's suffix."""
     with replacing(path) as partial:
         plot(result).savefig(
             partial, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
@@ -223,14 +223,14 @@ def draw(result: Json, path: Path) -> None:
 
 
 def plot(result: Json) -> "Figure":
-    """Draw loss against the share of the decoder's weights removed, one line a variant."""
+    """Draw loss against the share of the decoder's weights removed, one line per variant."""
     from matplotlib.figure import Figure
 
     reached = [each for each in result["points"] if "error" not in each]
-    predicted = f"predicted loss\n({LOSSES[result['sensitivity']]})"  # in two lines: in one it is longer than the axis
+    predicted = f"predicted loss\n({LOSSES[result['sensitivity']]})"  # two lines: one would be longer than the axis
     panels: dict[str, Callable[[Json], float]] = {predicted: lambda each: each["predicted_loss"]}
     if any("measured" in each for each in reached):
-        panels["KL(source ‖ compressed), nats a token"] = lambda each: each["measured"]["kl"]
+        panels["KL(source ‖ compressed), nats per token"] = lambda each: each["measured"]["kl"]
     figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
     for axes, (label, loss) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name in dict.fromkeys(each["variant"] for each in reached):

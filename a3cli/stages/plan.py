@@ -1,7 +1,7 @@
-"""What a run will cost: sizes, disk, memory, time, and who loads the result.
+"""Estimate the sizes, disk, memory and time of a run, and list the runtimes that load the result.
 
-The figures follow from config.json. The weights' headers are checked as `a3 calibrate` checks them, where they can be
-read without a download; torch is imported only for that, and to measure speeds.
+The figures follow from config.json. The weights' headers are checked as in `a3 calibrate` if they can be read without a
+download; torch is imported only for that and to measure speeds.
 """
 
 import os
@@ -37,33 +37,33 @@ from a3cli.work.folder import Json
 
 METHODS = ("paper", "best")
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# What is assumed of a machine that nothing is said about: a solid-state disk, a desktop's cores, one data-centre GPU.
+# Defaults for an unknown machine: a solid-state disk, a desktop's cores, one data-centre GPU.
 DISK_GBPS = 2.0
 TFLOPS = {"cpu": 0.3, "cuda": 200.0}
 SOLVE_TFLOPS = {"cpu": 0.15, "cuda": 10.0}  # float64
 HASH_GBPS = 2.5  # BLAKE3 on one core
-# Resident bytes of a process with torch, transformers and datasets in it; a torch that can use a GPU brings far more:
-# from 0.85 to 1.19 GB, since of its libraries' files the system maps more or less than is needed.
+# Resident bytes of a process with torch, transformers and datasets; far more for a torch build with GPU support:
+# from 0.85 to 1.19 GB, since the system maps more or less of its libraries' files.
 IMPORTS = {"cpu": 410_000_000, "cuda": 1_020_000_000}
-WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes that linear algebra takes in each thread
-REFIT_ROUNDS = 2  # of the sequential correction, as `a3 solve` has them if nothing is said
-CORRECTING = 1.3  # times its FLOPs the sequential correction takes: activations, and files between its passes
-REFINING = 2.0  # times its FLOPs take the softmax and other steps of sampled attention
+WORKSPACE = {"paper": 0, "best": 40_000_000}  # bytes of linear algebra's workspace in each thread
+REFIT_ROUNDS = 2  # of the sequential correction: the default of `a3 solve`
+CORRECTING = 1.3  # time of the sequential correction relative to its FLOPs: activations, and files between its passes
+REFINING = 2.0  # time of sampled attention relative to its FLOPs: softmax and other steps
 NEEDED = "import a3cli.stages.calibrate; from transformers import AutoTokenizer, LlamaConfig; LlamaConfig()"
-STARTUP = 4.2  # seconds until a stage begins to work
-# Seconds that a layer takes beside its arithmetic, where this is the start: files, and steps too small to fill a core.
+STARTUP = 4.2  # seconds until a stage starts to work
+# Seconds of a layer beside its arithmetic, for this start time: files, and steps too small to fill a core.
 LAYER_SECONDS = {"calibrate": 0.2, "solve --method best": 1.9, "solve --method best --sequential": 1.9}
-# Seconds a channel of greedy selection on a GPU, whose steps follow one another, each some launches of tiny kernels.
-# Measured on an H200 when each step still waited for the device, so at most this: `benchmarks/solve_layer.py --device
+# Seconds per channel of greedy selection on a GPU: sequential steps, each with some launches of tiny kernels.
+# An upper bound, measured on an H200 when each step still waited for the device: `benchmarks/solve_layer.py --device
 # cuda` took 10.5 s for Llama-3.1-70B's 28672 channels, 0.9 s of it arithmetic.
 GREEDY_STEP = 3e-4
 
 
 class DecoderConfig(BaseModel):
-    """What a plan needs of config.json; for the rest it is as in transformers' own classes."""
+    """The entries of config.json that a plan needs, with the defaults of transformers' classes."""
 
-    # Strict: a3cli/runtimes reads the same entries as they stand in the file.
-    # Protected namespaces: older pydantic wants no field to begin with model_.
+    # Strict: a3cli/runtimes reads the same entries from the file.
+    # Protected namespaces: older pydantic does not allow field names that start with model_.
     model_config = ConfigDict(strict=True, protected_namespaces=())
 
     model_type: str
@@ -88,9 +88,9 @@ class DecoderConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds to start a stage, bytes a second of the disk, FLOPs a second in the calibration's dtype and in float64.
+    """Seconds to start a stage, disk bytes per second, FLOPs per second in the calibration's dtype and in float64.
 
-    `origin` says of each whence it is.
+    `origin` says where each comes from.
     """
 
     start: float
@@ -102,13 +102,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Run:
-    """What the figures follow from."""
+    """The inputs of the estimates."""
 
     settings: PlanSettings
     shape: ModelShape
     size: LayerSizes
     source_item: int
-    item: int  # of the dtype in which calibration computes
+    item: int  # bytes per number of the calibration's dtype
     parameters: int  # of the source
 
     @property
@@ -128,7 +128,7 @@ class Run:
         return self.settings.mlp_stats == "full"
 
     def solves(self, method: str) -> bool:
-        """Diagonal statistics are enough for the paper's method only."""
+        """Return whether the statistics suffice for `method`: diagonal ones suffice only for the paper's."""
         return self.full_mlp or method == "paper"
 
     @property
@@ -137,16 +137,16 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """Blocks a forward. What `auto` takes on a CPU; on a GPU one, the least: it takes what is free there."""
+        """Return the batch size: that of `auto` on a CPU; on a GPU the minimum, one: it depends on free memory."""
         automatic = 1 if self.on_gpu else min(self.settings.samples, costs.cpu_batch(self.settings.seq_len))
         return self.settings.batch_size or automatic
 
 
 def plan(settings: PlanSettings) -> Json:
-    """The figures of one run.
+    """Return the figures of one run.
 
-    Raises A3Error for a model that is not there or not supported, for weights that a3 calibrate would refuse, and for
-    a budget that rounding does not allow.
+    Raises A3Error for a model that does not exist or is not supported, for weights that a3 calibrate would refuse, and
+    for a budget that rounding does not allow.
     """
     folder = find_folder(settings.model, settings.revision, files=("config.json", INDEX, ADAPTER))
     config = read_config(folder, settings.model)
@@ -205,7 +205,7 @@ def plan(settings: PlanSettings) -> Json:
 
 
 def read_decoder(config: Json, folder: Path) -> DecoderConfig:
-    """Raises A3Error naming every entry of config.json that is missing or impossible."""
+    """Return the entries of config.json. Raises A3Error naming all that are missing or impossible."""
     try:
         return DecoderConfig.model_validate(config)
     except ValidationError as error:
@@ -214,7 +214,7 @@ def read_decoder(config: Json, folder: Path) -> DecoderConfig:
 
 
 def check_weights(settings: PlanSettings, folder: Path, config: Json) -> Json:
-    """Check the weights as a3 calibrate does, as far as they can be read without a download; returns how far that was.
+    """Check the weights as a3 calibrate does, as far as possible without a download; return how far that was.
 
     `checked` is `tensors` (names, shapes and dtypes), `names` or `nothing`, and `reason` says why it is not more.
     """
@@ -246,14 +246,14 @@ def check_weights(settings: PlanSettings, folder: Path, config: Json) -> Json:
 def check_remote(
     model: str, folder: Path, config: Json, found: dict[str, tuple[str, tuple[int, ...]]], indexed: Json
 ) -> None:
-    """Raise A3Error for weights on the hub that a3 calibrate would refuse, or that the index there does not name."""
+    """Check weights on the Hub as a3 calibrate does, and that the index names them. Raises A3Error."""
     from a3cli.models.checkpoint import find_dtype
     from a3cli.models.model import check_tensors
 
     if indexed and (differing := sorted(found.keys() ^ indexed.keys())):
         raise A3Error(
-            f"{model}: {SINGLE} and {INDEX} hold different tensors (only one has {differing[0]}), and loaders take the "
-            "one or the other; use another revision, or a local copy without the one that is not meant"
+            f"{model}: {SINGLE} and {INDEX} hold different tensors (only one has {differing[0]}), and loaders "
+            "differ in which they read; use another revision, or a local copy without the wrong one"
         )
     for name, (dtype, _) in found.items():
         find_dtype(dtype, name, model)
@@ -273,7 +273,7 @@ def choose_sizes(settings: PlanSettings, shape: ModelShape) -> LayerSizes:
 
 
 def count_parameters(decoder: DecoderConfig, shape: ModelShape, family: Family) -> int:
-    """All tensors of the checkpoint: linear weights and biases, norms, embedding, and output layer unless tied."""
+    """Count all parameters: linear weights and biases, norms, embedding, and output layer unless tied."""
     biases = costs.bias_parameters(shape, shape.sizes)
     output_bias = shape.attention_bias and not family.qkv_bias
     fixed_biases = (int(output_bias) + int(shape.mlp_bias)) * shape.hidden_size * shape.layers
@@ -291,7 +291,7 @@ def judge_plan(config: Json, folder: Path, run: Run) -> list[Verdict]:
 
 
 def planned_config(config: Json, run: Run) -> Json:
-    """As much of the export's config.json as decides who loads it."""
+    """Return the entries of the export's config.json that decide which runtimes load it."""
     if run.settings.shape == "per-layer":
         return {**config, "head_dim": run.shape.head_dim, "per_layer_config": {}}
     if run.size.qk == run.shape.head_dim:
@@ -323,10 +323,9 @@ def describe_model(run: Run) -> Json:
 
 
 def disk(run: Run) -> Json:
-    """Bytes in the work folder, and of the export.
+    """Return the bytes in the work folder and of the export.
 
-    `solution` is that of `best`, where the statistics allow it; `solution_sequential` that with `--sequential`, while
-    it is made.
+    `solution` is that of `best` if the statistics allow it; `solution_sequential` is the peak with `--sequential`.
     """
     settings, shape = run.settings, run.shape
     solution = {method: costs.solution_bytes(shape, run.size, method) * shape.layers for method in METHODS}
@@ -344,7 +343,7 @@ def disk(run: Run) -> Json:
 
 
 def device_memory(run: Run) -> Json:
-    """Peak while calibrating, for each process: where there are several devices, on each of them."""
+    """Return the peak during calibration, per process and, with several devices, per device."""
     shape, settings = run.shape, run.settings
     parts = {
         "layer": costs.layer_bytes(shape, run.item),
@@ -355,7 +354,7 @@ def device_memory(run: Run) -> Json:
 
 
 def peak_ram(run: Run) -> Json:
-    """Peak resident set of each stage's process, mapped pages of the source included."""
+    """Return the peak resident set of each stage's process, including mapped pages of the source."""
     shape, item = run.shape, run.source_item
     mapped = costs.layer_bytes(shape, item)
     batch = run.batch * run.settings.seq_len * shape.hidden_size * run.item
@@ -379,15 +378,15 @@ def peak_ram(run: Run) -> Json:
 
 
 def torch_build() -> str:
-    """Which torch is installed, without importing it: Linux gets one for GPUs unless it says otherwise."""
+    """Return which torch build is installed, without importing it: on Linux the default build supports GPUs."""
     return "cuda" if sys.platform == "linux" and not version("torch").endswith("+cpu") else "cpu"
 
 
 def seconds(run: Run, rates: Rates) -> Json:
-    """Each stage: what is computed, read, written and hashed, reading hidden behind computing where it is."""
+    """Return the seconds of each stage for computing, reading, writing and hashing; prefetched reads cost nothing."""
     settings, shape = run.settings, run.shape
     flops = costs.calibration_flops_per_token(shape, settings.seq_len, full_mlp=run.full_mlp)
-    share = settings.num_processes if run.on_gpu else 1  # on a CPU they share its cores
+    share = settings.num_processes if run.on_gpu else 1  # on a CPU, processes share its cores
     compute = run.tokens * shape.layers * flops / (rates.compute * share)
     read = costs.layer_bytes(shape, run.source_item) * shape.layers / rates.disk
     places = disk(run)
@@ -409,15 +408,15 @@ def seconds(run: Run, rates: Rates) -> Json:
 
 
 def solving(run: Run, rates: Rates) -> dict[str, float]:
-    """Seconds of one layer's arithmetic by each method.
+    """Return the seconds of one layer's arithmetic for each method.
 
-    Matrices of head size stay on the CPU: a GPU gets the selection of channels and the refits of `best`, and sampled
-    attention, with products so small that they run at a fraction of its speed.
+    Matrices of head size stay on the CPU. A GPU gets the channel selection and the refits of `best`, and sampled
+    attention, whose products are so small that they run at a fraction of its speed.
     """
     shape, settings, head_multiple = run.shape, run.settings, run.settings.head_multiple
     paper, best = costs.paper_flops(shape), costs.best_flops(shape, run.size, head_multiple)
     refine = REFINING * costs.refine_flops(shape, run.size, settings.samples, settings.seq_len)
-    # In float32, which a CPU multiplies twice as fast as float64, and a GPU without tensor cores about as fast.
+    # In float32: twice as fast as float64 on a CPU, about as fast on a GPU without tensor cores.
     correct = (
         CORRECTING * run.tokens * costs.sequential_flops_per_token(shape, run.size, REFIT_ROUNDS, settings.seq_len)
     )
@@ -428,7 +427,7 @@ def solving(run: Run, rates: Rates) -> dict[str, float]:
             "best": refined,
             "best --sequential": refined + correct / (2 * rates.solve),
         }
-    large = costs.best_flops(shape, run.size, shape.head_dim + 1) - paper  # with no rank for RoPE slots
+    large = costs.best_flops(shape, run.size, shape.head_dim + 1) - paper  # without a rank for RoPE slots
     on_cpu = SOLVE_TFLOPS["cpu"] * 1e12
     on_gpu = (large + refine) / rates.solve + shape.intermediate_size * GREEDY_STEP
     refined = (best - large) / on_cpu + on_gpu
@@ -436,7 +435,7 @@ def solving(run: Run, rates: Rates) -> dict[str, float]:
 
 
 def find_rates(settings: PlanSettings, dtype: str) -> Rates:
-    """What was stated, else what is measured here if that was asked for, else what is assumed."""
+    """Return the given rates; others are measured with `--measure`, or assumed."""
     kind = settings.devices.partition(":")[0].partition(",")[0]
     stated = {
         "start": settings.start_seconds,
@@ -457,23 +456,23 @@ def find_rates(settings: PlanSettings, dtype: str) -> Rates:
 
 
 def measure(what: str, kind: str, dtype: str) -> float:
-    """Seconds to start a stage, GB/s of the current folder's disk, or TFLOP/s of matrix products."""
+    """Measure the seconds to start a stage, GB/s of the current folder's disk, or TFLOP/s of matrix products."""
     if what == "start":
-        return min(start_time() for _ in range(2))  # the first may have to read it all from the disk
+        return min(start_time() for _ in range(2))  # the first one may read everything from the disk
     if what == "disk":
         return disk_speed(Path.cwd()) / 1e9
     return product_speed(kind, dtype if what == "compute" else "float64") / 1e12
 
 
 def start_time() -> float:
-    """Seconds in which a process has the libraries that every stage needs."""
+    """Return the seconds in which a process imports the libraries that every stage needs."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", NEEDED], check=True, capture_output=True)  # noqa: S603, our own line
     return time.perf_counter() - started
 
 
 def disk_speed(folder: Path, size: int = 1 << 28) -> float:
-    """Bytes a second, written as an export is and read again, the slower of the two."""
+    """Return bytes per second of writing as an export does and reading back, the slower of the two."""
     from a3cli.work.writer import HashingWriter
 
     part = os.urandom(1 << 20)
@@ -494,15 +493,15 @@ def disk_speed(folder: Path, size: int = 1 << 28) -> float:
 
 
 def product_speed(kind: str, dtype: str) -> float:
-    """FLOPs a second of products of square matrices. Raises A3Error for a device that is not here."""
+    """Return FLOPs per second of products of square matrices. Raises A3Error for a missing device."""
     import torch
 
     if kind == "cuda" and not torch.cuda.is_available():
         raise A3Error("--measure: this machine has no CUDA device; give --tflops and --solve-tflops, or --devices cpu")
-    size = 8192 if kind == "cuda" else 2048  # to fill it
+    size = 8192 if kind == "cuda" else 2048  # fills the device
     matrix = torch.randn(size, size, dtype=torch.float32, device=kind).to(getattr(torch, dtype))
     done, elapsed = 0, 0.0
-    (matrix @ matrix)[0, 0].item()  # the first one sets things up
+    (matrix @ matrix)[0, 0].item()  # warm up
     started = time.perf_counter()
     while elapsed < 0.5:
         product = matrix @ matrix

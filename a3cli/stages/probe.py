@@ -1,11 +1,10 @@
 """Measured sensitivities: KL of the whole model when one component of one layer is cut, in one branching sweep.
 
-A stream of hidden states is a model under way. The source's own stream passes each layer whole; at each layer new
-streams branch off it, through that layer with one component cut to one size; all streams pass the layers after it
-whole. At the end each stream's logits are compared with the source's. So the model is passed through once, however many
-probes there are (a layer's weights are read once more for each of its own cuts), and memory holds one layer and one
-batch. The files of the streams take 2 · (1 + probes) times the hidden states of the probe's blocks. A killed probe goes
-on at its layer.
+A stream is the hidden states of one model. The source's stream runs through each full layer. At each layer new streams
+branch off, through that layer with one component cut to one size; all streams run through the full layers after it. At
+the end each stream's logits are compared with the source's. So one sweep suffices for any number of probes (a layer's
+weights are read once more for each of its cuts), and memory holds one layer and one batch. The files of the streams
+take 2 · (1 + probes) times the hidden states of the probe's blocks. Resumable at the unfinished layer.
 """
 
 import logging
@@ -30,7 +29,7 @@ from a3cli.work.folder import (
     Work,
     check_space,
     hash_file,
-    read_if_of,
+    read_if_request_matches,
     read_manifest,
     read_tensors,
     versions,
@@ -45,28 +44,28 @@ PROGRESS = "progress.json"
 
 
 class Probe(NamedTuple):
-    """One measurement: a layer whose `component` alone is cut to `size`."""
+    """One measurement: a layer with only `component` cut, to `size`."""
 
     layer: int
     component: Component
     size: int
 
 
-# Of each layer and component: KL (nats a token) at each probed size, ascending.
+# Of each layer and component: KL (nats per token) at each probed size, ascending.
 Measured = list[dict[Component, dict[int, float]]]
 
 
 def probe(
     method: Method, curves: list[Curves], work: Work, calibration: Json, progress: Progress, stop: Stop
 ) -> Measured:
-    """KL at the probed sizes of every layer and component, from the work folder if it was measured before."""
+    """Return KL at the probed sizes of every layer and component, reused from the work folder if measured before."""
     settings = method.settings
     request = describe_request(method, calibration)
     finished = work.probes / f"{settings.method}-{settings.shape}.json"
     if finished.is_file():
         found = read_manifest(finished, "remove it")
         if found["request"] == request:
-            clear(work.probes)  # if it was killed right before that
+            clear(work.probes)  # if an earlier process was killed right before that
             return from_json(found["layers"])
     probes = plan_probes(curves, settings.probe_points)
     if not probes:
@@ -80,7 +79,7 @@ def probe(
 
 
 def clear(probes: Path) -> None:
-    """Remove what a sweep under way goes on with."""
+    """Remove the files of an unfinished sweep."""
     for path in (probes / PROGRESS, *probes.glob("streams-*.bin")):
         path.unlink(missing_ok=True)
 
@@ -92,7 +91,7 @@ class _Run:
         settings, model = method.settings, method.model
         self.machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
         self.method, self.work, self.probes = method, work, probes
-        # Streams are of one type, and what one device began another does not finish.
+        # Streams have one dtype, and a sweep stays on one kind of device.
         self.request = {**request, **self.machine.describe()}
         self.blocks = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"][: settings.probe_blocks]
         self.batch_size = settings.batch_size
@@ -100,14 +99,14 @@ class _Run:
         self.layers = model.shape.layers
 
     def measure(self, progress: Progress, stop: Stop) -> Measured:
-        """Run what is left of the sweep, and compare its ends. Raises A3Error if a file is damaged or the disk full."""
+        """Run the rest of the sweep and compare its outputs. Raises A3Error if a file is damaged or the disk full."""
         first = self._begin()
         decoder = Decoder(self.method.model, self.machine)
         cuts = SmallerDecoder(self.method.model, self.machine, [self._cut(each) for each in self.probes])
         target = self._streams(0) if first == 0 else None
         calls = [embed_all(each, self.blocks, self.batch_size, target) for each in (decoder, cuts)]
         for layer in range(first, self.layers):
-            stop.before(f"probing layer {layer + 1} of {self.layers}", "the same command goes on there")
+            stop.before(f"probing layer {layer + 1} of {self.layers}", "rerun the same command to resume")
             self._pass(layer, decoder, cuts, calls)
             streams = hash_file(self._streams(layer + 1).path)
             write_manifest(self.progress_file, {"request": self.request, "layer": layer + 1, "streams": streams})
@@ -116,8 +115,8 @@ class _Run:
         return self._compare(decoder)
 
     def _begin(self) -> int:
-        """The layer to go on at; 0 with empty streams unless a sweep with this request was under way."""
-        found = read_if_of(self.progress_file, self.request)
+        """Return the layer to resume at; 0 with empty streams if there is no unfinished sweep with this request."""
+        found = read_if_request_matches(self.progress_file, self.request)
         if found:
             streams = self._streams(found["layer"]).path
             if streams.is_file() and hash_file(streams) == found["streams"]:
@@ -125,7 +124,7 @@ class _Run:
                 if done < self.layers:
                     log.info("resuming at layer %d of %d", done + 1, self.layers)
                 return done
-            log.warning("%s is not as it was written; probing begins anew", streams)
+            log.warning("%s has changed since it was written; probing starts again", streams)
         self.work.probes.mkdir(exist_ok=True)
         clear(self.work.probes)
         check_space(self.work.folder, 2 * self._streams(0).bytes, "probing")
@@ -133,7 +132,7 @@ class _Run:
         return 0
 
     def _streams(self, layer: int) -> HiddenStates:
-        """The input of a layer: all streams, one after another."""
+        """Return the file with the input of a layer: all streams, one after another."""
         shape = ((1 + len(self.probes)) * len(self.blocks), self.blocks.shape[1], self.method.model.shape.hidden_size)
         return HiddenStates(self.work.probes / f"streams-{layer % 2}.bin", shape, self.machine.dtype)
 
@@ -154,7 +153,7 @@ class _Run:
     def _pass(
         self, layer: int, decoder: Decoder, cuts: SmallerDecoder, calls: list[dict[int, list[Arguments]]]
     ) -> None:
-        """All streams through one layer, and the source's through each of its cuts."""
+        """Run all streams through one layer, and the source's through each of its cuts."""
         source, target = self._streams(layer), self._streams(layer + 1)
         target.create()
         own = [index for index, each in enumerate(self.probes) if each.layer == layer]
@@ -184,7 +183,7 @@ class _Run:
 
     @torch.inference_mode()
     def _compare(self, decoder: Decoder) -> Measured:
-        """KL(source ‖ stream) a token of every stream."""
+        """Return KL(source ‖ stream) per token of every stream."""
         ends, blocks = self._streams(self.layers), len(self.blocks)
         sums = [0.0] * len(self.probes)
         with decoder.head() as logits:
@@ -205,7 +204,7 @@ class _Run:
 
 
 def describe_request(method: Method, calibration: Json) -> Json:
-    """Everything that the measurements depend on; not the budget."""
+    """Return everything that the measurements depend on; not the budget."""
     sizes = ("components", "head_multiple", "mlp_multiple", "min_head", "min_mlp")
     wanted = ("method", "shape", "context", "eigenvalue_floor", "ridge", "probe_blocks", "probe_points", "dtype")
     settings = method.settings.model_dump(mode="json")
@@ -214,7 +213,7 @@ def describe_request(method: Method, calibration: Json) -> Json:
 
 
 def plan_probes(curves: list[Curves], points: int) -> list[Probe]:
-    """At most `points` sizes a curve: the smallest, the largest below the full one, and evenly spaced between them."""
+    """Return at most `points` sizes per curve: the smallest, the largest below the full one, and evenly spaced ones."""
     probes = []
     for layer, curve in enumerate(curves):
         for component in COMPONENTS:
@@ -225,10 +224,10 @@ def plan_probes(curves: list[Curves], points: int) -> list[Probe]:
 
 
 def weigh(curves: list[Curves], measured: Measured) -> list[Curves]:
-    """Predicted curves brought to measured KL: at each size multiplied by what was measured over what was predicted.
+    """Scale predicted curves to measured KL: multiply each size by measured over predicted.
 
-    Between probed sizes the ratio is interpolated linearly, above the largest it stays that of the largest; there is no
-    allowed size below the smallest.
+    The ratio is interpolated linearly between probed sizes and constant above the largest; there is no allowed size
+    below the smallest.
     """
     return [
         {component: weigh_curve(curve[component], found.get(component, {})) for component in COMPONENTS}
@@ -237,17 +236,17 @@ def weigh(curves: list[Curves], measured: Measured) -> list[Curves]:
 
 
 def weigh_curve(predicted: dict[int, float], measured: dict[int, float]) -> dict[int, float]:
-    """One curve; as predicted where nothing was measured."""
+    """Scale one curve; leave it as predicted if nothing was measured."""
     if not measured:
         return predicted
-    negligible = 1e-9 * max(predicted.values()) or 1.0  # a loss that is all rounding has no ratio worth the name
+    negligible = 1e-9 * max(predicted.values()) or 1.0  # a loss that is only rounding has no meaningful ratio
     places = sorted(measured)
     ratios = [max(measured[place], 0.0) / max(predicted[place], negligible) for place in places]
     return {size: loss * interpolate(size, places, ratios) for size, loss in predicted.items()}
 
 
 def interpolate(x: float, places: Sequence[float], values: Sequence[float]) -> float:
-    """Piecewise linear through the points, constant beyond them."""
+    """Interpolate linearly between the points, constant beyond them."""
     if x <= places[0]:
         return values[0]
     for (x0, y0), (x1, y1) in pairwise(zip(places, values, strict=True)):

@@ -6,10 +6,10 @@
     solve: {budget: 0.25}
     export: {}
     verify: {}                     runs unless this is `false`
-    eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     may be left out; or `texts`, a list
+    eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     optional; or `texts`, a list
 
-Relative paths start at the recipe's own folder: `work` and `out` always, models, datasets and other files if they begin
-with `./` or `../`, since `owner/name` is a hub id.
+Paths are relative to the recipe's folder: `work` and `out` always, models, datasets and other files if they begin with
+`./` or `../`, since `owner/name` is a Hub id.
 """
 
 from pathlib import Path
@@ -45,9 +45,9 @@ class Recipe(Settings):
 
 
 def read_recipe(path: Path, *, work: Path | None = None, out: Path | None = None) -> Recipe:
-    """A recipe as it is written; `work` and `out` replace its own, and start at the current folder.
+    """Read a recipe; `work` and `out` replace its own and are relative to the current folder.
 
-    Raises A3Error naming everything that is wrong with it in one line.
+    Raises A3Error naming all of its problems in one line.
     """
     content = read_yaml(path)
     for key, given in (("work", work), ("out", out)):
@@ -67,7 +67,7 @@ def read_recipe(path: Path, *, work: Path | None = None, out: Path | None = None
 
 
 def describe_problem(item: Any) -> str:
-    """Return one of pydantic's problems as `key: what is wrong`, or what to add where a key is missing."""
+    """Return one of pydantic's problems as `key: problem`, or the missing key to add."""
     key = ".".join(map(str, item["loc"]))
     if item["type"] != "missing":
         return f"{key}: {item['msg']}"
@@ -88,8 +88,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def as_evaluation(section: dict[str, Any], folder: Path, out: Any) -> dict[str, Any]:
-    """The settings of an evaluation: of the export, if no other model is named, and on `text` or several `texts`."""
-    section = {"model": out if isinstance(out, str) else "", **section}  # without it, `out` itself is reported
+    """Return the settings of an evaluation on `text` or several `texts`; the default model is the export."""
+    section = {"model": out if isinstance(out, str) else "", **section}  # without a valid `out`, that error is reported
     if "text" in section and "texts" not in section:
         section["texts"] = [section.pop("text")]
     for text in section["texts"] if isinstance(section.get("texts"), list) else []:
@@ -98,7 +98,7 @@ def as_evaluation(section: dict[str, Any], folder: Path, out: Any) -> dict[str, 
 
 
 def start_at(folder: Path, content: dict[str, Any], place: tuple[str, ...]) -> None:
-    """Make the path at `place`, or each of a list, if there is one and it is marked as relative, start at `folder`."""
+    """Resolve the path at `place`, or each of a list, against `folder` if it is marked as relative."""
     *sections, key = place
     inside: Any = content
     for section in sections:

@@ -1,7 +1,6 @@
-"""A recipe's stages, one after another: calibrate, solve, export, verify unless it says not to, and eval if it has one.
+"""Run a recipe's stages: calibrate, solve, export, verify unless disabled, and eval if it has that section.
 
-Each stage knows by its files whether it is done, so the same recipe run again goes on where it stopped, and a finished
-one does nothing.
+Each stage finds out from its files whether it is done, so a rerun resumes, and a finished recipe does nothing.
 """
 
 import logging
@@ -22,7 +21,16 @@ from a3cli.stages.solve import check_settings, solve
 from a3cli.stages.verify import verify
 from a3cli.stream.sweep import Progress
 from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
-from a3cli.work.folder import Json, Work, check_hashes, hash_json, read_if_of, read_manifest, versions, write_manifest
+from a3cli.work.folder import (
+    Json,
+    Work,
+    check_hashes,
+    hash_json,
+    read_if_request_matches,
+    read_manifest,
+    versions,
+    write_manifest,
+)
 from a3cli.work.interrupt import Stop
 from a3cli.work.processes import launch, without_output
 
@@ -37,11 +45,11 @@ def run_recipe(
     stop: Stop,
     quiet: bool = False,
 ) -> Json:
-    """Each stage's result by its name; `overwrite` makes all anew, and further processes are as `quiet` as asked.
+    """Run all stages and return their results by name; `overwrite` restarts all, `quiet` also applies to processes.
 
     An export that fails a check of `verify` is not evaluated.
 
-    Raises A3Error where a stage does, and before any of them for settings that contradict one another, and Interrupted
+    Raises A3Error if a stage does, and before the first one for settings that contradict each other; raises Interrupted
     at the end of the step in which `stop` was set off.
     """
     check_settings(recipe.solve)
@@ -73,17 +81,17 @@ def run_recipe(
 def calibrate_in_processes(
     settings: CalibrateSettings, work: Work, *, overwrite: bool, stop: Stop, quiet: bool
 ) -> None:
-    """`a3 calibrate` with these settings, in as many processes as they say."""
+    """Run `a3 calibrate` with these settings and their number of processes."""
     options = settings.model_dump(exclude={"model", "num_processes"})
     options |= {"work": work.folder, "overwrite": overwrite, "quiet": quiet}
     if stop.deadline < math.inf:
         options["max_minutes"] = max(0.0, stop.deadline - time.monotonic()) / 60
-    with without_output():  # its result is a part of ours
+    with without_output():  # its result is part of this one
         launch(settings.num_processes, command_words("calibrate", settings.model, options))
 
 
 def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, stop: Stop) -> Json:
-    """The export's manifest; what is there is kept if it is whole and of this solution and settings.
+    """Export unless `out` is complete and has this solution and settings; return the manifest.
 
     A damaged export is replaced, with a warning that names the file.
     """
@@ -95,7 +103,7 @@ def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, sto
                 check_hashes({recipe.out / name: digest for name, digest in found["files"].items()}, "export again")
                 return found
         except A3Error as damage:
-            log.warning("%s is made again: %s", recipe.out, damage)
+            log.warning("exporting %s again: %s", recipe.out, damage)
             replace = True
     settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace})
     return export(recipe.out, settings, work, stop=stop)
@@ -108,13 +116,13 @@ def is_asked_for(manifest: Json, settings: ExportSettings, solution: Json) -> bo
 
 
 def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Json, *, overwrite: bool) -> Json:
-    """Return the checks' outcomes, kept in the work folder for this export and these versions if all passed.
+    """Return the outcomes of the checks, cached in the work folder for this export and these versions if all passed.
 
-    A per-layer export's code may run: `verify` runs it only if it is the file that a3 ships.
+    The code of a per-layer export may run: `verify` runs it only if it is the file that a3 ships.
     """
     settings = settings.model_copy(update={"trust_remote_code": True})
     request = {"settings": settings.model_dump(mode="json"), "export": hash_json(manifest), "versions": versions()}
-    if not overwrite and (found := read_if_of(work.verification, request)):
+    if not overwrite and (found := read_if_request_matches(work.verification, request)):
         return dict(found["result"])
     result = verify(recipe.out, settings, work)
     if result["passed"]:
@@ -124,7 +132,7 @@ def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Jso
 
 
 def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: bool) -> Json:
-    """The measures, kept in the work folder beside what they were asked of."""
+    """Return the measured figures, cached in the work folder with their request."""
     check_texts(settings.texts)
     if work.evaluation.is_file() and not overwrite:
         found = read_manifest(work.evaluation, "use --overwrite")
@@ -138,7 +146,7 @@ def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: 
 
 
 def describe_request(settings: EvalSettings, manifest: Json, files: list[Json]) -> Json:
-    """Return everything that an evaluation's figures depend on; `files` were read of each text."""
+    """Return everything that an evaluation's figures depend on; `files` are those read of each text."""
     texts = [as_compared(describe_text(text), read) for text, read in zip(settings.texts, files, strict=True)]
     return {
         "settings": {**settings.model_dump(mode="json"), "texts": texts},
@@ -148,7 +156,7 @@ def describe_request(settings: EvalSettings, manifest: Json, files: list[Json]) 
 
 
 def files_read_again(settings: EvalSettings, result: Json) -> list[Json]:
-    """Return the files that an evaluation would read, if it is of the same texts as the one with this result."""
+    """Return the files that a new evaluation would read, if it has the same texts as the one with this result."""
     known = [*result["datasets"], *[None] * len(settings.texts)]
     return [
         files_now(text, each["text_files"], whole=each["text_read"]["whole"]) if each and "text_read" in each else {}

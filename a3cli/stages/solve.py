@@ -1,4 +1,4 @@
-"""Stage 2: statistics + source weights → error curves → sizes → projections."""
+"""Stage 2, solve: compute error curves from statistics and weights, choose sizes, and write projections."""
 
 import logging
 import math
@@ -54,15 +54,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-AGAIN = "the same command goes on there"
-REMOVE = "remove it and run the same command again, which makes it anew"
+AGAIN = "rerun the same command to resume"
+REMOVE = "remove it and rerun the same command, which computes it again"
 STREAMS = "streams"  # folder of the sequential correction's hidden states, in the draft
 
 
 def solve(
     settings: SolveSettings, work: Work, *, overwrite: bool, progress: Progress, stop: Stop | None = None
 ) -> Json:
-    """Choose sizes for a budget and write each layer's projections; returns the manifest.
+    """Choose sizes for a budget and write each layer's projections; return the manifest.
 
     Raises A3Error if the statistics are missing, altered or of another source, or if the budget cannot be
     reached under the rounding, and Interrupted at the end of the layer in which `stop` was set off.
@@ -81,8 +81,8 @@ def solve(
 
 
 def describe_request(settings: SolveSettings, calibration: Json) -> Json:
-    """Everything that a solution depends on."""
-    chosen = settings.model_dump(mode="json", exclude={"num_processes"})  # the same bytes from any number
+    """Return everything that a solution depends on."""
+    chosen = settings.model_dump(mode="json", exclude={"num_processes"})  # does not change the bytes
     return {"settings": chosen, "calibration": calibration["sha256"]}
 
 
@@ -95,11 +95,11 @@ def write_solution(
     progress: Progress,
     stop: Stop,
 ) -> Json:
-    """Choose sizes from an analysis that is done, and write each layer's projections; returns the manifest."""
+    """Choose sizes from a finished analysis and write each layer's projections; return the manifest."""
     model = method.model
     layers = range(model.shape.layers)
     sizes = choose_sizes(settings, model.shape, curves)
-    method.settle(sizes)
+    method.finalize_slots(sizes)
     slots = [method.slots_or_pairs(layer, size.qk) for layer, size in enumerate(sizes)]
     request = describe_request(settings, calibration)
     chosen = describe_choice(settings, model, sizes, slots)
@@ -108,7 +108,7 @@ def write_solution(
 
         def write_layer(layer: int) -> Json:
             name = one_shot_file(layer) if settings.sequential else layer_file(layer)
-            if known := draft.learnt(name):
+            if known := draft.finished_info(name):
                 return known
             stop.before(f"projecting layer {layer + 1} of {len(layers)}", AGAIN)
             inputs = LayerInputs(model, work, layer)
@@ -148,7 +148,7 @@ def write_solution(
 
 
 def describe_choice(settings: SolveSettings, model: Model, sizes: list[LayerSizes], slots: list[list[float]]) -> Json:
-    """What else a draft's layers depend on: another machine may choose in another way, and compute in another type."""
+    """Return what else a draft's layers depend on: another machine may choose other sizes or another dtype."""
     return {
         **choose_machine(settings.device, settings.dtype, model.source.dtype).describe(),
         "sizes": [asdict(size) for size in sizes],
@@ -160,7 +160,7 @@ def describe_choice(settings: SolveSettings, model: Model, sizes: list[LayerSize
 def analyse(
     settings: SolveSettings, model: Model, work: Work, calibration: Json, progress: Progress, stop: Stop
 ) -> tuple[Method, list[Curves]]:
-    """All layers seen by the method, and their error curves: whatever the budget, this is done once."""
+    """Analyse all layers with the method; return it and the error curves, which do not depend on the budget."""
     check_settings_of_model(settings, model)
 
     def look_at(layer: int) -> Any:
@@ -173,7 +173,7 @@ def analyse(
 
     method = METHODS[settings.method](model, settings)
     method.layers = for_each_layer(look_at, model, settings)
-    method.share()
+    method.build_slot_tables()
     curves = for_each_layer(method.curves, model, settings)
     if settings.sensitivity == "probe":
         curves = weigh(curves, probe(method, curves, work, calibration, progress, stop))
@@ -181,7 +181,7 @@ def analyse(
 
 
 def for_each_layer(work: Callable[[int], T], model: Model, settings: SolveSettings) -> list[T]:
-    """`work` of every layer, small ones side by side."""
+    """Run `work` for every layer, small ones in parallel."""
     layers = range(model.shape.layers)
     if not costs.side_by_side(model.shape):
         return [work(layer) for layer in layers]
@@ -209,12 +209,12 @@ def check_settings_of_model(settings: SolveSettings, model: Model) -> None:
 
 
 def check_settings(settings: SolveSettings) -> None:
-    """Raise A3Error naming all settings that contradict one another."""
+    """Check that settings do not contradict each other. Raises A3Error naming all problems."""
     problems = []
     if settings.budget is None and settings.attention_budget is None and settings.mlp_budget is None:
         problems.append("no budget: give --budget (or --attention-budget and --mlp-budget)")
     if None not in (settings.budget, settings.attention_budget, settings.mlp_budget):
-        problems.append("--budget, --attention-budget and --mlp-budget contradict one another: give two at most")
+        problems.append("--budget, --attention-budget and --mlp-budget contradict each other: give two at most")
     attention = {"qk", "ov"} & set(settings.components)
     if len(attention) == 1 and settings.shape == "stock":
         problems.append(
@@ -231,7 +231,7 @@ def check_settings(settings: SolveSettings) -> None:
             "pairs that it selects, and a per-layer export holds its slots itself"
         )
     if settings.head_multiple % 2 and attention:
-        problems.append(f"--head-multiple {settings.head_multiple}: RoPE turns pairs of dims, so it must be even")
+        problems.append(f"--head-multiple {settings.head_multiple}: RoPE rotates pairs of dims, so it must be even")
     if problems:
         raise A3Error("bad settings: " + "; ".join(problems))
 
@@ -249,7 +249,7 @@ def bytes_needed(shape: ModelShape, sizes: list[LayerSizes], settings: SolveSett
 
 
 def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | None:
-    """The manifest of a finished solution with this request. Raises A3Error for another unless `overwrite`."""
+    """Return the manifest of a finished solution with this request, or None. Raises A3Error for another one."""
     if work.solution_manifest.is_file() and not overwrite:
         found = read_manifest(work.solution_manifest, "use --overwrite")
         if found["request"] == request:
@@ -262,7 +262,7 @@ def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | N
 
 
 def check_statistics(work: Work, calibration: Json) -> None:
-    """Raise A3Error if a file of the calibration is not what it wrote."""
+    """Check the hashes of the calibration's files. Raises A3Error."""
     files = {work.statistics(layer): expected for layer, expected in enumerate(calibration["layers"])}
     check_hashes({work.tokens: calibration["tokens_hash"], **files}, "run a3 calibrate --overwrite")
 
@@ -277,12 +277,12 @@ def correct(
     progress: Progress,
     stop: Stop,
 ) -> list[str]:
-    """Refit the one-shot layers of a draft in a second sweep over the calibration's blocks, and write the result.
+    """Refit the one-shot layers of a draft in a second sweep over the calibration's blocks.
 
-    Returns the hashes of the layers' files.
+    Write the refit layers and return the hashes of their files.
     """
     layers = range(model.shape.layers)
-    corrected = [known for layer in layers if (known := draft.learnt(layer_file(layer)))]
+    corrected = [known for layer in layers if (known := draft.finished_info(layer_file(layer)))]
     if len(corrected) < len(layers):
         cuts = [
             Cut(layer, size, own, partial(read_tensors, draft.folder / one_shot_file(layer), REMOVE))
@@ -294,7 +294,7 @@ def correct(
 
 
 def drop_steps(draft: Draft, layers: Iterable[int]) -> None:
-    """Remove what the corrected layers were made from. Not before all else is there: the next command would miss it."""
+    """Remove the inputs of the corrected layers. Call this last: a resumed command needs them."""
     shutil.rmtree(draft.folder / STREAMS, ignore_errors=True)
     for layer in layers:
         for name in (one_shot_file, refit_file):
@@ -316,7 +316,7 @@ def refit_layers(
     progress: Progress,
     stop: Stop,
 ) -> None:
-    """The second sweep, from where an earlier one was cut short."""
+    """Run the second sweep, from the first unfinished layer on."""
     return_freed_memory(batches=True)
     machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
     blocks = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"]
@@ -347,14 +347,14 @@ def refit_layers(
 
 
 def count_refits(draft: Draft, layers: int) -> int:
-    """How many layers an earlier sweep has corrected; 0 if what the next one begins with is damaged."""
+    """Return how many layers an earlier sweep has corrected; 0 if the next layer's inputs are damaged."""
     done, last = 0, None
-    while done < layers and (found := draft.learnt(refit_file(done))):
+    while done < layers and (found := draft.finished_info(refit_file(done))):
         done, last = done + 1, found
     for name, expected in (last or {}).get("following", {}).items():
         file = draft.folder / STREAMS / name
         if done < layers and not (file.is_file() and hash_file(file) == expected):
-            log.warning("%s is not as it was written; the sequential correction begins anew", file)
+            log.warning("%s has changed since it was written; the sequential correction starts again", file)
             return 0
     return done
 
@@ -368,7 +368,7 @@ def refit_file(layer: int) -> str:
 
 
 def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves]) -> list[LayerSizes]:
-    """Each layer's sizes for the budget. Raises A3Error if the rounding or the components don't allow it."""
+    """Return each layer's sizes for the budget. Raises A3Error if rounding or components do not allow it."""
     attention, mlp = per_layer_items(shape, curves) if settings.shape == "per-layer" else stock_items(shape, curves)
     weights = costs.attention_weights(shape, shape.sizes), costs.mlp_weights(shape, shape.sizes)
     attention = keep_to_budget(attention, settings.attention_budget, weights[0], "attention", settings)
@@ -393,7 +393,7 @@ Items = list[list[Choice]]
 
 
 def stock_items(shape: ModelShape, curves: list[Curves]) -> tuple[Items, Items]:
-    """One head size for QK and OV of all layers, and one MLP width: an item each."""
+    """Return two items to choose: one head size for QK and OV of all layers, and one MLP width."""
     total = {c: {size: sum(curve[c][size] for curve in curves) for size in curves[0][c]} for c in curves[0]}
     heads = sorted(total["qk"].keys() & total["ov"].keys())
     attention = [
@@ -404,7 +404,7 @@ def stock_items(shape: ModelShape, curves: list[Curves]) -> tuple[Items, Items]:
 
 
 def per_layer_items(shape: ModelShape, curves: list[Curves]) -> tuple[Items, Items]:
-    """QK and OV of each layer in turn, and the MLP of each layer."""
+    """Return the items to choose: QK and OV of each layer in turn, and the MLP of each layer."""
     items: dict[Component, Items] = {
         component: [
             [Choice(size, removed_weights(shape, **{component: size}), loss) for size, loss in curve[component].items()]
@@ -416,13 +416,13 @@ def per_layer_items(shape: ModelShape, curves: list[Curves]) -> tuple[Items, Ite
 
 
 def removed_weights(shape: ModelShape, **sizes: int) -> int:
-    """Weights that leave one layer whose components `qk`, `ov` or `mlp` take these sizes."""
+    """Return the weights removed from one layer if its components `qk`, `ov` or `mlp` have these sizes."""
     full = shape.sizes[0]
     return costs.linear_weights(shape, [full]) - costs.linear_weights(shape, [replace(full, **sizes)])
 
 
 def keep_to_budget(items: Items, budget: float | None, weights: int, name: str, settings: SolveSettings) -> Items:
-    """With a budget of its own, what attention or the MLP chooses for it is all that is left to choose from."""
+    """Restrict the choices of attention or the MLP to those that its own budget selects."""
     if budget is None:
         return items
     try:
@@ -437,12 +437,12 @@ def keep_to_budget(items: Items, budget: float | None, weights: int, name: str, 
 
 
 def weights_to_remove(budget: float, weights: int) -> int:
-    """The budget's share of the weights, rounded up; exact for the decimal number that was typed."""
+    """Return the budget's share of the weights, rounded up; exact for the decimal number as typed."""
     return math.ceil(Fraction(str(budget)) * weights)
 
 
 def describe_result(model: Model, settings: SolveSettings, calibration: Json, sizes: list[LayerSizes]) -> Json:
-    """Budget asked and reached, sizes, and what the compressed model costs."""
+    """Return the requested and reached budget, sizes, and the costs of the compressed model."""
     shape, before = model.shape, model.shape.sizes
     removed, total = costs.removed_parameters(shape, sizes), costs.linear_weights(shape, before)
     item, seq_len = model.source.dtype.itemsize, calibration["blocks"][1]
@@ -468,7 +468,7 @@ def describe_result(model: Model, settings: SolveSettings, calibration: Json, si
 
 
 def stock_sizes(shape: ModelShape, sizes: LayerSizes) -> Json:
-    """What config.json calls the sizes that all layers have."""
+    """Return the common sizes by their names in config.json."""
     return {
         "head_dim": {"before": shape.head_dim, "after": sizes.qk},
         "intermediate_size": {"before": shape.intermediate_size, "after": sizes.mlp},
@@ -476,7 +476,7 @@ def stock_sizes(shape: ModelShape, sizes: LayerSizes) -> Json:
 
 
 def score_errors(method: Method, inputs: LayerInputs, solution: Tensors, rank: int) -> Json:
-    """Predicted relative error of one layer's attention scores at distances up to the context."""
+    """Return the predicted relative error of one layer's attention scores at distances up to the context."""
     context = method.settings.context or method.model.rope.context
     distances = [0, *(2**i for i in range(int(math.log2(max(1, context - 1))) + 1)), context - 1]
     if rank == inputs.shape.head_dim:
@@ -494,19 +494,19 @@ def score_errors(method: Method, inputs: LayerInputs, solution: Tensors, rank: i
 
 
 def mean_by_distance(errors: list[Json]) -> Json:
-    """Root mean square over the layers."""
+    """Return the root mean square over the layers."""
     squares = torch.tensor([error["relative"] for error in errors], dtype=torch.float64).square()
     return {"distance": errors[0]["distance"], "relative": [float(f"{v:.4g}") for v in squares.mean(0).sqrt().tolist()]}
 
 
 def predicted_loss(curves: list[Curves], sizes: list[LayerSizes]) -> Json:
-    """Summed over the layers, by component."""
+    """Return the predicted loss by component, summed over the layers."""
     pairs = [(curve, asdict(size)) for curve, size in zip(curves, sizes, strict=True)]
     return {c: sum(curve[c][size[c]] for curve, size in pairs) for c in COMPONENTS}
 
 
 def describe_curves(curves: Curves) -> Json:
-    """Six significant digits of one layer's error curves: enough to choose by, and a readable manifest."""
+    """Return one layer's error curves with six significant digits, for a readable manifest."""
     return {
         component: {"size": list(curve), "loss": [float(f"{loss:.6g}") for loss in curve.values()]}
         for component, curve in curves.items()
@@ -514,6 +514,6 @@ def describe_curves(curves: Curves) -> Json:
 
 
 def tokens_per_dimension(shape: ModelShape, calibration: Json) -> Json:
-    """How many tokens the statistics of a head and of the MLP rest on."""
+    """Return the number of tokens per dimension for a head and for the MLP."""
     tokens = calibration["tokens"]
     return {"head": tokens / shape.head_dim, "mlp": tokens / shape.intermediate_size}

@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness on loaded models. The only importer of `lm_eval`, an optional extra."""
+"""Run tasks of the lm-evaluation-harness on loaded models. The only importer of `lm_eval`, an optional extra."""
 
 import contextlib
 import importlib.util
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 def open_tasks(settings: EvalSettings) -> Any:
-    """The harness's task manager, which knows every task asked for; None if none is.
+    """Return the harness's task manager for the requested tasks, or None without tasks.
 
-    Raises A3Error if the harness is not installed, or for tasks that it does not know.
+    Raises A3Error if the harness is not installed or does not know a task.
     """
     if not settings.tasks:
         return None
@@ -31,10 +31,10 @@ def open_tasks(settings: EvalSettings) -> Any:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     unknown: list[str] = []
-    for defaults in (False, True) if settings.tasks_path else (True,):  # its own take long to list
+    for defaults in (False, True) if settings.tasks_path else (True,):  # listing its own tasks takes long
         try:
             manager = TaskManager(include_path=settings.tasks_path, include_defaults=defaults)
-        except Exception as error:  # YAML files of the user's
+        except Exception as error:  # the user's YAML files
             raise A3Error(f"--tasks-path {settings.tasks_path}: {first_line(error)}") from error
         unknown = [task for task in settings.tasks if not manager.match_tasks([task])]
         if not unknown:
@@ -45,9 +45,9 @@ def open_tasks(settings: EvalSettings) -> Any:
 
 
 def run_tasks(manager: Any, model: Any, tokenizer: Any, settings: EvalSettings, name: str) -> Json:
-    """Each task's figures and their standard errors, as the harness names them, and the number of its documents.
+    """Return each task's figures and standard errors, with the harness's names, and its number of documents.
 
-    Raises A3Error if a task cannot be run: its data cannot be had, or the model cannot do what it asks.
+    Raises A3Error if a task cannot be run: its data could not be downloaded, or the model does not support it.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -62,14 +62,14 @@ def run_tasks(manager: Any, model: Any, tokenizer: Any, settings: EvalSettings, 
                 limit=settings.task_limit,
                 log_samples=False,
             )
-    except Exception as error:  # tasks are data and programs of others
+    except Exception as error:  # tasks are other people's data and programs
         raise A3Error(f"{name}: the tasks {', '.join(settings.tasks)} failed: {first_line(error)}") from error
     return {task: figures_of(task, found, result) for task, found in sorted(result["results"].items())}
 
 
 @contextlib.contextmanager
 def harness_output() -> Iterator[None]:
-    """What the harness prints, bars above all: on stderr, and only on a terminal where progress is wanted."""
+    """Send the harness's output, mostly progress bars, to stderr, and only to a terminal with progress enabled."""
     if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -83,7 +83,7 @@ def harness_output() -> Iterator[None]:
 
 
 def figures_of(task: str, found: Json, result: Json) -> Json:
-    """`acc`, `acc_stderr` and the like; a filter's name comes after a comma where there is more than the plain one."""
+    """Return `acc`, `acc_stderr` and the like; with several filters, the filter's name follows after a comma."""
     figures = {
         key.removesuffix(",none"): value
         for key, value in found.items()

@@ -1,7 +1,7 @@
-"""An export → checks that a release job can trust, made as its users will load it: by stock transformers.
+"""Check an export as its users will load it: with stock transformers.
 
-`checker.py` runs in a process of its own, without a3; here it is told what to expect, and its logits are compared with
-the full-size reference, which needs the work folder that the export was made from.
+`checker.py` runs in its own process, without a3. This module prepares its request and compares its logits with the
+full-size reference, which needs the work folder of the export.
 """
 
 import json
@@ -53,14 +53,14 @@ PROMPTS, LENGTH = 2, 128
 # The export may be this many times as far from the exact reference as the rounded reference is.
 MARGIN = 3
 FLOOR = 16 * torch.finfo(torch.float32).eps
-# Two tokens whose logits differ by no more than this many roundings of the largest are equally good.
+# Two tokens are a tie if their logits differ by at most this many roundings of the largest logit.
 TIE = 16
 
 
 def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
-    """Every check with its outcome (passed, failed, skipped) and detail; `passed` if none failed.
+    """Return every check with its outcome (passed, failed, skipped) and detail; `passed` if none failed.
 
-    Raises A3Error if `out` is no export, or for code that may not run.
+    Raises A3Error if `out` is not an export, or for code that may not run.
     """
     manifest, damage = read_export(out)
     per_layer = "per_layer_config" in manifest["config"]
@@ -97,14 +97,14 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
 
 
 def read_export(out: Path) -> tuple[Json, list[str]]:
-    """The export's manifest, with its config.json as `config`, and why one of them, then left empty, can't be read.
+    """Return the export's manifest, with config.json as `config`, and why one of them, then empty, cannot be read.
 
-    Raises A3Error if `out` is no a3 export.
+    Raises A3Error if `out` is not an a3 export.
     """
     if not out.is_dir():
-        raise A3Error(f"{out} is no folder; a3 verify takes what a3 export wrote")
+        raise A3Error(f"{out} is not a folder; give the output folder of a3 export")
     if not (out / MANIFEST).is_file():
-        raise A3Error(f"{out} has no {MANIFEST}; a3 verify takes what a3 export wrote")
+        raise A3Error(f"{out} has no {MANIFEST}; give the output folder of a3 export")
     manifest, config, damage = {"solution": {}, "dtype": "source"}, {}, []
     try:
         manifest = open_manifest(out / MANIFEST)
@@ -118,18 +118,18 @@ def read_export(out: Path) -> tuple[Json, list[str]]:
 
 
 def open_manifest(path: Path) -> Json:
-    """Raises A3Error if it was altered or lacks what is needed here; that of another version may differ in the rest."""
+    """Read the manifest. Raises A3Error if it was altered or lacks needed entries; other entries may differ."""
     manifest = read_json(path)
     lacking = [key for key in ("solution", "files") if not isinstance(manifest.get(key), dict)]
     if manifest.get("dtype") not in get_args(ExportSettings.model_fields["dtype"].annotation):
         lacking.append("dtype")
     if lacking:
-        raise A3Error(f"{path} has no {', '.join(lacking)}; export again")
+        raise A3Error(f"{path} has no {', '.join(lacking)}; run a3 export again")
     return unaltered(manifest, path, "export again")
 
 
 def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, list[int]]]:
-    """Whether config.json has the manifest's sizes, and the shapes that tensors must have for it, by name."""
+    """Check that config.json has the manifest's sizes; return the check and the expected tensor shapes by name."""
     try:
         sizes, shapes = expected_shapes(manifest["config"])
     except (A3Error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -143,7 +143,7 @@ def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, lis
 
 
 def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]]]:
-    """Each layer's sizes and the shape of every linear weight and of the embedding, from config.json alone."""
+    """Return each layer's sizes and the shapes of linear weights and embedding, from config.json alone."""
     family, shape = family_of(config.get("model_type")), read_shape(SimpleNamespace(**config))
     check_bounds(shape, config["vocab_size"])
     sizes = own_sizes(config["per_layer_config"], shape) if "per_layer_config" in config else shape.sizes
@@ -155,7 +155,7 @@ def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]
 
 
 def own_sizes(layers: Json, shape: ModelShape) -> list[LayerSizes]:
-    """The sizes in `per_layer_config`. Raises A3Error unless each layer has some, none above the source's."""
+    """Return the sizes in `per_layer_config`. Raises A3Error unless each layer has some, none above the source's."""
     keys = ("qk_head_dim", "v_head_dim", "intermediate_size")
     ordered = sorted(layers.items(), key=lambda item: int(item[0]))
     sizes = [LayerSizes(*(index(own[key]) for key in keys)) for _, own in ordered]
@@ -175,7 +175,7 @@ def code_of(config: Json) -> Json:
 
 
 def choose_tokens(work: Work, config: Json, reference: "Reference | Json") -> torch.Tensor:
-    """The first tokens of two calibration blocks, or random ones without a work folder: `[2, T]`."""
+    """Return the first tokens of two calibration blocks, or random ones without a work folder: `[2, T]`."""
     context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
     length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
     if isinstance(reference, Reference):
@@ -187,14 +187,14 @@ def choose_tokens(work: Work, config: Json, reference: "Reference | Json") -> to
 
 
 def run_checker(request: Json, folder: Path) -> list[Json]:
-    """What `checker.py` found, in a process without a3; checks that it did not come to are failed."""
+    """Run `checker.py` in a process without a3 and return its checks; checks that it did not reach are failed."""
     (folder / "request.json").write_text(json.dumps(request), "utf-8")
-    # A script's own folder is the first that Python imports from, and in a3's lies an inspect.py. More isolation, as
-    # by -I, would hide packages of PYTHONPATH and of the user's site-packages.
+    # Python imports first from a script's own folder, whose modules must not hide others. More isolation (-I) would
+    # hide packages of PYTHONPATH and of the user's site-packages.
     script = shutil.copyfile(CHECKER, folder / "checker.py")
     environment = {
         **os.environ,
-        "PYTHONUTF8": "1",  # whatever the locale: libraries refuse names that Python could not decode
+        "PYTHONUTF8": "1",  # in any locale: libraries refuse names that Python could not decode
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(folder / "modules"),  # where transformers copies code that it runs
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -218,13 +218,13 @@ def run_checker(request: Json, folder: Path) -> list[Json]:
 
 
 def as_utf8(path: Path) -> str:
-    """Return a path as a process in UTF-8 mode has it, which may not be how this process's locale has it."""
+    """Return a path as a process in UTF-8 mode decodes it, which may differ from this process's locale."""
     return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 @contextmanager
 def running(command: list[str], environment: dict[str, str], stderr: int) -> Iterator["subprocess.Popen[str]"]:
-    """A process that does not outlive the block."""
+    """Run a process that ends with the block at the latest."""
     with subprocess.Popen(  # noqa: S603, our own script
         command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8"
     ) as process:
@@ -236,13 +236,13 @@ def running(command: list[str], environment: dict[str, str], stderr: int) -> Ite
 
 
 class Reference:
-    """The source and the very solution that an export was made from."""
+    """The source and the solution of an export."""
 
     def __init__(self, model: Model, solution: Solution) -> None:
         self.model, self.solution = model, solution
 
     def logits(self, tokens: torch.Tensor, machine: Machine, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """In float64, and in `machine.dtype` with weights rounded to what an export of `dtype` stores: `[B, T, V]`."""
+        """Return logits `[B, T, V]` in float64, and in `machine.dtype` with weights rounded to the export's dtypes."""
         rope_slots, layers = self.solution.manifest["rope_slots"], self.model.shape.layers
         slots = rope_slots if self.solution.per_layer else [rope_slots] * layers
         exact = FullSizeReference(self.model, Machine(machine.device, torch.float64), self.solution.layer, slots)
@@ -257,7 +257,7 @@ class Reference:
 
 
 def open_reference(work: Work, manifest: Json) -> Reference | Json:
-    """What the export was made from. The check's outcome if it is not there (skipped) or damaged (failed)."""
+    """Return the export's source and solution, or the check's outcome if missing (skipped) or damaged (failed)."""
     if not work.solution_manifest.is_file():
         why = f"{work.folder} has no solution; --work names the folder that the export was made from"
         return check("reference", "skipped", why)
@@ -268,7 +268,7 @@ def open_reference(work: Work, manifest: Json) -> Reference | Json:
         if read_manifest(work.solution_manifest, "run a3 solve --overwrite")["sha256"] != named:
             why = f"{work.folder} holds another solution than the one that the export was made from"
             return check("reference", "skipped", why)
-        # A folder in use fails too: the solution is there and was not compared; the same command will do it later.
+        # A folder in use fails too: the solution exists and was not compared; rerun the command later.
         with work.locked():
             calibration, solution = read_solution(work)
             check_hash(work.tokens, calibration["tokens_hash"], "run a3 calibrate --overwrite")
@@ -280,7 +280,7 @@ def open_reference(work: Work, manifest: Json) -> Reference | Json:
 def check_reference(
     reference: Reference | Json, manifest: Json, machine: Machine, folder: Path, *, required: bool
 ) -> Json:
-    """Whether the export's logits are the reference's within rounding."""
+    """Check that the export's logits equal the reference's within rounding."""
     logits = folder / "logits.safetensors"
     if not isinstance(reference, Reference):
         return {**reference, "outcome": "failed"} if required else reference
@@ -297,7 +297,7 @@ def check_reference(
 
 
 def judge(logits: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> Json:
-    """The rule: no further from the exact reference than three times the rounded one, and some roundings of float32."""
+    """Check that the distance from `exact` is at most three times that of `rounded`, plus float32 rounding."""
     if logits.shape != exact.shape:
         return check("reference", "failed", f"logits are {list(logits.shape)}, the reference's {list(exact.shape)}")
     difference, rounding = (distance(each, exact) for each in (logits, rounded))
@@ -305,7 +305,7 @@ def judge(logits: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> J
     return {
         **check(
             "reference",
-            "passed" if difference <= tolerance else "failed",  # a difference that is no number fails
+            "passed" if difference <= tolerance else "failed",  # a NaN fails
             f"relative difference {difference:.2e}, tolerance {tolerance:.2e} (rounding alone: {rounding:.2e})",
         ),
         "difference": difference,

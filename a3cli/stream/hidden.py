@@ -1,11 +1,11 @@
 """Hidden states between layers, for all blocks: in files of the work folder, or in memory.
 
-A sweep reads each layer's input a batch at a time and writes its output. On disk the input stays as it is until the
-layer is finished, so a killed sweep goes on at its layer; in memory the output takes the input's place, and a sweep
-that died goes through the layers before it again.
+A sweep reads each layer's input a batch at a time and writes its output. On disk the input stays until the layer is
+finished, so a killed sweep resumes at its layer. In memory the output overwrites the input, and a resumed sweep first
+runs the layers before it again.
 
-Files are not forced onto the disk, which would often take longer than a layer: what is in one is known by the check
-sums of its blocks, and a file that a power failure left half-written is not what it was.
+Files are not synced to the disk, which would often take longer than a layer. Checksums of their blocks detect a file
+that a power failure left half-written.
 """
 
 import os
@@ -31,7 +31,7 @@ class Blocks(Protocol):
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Blocks in a raw file, from block `first` on. Several processes may write to it at once, each its own blocks."""
+    """Blocks in a raw file, starting at block `first`. Several processes may write their own blocks at once."""
 
     path: Path
     shape: tuple[int, int, int]
@@ -55,13 +55,13 @@ class HiddenStates:
                 os.close(file)
 
     def read(self, start: int, count: int) -> torch.Tensor:
-        """Blocks `[count, T, d]` on the CPU. Raises A3Error if the file is shorter than it must be."""
+        """Return blocks `[count, T, d]` on the CPU. Raises A3Error if the file is too short."""
         buffer = torch.empty(count * self.block_bytes, dtype=torch.uint8)
-        remedy = "remove it and run the same command again, which makes it anew"
+        remedy = "remove it and rerun the same command, which computes it again"
         with reading(self.path, remedy), self.path.open("rb", buffering=0) as file:
             file.seek((self.first + start) * self.block_bytes)
             if not fill(file, buffer.numpy().data):
-                raise A3Error(f"{self.path} is truncated; run the same command again, which makes it anew")
+                raise A3Error(f"{self.path} is truncated; rerun the same command, which computes it again")
         return buffer.view(self.dtype).view(count, *self.shape[1:])
 
     def write(self, start: int, blocks: torch.Tensor) -> None:
@@ -70,16 +70,16 @@ class HiddenStates:
             file.write(tensor_bytes(blocks))
 
     def digest(self) -> str:
-        """Of the whole file, as `StatesOnDisk` has it of what was written."""
+        """Return the checksum of the file, comparable with `StatesOnDisk.digests`."""
         whole = replace(self, first=0)
         return digest_of(check for block in range(self.shape[0]) for check in checksums(whole.read(block, 1)))
 
 
-CHECKED_AT_ONCE = 1 << 17  # numbers; what stays in a core's cache
+CHECKED_AT_ONCE = 1 << 17  # numbers; fits a core's cache
 
 
 def checksums(blocks: torch.Tensor) -> list[int]:
-    """A number for each block of `[N, T, d]`, from its bits, on the device where they are.
+    """Return the checksum of each block of `[N, T, d]`, computed from its bits on the blocks' device.
 
     `Σ_t a_t Σ_j b_j x_tj` over integers of 64 bits with odd `a` and `b`: a single bit always changes it.
     """
@@ -104,34 +104,34 @@ def digest_of(checks: Iterable[int]) -> str:
 
 
 class States(Protocol):
-    """Every layer's input in turn, of the blocks that are this process's share."""
+    """Each layer's input in turn, for this process's share of the blocks."""
 
-    digests: dict[str, str]  # of the files that are whole, by name
+    digests: dict[str, str]  # of complete files, by name
 
     def has(self, layer: int) -> bool:
-        """Whether the whole input of `layer` is there."""
+        """Return whether the complete input of `layer` exists."""
 
     def input_of(self, layer: int) -> Blocks: ...
 
     def begin(self) -> Blocks:
-        """Where the next layer's input is to be written."""
+        """Return the place to write the next layer's input to."""
 
     def end(self, layer: int) -> list[int]:
-        """This process has written its share of the input of `layer`; the check sums of its blocks."""
+        """Finish this process's share of the input of `layer`; return the checksums of its blocks."""
 
     def keep(self, layer: int, checks: list[int]) -> None:
-        """All processes have, with these check sums: from now on it is there. One of them calls this for all."""
+        """Commit the input of `layer` after every process has written its share. One process calls this for all."""
 
     def retire(self, layer: int) -> None:
-        """The input of `layer` is needed no more. One of them calls this for all."""
+        """Release the input of `layer`. One process calls this for all."""
 
 
 @dataclass
 class StatesOnDisk:
-    """Two files that all processes share: a layer's input under its own name is whole, the next one comes to be.
+    """Two files shared by all processes: a layer's complete input, and the next layer's input while it is written.
 
-    A file that is done with becomes the next one: the system need not find its blocks again. `digests` are of whole
-    files, in the process that keeps and retires them.
+    A released file is reused for the next input, so that its disk blocks need not be allocated again. `digests` has the
+    complete files, in the process that calls `keep` and `retire`.
     """
 
     file_of: Callable[[int], Path]
@@ -175,7 +175,7 @@ class StatesOnDisk:
 
 
 class Checked:
-    """Blocks on their way into a file, with their check sums."""
+    """Blocks that are written to a file, with their checksums."""
 
     def __init__(self, states: HiddenStates) -> None:
         self._states = states
@@ -190,11 +190,11 @@ class Checked:
 
 
 class StatesInMemory:
-    """One process's blocks `[n, T, d]` on a device, each layer's output written over its input."""
+    """One process's blocks `[n, T, d]` on a device; each layer's output overwrites its input."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.layer: int | None = None  # whose input they are
+        self.layer: int | None = None  # the layer whose input is held
         self.digests: dict[str, str] = {}
 
     def has(self, layer: int) -> bool:
@@ -219,7 +219,7 @@ class StatesInMemory:
         return []
 
     def keep(self, layer: int, checks: list[int]) -> None:
-        """Nothing outlives this process."""
+        """Do nothing: the blocks end with this process."""
 
     def retire(self, layer: int) -> None:
-        """Written over already."""
+        """Do nothing: the input has been overwritten."""

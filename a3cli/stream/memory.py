@@ -1,4 +1,4 @@
-"""The batch that fits a device's memory beside what else a sweep holds there, from the configuration alone."""
+"""Choose the batch size that fits a device's memory, from the configuration alone."""
 
 import logging
 
@@ -9,15 +9,15 @@ from a3cli.work.machine import Machine
 
 log = logging.getLogger(__name__)
 
-MARGIN = 0.9  # share of the free memory that is planned for; allocators round up, kernels have workspaces
+MARGIN = 0.9  # share of the free memory to plan with; allocators round up, kernels need workspaces
 
 
 def choose_batch_size(
     shape: ModelShape, machine: Machine, seq_len: int, blocks: int, *, full_mlp: bool, held: int = 0
 ) -> int:
-    """The largest batch that fits beside one layer, its sums and `held` bytes; on the CPU no more than speeds it up.
+    """Return the largest batch that fits beside one layer, its sums and `held` bytes; on the CPU the fastest one.
 
-    Raises A3Error with the figures if not even one block does.
+    Raises A3Error with the figures if not even one block fits.
     """
     free = int(MARGIN * machine.free_memory()) - held
     item = machine.dtype.itemsize
@@ -30,7 +30,7 @@ def choose_batch_size(
         beside = f" beside {held / 1e9:.2f} GB of hidden states" if held else ""
         remedy = "--mlp-stats diagonal or a shorter --seq-len" if full_mlp else "a shorter --seq-len"
         raise A3Error(
-            f"not enough memory on {machine.device}: {figures}, {free / 1e9:.2f} GB can be had{beside}; use {remedy}, "
+            f"not enough memory on {machine.device}: {figures}, {free / 1e9:.2f} GB are free{beside}; use {remedy}, "
             "or free some"
         )
     fitting = (free - layer - sums) // block

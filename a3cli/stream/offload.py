@@ -1,7 +1,7 @@
-"""Weights from the checkpoint's shards to the device, those that come next on their way while others compute.
+"""Read weights from the checkpoint's shards to the device, and prefetch the next ones during computation.
 
-For the CPU the system is asked to read the pages ahead: they stay its own, and no copy is made. For a GPU a background
-thread copies the tensors to pinned memory: at most one layer's weights in host memory, beside the one on the device.
+For the CPU the system prefetches the pages into its own cache, without a copy. For a GPU a background thread copies the
+tensors to pinned memory: at most one layer's weights in host memory, beside the one on the device.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ class Weights:
         self._coming: dict[str, Future[torch.Tensor]] = {}
 
     def prefetch(self, tensors: Iterable[str]) -> None:
-        """Begin to read what will be asked for next. What is not there is left for `read` to complain of."""
+        """Start reading the next tensors. Missing tensors are reported by `read`."""
         for tensor in tensors:
             if tensor in self._source.tensors and tensor not in self._coming:
                 if self._copies:
@@ -31,7 +31,7 @@ class Weights:
                     self._thread.submit(self._source.read_ahead, tensor)
 
     def read(self, tensor: str) -> torch.Tensor:
-        """One tensor. Raises A3Error if it is missing, unreadable or not finite."""
+        """Return one tensor. Raises A3Error if it is missing, unreadable or not finite."""
         coming = self._coming.pop(tensor, None)
         return self._fetch(tensor) if coming is None else coming.result()
 

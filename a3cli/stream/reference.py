@@ -1,18 +1,18 @@
-"""What an export must answer: the full-size source with the same solution, streamed layer by layer.
+"""The full-size reference of an export: the source with the same solution applied, streamed layer by layer.
 
-The source's own stock class at its own sizes, in which what a solution drops is zero and what it mixes lies in the
-first dims of the full head:
+It uses the source's stock class and sizes. Weights that a solution drops are zero; those that it mixes are in the first
+dims of the full head:
 
     pairs                  rows of the other pairs are zero, RoPE as in the source               (paper), or
-    query_map, key_map     slot j lies in pair j and turns as `rope_slots[j]` says, slots that don't turn lie among the
-                           dims that RoPE passes through, the rest is zero   (best)
+    query_map, key_map     slot j is in pair j with the frequency that `rope_slots[j]` says, unrotated slots are among
+                           the dims that RoPE does not rotate, the rest is zero   (best)
     value_map              the mixed value in the first dims of each head, the rest zero, and so the columns of
                            `output_weight` or `output_map`
     channels               columns of the down projection of the other channels are zero; `gate_weight` and `up_weight`
                            are the rows of the kept ones
 
-Nothing of this goes through the export's own arithmetic: no smaller class, no projected shapes, no scale folded into
-queries, no RoPE written to a configuration. Both share the solution's files and the reading of the source.
+None of the export's arithmetic is used: no smaller class, no projected shapes, no scale folded into queries, no RoPE
+written to a configuration. Both share only the solution's files and the code that reads the source.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +32,9 @@ KNOWN = ATTENTION | {"channels", "gate_weight", "up_weight", "down_weight", "dow
 
 
 class FullSizeReference(Decoder):
-    """The source with a solution applied in place; with `rounded`, each weight rounded to the dtype that it names.
+    """The source with a solution applied in place; with `rounded`, each weight is rounded to that dtype.
 
-    `slots` are each layer's, where heads are smaller.
+    `slots` has the RoPE slots of each layer with smaller heads.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class FullSizeReference(Decoder):
         return value
 
     def _place_channels(self, value: torch.Tensor, role: Role, solution: Tensors) -> torch.Tensor:
-        """gate, up `[I, d]` or down `[d, I]`: the kept channels where they are, refit or not, the others zero."""
+        """Return gate, up `[I, d]` or down `[d, I]` with kept channels in place, refit or not, others zero."""
         if "channels" not in solution and f"{role}_weight" not in solution:
             return value
         rows = value.mT if role == "down" else value
@@ -90,7 +90,7 @@ class FullSizeReference(Decoder):
         return kept.mT if role == "down" else kept
 
     def _place_slots(self, value: torch.Tensor, layer: int, role: Role, solution: Tensors) -> torch.Tensor:
-        """Rows of q or k, `[n·h, …]`: pairs where they are, or slot j in pair j."""
+        """Return rows of q or k, `[n·h, …]`: kept pairs in place, or slot j in pair j."""
         half, turning = self.shape.head_dim // 2, self.shape.turning_pairs
         if "pairs" in solution:
             every = pair_dims(half, turning)
@@ -104,7 +104,7 @@ class FullSizeReference(Decoder):
         return self._placed(mapped, [*range(slots), *range(turning, turning + slots), *still])
 
     def _place_outputs(self, value: torch.Tensor, solution: Tensors) -> torch.Tensor:
-        """The output projection `[d, H·h]`: columns that meet the values in the first dims of each head."""
+        """Return the output projection `[d, H·h]` for values in the first dims of each head."""
         heads = value.view(len(value), self.shape.heads, self.shape.head_dim)
         if "output_weight" in solution:
             wanted = solution["output_weight"].view(len(value), self.shape.heads, -1).double()
@@ -118,11 +118,11 @@ class FullSizeReference(Decoder):
         return placed.flatten(1)
 
     def _heads(self, value: torch.Tensor) -> torch.Tensor:
-        """`[n·h, …]` → `[n, h, d]`, d = 1 for a bias."""
+        """Reshape `[n·h, …]` to `[n, h, d]`, with d = 1 for a bias."""
         return value.reshape(-1, self.shape.head_dim, value.shape[1] if value.ndim == 2 else 1)
 
     def _placed(self, heads: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-        """Rows `[n, r, d]` at `dims` of otherwise empty full heads, `[n·h, d]` or, of a bias, `[n·h]`."""
+        """Put rows `[n, r, d]` at `dims` of zero full heads: `[n·h, d]`, or `[n·h]` for a bias."""
         full = torch.zeros(len(heads), self.shape.head_dim, heads.shape[2], dtype=torch.float64)
         full[:, list(dims)] = heads
         return full.flatten(0, 1).squeeze(-1) if heads.shape[2] == 1 else full.flatten(0, 1)
@@ -132,16 +132,16 @@ class FullSizeReference(Decoder):
 
 
 def mixed(heads: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Heads `[n, h, d]` with the maps `[K, h, r]` of their groups → `[n, r, d]` float64."""
+    """Apply the maps `[K, h, r]` of their groups to heads `[n, h, d]`; return `[n, r, d]` float64."""
     own = maps.double().repeat_interleave(len(heads) // len(maps), 0)
     return torch.einsum("nhd,nhr->nrd", heads.double(), own)
 
 
 def turn_slots(arguments: Arguments, slots: Sequence[float]) -> Arguments:
-    """A layer's arguments with slot j in pair j: `position_embeddings` as the slots turn, nothing in the other pairs.
+    """Return a layer's arguments with `position_embeddings` of slot j in pair j and no rotation of other pairs.
 
-    The frequencies are those that the source's own cos and sin `[1, T, h]` show between the first two positions. Slots
-    beyond their pairs don't turn.
+    The frequencies are read from the source's cos and sin `[1, T, h]` at the first two positions. Slots beyond the
+    rotated pairs are not rotated.
     """
     cos, sin = (table.double() for table in arguments["position_embeddings"])
     half = cos.shape[-1] // 2
@@ -160,9 +160,9 @@ def turn_slots(arguments: Arguments, slots: Sequence[float]) -> Arguments:
 def reference_logits(
     exact: FullSizeReference, rounded: FullSizeReference, slots: Sequence[Sequence[float]], tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[B, T, V]` of both for tokens `[B, T]`, float32 on the CPU; one layer of both is in memory at a time.
+    """Return the logits `[B, T, V]` of both for tokens `[B, T]`, float32 on the CPU; one layer at a time is in memory.
 
-    `exact` should compute in float64: the frequencies of mixed slots are read off its rotations.
+    `exact` should compute in float64: the frequencies of mixed slots are read from its rotations.
     """
     pair = (exact, rounded)
     hidden, calls = map(list, zip(*(each.embed(tokens, each.embedding_table()) for each in pair), strict=True))

@@ -1,9 +1,9 @@
-"""Sequential correction: one-shot projections → output projections that know what the cuts before them did.
+"""Sequential correction: refit each layer's projections after the cuts before it.
 
 A second sweep runs the source and the smaller model side by side over the calibration blocks. In each layer the output
-projection, then the down projection, are fitted by least squares on the smaller model's own activations to what the
-source's layer puts out, plus half of the drift that has built up in the residual stream. The ridge pulls towards the
-one-shot weights, so that few tokens do not over-fit. Then the MLP's gate, where it has one, and up projections are
+projection, then the down projection, are fitted by least squares on the smaller model's own activations to the output
+of the source's layer, plus half of the accumulated drift of the residual stream. The ridge pulls towards the
+one-shot weights, which prevents overfitting. Then the MLP's gate (if any) and up projections are
 fitted to the same target by Gauss-Newton steps (`solvers/gauss_newton.py`), each followed by another fit of the down
 projection. Weights are read once; memory holds one layer of both models.
 """
@@ -26,11 +26,11 @@ from a3cli.stream.hidden import HiddenStates
 from a3cli.stream.smaller import SmallerDecoder
 from a3cli.stream.sweep import Arguments, Decoder, Progress, StopForward, embed_all, run_layer
 
-DRIFT = 0.5  # share of the stream's drift that each refit is asked to take back; 0.5 was better than 0 and 1
+DRIFT = 0.5  # share of the stream's drift that each refit corrects; 0.5 was better than 0 and 1
 RIDGE = 1e-2  # towards the one-shot weights, relative to the mean diagonal of the activations' Gram matrix
 DAMPING = 1e-3  # of a Gauss-Newton step, relative to the problem's own curvature
-ITERATIONS = 8  # of conjugate gradients in one; a second step gains more than further iterations of the first
-HALVINGS = 3  # of a step that does not lower the error, before it is given up
+ITERATIONS = 8  # of conjugate gradients per step; a second step gains more than further iterations of the first
+HALVINGS = 3  # of a step that does not lower the error, before it is discarded
 REFIT_NAMES: dict[Role, str] = {
     "o": "output_weight",
     "gate": "gate_weight",
@@ -41,7 +41,7 @@ REFIT_NAMES: dict[Role, str] = {
 
 @dataclass
 class LeastSquares:
-    """Running sums of `x` `[n, m]` and `t` `[n, d]` for the weight that fits `t = x Wᵀ` best."""
+    """Running sums of `x` `[n, m]` and `t` `[n, d]` for the least-squares weight of `t = x Wᵀ`."""
 
     gram: torch.Tensor | None = None
     cross: torch.Tensor | None = None
@@ -57,14 +57,14 @@ class LeastSquares:
             self.cross.addmm_(x.mT, target)
 
     def solve(self, weight: torch.Tensor) -> torch.Tensor:
-        """`argmin ‖x Wᵀ − t‖² + ε‖W − weight‖²`, `[d, m]`. Raises ValueError if the Gram matrix is not finite."""
+        """Return `argmin ‖x Wᵀ − t‖² + ε‖W − weight‖²`, `[d, m]`. Raises ValueError if the Gram is not finite."""
         assert self.gram is not None
         assert self.cross is not None
         gram, start = self.gram.double(), weight.double().mT
         return (start + solve_ridge(gram, self.cross.double() - gram @ start, ridge=RIDGE)).mT
 
     def error(self, weight: torch.Tensor) -> float:
-        """`Σ ‖x Wᵀ − t‖²` of a weight `[d, m]`."""
+        """Return `Σ ‖x Wᵀ − t‖²` of a weight `[d, m]`."""
         assert self.gram is not None
         assert self.cross is not None
         wide = weight.double().mT
@@ -82,10 +82,10 @@ def refit_sequentially(
     first: int,
     progress: Progress,
 ) -> Iterator[tuple[int, Tensors, list[Path]]]:
-    """From layer `first` on: its refit `output_weight` `[d, H·s]`, `down_weight` `[d, m]` and, with `rounds` of
-    Gauss-Newton, `gate_weight` and `up_weight` `[m, d]`, float32; and the files that the next layer begins with.
+    """Yield from layer `first` on: its refit `output_weight` `[d, H·s]`, `down_weight` `[d, m]` and, with `rounds` of
+    Gauss-Newton, `gate_weight` and `up_weight` `[m, d]`, float32; and the files that the next layer starts with.
 
-    `folder` has the hidden-state files. Raises A3Error where a fit fails or activations are not finite.
+    `folder` has the hidden-state files. Raises A3Error if a fit fails or activations are not finite.
     """
     streams = Streams(folder, source, blocks, fit_inputs=rounds > 0)
     calls = streams.begin(source, smaller, batch_size, first)
@@ -98,15 +98,15 @@ def refit_sequentially(
 
 
 class Streams:
-    """For all blocks: hidden states of both models, the source's after attention, and what gate and up are fitted on.
+    """For all blocks: hidden states of both models, the source's after attention, and the data to fit gate and up on.
 
-    A layer's inputs stay as they are until it is finished, so that a killed sweep can go on there.
+    A layer's inputs stay until it is finished, so that a killed sweep can resume there.
     """
 
     def __init__(self, folder: Path, decoder: Decoder, blocks: torch.Tensor, *, fit_inputs: bool) -> None:
         self._folder, self._decoder, self.blocks = folder, decoder, blocks
         self.middle, self.mlp_in, self.mlp_target = (self._file(name) for name in ("middle", "mlp-in", "mlp-target"))
-        self.fit_inputs = fit_inputs  # else what the MLP is fitted on is read once, as it is made, and not kept
+        self.fit_inputs = fit_inputs  # otherwise the MLP's data is read once, when it is computed, and not kept
         for stream in (self.middle, self.mlp_in, self.mlp_target) if fit_inputs else (self.middle,):
             stream.create()
         self.at(0)
@@ -116,7 +116,7 @@ class Streams:
         return HiddenStates(self._folder / f"{name}.bin", shape, self._decoder.machine.dtype)
 
     def at(self, layer: int) -> None:
-        """Inputs and outputs of both models in one layer: two files each, in turn."""
+        """Return inputs and outputs of both models in one layer: two files each, in turn."""
         now, then = layer % 2, (layer + 1) % 2
         self.full_in, self.full_out = self._file(f"source-{now}"), self._file(f"source-{then}")
         self.small_in, self.small_out = self._file(f"smaller-{now}"), self._file(f"smaller-{then}")
@@ -125,7 +125,7 @@ class Streams:
     def begin(
         self, source: Decoder, smaller: Decoder, batch_size: int, first: int
     ) -> tuple[dict[int, list[Arguments]], dict[int, list[Arguments]]]:
-        """What the layers of both models are called with, by batch size; before layer 0 the embeddings are written."""
+        """Return the call arguments of both models' layers, by batch size; before layer 0, write the embeddings."""
         for stream in (self.full_in, self.full_out, self.small_in, self.small_out):
             stream.create()
         inputs = (self.full_in, self.small_in) if first == 0 else (None, None)
@@ -136,7 +136,7 @@ class Streams:
 
 
 class _Layer:
-    """One layer of both models, filled."""
+    """One layer of both models, with weights."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class _Layer:
         return {REFIT_NAMES[role]: self._linear(role).weight.float().cpu().clone() for role in refit}
 
     def _improve_inputs(self, error: float) -> float:
-        """One Gauss-Newton step of gate and up, and a new fit of down; as before if the error does not fall."""
+        """Take one Gauss-Newton step of gate and up, and refit down; undo both if the error does not fall."""
         linears = [self._linear(role) for role in (*self.decoder.shape.mlp_inputs, "down")]
         before = [linear.weight.clone() for linear in linears]
         step = self._gauss_newton_step()
@@ -179,7 +179,7 @@ class _Layer:
         return error
 
     def _gauss_newton_step(self) -> torch.Tensor:
-        """Steps of the weights `[n, m, d]` of the linear layers that read the MLP's input."""
+        """Return the steps of the weights `[n, m, d]` of the linear layers that read the MLP's input."""
         linears = [self._linear(role) for role in self.decoder.shape.mlp_inputs]
         weights = torch.stack([linear.weight for linear in linears]).float()
         biases = torch.stack(
@@ -189,7 +189,7 @@ class _Layer:
         def hidden(before: torch.Tensor) -> torch.Tensor:
             outputs = before.to(linears[0].weight.dtype).unbind(1)
             with outputs_given(linears, outputs), inputs_of(self._linear("down"), stop=True) as seen:
-                self._mlp(before)  # its input goes nowhere
+                self._mlp(before)  # its input is not used
             return seen.pop().float()
 
         return gauss_newton_step(
@@ -203,18 +203,18 @@ class _Layer:
         )
 
     def _mlp_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs of the smaller MLP and what its down projection's weight is to put out, `[tokens, d]`."""
+        """Yield inputs of the smaller MLP and the targets of its down projection's weight, `[tokens, d]`."""
         for start, count in self._batches():
             x, target = (self._read(each, start, count) for each in (self.streams.mlp_in, self.streams.mlp_target))
             yield x.flatten(0, 1).float(), without_bias(self._linear("down"), target).flatten(0, 1).float()
 
     @property
     def _mlp(self) -> nn.Module:
-        """What holds the MLP's linear layers."""
+        """Return the module that holds the MLP's linear layers."""
         return self.small.get_submodule(self.decoder.family.mlp)
 
     def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> float:
-        """Collect, solve, and put the new weight in the smaller layer; returns the squared error that is left."""
+        """Collect, solve, and put the new weight in the smaller layer; return the remaining squared error."""
         sums = LeastSquares()
         collect(sums)
         linear = self._linear(role)
@@ -261,7 +261,7 @@ class _Layer:
             sums.add(seen.pop(), without_bias(linear, target))
 
     def _fit_down_again(self, sums: LeastSquares) -> None:
-        """On what `_fit_mlp` has written, with the gate and up projections of now."""
+        """Refit down on the data written by `_fit_mlp`, with the current gate and up projections."""
         linear = self._linear("down")
         for start, count in self._batches():
             with inputs_of(linear, stop=True) as seen:
@@ -293,7 +293,7 @@ class _Layer:
 
 @contextmanager
 def outputs_given(linears: Sequence[nn.Linear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Let linear layers put out these tensors, whatever they are given."""
+    """Make linear layers return these tensors, whatever their input."""
     try:
         for linear, output in zip(linears, outputs, strict=True):
             linear.forward = partial(_given, output)  # type: ignore[method-assign]
@@ -308,14 +308,14 @@ def _given(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
 
 
 def without_bias(linear: nn.Linear, target: torch.Tensor) -> torch.Tensor:
-    """What is left for the weight to put out."""
+    """Return the target minus the bias."""
     bias: torch.Tensor | None = linear.bias
     return target if bias is None else target - bias
 
 
 @contextmanager
 def inputs_of(module: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
-    """Collect what a module is given; with `stop`, the forward, and with it the block, ends there."""
+    """Collect a module's inputs; with `stop`, end the forward pass, and with it the block, there."""
     seen: list[torch.Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""A smaller model that runs without being exported: its layers are projected when they are read.
+"""Run a smaller model without an export: its layers are projected when they are read.
 
-It is built in the per-layer shape whatever will be exported: one way to run it, and no scale folded into queries. Its
-layers need not be one for each of the source's: a probe builds many versions of the same one.
+It always has the per-layer shape, whatever will be exported, so no scale is folded into queries. Its layers need not
+correspond one to one to the source's: a probe builds many versions of the same layer.
 """
 
 import copy
@@ -23,7 +23,7 @@ from a3cli.work.machine import Machine
 
 @dataclass(frozen=True)
 class Cut:
-    """One layer of a smaller model: the source's layer that it is made from, its sizes, RoPE slots and projections."""
+    """One layer of a smaller model: the index of its source layer, its sizes, RoPE slots and projections."""
 
     layer: int
     sizes: LayerSizes

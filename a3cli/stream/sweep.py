@@ -1,8 +1,8 @@
-"""Token blocks → activations of one decoder layer after another: weights in, forward, weights out.
+"""Run token blocks through one decoder layer after another: load weights, forward, free weights.
 
-The model is built on meta and never has to fit: each layer's weights are read once per calibration. The
-model's own `forward` says what each layer is called with (masks, position embeddings), so no family's
-`forward` is written down here. Memory holds one layer and one batch; hidden states lie between layers in files
+The model is built on meta and never has to fit in memory: each layer's weights are read once per calibration. The
+model's own `forward` determines the arguments of each layer (masks, position embeddings), so no family's
+`forward` is repeated here. Memory holds one layer and one batch; between layers, hidden states are in files
 of the work folder or in CPU memory (`hidden.py`). Several processes take a share of the blocks each.
 """
 
@@ -41,20 +41,19 @@ Arguments = dict[str, Any]
 
 
 class Progress(Protocol):
-    """Told after each batch how far a sweep is, in tokens through layers."""
+    """Called after each batch with the progress of a sweep, in tokens through layers."""
 
     def __call__(self, *, layer: int, layers: int, tokens: int, total_tokens: int) -> None: ...
 
 
 class StopForward(Exception):
-    """Ends a forward once what is wanted has been seen."""
+    """Ends a forward pass early, once the needed values have been recorded."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: records its call and returns the hidden states unchanged.
+    """Replaces a decoder layer: records its call and returns the hidden states unchanged.
 
-    The layer's own attributes (an attention type, say) stay readable, since some families' models look at
-    them before they call it.
+    The layer's attributes (for example its attention type) stay readable, since some models read them before the call.
     """
 
     def __init__(self, layer: nn.Module, *, last: bool) -> None:
@@ -91,7 +90,7 @@ class Decoder:
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
         self.base = self.model.get_submodule(self.family.decoder)
-        for name, _ in self.model.named_buffers():  # rotary tables and the like
+        for name, _ in self.model.named_buffers():  # for example rotary tables
             set_module_tensor_to_device(self.model, name, machine.device)
 
     def build(self, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -104,34 +103,34 @@ class Decoder:
         """Fill a meta module with the checkpoint's tensors. Raises A3Error for missing, misshaped or NaN ones."""
         for name, parameter in module.named_parameters():
             value = self.read(prefix + name, parameter.shape).to(device, non_blocking=True)
-            # What is freed is taken again at once, by the next parameter or layer: the allocator may keep it.
+            # The next parameter or layer allocates freed memory again at once: the allocator may keep it.
             set_module_tensor_to_device(module, name, device, value=value, dtype=self.machine.dtype, clear_cache=False)
 
     def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
-        """A weight in its stored dtype, mapped. Raises A3Error if it is missing, misshaped or has a NaN."""
+        """Return a weight in its stored dtype, mapped. Raises A3Error if it is missing, misshaped or has a NaN."""
         value = self.weights.read(tensor)
         if value.shape != shape:
             raise A3Error(f"{self.source.name}: tensor {tensor} is {list(value.shape)}, config.json says {list(shape)}")
         return value
 
     def embedding_table(self) -> torch.Tensor:
-        """The whole vocabulary's rows `[V, d]`, mapped: in the compute dtype they could outweigh all else."""
+        """Return the embedding `[V, d]`, mapped: in the compute dtype it could be larger than everything else."""
         module = self.model.get_submodule(self.family.embedding)
         assert isinstance(module, nn.Embedding)
         return self.read(self.family.embedding + ".weight", module.weight.shape)
 
     def look_up(self, blocks: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Embeddings `[B, T, d]` of blocks `[B, T]` by the model's own module, given only the rows it needs."""
+        """Return embeddings `[B, T, d]` of blocks `[B, T]` from the model's own module, with only the rows it needs."""
         module = self.model.get_submodule(self.family.embedding)
         assert isinstance(module, nn.Embedding)
-        module.padding_idx = None  # a row of the whole table; only gradients heed it
+        module.padding_idx = None  # an index into the whole table; it only affects gradients
         tokens, rows = blocks.unique(return_inverse=True)
         weight = table[tokens].to(self.machine.device, self.machine.dtype)
         embeddings: torch.Tensor = functional_call(module, {"weight": weight}, rows.to(self.machine.device))
         return embeddings
 
     def embed(self, blocks: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
-        """The first layer's input `[B, T, d]` for token blocks `[B, T]`, and each layer's arguments."""
+        """Return the first layer's input `[B, T, d]` for token blocks `[B, T]`, and each layer's arguments."""
         recorders = [_Recorder(layer, last=layer is self.layers[-1]) for layer in self.layers]
         originals = list(self.layers)
         try:
@@ -148,7 +147,7 @@ class Decoder:
 
     @contextmanager
     def layer(self, index: int, device: torch.device | None = None) -> Iterator[nn.Module]:
-        """Hold one layer's weights; those of the next one are on their way meanwhile."""
+        """Hold one layer's weights and prefetch the next layer's."""
         module = self.layers[index]
         try:
             self.load(self.source_prefix(index), module, device or self.machine.device)
@@ -160,12 +159,12 @@ class Decoder:
             module.to("meta")
 
     def source_prefix(self, index: int) -> str:
-        """What the checkpoint's names of this layer's tensors begin with."""
+        """Return the prefix of this layer's tensor names in the checkpoint."""
         return self.family.layer_prefix(index)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Hold what comes after the layers; yields hidden states `[B, T, d]` → logits `[B, T, V]`."""
+        """Hold final norm and output layer; yield a function from hidden states `[B, T, d]` to logits `[B, T, V]`."""
         embedding = self.family.embedding + ".weight"
         every = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         names = [name for name in every if name != embedding and not name.startswith(self.family.layers + ".")]
@@ -218,7 +217,7 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
         moments.add_attention_output(args[0])
         if (rotation := called_with.get("position_embeddings")) is not None:
             moments.add_attention(seen, rotation, called_with.get("attention_mask"))
-        seen.clear()  # before the MLP, which needs the room
+        seen.clear()  # before the MLP, which needs the memory
 
     def finish(_module: nn.Module, _args: Any, output: Any) -> None:
         moments.add_residual("mlp_residual", hidden_states_of(output))
@@ -236,7 +235,7 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
         submodule("v").register_forward_hook(outputs("v")),
         submodule("o").register_forward_pre_hook(attended),
         submodule("down").register_forward_pre_hook(inputs(moments.add_mlp)),
-        # What the MLP's norm reads is the stream with attention's output added; the layer returns the MLP's too.
+        # The MLP's norm reads the stream after attention; the layer returns the stream after the MLP.
         submodule("mlp_norm").register_forward_pre_hook(
             inputs(lambda x: moments.add_residual("attention_residual", x))
         ),
@@ -251,9 +250,9 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
 
 @contextmanager
 def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
-    """Have a layer's MLP, which knows nothing of other tokens, take a few of them at a time.
+    """Run a layer's MLP, which treats each token separately, on a few tokens at a time.
 
-    On a CPU its activations then stay in the cache, and the largest of a layer's take little memory.
+    On a CPU the activations then stay in the cache, and the layer's largest ones take little memory.
     """
     mlp = layer.get_submodule(family.mlp)
     whole = mlp.forward
@@ -265,11 +264,11 @@ def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
     try:
         yield
     finally:
-        del mlp.forward  # the instance's own; the class has the model's
+        del mlp.forward  # the instance's; the class has the original one
 
 
 def hidden_states_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """A layer's output `[B, T, d]`; some families return it in a tuple."""
+    """Return a layer's output `[B, T, d]`, which some families return in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -277,9 +276,9 @@ def hidden_states_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.T
 class Sweep:
     """One sweep over `blocks` `[N, T]`, of which this process takes its share.
 
-    `batch_size` is halved when a device runs out of memory if it may be (`adapt`). `finished(i, sums)` is called in the
-    main process, in the order of the layers; the input of layer i is kept until it returned, so a sweep that died in
-    layer i starts again there.
+    With `adapt`, `batch_size` is halved if a device runs out of memory. `finished(i, sums)` is called in the
+    main process, in the order of the layers; the input of layer i is kept until it returns, so a sweep that died in
+    layer i resumes there.
     """
 
     decoder: Decoder
@@ -298,12 +297,12 @@ class Sweep:
 
     @torch.inference_mode()
     def run(self, first_layer: int) -> None:
-        """Sums of all layers from `first_layer` on. Those before are passed through again if its input is not there.
+        """Compute the sums of all layers from `first_layer` on. If its input is missing, rerun the layers before it.
 
-        Raises A3Error for non-finite activations, for damaged weights or files, and if memory does not suffice.
+        Raises A3Error for non-finite activations, for damaged weights or files, and if memory is insufficient.
         """
         layers, width = self.decoder.shape.layers, max(1, len(self.decoder.machine.devices))
-        if first_layer == layers:  # only the manifest is missing
+        if first_layer == layers:  # only the manifest is still missing
             return
         index, arguments = self._start_fitting(first_layer)
         while index < layers:
@@ -313,9 +312,9 @@ class Sweep:
                 with self.processes.together():
                     moments = self._run_stage(stage, first_layer, arguments)
             except torch.OutOfMemoryError as error:
-                moments = None  # also where another process ran out, and this one did not
+                moments = None  # also if only another process ran out of memory
                 self._halve(error)
-            if moments is None:  # out of the handler, which holds the error
+            if moments is None:  # outside the handler, which holds the error
                 collect_garbage()
                 index, arguments = self._start_fitting(first_layer)
             else:
@@ -324,7 +323,7 @@ class Sweep:
                 first_layer = max(first_layer, index)
 
     def _start_fitting(self, layer: int) -> tuple[int, dict[int, list[Arguments]]]:
-        """`_start` with a batch for which there is memory."""
+        """Call `_start` with a batch size that fits in memory."""
         while True:
             try:
                 return self._start(layer)
@@ -333,44 +332,44 @@ class Sweep:
             collect_garbage()
 
     def _start(self, layer: int) -> tuple[int, dict[int, list[Arguments]]]:
-        """The last layer up to `layer` whose input is there, made if need be, and all arguments by batch size."""
+        """Return the last layer up to `layer` whose input exists, computed if needed, and arguments by batch size."""
         there = next((each for each in range(layer, -1, -1) if self.states.has(each)), -1)
         there = min(self.processes.gather(there))
         if there < layer and layer:
             layers = self.decoder.shape.layers
-            log.info("the input of layer %d of %d is missing; running the layers before it again", layer + 1, layers)
+            log.info("the input of layer %d of %d is missing; rerunning the layers before it", layer + 1, layers)
         with self.processes.together():
             target = self.states.begin() if there < 0 else self.states.input_of(there)
-            with running_out_is_told():
+            with as_out_of_memory():
                 arguments = embed_all(self.decoder, self.own, self.batch_size, target if there < 0 else None)
         if there < 0:
             self._keep(0)
         return max(there, 0), arguments
 
     def _keep(self, layer: int) -> None:
-        """The input of `layer` has been written, by all processes."""
+        """Commit the input of `layer`, which all processes have written."""
         checks = [check for share in self.processes.gather(self.states.end(layer)) for check in share]
         self.processes.from_main(lambda: self.states.keep(layer, checks))
 
     def _run_stage(
         self, stage: range, first_layer: int, arguments: dict[int, list[Arguments]]
     ) -> dict[int, LayerMoments]:
-        """This process's batches through consecutive layers: moments of each from `first_layer` on."""
+        """Run this process's batches through consecutive layers; return the moments of each from `first_layer` on."""
         decoder, moments = self.decoder, {}
-        aside = decoder.machine.copies  # files are read and written in threads while the device computes
+        in_background = decoder.machine.copies  # files are read and written in threads while the device computes
         source, target = self.states.input_of(stage.start), self.states.begin()
-        with running_out_is_told(), ExitStack() as stack:
+        with as_out_of_memory(), ExitStack() as stack:
             modules = stack.enter_context(decoder.stage(stage))
             for index, module in zip(stage, modules, strict=True):
-                if not aside:
+                if not in_background:
                     stack.enter_context(mlp_in_pieces(module, decoder.family))
                 if index >= first_layer:
                     device = next(module.parameters()).device
                     samples = AttentionSamples(len(self.blocks), self.blocks.shape[1], device)
                     moments[index] = LayerMoments(decoder.shape.head_dim, self.full_mlp, device, samples)
                     stack.enter_context(moments_of(module, decoder.family, moments[index]))
-            write = stack.enter_context(writer(target, aside=aside))
-            for start, batch in read_batches(source, len(self.own), self.batch_size, aside=aside):
+            write = stack.enter_context(writer(target, in_background=in_background))
+            for start, batch in read_batches(source, len(self.own), self.batch_size, in_background=in_background):
                 hidden = batch
                 for index, module in zip(stage, modules, strict=True):
                     if index in moments:
@@ -381,7 +380,7 @@ class Sweep:
         return moments
 
     def _report(self, stage: range, blocks: int) -> None:
-        """The main process speaks for all: their shares are alike."""
+        """Report progress from the main process, whose share is like the others'."""
         share = blocks / len(self.own)
         for layer in stage if blocks == len(self.own) else stage[:1]:
             total = self.blocks.numel()
@@ -390,7 +389,7 @@ class Sweep:
             )
 
     def _finish(self, stage: range, moments: dict[int, LayerMoments]) -> None:
-        """Sums of all processes go to the main one; only then is the stage's input given up."""
+        """Reduce the sums to the main process, and only then release the stage's input."""
         self._keep(stage.stop)
         for layer in list(moments):
             own = moments.pop(layer)
@@ -402,26 +401,26 @@ class Sweep:
         self.finished(layer, finite({name: value.cpu() for name, value in sums.items()}, layer))
 
     def _halve(self, error: Exception) -> None:
-        """Raises A3Error if the batch may not be smaller."""
+        """Halve the batch size. Raises A3Error if it may not be smaller."""
         if not self.adapt or self.batch_size == 1:
             remedy = "use --batch-size auto" if self.batch_size > 1 else "use a shorter --seq-len"
             raise A3Error(
-                f"out of memory at {self.batch_size} blocks a batch ({first_line(error)}); {remedy}"
+                f"out of memory at {self.batch_size} blocks per batch ({first_line(error)}); {remedy}"
             ) from error
         self.batch_size //= 2
-        log.info("out of memory: going on with %d blocks a batch", self.batch_size)
+        log.info("out of memory: continuing with %d blocks per batch", self.batch_size)
 
 
 def collect_garbage() -> None:
-    """After an error for want of memory: it and the frames that it came through hold one another, and their tensors."""
+    """Free memory after an out-of-memory error: it and its frames reference each other and hold tensors."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 @contextmanager
-def running_out_is_told() -> Iterator[None]:
-    """Make whatever is raised when memory runs out, on any device, an OutOfMemoryError."""
+def as_out_of_memory() -> Iterator[None]:
+    """Convert any error of a device that runs out of memory to OutOfMemoryError."""
     try:
         yield
     except RuntimeError as error:
@@ -430,18 +429,21 @@ def running_out_is_told() -> Iterator[None]:
         raise
 
 
-def read_batches(source: Blocks, blocks: int, batch_size: int, *, aside: bool) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each batch `[B, T, d]` with its first block. `aside`: the next one is read in a thread meanwhile, and pinned.
+def read_batches(
+    source: Blocks, blocks: int, batch_size: int, *, in_background: bool
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield each batch `[B, T, d]` with the index of its first block.
 
-    What lies on a device already is not.
+    With `in_background` a thread prefetches the next batch and pins it, unless it is on a device already.
     """
     starts = range(0, blocks, batch_size)
 
     def read(start: int) -> torch.Tensor:
         batch = source.read(start, min(batch_size, blocks - start))
-        return batch.pin_memory() if aside and batch.device.type == "cpu" and torch.cuda.is_available() else batch
+        pinned = in_background and batch.device.type == "cpu" and torch.cuda.is_available()
+        return batch.pin_memory() if pinned else batch
 
-    if not aside:
+    if not in_background:
         yield from ((start, read(start)) for start in starts)
         return
     with ThreadPoolExecutor(1) as thread:
@@ -454,9 +456,9 @@ def read_batches(source: Blocks, blocks: int, batch_size: int, *, aside: bool) -
 
 
 @contextmanager
-def writer(target: Blocks, *, aside: bool) -> Iterator[Callable[[int, torch.Tensor], None]]:
-    """Writes batches to where they belong. `aside`: in a thread, which may be one batch behind."""
-    if not aside:
+def writer(target: Blocks, *, in_background: bool) -> Iterator[Callable[[int, torch.Tensor], None]]:
+    """Yield a function that writes batches to `target`; with `in_background` in a thread, one batch behind."""
+    if not in_background:
         yield target.write
         return
     pending: list[Future[None]] = []
@@ -473,7 +475,7 @@ def writer(target: Blocks, *, aside: bool) -> Iterator[Callable[[int, torch.Tens
 
 
 def run_layer(layer: nn.Module, batch: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-    """A layer's output for a batch that may come from the CPU."""
+    """Return a layer's output for a batch, which may be on the CPU."""
     device = next(layer.parameters()).device
     return hidden_states_of(layer(batch.to(device, non_blocking=True), **arguments))
 
@@ -481,9 +483,9 @@ def run_layer(layer: nn.Module, batch: torch.Tensor, arguments: Arguments) -> to
 def embed_all(
     decoder: Decoder, blocks: torch.Tensor, batch_size: int, target: Blocks | None
 ) -> dict[int, list[Arguments]]:
-    """Write the first layer's input to `target`; returns each layer's arguments by batch size.
+    """Write the first layer's input to `target`; return each layer's arguments by batch size.
 
-    A resumed sweep has its hidden states already and only needs the arguments.
+    A resumed sweep has its hidden states and needs only the arguments.
     """
     arguments: dict[int, list[Arguments]] = {}
     table = decoder.embedding_table() if len(blocks) else torch.empty(0)
@@ -497,7 +499,7 @@ def embed_all(
 
 
 def finite(sums: Tensors, layer: int) -> Tensors:
-    """The sums themselves. Raises A3Error if one has a NaN or Inf."""
+    """Return the sums. Raises A3Error if one has a NaN or Inf."""
     for name, value in sorted(sums.items()):
         if not torch.isfinite(value).all():
             raise A3Error(

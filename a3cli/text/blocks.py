@@ -1,6 +1,6 @@
-"""Dataset or local file → token blocks `[N, T]`. The only importer of `datasets`.
+"""Turn a dataset or local file into token blocks `[N, T]`. The only importer of `datasets`.
 
-How blocks are cut is stated in docs/text.md: rows are joined by a blank line and tokenised as one stream,
+docs/text.md describes how blocks are cut: rows are joined by a blank line and tokenised as one stream,
 the stream is read until it holds `POOL` times the tokens asked for (or ends), and N blocks that do not
 overlap are placed in it at seeded random offsets, uniformly among all such placements.
 """
@@ -33,9 +33,9 @@ ALIASES = {
     "c4": ("allenai/c4", "en", "train", "validation"),
     "slimpajama": ("DKYoon/SlimPajama-6B", None, "train", "test"),
 }
-LINES = "Salesforce/wikitext"  # its rows are lines, the empty ones too: papers join them all, and so are they here
+LINES = "Salesforce/wikitext"  # its rows are lines; papers join them all, with the empty ones
 FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # of ShareGPT's `from` as roles
+SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # roles of ShareGPT's `from`
 CHATS = ("messages", "conversations")
 HUB_PATIENCE = 10.0  # seconds
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -44,20 +44,20 @@ TOKENIZER_EXTRAS = ("added_tokens.json", "special_tokens_map.json", "chat_templa
 
 @dataclass
 class TextRead:
-    """What has been read of a data set so far."""
+    """Counts and files of a data set that is being read."""
 
     files: dict[str, str] = field(default_factory=dict)  # hash of each local file that was opened, in reading order
-    rows: int = 0  # of files other than .txt, and of Hub sets
+    rows: int = 0  # of files other than .txt, and of Hub data sets
     skipped: int = 0  # rows without text
     whole: bool = False  # whether the data set was read to its end
 
     def describe(self) -> Json:
-        """Return the counts, as manifests have them beside the files."""
+        """Return the counts for a manifest."""
         return {"rows": self.rows, "skipped": self.skipped, "whole": self.whole}
 
     @property
     def skipping(self) -> str:
-        """Say how many rows were skipped; empty if none was."""
+        """Return how many rows were skipped, in words; empty if none."""
         return f"skipped {self.skipped} of {self.rows} rows without text" if self.skipped else ""
 
 
@@ -67,7 +67,7 @@ def log_skipped(settings: TextSettings, read: TextRead) -> None:
 
 
 def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None = None) -> torch.Tensor:
-    """`samples` blocks `[N, T]` int64 for calibration; `read` records what they come from.
+    """Return `samples` blocks `[N, T]` int64 for calibration; `read` records their source.
 
     Raises A3Error if there is too little text.
     """
@@ -84,8 +84,8 @@ def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None 
             + (f" ({read.skipping})" if read.skipping else "")
         )
     log_skipped(settings, read)
-    # Sorted draws from [0, slack], one a block, plus the room of the blocks before: every placement of N
-    # blocks that do not overlap is reached.
+    # Sorted draws from [0, slack], one per block, plus the length of the blocks before it: every placement of N
+    # non-overlapping blocks is possible.
     generator = torch.Generator().manual_seed(settings.seed)
     offsets = torch.randint(slack + 1, (settings.samples,), generator=generator).sort().values
     starts = offsets + settings.seq_len * torch.arange(settings.samples)
@@ -93,9 +93,9 @@ def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None 
 
 
 def evaluation_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None = None) -> list[torch.Tensor]:
-    """The stream cut in consecutive blocks of `seq_len`, the last one shorter; `samples` limits their number.
+    """Return the stream as consecutive blocks of `seq_len`, the last one shorter; `samples` limits their number.
 
-    Every token is in exactly one block; `read` records what they come from. Raises A3Error if there are fewer than two
+    Every token is in exactly one block; `read` records their source. Raises A3Error if there are fewer than two
     tokens.
     """
     read = read or TextRead()
@@ -109,7 +109,7 @@ def evaluation_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | N
 
 
 def check_fit(blocks: Iterable[torch.Tensor], config: Json, model: str) -> None:
-    """Raise A3Error if blocks are longer than the model's context, or hold tokens that it has no embedding for."""
+    """Check that blocks fit the model's context and have only tokens with an embedding. Raises A3Error."""
     context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     for block in blocks:
         if isinstance(context, int) and len(block) > context:
@@ -117,26 +117,26 @@ def check_fit(blocks: Iterable[torch.Tensor], config: Json, model: str) -> None:
         if isinstance(vocabulary, int) and int(block.max()) >= vocabulary:
             raise A3Error(
                 f"the tokenizer of {model} gives token {int(block.max())}, its vocabulary has {vocabulary}; "
-                "the tokenizer files are of another model"
+                "use the tokenizer files of this model"
             )
 
 
 def token_stream(
     tokenizer: Any, settings: TextSettings, *, purpose: str, read: TextRead | None = None
 ) -> Iterator[int]:
-    """Token ids of the whole text, with one BOS at its very beginning if the tokenizer adds one."""
+    """Yield the token ids of the whole text, with one BOS at the beginning if the tokenizer adds one."""
     first = True
     for text in texts(tokenizer, settings, purpose=purpose, read=read or TextRead()):
         try:
             tokens = tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
-        except Exception as error:  # settings of the tokenizer that no library checks when it is loaded
+        except Exception as error:  # tokenizer settings that no library checks on loading
             raise A3Error(f"dataset {settings.dataset}: the model's tokenizer fails: {first_line(error)}") from error
         yield from tokens
         first = False
 
 
 def texts(tokenizer: Any, settings: TextSettings, *, purpose: str, read: TextRead) -> Iterator[str]:
-    """Pieces of text of about 64 KiB, to be tokenised one by one: encodings take some hundred times the text's size."""
+    """Yield pieces of text of about 64 KiB, tokenised one by one: encodings take about 100 times the text's size."""
     pending: list[str] = []
     size = 0
     for piece in pieces(tokenizer, settings, purpose=purpose, read=read):
@@ -209,7 +209,7 @@ def read_lines(file: Path) -> Iterator[str]:
 
 
 def local_files(path: Path) -> list[Path]:
-    """The file, or the readable files of the folder in name order. Raises A3Error if there are none."""
+    """Return the file, or the readable files of the folder in name order. Raises A3Error if there are none."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FORMATS)
     if not files or files[0].suffix not in FORMATS:
         raise A3Error(f"dataset {path}: not a .txt, .jsonl or .parquet file, nor a folder with any")
@@ -217,13 +217,13 @@ def local_files(path: Path) -> list[Path]:
 
 
 def check_parquet(file: Path) -> None:
-    """Raise A3Error for a small file that unpacks to a huge one: memory would be gone before the first row is there."""
+    """Check that a small file does not unpack to a huge one, which would exhaust memory. Raises A3Error."""
     from pyarrow import ArrowException, parquet
 
     try:
         metadata = parquet.read_metadata(file)
     except (ArrowException, OSError):
-        return  # no parquet: loading it says so
+        return  # not a parquet file: loading it raises the error
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     packed, unpacked = (
@@ -235,7 +235,7 @@ def check_parquet(file: Path) -> None:
 
 
 def load_hub_dataset(settings: TextSettings, *, purpose: str) -> Iterable[Json]:
-    """Stream a hub set: an alias, or `owner/name[:configuration]`."""
+    """Stream a Hub data set: an alias, or `owner/name[:configuration]`."""
     name, _, configuration = settings.dataset.partition(":")
     default = "train" if purpose == "calibrate" else "test"
     if name in ALIASES:
@@ -256,7 +256,7 @@ def hub_id(dataset: str) -> str:
 
 
 def check_texts(texts: Sequence[TextSettings]) -> None:
-    """Raise A3Error for a data set that is not there, and for an option that has an effect on none of them."""
+    """Check that all data sets exist and every option affects at least one of them. Raises A3Error."""
     for text in texts:
         check_exists(text)
     names = ", ".join(text.dataset for text in texts)
@@ -274,7 +274,7 @@ def check_texts(texts: Sequence[TextSettings]) -> None:
 
 
 def check_exists(settings: TextSettings) -> None:
-    """Raise A3Error for a local data set without readable files, and for what is neither local nor a Hub id."""
+    """Check that a data set has readable local files or is a Hub id. Raises A3Error."""
     path, name = Path(settings.dataset), settings.dataset.partition(":")[0]
     if path.exists():
         local_files(path)
@@ -282,13 +282,13 @@ def check_exists(settings: TextSettings) -> None:
         path.suffix in FORMATS or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/")
     ):
         raise A3Error(
-            f"dataset {settings.dataset!r}: no such file or folder, no hub id (owner/name[:configuration]), "
+            f"dataset {settings.dataset!r}: no such file or folder, not a Hub id (owner/name[:configuration]), "
             f"and none of {', '.join(ALIASES)}"
         )
 
 
 def check_on_hub(settings: TextSettings) -> None:
-    """Raise A3Error if the Hub has no such data set; a Hub out of reach raises nothing."""
+    """Check that the Hub has the data set. Raises A3Error; does nothing if the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -302,12 +302,12 @@ def check_on_hub(settings: TextSettings) -> None:
         raise A3Error(
             f"dataset {settings.dataset!r}: the Hub has no such data set, or it is private (hf auth login)"
         ) from error
-    except Exception:  # offline, no network, or a server's trouble: none says that the name is wrong
+    except Exception:  # offline, no network or a server error: the name may be right
         log.debug("the Hub does not say whether there is a data set %s", settings.dataset)
 
 
 def has_rows(settings: TextSettings) -> bool:
-    """Return whether text comes in rows with fields: everywhere but in .txt files."""
+    """Return whether the text has rows with fields, as everything but .txt files does."""
     path = Path(settings.dataset)
     return not path.exists() or any(file.suffix != ".txt" for file in local_files(path))
 
@@ -324,7 +324,7 @@ def load(path: str, settings: TextSettings, **options: Any) -> Iterable[Json]:
 def row_documents(
     loaded: Iterable[Json], tokenizer: Any, settings: TextSettings, read: TextRead
 ) -> Iterator[tuple[str]]:
-    """Yield the text of each row that has some, and count the others."""
+    """Yield the text of each non-empty row, and count the others."""
     keep_empty = hub_id(settings.dataset) == LINES and not settings.chat
     iterator = iter(loaded)
     for number in itertools.count(1):
@@ -397,7 +397,7 @@ def as_message(turn: Json, where: str) -> Json:
 def render_chat(tokenizer: Any, messages: list[Json], where: str) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # templates are programs of their own
+    except Exception as error:  # templates are programs
         if getattr(tokenizer, "chat_template", None) is None:
             raise A3Error(
                 f"{where}: the model's tokenizer has no chat template; add a chat_template.jinja to the model's "
@@ -411,7 +411,7 @@ def offline() -> str:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's own tokenizer. Raises A3Error if there is none that loads."""
+    """Return the checkpoint's tokenizer. Raises A3Error if there is none or it does not load."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -423,13 +423,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def tokenizer_fingerprint(folder: Path) -> Json:
-    """Hash of each file that says how text becomes tokens."""
+    """Return the hash of each file that tokenisation depends on."""
     names = (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
     return {name: hash_file(folder / name) for name in names if (folder / name).is_file()}
 
 
 def describe_text(settings: TextSettings) -> Json:
-    """Return the settings as requests record them: a local data set by its name alone."""
+    """Return the settings as requests record them: a local data set without its folder."""
     described = settings.model_dump()
     path = Path(settings.dataset)
     if path.exists():
@@ -438,10 +438,10 @@ def describe_text(settings: TextSettings) -> Json:
 
 
 def as_compared(text: Json, files: Json) -> Json:
-    """Return described settings as two requests compare them.
+    """Return described settings in the form in which two requests are compared.
 
-    A local data set is the `files` that were read of it, whatever its name, and how rows are read matters if there
-    were any.
+    A local data set counts as the `files` read from it, whatever its name; options for rows count only if there were
+    rows.
     """
     rows = not files or any(not name.endswith(".txt") for name in files)
     field = text["text_field"] or (None if text["chat"] else "text")
@@ -467,5 +467,5 @@ def files_now(settings: TextSettings, files: Json, *, whole: bool) -> Json:
 
 
 def contents(files: Json) -> list[tuple[str, str]]:
-    """Return what is read of files in their order: format and hash of each."""
+    """Return format and hash of each file, in reading order."""
     return [(Path(name).suffix, digest) for name, digest in files.items()]

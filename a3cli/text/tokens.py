@@ -1,4 +1,4 @@
-"""What can be said of calibration text from its token blocks alone. Language and domain are for a person to judge."""
+"""Describe calibration text from its token blocks. Language and domain are for a person to judge."""
 
 from collections import Counter
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 
 from a3cli.work.folder import Json
 
-NGRAM = 13  # tokens; as long as this, a sequence that comes twice is a copy rather than a phrase
-OVERLAP = 0.5  # share of a block's n-grams that another block has too, from which on the two count as one
+NGRAM = 13  # tokens; a repeated sequence of this length is a copy rather than a phrase
+OVERLAP = 0.5  # share of a block's n-grams in another block from which on the two count as duplicates
 MOST_FREQUENT = 12
 
 
 def describe_blocks(blocks: torch.Tensor) -> Json:
-    """Counts over blocks `[N, T]`: distinct tokens, the most frequent ones, repeated n-grams, overlapping blocks."""
+    """Return counts over blocks `[N, T]`: distinct and most frequent tokens, repeated n-grams, overlapping blocks."""
     values, counts = blocks.flatten().unique(return_counts=True)
     top = counts.argsort(descending=True, stable=True)[:MOST_FREQUENT]
     return {
@@ -26,7 +26,7 @@ def describe_blocks(blocks: torch.Tensor) -> Json:
 
 
 def _repetition(blocks: torch.Tensor) -> Json:
-    """Share of n-grams that were there before, and the blocks of which most came before in one other block."""
+    """Return the share of repeated n-grams, and the blocks most of whose n-grams occur earlier in one other block."""
     length = min(NGRAM, blocks.shape[1])
     hashes = _hash_ngrams(blocks, length)
     flat = hashes.flatten()
@@ -48,7 +48,7 @@ def _repetition(blocks: torch.Tensor) -> Json:
 
 
 def _hash_ngrams(blocks: torch.Tensor, length: int) -> torch.Tensor:
-    """A 64-bit hash of each n-gram `[N, T − n + 1]`: a polynomial in an odd number, modulo 2^64."""
+    """Return a 64-bit hash of each n-gram `[N, T − n + 1]`: a polynomial in an odd number, modulo 2^64."""
     count = blocks.shape[1] - length + 1
     hashes = torch.zeros(len(blocks), count, dtype=torch.int64)
     for i in range(length):
@@ -57,7 +57,7 @@ def _hash_ngrams(blocks: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def describe_text(blocks: torch.Tensor, tokenizer: Any, vocabulary: int) -> Json:
-    """What the tokenizer adds to `describe_blocks`: share of the vocabulary, text of tokens, bytes, characters."""
+    """Extend `describe_blocks` by what needs the tokenizer: share of the vocabulary, token texts, bytes, characters."""
     described = describe_blocks(blocks)
     for each in described["most_frequent"]:
         each["text"] = tokenizer.decode([each["token"]])
@@ -72,7 +72,7 @@ def describe_text(blocks: torch.Tensor, tokenizer: Any, vocabulary: int) -> Json
 
 
 def _character_kinds(text: str) -> Json:
-    """Shares of the characters: what kind of text it is, at a glance."""
+    """Return the share of each kind of character."""
     kinds = Counter(_kind(character) for character in text)
     return {kind: kinds[kind] / max(1, len(text)) for kind in ("Latin letters", "other letters", "digits", "spaces")}
 

@@ -1,13 +1,13 @@
-"""Names from files and folders, made safe to print: they may hold whatever a file system or a checkpoint allows."""
+"""Escape names from files and folders for printing: a file system or a checkpoint may allow any character."""
 
 import re
 import unicodedata
 
-HARMLESS = {"\u200c", "\u200d"}  # joiners: some scripts need them, and they move nothing
+HARMLESS = {"\u200c", "\u200d"}  # joiners: some scripts need them, and they are harmless
 
 
 def printable(text: str) -> str:
-    """Control, direction and other invisible characters as escapes (`\\x1b`), all else as it is."""
+    """Return `text` with control, direction and other invisible characters as escapes (`\\x1b`)."""
     return "".join(_visible(character) for character in text)
 
 
@@ -18,10 +18,10 @@ def _visible(character: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text for a line of Markdown: no character of it starts markup, HTML or a new line."""
+    """Return `text` for a line of Markdown: no character of it starts markup, HTML or a new line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", printable(text))
 
 
 def code_span(text: str) -> str:
-    """Text for between backticks in Markdown, in a table too: backticks become apostrophes, pipes are escaped."""
+    """Return `text` for a Markdown code span, also in a table: backticks become apostrophes, pipes are escaped."""
     return printable(text).replace("`", "'").replace("|", "\\|")

@@ -1,23 +1,23 @@
 """The work folder's contract: file names, manifests, fingerprints, atomic writes, the lock.
 
 Stages meet only through these files. Every file is written beside its place and renamed, and a stage's
-manifest is written last, so a folder with a manifest is a finished stage. Nobody else builds these paths.
+manifest is written last, so a folder with a manifest is a finished stage. Only this module builds these paths.
 
     source.json                      which checkpoint: folder or hub id, revision, fingerprint, small files' hashes
-    calibration/progress.json        request and finished layers of a calibration under way
-    calibration/hidden-000.bin …     the input of one layer, while under way; hidden-next.bin becomes the next one
+    calibration/progress.json        request and finished layers of an unfinished calibration
+    calibration/hidden-000.bin …     the input of one layer during calibration; hidden-next.bin becomes the next one
     calibration/tokens.safetensors   the blocks [N, T]
     calibration/layer-000.safetensors …   statistics
     calibration/manifest.json        written last
     solution/layer-000.safetensors … projections and kept indices
     solution/manifest.json           written last
-    .solution.a3-partial/            the same under way, its finished files named in .solution.a3-progress.json
-    channels/layer-000.json …        order in which greedy selection takes the MLP's channels, for every later solution
+    .solution.a3-partial/            an unfinished solution; .solution.a3-progress.json lists its finished files
+    channels/layer-000.json …        the order of greedy channel selection, reused by every later solution
     probes/best-stock.json …         measured sensitivities of a method and shape
-    probes/progress.json, streams-{0,1}.bin   while they are measured
-    pareto.json                      points of a sweep over budgets under way
-    evaluation.json                  what a recipe measured, and of which export
-    .lock, .scratch/                 held while a stage writes; what it needs meanwhile
+    probes/progress.json, streams-{0,1}.bin   during the measurement
+    pareto.json                      finished points of `a3 pareto`
+    evaluation.json                  the figures that a recipe measured, and the export's hash
+    .lock, .scratch/                 the lock of a writing stage; its temporary files
 """
 
 import hashlib
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
-UMASK = os.umask(0)  # can only be read by setting it: once, before there are threads
+UMASK = os.umask(0)  # can only be read by setting it: done once, before threads start
 os.umask(UMASK)
 
 
@@ -71,10 +71,10 @@ class Work:
         self.coming_hidden_states = self.calibration / "hidden-next.bin"
         self.evaluation = folder / "evaluation.json"
         self.verification = folder / "verification.json"
-        self.scratch = folder / ".scratch"  # gone when the command ends, or else when the next one begins
+        self.scratch = folder / ".scratch"  # removed when the command ends, at the latest when the next one starts
 
     def borrowed_by(self, folder: Path) -> "Work":
-        """A work folder of its own lock and solution that reads this one's calibration."""
+        """Return a work folder with its own lock and solution that reads this one's calibration."""
         other = Work(folder)
         other.source, other.calibration, other.tokens = self.source, self.calibration, self.tokens
         other.calibration_manifest, other.calibration_progress = self.calibration_manifest, self.calibration_progress
@@ -91,12 +91,12 @@ class Work:
         return self.solution / layer_file(layer)
 
     def hidden_states(self, layer: int) -> Path:
-        """The file that holds the input of `layer` for all blocks."""
+        """Return the path of the file that holds the input of `layer` for all blocks."""
         return self.calibration / f"hidden-{layer:03d}.bin"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for one process."""
+        """Lock the folder for this process."""
         lock_file = self.folder / ".lock"
         with making(self.folder), holding(lock_file, f"work folder {self.folder}", "use another --work"):
             try:
@@ -108,7 +108,7 @@ class Work:
 
 @contextmanager
 def holding(lock_file: Path, what: str, otherwise: str) -> Iterator[None]:
-    """Hold a lock, which dies with its process, so that none is ever stale. Raises A3Error if another has it."""
+    """Hold a lock. Raises A3Error if another process holds it. The lock ends with its process, so it is never stale."""
     lock = FileLock(lock_file)
     with writing(lock_file):
         try:
@@ -123,7 +123,7 @@ def holding(lock_file: Path, what: str, otherwise: str) -> Iterator[None]:
 
 @contextmanager
 def holding_target(target: Path) -> Iterator[None]:
-    """Hold a folder that is to be written and its draft, which commands with other work folders could write to."""
+    """Lock an output folder and its draft against commands that use other work folders."""
     lock_file = target.with_name(f".{target.name}.a3-lock")
     with making(target.parent), holding(lock_file, str(target), "choose another folder"):
         try:
@@ -137,7 +137,7 @@ def layer_file(layer: int) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """BLAKE3 of the whole file, as `name_hash` has it."""
+    """Return the BLAKE3 hash of the whole file, in the form of `name_hash`."""
     digest = blake3()
     with reading(path), path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -146,25 +146,25 @@ def hash_file(path: Path) -> str:
 
 
 def name_hash(digest: blake3) -> str:
-    """The hash of a file's content with the name of its function, as manifests have it: `b3sum` prints the rest."""
+    """Return a hash as manifests write it: `blake3:` and the hex digest that `b3sum` prints."""
     return f"blake3:{digest.hexdigest()}"
 
 
 def hash_json(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form, as hex."""
+    """Return the SHA-256 of a JSON value in canonical form, as hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def making(folder: Path) -> Iterator[None]:
-    """Make a folder; it and its new parents go again if they are empty at the end, as after an error."""
+    """Make a folder; remove it and its new parents at the end if they are empty, as after an error."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        with suppress(OSError):  # the first that holds something ends it
+        with suppress(OSError):  # stops at the first folder that is not empty
             for path in missing:
                 path.rmdir()
 
@@ -175,7 +175,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CannotWrite(f"{path} cannot be written: {error}; mend it or choose another folder") from error
+        raise CannotWrite(f"{path} cannot be written: {error}; fix that or choose another folder") from error
 
 
 @contextmanager
@@ -188,9 +188,9 @@ def reading(path: Path, remedy: str = "restore the file") -> Iterator[None]:
 
 
 class Draft:
-    """A folder under way: which of its files are finished, and what was learnt when they were made.
+    """An unfinished folder: its finished files, and the information recorded for each.
 
-    Kept in a file beside the folder. Threads may finish files side by side.
+    The record is a file beside the folder. Several threads may finish files at once.
     """
 
     def __init__(self, folder: Path, progress: Path, request: Json) -> None:
@@ -199,37 +199,37 @@ class Draft:
         self._lock = threading.Lock()
 
     def begin(self) -> None:
-        """Go on with what is there if it is of this request, else with an empty folder."""
-        found = read_if_of(self._progress, self._request)
+        """Keep the finished files if they belong to this request; otherwise start with an empty folder."""
+        found = read_if_request_matches(self._progress, self._request)
         if found and self.folder.is_dir() and not self.folder.is_symlink():
             self._finished = found["finished"]
             self.drop_unfinished()
-            log.info("going on with %d finished files of %s", len(self._finished), self.folder)
+            log.info("resuming with %d finished files of %s", len(self._finished), self.folder)
         else:
             self.remove()
             self.folder.mkdir()
 
-    def learnt(self, name: str) -> Json | None:
-        """What `finish` was told of a file that is still as it was then."""
+    def finished_info(self, name: str) -> Json | None:
+        """Return what `finish` recorded for a file, or None if the file is unfinished or has changed since."""
         known = self._finished.get(name)
         if known is None:
             return None
         path = self.folder / name
         if path.is_file() and hash_file(path) == known["hash"]:
             return known
-        log.warning("%s is not as it was written; it is made again", path)
+        log.warning("%s has changed since it was written; it is computed again", path)
         return None
 
-    def finish(self, name: str, digest: str | None = None, **learnt: Any) -> Json:
-        """Record that a file is whole, with its hash and what later steps want to know; returns this."""
-        known = {**learnt, "hash": digest or hash_file(self.folder / name)}
+    def finish(self, name: str, digest: str | None = None, **info: Any) -> Json:
+        """Record that a file is complete, with its hash and `info` for later steps; return the record."""
+        known = {**info, "hash": digest or hash_file(self.folder / name)}
         with self._lock:
             self._finished[name] = known
             write_manifest(self._progress, {"request": self._request, "finished": self._finished})
         return known
 
     def check_space(self, needed: int, what: str) -> None:
-        """`check_space` for a folder that is to hold `needed` bytes in the end, of which some may be there."""
+        """Call `check_space` for a folder that will hold `needed` bytes, minus the bytes that exist already."""
         check_space(self.folder.parent, needed - bytes_on_disk(self.folder.iterdir()), what)
 
     def drop_unfinished(self) -> None:
@@ -238,7 +238,7 @@ class Draft:
                 path.unlink()
 
     def leave(self) -> None:
-        """For the next command to go on with, if there is anything that it could use."""
+        """Keep the finished files for the next command; remove the folder if there are none."""
         if self._finished:
             self.drop_unfinished()
         else:
@@ -260,18 +260,18 @@ def drafting(target: Path, request: Json) -> Iterator[Draft]:
     """Yield the draft of a folder that takes `target`'s place only if the block succeeds.
 
     If the process is killed or interrupted, the disk is full, or a file cannot be read, its finished files stay beside
-    `target`, and the next command with the same request goes on with them. Any other error leaves nothing.
+    `target`, and the next command with the same request resumes with them. Any other error leaves nothing.
     """
     partial, replaced = (target.with_name(f".{target.name}.a3-{what}") for what in ("partial", "replaced"))
     draft = Draft(partial, target.with_name(f".{target.name}.a3-progress.json"), request)
     with making(target.parent):
-        shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed: a lock is held
+        shutil.rmtree(replaced, ignore_errors=True)  # left by a killed process: the lock is held
         try:
             with writing(target):
                 draft.begin()
             yield draft
             with writing(target):
-                if target.exists():  # moved, not removed: half removed it might still look whole
+                if target.exists():  # moved, not removed: half removed, it could look complete
                     target.rename(replaced)
                 partial.rename(target)
                 draft.forget()
@@ -291,7 +291,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(path):
-            partial.unlink(missing_ok=True)  # of a process that was killed; or a link, which would be followed
+            partial.unlink(missing_ok=True)  # left by a killed process; or a link, which would be followed
             yield partial
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -302,7 +302,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def drop_leftovers(folder: Path) -> None:
-    """Remove what a killed process was writing: by `replacing`, and inside of it by safetensors."""
+    """Remove temporary files of a killed process: those of `replacing` and those of safetensors."""
     for pattern in (".*.partial", ".tmp*"):
         for path in folder.glob(pattern):
             path.unlink()
@@ -310,7 +310,7 @@ def drop_leftovers(folder: Path) -> None:
 
 @contextmanager
 def making_scratch(folder: Path) -> Iterator[None]:
-    """An empty folder that is gone afterwards. What a killed process left there goes first: the lock is held."""
+    """Make an empty folder and remove it afterwards. Files of a killed process are removed first: the lock is held."""
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):
         folder.mkdir()
@@ -341,7 +341,7 @@ def read_tensors(path: Path, remedy: str) -> "dict[str, torch.Tensor]":
 
 
 def read_named(path: Path, names: Sequence[str], remedy: str) -> "dict[str, torch.Tensor] | None":
-    """The tensors of these names; None if the file lacks one. Raises CannotRead if it cannot be read."""
+    """Return the tensors of these names, or None if the file lacks one. Raises CannotRead if it cannot be read."""
     with open_tensors(path, remedy) as file:
         if not set(names) <= set(file.keys()):
             return None
@@ -349,7 +349,7 @@ def read_named(path: Path, names: Sequence[str], remedy: str) -> "dict[str, torc
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file. Raises CannotRead or CannotWrite, whichever of the two files it was."""
+    """Copy a small file. Raises CannotRead or CannotWrite, depending on which file failed."""
     with reading(source):
         data = source.read_bytes()
     with writing(target):
@@ -357,14 +357,14 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
-    from safetensors.torch import save_file  # brings torch: what only looks at configurations does without
+    from safetensors.torch import save_file  # imports torch, which commands that only read configurations do not need
 
     with replacing(path) as partial:
         save_file(tensors, partial)
 
 
 def read_json(path: Path, remedy: str = "") -> Json:
-    """A JSON object from a file. Raises A3Error naming the file if it is missing or no JSON object."""
+    """Return the JSON object in a file. Raises A3Error naming the file if it is missing or not a JSON object."""
     then = remedy and f"; {remedy}"
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -378,50 +378,50 @@ def read_json(path: Path, remedy: str = "") -> Json:
 
 
 def write_manifest(path: Path, value: Json) -> Json:
-    """Write a stage's closing manifest with a hash over itself; returns what was written."""
+    """Write a stage's manifest with a hash of its own content; return what was written."""
     sealed = {**value, "sha256": hash_json(value)}
     write_json(path, sealed)
     return sealed
 
 
 def read_manifest(path: Path, remedy: str) -> Json:
-    """A manifest as it was written. Raises A3Error if it is missing, malformed or altered."""
+    """Return a manifest. Raises A3Error if it is missing, malformed or altered."""
     return unaltered(read_json(path, remedy), path, remedy)
 
 
 def unaltered(sealed: Json, path: Path, remedy: str) -> Json:
-    """What was read from a manifest. Raises A3Error if its own hash is not that of its content."""
+    """Return a manifest without its hash. Raises A3Error if the hash does not match the content."""
     if hash_json({key: value for key, value in sealed.items() if key != "sha256"}) != sealed.get("sha256"):
         raise A3Error(f"{path} was altered after it was written; {remedy}")
     return sealed
 
 
-def read_if_of(path: Path, request: Json, comparable: Callable[[Json], Json] = dict) -> Json | None:
-    """What was kept to go on with: a manifest that the same request wrote, unless it is damaged.
+def read_if_request_matches(path: Path, request: Json, comparable: Callable[[Json], Json] = dict) -> Json | None:
+    """Return a manifest written by the same request, or None if there is none or it is damaged.
 
     `comparable` returns the part of a request that decides whether two are the same.
     """
     found = read_undamaged(path)
     if found is None and path.exists():
-        log.warning("%s is not as it was written; it is made again", path)
+        log.warning("%s has changed since it was written; it is computed again", path)
     return found if found and comparable(found["request"]) == comparable(request) else None
 
 
 def read_undamaged(path: Path) -> Json | None:
-    """Return a manifest as it was written, None if it is missing, malformed or altered."""
+    """Return a manifest, or None if it is missing, malformed or altered."""
     with suppress(A3Error):
         return read_manifest(path, "")
     return None
 
 
 def differences(old: Json, new: Json, settings: str) -> str:
-    """Names of what differs between two requests, those of their nested `settings` one by one."""
+    """Return the names of differing entries of two requests; those of nested `settings` are listed one by one."""
     one, other = ({**request, **request[settings], settings: None} for request in (old, new))
     return name_differences(one, other)
 
 
 def name_differences(one: Json, other: Json) -> str:
-    """Keys whose values differ, with those inside of objects: `seed, source (model.safetensors)`; empty if none do."""
+    """Return the differing keys, with those of nested objects: `seed, source (model.safetensors)`; empty if none."""
     names = []
     for key in sorted(one.keys() | other.keys()):
         old, new = one.get(key), other.get(key)
@@ -443,7 +443,7 @@ def _differing_leaves(one: Json, other: Json) -> Iterator[str]:
 
 
 def check_hash(path: Path, expected: str, remedy: str) -> None:
-    """Raise A3Error unless `path` still has the content that its manifest recorded."""
+    """Check that `path` has the hash that its manifest recorded. Raises A3Error."""
     if not path.is_file():
         raise A3Error(f"{path} is missing; {remedy}")
     if hash_file(path) != expected:
@@ -451,14 +451,14 @@ def check_hash(path: Path, expected: str, remedy: str) -> None:
 
 
 def check_hashes(expected: dict[Path, str], remedy: str) -> None:
-    """`check_hash` for many files, on all cores: hashing lets other threads run."""
+    """Call `check_hash` for many files, on all cores: hashing releases the GIL."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for checked in [threads.submit(check_hash, path, value, remedy) for path, value in expected.items()]:
             checked.result()
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise CannotWrite unless the file system of `folder` has `needed` bytes free."""
+    """Check that the file system of `folder` has `needed` bytes free. Raises CannotWrite."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CannotWrite(
@@ -468,12 +468,12 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def bytes_on_disk(paths: Iterable[Path]) -> int:
-    """What the files among these take, holes left out."""
+    """Return the disk usage of the files among `paths`, without holes."""
     return sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
 
 
 def versions() -> Json:
-    """What an artifact was made with, for its manifest."""
+    """Return the versions to record in a manifest."""
     packages = ("torch", "transformers", "safetensors", "tokenizers")
     return {
         "a3cli": __version__,
@@ -482,4 +482,4 @@ def versions() -> Json:
     }
 
 
-installed_version = cache(importlib.metadata.version)  # reads a file each time
+installed_version = cache(importlib.metadata.version)  # it reads a file at each call

@@ -1,7 +1,7 @@
-"""Stopping between steps: after `--max-minutes`, or at SIGINT or SIGTERM.
+"""Stop between steps: after `--max-minutes`, or at SIGINT or SIGTERM.
 
-A stage asks before each step (a layer, a weight file, a point) whether it may begin. So a step is never cut in two, and
-what is on disk is what the same command goes on from. A second signal stops at once.
+A stage checks before each step (a layer, a weight file, a point) whether it must stop. So every step is complete, and
+the same command resumes from the files on disk. A second signal stops at once.
 """
 
 import logging
@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Whether to stop before the next step; never, unless there is a time limit or somebody asks."""
+    """The decision to stop before the next step: at a time limit or a signal, otherwise never."""
 
     def __init__(self, minutes: float | None = None) -> None:
         self.minutes = minutes
@@ -32,7 +32,7 @@ class Stop:
         self.signal: signal.Signals | None = None
 
     def before(self, step: str, then: str) -> None:
-        """Raise Interrupted if `step` is not to begin; `then` says how to go on."""
+        """Raise Interrupted if `step` must not start; `then` says how to resume."""
         if self.signal is not None:
             raise Interrupted(f"stopped by {self.signal.name} before {step}; {then}")
         if time.monotonic() >= self.deadline:
@@ -41,15 +41,15 @@ class Stop:
 
 @contextmanager
 def stopping(minutes: float | None = None) -> Iterator[Stop]:
-    """A `Stop` that a time limit or the first signal sets off; the second signal raises KeyboardInterrupt."""
+    """Yield a `Stop` for a time limit and the first signal; the second signal raises KeyboardInterrupt."""
     stop = Stop(minutes)
 
     def first(number: int, _frame: FrameType | None) -> None:
         stop.signal = signal.Signals(number)
         _handle(at_once)
-        # A launcher of ours ends the peers of a process that failed, and says itself why.
+        # Our launcher ends the peers of a failed process and reports the reason itself.
         if not (ended_by_launcher() and stop.signal is signal.SIGTERM):
-            log.warning("%s: finishing the step in progress; once more stops at once", stop.signal.name)
+            log.warning("%s: finishing the current step; a second signal stops at once", stop.signal.name)
 
     with _handling(first):
         yield stop
@@ -57,7 +57,7 @@ def stopping(minutes: float | None = None) -> Iterator[Stop]:
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM like SIGINT: what is open is closed, and what is unfinished removed, before the process ends."""
+    """Handle SIGTERM like SIGINT: close open files and remove unfinished ones before the process ends."""
     with _handling(at_once):
         yield
 
@@ -73,7 +73,7 @@ def _handle(handler: Handler) -> None:
 
 @contextmanager
 def _handling(handler: Handler) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = [signal.getsignal(number) for number in SIGNALS]

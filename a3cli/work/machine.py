@@ -1,4 +1,4 @@
-"""Where and in what precision a stage computes, and how much memory there is."""
+"""The device and precision of a stage, and how much memory is free."""
 
 import ctypes
 import os
@@ -12,14 +12,14 @@ import torch
 
 from a3cli.errors import A3Error, OutOfMemory, first_line
 
-# What CUDA's own calls say, pinned memory's among them; accelerate knows what PyTorch's allocators say.
+# Messages of CUDA's own calls, also for pinned memory; accelerate knows those of PyTorch's allocators.
 CUDA_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`device` is where a stage computes. A sweep with several `devices` puts consecutive layers on them in turn."""
+    """The `device` and dtype of a stage. A sweep with several `devices` puts consecutive layers on them in turn."""
 
     device: torch.device
     dtype: torch.dtype
@@ -27,25 +27,26 @@ class Machine:
 
     @property
     def copies(self) -> bool:
-        """Whether the device has memory of its own, so that getting data there is worth a thread's time."""
+        """Return whether the device has its own memory, so that copying in a thread pays."""
         return self.device.type != "cpu"
 
     def describe(self) -> dict[str, str]:
-        """What rounding depends on, for a request: files of another kind are not gone on with."""
+        """Return what rounding depends on, for a request: files of another kind are not resumed."""
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def free_memory(self) -> int:
-        """Bytes that a stage could still take on the device, or on the tightest of them."""
+        """Return the free bytes of the device, or of the fullest one."""
         return min(free_memory(device) for device in self.devices or (self.device,))
 
 
 def choose_machine(device: str, dtype: str, source_dtype: torch.dtype, *, devices: str | None = None) -> Machine:
-    """`auto` is the GPU if there is one; float32 on the CPU, the checkpoint's own dtype on a GPU.
+    """Return the machine for these options. Raises A3Error if they contradict each other.
 
-    `devices` is a list like `cuda:0,cuda:1`, in place of `device`. Several processes on a machine divide it.
+    `auto` is the GPU if there is one; the dtype is float32 on the CPU and the checkpoint's own on a GPU. `devices` is a
+    list like `cuda:0,cuda:1`, in place of `device`; several processes on a machine divide it.
     """
     if devices is not None and device != "auto":
-        raise A3Error(f"--devices {devices} and --device {device} contradict one another: give one of them")
+        raise A3Error(f"--devices {devices} and --device {device} contradict each other: give one of them")
     names = own_part(devices) if devices is not None else [device]
     option = "--device" if devices is None else "--devices"
     chosen = tuple(find_device(name, option) for name in names)
@@ -57,7 +58,7 @@ def choose_machine(device: str, dtype: str, source_dtype: torch.dtype, *, device
 
 
 def own_part(devices: str) -> list[str]:
-    """This process's part of a list of devices. Raises A3Error if the machine's processes cannot share it evenly."""
+    """Return this process's devices. Raises A3Error if the list cannot be divided evenly among the processes."""
     names = [name.strip() for name in devices.split(",")]
     rank, count = (int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if len(names) % count:
@@ -67,11 +68,11 @@ def own_part(devices: str) -> list[str]:
 
 
 def find_device(name: str, option: str) -> torch.device:
-    """Raises A3Error for a device that is not there."""
+    """Return the device of this name. Raises A3Error if it does not exist."""
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise A3Error(f"{option} {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+        raise A3Error(f"{option} {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise A3Error(f"{option} {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     if chosen.type not in ("cpu", "cuda"):
@@ -80,9 +81,9 @@ def find_device(name: str, option: str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have on a device.
+    """Return the bytes that this process can still allocate on a device.
 
-    On the CPU without swapping, within the container's limit, and divided by the processes of this run there.
+    On the CPU: without swapping, within the container's limit, divided by the number of this run's processes there.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -91,13 +92,13 @@ def free_memory(device: torch.device) -> int:
     with suppress(OSError, ValueError):  # no such files, or no limit ("max")
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(statistics.get("inactive_file", 0)))  # pages that go when asked
+        free = min(free, limit - used + int(statistics.get("inactive_file", 0)))  # pages that can be reclaimed
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
 def explaining_memory() -> Iterator[None]:
-    """Raise OutOfMemory where torch has none left, on any device."""
+    """Raise OutOfMemory if torch runs out of memory, on any device."""
     try:
         yield
     except RuntimeError as error:
@@ -107,10 +108,10 @@ def explaining_memory() -> Iterator[None]:
 
 
 def out_of_memory(error: RuntimeError) -> OutOfMemory | None:
-    """What torch means, if it means that."""
+    """Return an OutOfMemory for torch's error, or None if it has another cause."""
     from accelerate.utils.memory import should_reduce_batch_size
 
-    if not error.args or not isinstance(error.args[0], str):  # an exit of the parser's is a RuntimeError, too
+    if not error.args or not isinstance(error.args[0], str):  # the parser's exit is a RuntimeError too
         return None
     if not should_reduce_batch_size(error) and not any(words in error.args[0] for words in CUDA_IS_FULL):
         return None
@@ -118,17 +119,17 @@ def out_of_memory(error: RuntimeError) -> OutOfMemory | None:
 
 
 def load_linear_algebra(device: torch.device) -> None:
-    """Before threads use it: PyTorch loads a GPU's libraries at the first call, which two threads must not make."""
+    """Load a GPU's linear algebra before threads use it: PyTorch's first call must not come from two threads."""
     if device.type == "cuda":
         torch.linalg.inv(torch.eye(1, device=device))
 
 
 def return_freed_memory(*, batches: bool = False) -> None:
-    """From now on, make glibc give memory of more than 1 MiB back to the system as soon as it is freed.
+    """Make glibc return memory of more than 1 MiB to the system as soon as it is freed.
 
-    Left alone, it comes to keep pieces of up to 32 MiB, and the holes that activations leave in its heap outweigh a
-    layer. Fresh memory has to be mapped each time then; torch does that in large pages if told before its first
-    allocation. With many `batches` alike it pays to keep pieces of up to 16 MiB for the next one.
+    By default it comes to keep pieces of up to 32 MiB, and the holes that activations leave in its heap exceed a
+    layer's size. The cost is that memory is mapped again each time; torch uses large pages for that if they are enabled
+    before its first allocation. With many equal `batches` it pays to keep pieces of up to 16 MiB for the next one.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with suppress(AttributeError, OSError, TypeError):  # another C library

@@ -1,9 +1,9 @@
-"""The processes of one run: each one's share of the work, and where they meet.
+"""The processes of one run: each one's share of the work, and their collective operations.
 
 Several processes come from `accelerate launch -m a3cli …`, on one node or several, or from `--num-processes N`, which
-starts them on this machine. Between meetings each works alone. An error in one is an error in all, raised where they
-meet next; the main process alone speaks, of errors the first one on each machine. Importing this is cheap, so that
-the command line can ask who it is.
+starts them on this machine. An error in one process is raised in all of them at the next collective operation. Only the
+main process prints; errors are printed by the first process of each machine. Importing this module is cheap, so that
+the command line can find out its rank.
 """
 
 import logging
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 T = TypeVar("T")
-# A launcher of ours reads what its processes have to say from here, and says it once.
+# Our launcher reads the messages of its processes from here and prints one of them.
 ERROR_FOLDER = "A3_ERROR_FOLDER"
-NAMES = "surrogateescape"  # for what is no UTF-8 in them
-# Processes wait for the main one while it downloads text or writes a large layer. On one machine, one that died is
-# noticed at once.
+NAMES = "surrogateescape"  # for bytes that are not UTF-8
+# Processes wait this long for the main one while it downloads text or writes a large layer. On one machine, a dead
+# process is detected at once.
 LONGEST_WAIT = timedelta(hours=6)
-# Signals for which torch's launcher sets handlers, and leaves them.
+# Signals for which torch's launcher sets handlers without restoring them.
 ELASTIC_HANDLES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-PIECE = 1 << 24  # numbers summed at a time: a reduction needs as much room again
+PIECE = 1 << 24  # numbers reduced at a time: a reduction needs as much memory again
 
 
 def launched() -> bool:
-    """Whether this is one of several processes."""
+    """Return whether this is one of several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
@@ -47,14 +47,14 @@ def is_main() -> bool:
 
 
 def ended_by_launcher() -> bool:
-    """Whether SIGTERM comes from a launcher of ours."""
+    """Return whether SIGTERM comes from our launcher."""
     return launched() and ERROR_FOLDER in os.environ
 
 
 def hand_over(message: str) -> bool:
-    """Leave an error's line to whoever speaks for this process; False if that is the process itself.
+    """Hand an error's line to the process that prints for this one; return False if that is this process.
 
-    On each machine the first one speaks: what is wrong may be wrong there alone.
+    The first process of each machine prints, since the cause may exist on one machine only.
     """
     if launched() and (folder := os.environ.get(ERROR_FOLDER)):
         (Path(folder) / os.environ["RANK"]).write_text(message, "utf-8", NAMES)
@@ -63,7 +63,7 @@ def hand_over(message: str) -> bool:
 
 
 class Processes:
-    """One process and its peers. On its own it meets nobody, and everything here returns at once."""
+    """One process and its peers. A single process has no peers, and every method returns at once."""
 
     def __init__(self, device: str = "auto") -> None:
         self.rank, self.count = 0, 1
@@ -82,14 +82,14 @@ class Processes:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if not on_cpu and here > torch.cuda.device_count():
             raise A3Error(
-                f"{here} processes on this machine, which has {torch.cuda.device_count()} CUDA devices; start one for "
-                "each, or use --device cpu"
+                f"{here} processes on this machine, which has {torch.cuda.device_count()} CUDA devices; start one per "
+                "GPU, or use --device cpu"
             )
         self._accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=peers)
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
 
     def leave(self) -> None:
-        """Part from the others, who do the same now: one that just ended would look like one that died."""
+        """Leave the process group; a plain exit would look like a crash to the peers."""
         if self.count > 1:
             self._accelerator.end_training()
 
@@ -98,13 +98,13 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: int) -> range:
-        """This process's part of `items`: consecutive, as even as can be, the first ones never the smaller."""
+        """Return this process's range of `items`: consecutive, as even as possible, larger ones first."""
         size, larger = divmod(items, self.count)
         start = self.rank * size + min(self.rank, larger)
         return range(start, start + size + (self.rank < larger))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank. Raises Interrupted if one of them is gone."""
+        """Return the values of all processes, by rank. Raises Interrupted if one of them died."""
         if self.count == 1:
             return [value]
         from accelerate.utils import gather_object
@@ -121,15 +121,15 @@ class Processes:
             yield
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # what gloo and nccl raise of a peer that has gone
+        except RuntimeError as error:  # what gloo and nccl raise if a peer died
             raise Interrupted(
-                f"process {self.rank} of {self.count} lost another one ({first_line(error)}); the same command goes on "
-                "where it stopped"
+                f"process {self.rank} of {self.count} lost another process ({first_line(error)}); "
+                "rerun the same command to resume"
             ) from error
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all processes end, or that raises the first one's error in all of them."""
+        """Wait for all processes at the end of the block; raise an error of one of them in all."""
         if self.count == 1:
             yield
             return
@@ -145,7 +145,7 @@ class Processes:
             raise first
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What the main process returns from `work`, in all processes. The others wait."""
+        """Run `work` in the main process and return its result in all processes. The others wait."""
         result: T | None = None
         with self.together():
             if self.main:
@@ -153,7 +153,7 @@ class Processes:
         return self.gather(result)[0]  # type: ignore[return-value]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns in each process. The main one goes first, and what it downloads the others find."""
+        """Run `work` in every process and return its result; the main one runs first and fills the download cache."""
         result: list[T] = []
         for turn in (True, False):
             with self.together():
@@ -162,7 +162,7 @@ class Processes:
         return result[0]
 
     def add_up(self, sums: "dict[str, torch.Tensor]", device: "torch.device") -> "dict[str, torch.Tensor]":
-        """Sums over all processes, in place. Where one has none (its blocks had no part) it takes part with zeros."""
+        """Sum over all processes, in place. A process that lacks a sum contributes zeros."""
         if self.count == 1:
             return sums
         import torch
@@ -174,7 +174,7 @@ class Processes:
             for name, (shape, dtype) in sorted(layout.items()):
                 value = sums.pop(name) if name in sums else torch.zeros(shape, dtype=dtype, device=device)
                 for piece in value.view(-1).split(PIECE):
-                    there = piece.to(self._accelerator.device)  # with --devices not where the layer is
+                    there = piece.to(self._accelerator.device)  # with --devices this is not the layer's device
                     piece.copy_(self._accelerator.reduce(there, reduction="sum"))
                 summed[name] = value
         return summed
@@ -182,7 +182,7 @@ class Processes:
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """Be one of the processes of this run, to its end or to an error that all of them have."""
+    """Join the process group of this run until the block ends or an error is raised in all processes."""
     processes = Processes(device)
     try:
         yield processes
@@ -195,9 +195,10 @@ def joined(device: str) -> Iterator[Processes]:
 
 
 def spread(work: Callable[[S], T], items: Iterable[S], count: int) -> Iterator[T]:
-    """`work` of each item, in order, by `count` threads of one core each: the same bytes whatever their number.
+    """Yield `work` of each item, in order, computed by `count` threads of one core each.
 
-    Linear algebra adds up in another order on several cores, and small matrices gain nothing from them.
+    The bytes do not depend on `count`. On several cores linear algebra sums in another order, and small matrices gain
+    nothing from them.
     """
     import torch
 
@@ -211,14 +212,14 @@ def spread(work: Callable[[S], T], items: Iterable[S], count: int) -> Iterator[T
 
 
 def one_core_each(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch uses no others."""
+    """Return a pool of threads in which torch uses one core."""
     import torch
 
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def ahead(threads: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
-    """What each job returns, in order, while up to `count` more are done. Raises what a job raises, in its place."""
+    """Yield the result of each job, in order, while up to `count` more run. An error is raised in its job's place."""
     under_way: deque[Future[T]] = deque()
     for job in jobs:
         under_way.append(threads.submit(job))
@@ -234,7 +235,7 @@ def launch(count: int, arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    logging.disable()  # torch's launcher would have a page to say of an error
+    logging.disable()  # torch's launcher would print a page for an error
     with tempfile.TemporaryDirectory(prefix="a3-") as folder:
         os.environ[ERROR_FOLDER] = folder
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -266,7 +267,7 @@ def launch(count: int, arguments: list[str]) -> None:
 
 @contextmanager
 def without_output() -> Iterator[None]:
-    """Nothing on stdout, of processes that begin in the block."""
+    """Discard stdout of processes that start in the block."""
     before = os.dup(1)
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -278,20 +279,20 @@ def without_output() -> Iterator[None]:
 
 
 def raise_first(codes: dict[int, int], folder: Path) -> None:
-    """Raise what went wrong first: an error, a bug, or a process that was killed, which takes its peers with it."""
+    """Raise the first failure: an error, a bug, or a killed process, which takes its peers with it."""
     files = {rank: folder / str(rank) for rank in sorted(codes)}
     said = {rank: file.read_text("utf-8", NAMES) for rank, file in files.items() if file.exists()}
     killed = [rank for rank, code in sorted(codes.items()) if code < 0 and -code != signal.SIGTERM]  # SIGTERM is ours
     causes = [rank for rank in said if codes[rank] not in (Interrupted.exit_code, -signal.SIGTERM)]
     bugs = [rank for rank, code in codes.items() if code > 0 and rank not in said]
     if bugs and not causes:
-        sys.exit(INTERNAL_ERROR)  # its traceback has been printed; the others only lost it
+        sys.exit(INTERNAL_ERROR)  # its traceback has been printed; the others only lost a peer
     if killed and not causes:
-        # With those that the launcher killed since they did not end in time: it does not say which came first.
+        # Includes processes that the launcher killed since they did not end in time: it does not say which came first.
         deaths = " and ".join(f"process {rank} was killed ({signal.Signals(-codes[rank]).name})" for rank in killed)
-        raise Interrupted(f"{deaths}; the same command goes on where it stopped")
+        raise Interrupted(f"{deaths}; rerun the same command to resume")
     for rank in (*causes, *said):  # the first of them
         problem = A3Error(said[rank])
         problem.exit_code = codes[rank] if codes[rank] > 0 else Interrupted.exit_code
         raise problem
-    raise Interrupted("all processes were terminated (SIGTERM); the same command goes on where it stopped")
+    raise Interrupted("all processes were terminated (SIGTERM); rerun the same command to resume")

@@ -1,4 +1,4 @@
-"""A new file of weights: hashed, written and brought to the disk while what it is to hold next is being made."""
+"""Write a weight file: hashing and writing run in threads while the next tensor is computed."""
 
 import errno
 import mmap
@@ -15,16 +15,16 @@ from blake3 import blake3
 Data = bytes | memoryview
 
 # Bytes
-WRITTEN_AT_ONCE = 1 << 20  # through the cache
+WRITTEN_AT_ONCE = 1 << 20  # through the system's cache
 SYNCED_AT_ONCE = 1 << 28
-BLOCK = 1 << 22  # past the cache
+BLOCK = 1 << 22  # with O_DIRECT
 
 
 class HashingWriter:
-    """A new file; hashing and writing have a thread each, since they take as long as making a tensor.
+    """A new file with one thread for hashing and one for writing, since each takes as long as computing a tensor.
 
-    At most `AHEAD` pieces wait. What is read soon is `cached`; else the file goes past the system's cache where that is
-    possible: that takes less work, and what the cache holds stays there.
+    At most `AHEAD` pieces wait. A file that is read soon is `cached`. Others bypass the system's cache where that is
+    possible: it is less work, and the content of the cache stays.
     """
 
     AHEAD = 4
@@ -41,7 +41,7 @@ class HashingWriter:
         return self
 
     def write(self, data: Data) -> None:
-        """Take a piece; its memory must not change any more. Raises the OSError of an earlier one."""
+        """Queue a piece, whose memory must not change any more. Raises the OSError of an earlier piece."""
         while len(self._pending) >= self.AHEAD:
             self._wait()
         hashing, writing = self._hashing.submit(self.digest.update, data), self._writing.submit(self._disk.write, data)
@@ -65,7 +65,7 @@ class HashingWriter:
 
 
 def open_past_cache(path: Path) -> int | None:
-    """A second descriptor of a file, to write past the cache; None where system or file system have no such thing."""
+    """Return a second descriptor of a file that bypasses the cache, or None if the system does not support it."""
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
     except (AttributeError, OSError):
@@ -73,7 +73,7 @@ def open_past_cache(path: Path) -> int | None:
 
 
 class _Disk(Protocol):
-    """Takes one piece after another, in one thread. `finish` returns when all are on the disk."""
+    """Writes one piece after another in one thread. `finish` returns when all are on the disk."""
 
     def write(self, data: Data) -> None: ...
     def finish(self) -> None: ...
@@ -81,7 +81,7 @@ class _Disk(Protocol):
 
 
 class _Cached:
-    """Through the system's cache, which a thread empties in between: the disk should not be idle until all is there."""
+    """Writes through the system's cache, which a thread syncs meanwhile so that the disk is not idle until the end."""
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
@@ -90,7 +90,7 @@ class _Cached:
 
     def write(self, data: Data) -> None:
         rest = memoryview(data)
-        while rest:  # pieces that stay in the cache are taken over several times as fast as all at once
+        while rest:  # small pieces stay in the processor's cache, which is several times as fast
             rest = rest[self._file.write(rest[:WRITTEN_AT_ONCE]) :]
         self._unsynced += memoryview(data).nbytes
         if self._unsynced > SYNCED_AT_ONCE:
@@ -102,7 +102,7 @@ class _Cached:
 
     def finish(self) -> None:
         self._sync()
-        for sync in self._syncs:  # a disk's error is told once, to the sync that meets it
+        for sync in self._syncs:  # an error of the disk is reported once, to the sync that meets it
             sync.result()
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class _Cached:
 
 
 class _PastCache:
-    """Past the cache, which takes whole blocks from memory that begins at a page; one is written, one filled."""
+    """Bypasses the cache with whole blocks from page-aligned memory; one is written while the next one is filled."""
 
     def __init__(self, past: int, file: FileIO) -> None:
         self._past, self._file = past, file
@@ -143,7 +143,7 @@ class _PastCache:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                # No whole number of the disk's own blocks, as at the end of a file.
+                # Not a multiple of the disk's block size, as at the end of a file.
                 count = os.pwrite(self._file.fileno(), block, offset)
             block, offset = block[count:], offset + count
 

@@ -173,7 +173,7 @@ def test_damaged_under_way(name, damage, whole, a3, text_file, tmp_path, monkeyp
     if name.startswith("hidden"):  # can be made again
         outcome = a3(*commands[0])
         assert outcome.code == 0
-        assert f"{name} is not as it was written" in outcome.stderr
+        assert f"{name} has changed since it was written" in outcome.stderr
         assert a3(*commands[0][:-1], "undisturbed").code == 0
         ours, theirs = (sorted(Path(work, "calibration").glob("*.safetensors")) for work in ("work", "undisturbed"))
         assert [file.read_bytes() for file in ours] == [file.read_bytes() for file in theirs]

@@ -57,7 +57,7 @@ def test_the_hubs_cache_links_to_its_blobs(source, text_file, a3, tmp_path):
 def test_a_pipe_in_place_of_a_file(source, text_file, a3, tmp_path):
     (source / "config.json").unlink()
     os.mkfifo(source / "config.json")  # reading it would wait for ever
-    refused(a3(*calibrate(source, text_file, tmp_path / "work")), "config.json", "no regular file")
+    refused(a3(*calibrate(source, text_file, tmp_path / "work")), "config.json", "not a regular file")
 
 
 def test_code_that_comes_with_a_model_does_not_run(source, text_file, a3, tmp_path, monkeypatch):

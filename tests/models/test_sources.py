@@ -602,7 +602,7 @@ def test_only_weights_that_are_read_are_downloaded(size, a3, hub, checkpoint, te
     assert json.loads((tmp_path / "out" / "a3_manifest.json").read_text())["source"]["model"] == "o/n"
     found = a3("inspect", tmp_path / "work", "--json").json
     assert found["warnings"] is not None
-    assert not [each for each in found["warnings"] if "source is not where it was" in each]
+    assert not [each for each in found["warnings"] if "source was not found" in each]
     assert not server.downloaded
 
 

@@ -95,7 +95,7 @@ def test_an_export_says_the_same_without_the_work_folder(a3, work, tmp_path):
 def test_tables_and_warnings_for_people(a3, work):
     outcome = a3("inspect", work)
     assert outcome.code == 0
-    for word in ("predicted loss", "energy kept", "tokens a dim", "most frequent tokens", "fewer than 10", "MLP"):
+    for word in ("predicted loss", "energy kept", "tokens per dim", "most frequent tokens", "fewer than 10", "MLP"):
         assert word in outcome.stdout
     assert "1.0 tokens for each of the 96 dimensions" in outcome.stdout
 
@@ -155,7 +155,7 @@ def test_without_the_source(a3, work, source, tmp_path):
     found = a3("inspect", work, "--json").json
     assert found["layers"][0]["mlp"]["bytes"] == {"before": None, "after": None}
     assert "bytes_per_token" not in found["text"]
-    assert any("the source is not where it was" in warning for warning in found["warnings"])
+    assert any("the source was not found" in warning for warning in found["warnings"])
     assert a3("inspect", work).code == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from a3cli.methods.attention import JUDGING, split
+from a3cli.methods.attention import VALIDATION_EVERY, split
 from a3cli.solvers import attention
 from a3cli.solvers.attention import AttentionProblem, SampledHead, whitening
 from a3cli.solvers.rope import as_pairs, distances_beyond, real_map
@@ -293,7 +293,7 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
     solved = a3("solve", *cut, *work, "--json").json
     assert a3("export", out, *work).code == 0
     stored = load_file(tmp_path / "work" / "calibration" / "layer-000.safetensors")
-    blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"][1::JUDGING]
+    blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"][1::VALIDATION_EVERY]
     heads = []
     for model_folder in (folder, out):
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, trust_remote_code=True).eval()
@@ -325,4 +325,4 @@ def test_statistics_without_samples_are_refused(a3, checkpoint, text_file, tmp_p
     reseal(file)
     outcome = a3("solve", "--budget", 0.25, "--mlp-multiple", 8, *work)
     assert (outcome.code, outcome.stderr.count("\n")) == (2, 1)
-    assert "layer 1: the statistics have no samples of attention" in outcome.stderr
+    assert "layer 1: the statistics have no attention samples" in outcome.stderr

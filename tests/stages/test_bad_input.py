@@ -160,8 +160,8 @@ def test_damaged_checkpoint(damage, a3, source, text_file, tmp_path):
 @pytest.mark.parametrize("model", ["nowhere", "no where!", "./nowhere", "/nowhere", "owner/nowhere", "a/b/nowhere"])
 def test_no_such_model(model, a3, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(a3("calibrate", model, "--dataset", text_file, *SHORT), model, "hub")
-    refused(a3("eval", model, "--dataset", text_file), model, "hub")
+    refused(a3("calibrate", model, "--dataset", text_file, *SHORT), model, "Hub")
+    refused(a3("eval", model, "--dataset", text_file), model, "Hub")
     assert not list(tmp_path.iterdir())
 
 
@@ -519,8 +519,8 @@ def test_output_folder_in_the_way(a3, work, source, tmp_path):
         (tmp_path, ("--overwrite",), ("inside one another",)),
         (work / "out", (), ("work folder",)),
         (full, (), ("not empty", "--overwrite")),
-        (full, ("--overwrite",), ("no a3 export",)),
-        (file, ("--overwrite",), ("no folder",)),
+        (full, ("--overwrite",), ("not an a3 export",)),
+        (file, ("--overwrite",), ("not a folder",)),
         (file / "out", (), ("file",)),
     ):
         before = snapshot(tmp_path)
@@ -531,7 +531,7 @@ def test_output_folder_in_the_way(a3, work, source, tmp_path):
         refused(a3(*calibrate), str(folder), "cannot be written")
     link = tmp_path / "link"
     link.symlink_to(full)
-    refused(a3("export", link, "--work", work), "no folder")
+    refused(a3("export", link, "--work", work), "not a folder")
 
 
 def test_overwrite_replaces_an_earlier_export(a3, work, tmp_path):

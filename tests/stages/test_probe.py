@@ -134,7 +134,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "again"), [(None, [1]), (truncate, [0, 1]), (flip, [0, 1]), (Path.unlink, [0, 1])])
 def test_goes_on_at_the_layer_where_it_stopped(damage, again, a3, calibrated, monkeypatch, tmp_path):
-    """Or begins anew where what it would go on with is not as it was written."""
+    """Or begins anew where what it would go on with has changed since it was written."""
     _, work = calibrated("llama-gqa")
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(work, undisturbed)
@@ -156,7 +156,7 @@ def test_goes_on_at_the_layer_where_it_stopped(damage, again, a3, calibrated, mo
         damage(work / "probes" / "streams-1.bin")
     outcome = a3(*options, "--work", work)
     assert outcome.code == 0
-    assert ("streams-1.bin is not as it was written" in outcome.stderr) == (damage is not None)
+    assert ("streams-1.bin has changed since it was written" in outcome.stderr) == (damage is not None)
     assert ("resuming at layer 2 of 2" in outcome.stderr) == (damage is None)
     assert passed == [0, 1, *again]
     for name in ("probes/best-stock.json", "solution/manifest.json"):

@@ -233,7 +233,7 @@ def test_a_damaged_export_is_made_again(name, damage, a3, recipe, tmp_path):
     (out / name).write_bytes(damage(before[name])) if damage else (out / name).unlink()
     outcome = a3("run", recipe, "--json")
     assert outcome.code == 0, outcome
-    assert f"{out} is made again: {out / name} " in " ".join(outcome.stderr.split())
+    assert f"exporting {out} again: {out / name} " in " ".join(outcome.stderr.split())
     assert outcome.json == first
     assert snapshot(out) == before
 

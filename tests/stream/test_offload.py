@@ -78,7 +78,7 @@ def test_damaged_hidden_states_are_made_again(damage, a3, command, whole, cut):
     file.unlink() if damage == "gone" else os.truncate(file, size - 8 if damage == "truncated" else size + 8)
     said = finished_alike(a3, command, cut, whole)
     assert "the input of layer 4 of 5 is missing" in said
-    assert ("hidden-003.bin is not as it was written" in said) == (damage != "gone")
+    assert ("hidden-003.bin has changed since it was written" in said) == (damage != "gone")
 
 
 def test_hidden_states_truncated_under_way(a3, command, whole, tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_hidden_states_truncated_under_way(a3, command, whole, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "run_layer", truncating)
-        refused(a3(*command, work, "--quiet"), "hidden-003.bin", "truncated", "run the same command again")
+        refused(a3(*command, work, "--quiet"), "hidden-003.bin", "truncated", "rerun the same command")
     finished_alike(a3, command, work, whole)
 
 
@@ -139,7 +139,7 @@ def test_batches_on_a_device_are_not_pinned(monkeypatch):
     """The meta device stands in for a GPU, whose memory cannot be pinned either."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     states = StatesInMemory((5, 4, 8), torch.float32, torch.device("meta"))
-    batches = list(sweep.read_batches(states, 5, 2, aside=True))
+    batches = list(sweep.read_batches(states, 5, 2, in_background=True))
     assert [(start, len(batch), batch.device.type) for start, batch in batches] == [
         (0, 2, "meta"), (2, 2, "meta"), (4, 1, "meta"),
     ]  # fmt: skip
@@ -150,7 +150,7 @@ def test_in_memory_the_same_bytes_and_no_files(where, a3, command, whole, tmp_pa
     options = (*command[:-1], "--hidden-states", where, "--work")
     work = interrupt(a3, monkeypatch, 3, *options, tmp_path / "memory")
     assert not list(work.rglob("hidden-*"))
-    assert "running the layers before it again" in finished_alike(a3, command, work, whole, *options[-3:-1])
+    assert "rerunning the layers before it" in finished_alike(a3, command, work, whole, *options[-3:-1])
     monkeypatch.setattr("a3cli.stages.calibrate.free_memory", lambda device: 46_000)
     refused(a3(*options, tmp_path / "short"), f"--hidden-states {where}", "0.00 GB", "--hidden-states disk")
     assert not (tmp_path / "short").exists()
@@ -210,7 +210,7 @@ def test_bad_devices(a3, command, tmp_path, monkeypatch):
 
 
 def test_threads_of_a_device_with_memory_of_its_own(a3, command, whole, tmp_path, monkeypatch):
-    """Reading ahead, writing behind and fetching weights aside give the same bytes, and the same errors."""
+    """Reading ahead, writing behind and fetching weights in the background give the same bytes, and the same errors."""
     monkeypatch.setattr(Machine, "copies", True)
     for where in ("disk", "memory", "device"):
         assert a3(*command, tmp_path / where, "--hidden-states", where).code == 0
@@ -240,8 +240,8 @@ def test_batches_are_halved_until_they_fit(where, a3, command, whole, tmp_path, 
     outcome = a3(*auto, "--json")
     assert outcome.code == 0
     assert [line for line in outcome.stderr.splitlines() if "memory" in line] == [
-        "out of memory: going on with 3 blocks a batch",
-        "out of memory: going on with 1 blocks a batch",
+        "out of memory: continuing with 3 blocks per batch",
+        "out of memory: continuing with 1 blocks per batch",
     ]
     assert outcome.json["made_with"] == [{"processes": 1, "batch_size": 1}] * LAYERS
     assert_close([whole, tmp_path / "auto"])
@@ -278,10 +278,10 @@ def test_a_batch_that_cannot_even_be_embedded_is_halved(a3, command, whole, tmp_
     monkeypatch.setattr(sweep.Decoder, "look_up", look_up)
     outcome = a3(*but(command[:-1], "--batch-size", "auto"), "--work", tmp_path / "auto", "--json")
     assert outcome.code == 0, outcome
-    assert "going on with 3 blocks a batch" in outcome.stderr
+    assert "continuing with 3 blocks per batch" in outcome.stderr
     assert_close([whole, tmp_path / "auto"])
     ended = a3(*but(command[:-1], "--batch-size", 6), "--work", tmp_path / "asked", "--quiet")
-    refused(ended, "out of memory at 6 blocks a batch")
+    refused(ended, "out of memory at 6 blocks per batch")
 
 
 def test_batch_is_halved_in_the_middle_and_kept(a3, command, whole, tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def test_a_batch_that_was_asked_for_is_not_changed(a3, command, tmp_path, monkey
     monkeypatch.setattr(sweep, "run_layer", running_out_above(2, sweep.run_layer))
     ended = a3(*command, tmp_path / "w", "--quiet")
     refused(
-        ended, "out of memory at 4 blocks a batch (CUDA out of memory. Tried to allocate 9 GiB)", "--batch-size auto"
+        ended, "out of memory at 4 blocks per batch (CUDA out of memory. Tried to allocate 9 GiB)", "--batch-size auto"
     )
     monkeypatch.setattr(sweep, "run_layer", running_out_above(0, sweep.run_layer))
     refused(
@@ -341,9 +341,9 @@ def test_hidden_states_in_memory_leave_less_for_the_layer(a3, command, tmp_path,
     ],
 )
 def test_what_running_out_of_memory_looks_like(said):
-    with pytest.raises(torch.OutOfMemoryError), sweep.running_out_is_told():
+    with pytest.raises(torch.OutOfMemoryError), sweep.as_out_of_memory():
         raise RuntimeError(said)
-    with pytest.raises(RuntimeError, match="device-side") as other, sweep.running_out_is_told():
+    with pytest.raises(RuntimeError, match="device-side") as other, sweep.as_out_of_memory():
         raise RuntimeError("CUDA error: device-side assert triggered")
     assert not isinstance(other.value, torch.OutOfMemoryError)
 

@@ -75,7 +75,7 @@ def test_a_signal_ends_the_layer_and_the_command_goes_on(number, a3, long_source
     assert a3(*command, tmp_path / "whole").code == 0
     before = signal.getsignal(number)
     signal_in_layer(1, number)
-    interrupted(a3(*command, tmp_path / "cut"), number.name, "layer 3 of 3", "goes on")
+    interrupted(a3(*command, tmp_path / "cut"), number.name, "layer 3 of 3", "rerun the same command to resume")
     assert signal.getsignal(number) == before
     assert (tmp_path / "cut" / "calibration" / "layer-001.safetensors").is_file()
     assert not (tmp_path / "cut" / "calibration" / "layer-002.safetensors").exists()
@@ -137,7 +137,7 @@ def test_overwriting_begins_anew_where_what_is_there_is_damaged(a3, long_source,
     outcome = a3(*command, "--overwrite")
     assert outcome.code == 0
     assert "layer-000.safetensors" in outcome.stderr
-    assert "beginning anew" in outcome.stderr
+    assert "starting again" in outcome.stderr
 
 
 def test_nothing_is_left_of_what_did_nothing(a3, calibrated):
@@ -180,7 +180,7 @@ def test_the_order_of_channels_is_found_once(a3, calibrated, monkeypatch):
     file.write_text(file.read_text().replace("1", "2", 1))
     outcome = a3(*solve, 0.2)
     assert outcome.code == 0
-    assert f"{file} is not as it was written; it is made again" in outcome.stderr
+    assert f"{file} has changed since it was written; it is computed again" in outcome.stderr
     assert contents(calibrated) == whole
 
 
@@ -207,7 +207,7 @@ def test_damaged_drafts_are_made_again(damaged, a3, calibrated, monkeypatch):
     outcome = a3(*solve, "--overwrite")
     assert outcome.code == 0
     assert ("resuming at layer 2 of 2" in outcome.stderr) == (damaged == "one-shot-001.safetensors")
-    assert f"{file.name} is not as it was written" in outcome.stderr
+    assert f"{file.name} has changed since it was written" in outcome.stderr
     assert contents(calibrated) == whole
 
 
@@ -341,7 +341,7 @@ def cut_short(a3, monkeypatch, command: tuple[object, ...], step: str) -> None:
     """Run the command until before a step, as a signal would stop it."""
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "before", stop_at(step))
-        interrupted(a3(*command), f"before {step}", "goes on there")
+        interrupted(a3(*command), f"before {step}", "rerun the same command to resume")
 
 
 def stop_at(step: str):

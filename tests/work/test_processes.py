@@ -160,7 +160,7 @@ def test_killed_in_a_layer_it_goes_on_there_with_any_number(a3, checkpoint, text
         ended = run(2, tmp_path, *command, work, sabotage=partial(killed_in_the_second_layer, victim=victim))
         assert ended.codes[victim] == -signal.SIGKILL
         assert ended.codes[1 - victim] == 3
-        assert "goes on where it stopped" in ended.errors[1 - victim]
+        assert "rerun the same command to resume" in ended.errors[1 - victim]
         kept = (work / "calibration" / "layer-000.safetensors").stat().st_mtime_ns
         assert not (work / "calibration" / "manifest.json").exists()
         assert run(count, tmp_path, *command, work).codes == [0] * count
@@ -207,7 +207,7 @@ def test_a_bug_in_one_is_told_by_its_exit_code(checkpoint, text_file, tmp_path):
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
     ended = run(2, tmp_path, *command, sabotage=failing_in_the_second_process)
     assert ended.codes == [3, 70]
-    assert "lost another one" in ended.errors[0]
+    assert "lost another process" in ended.errors[0]
 
 
 def test_the_lock_counts_for_all_of_a_run(checkpoint, text_file, tmp_path):
@@ -397,7 +397,11 @@ def test_solve_and_export_give_the_same_bytes_from_any_number(method, a3, checkp
     ("codes", "said", "expected"),
     [
         ({0: 2, 1: 2}, {0: "no text", 1: "no text"}, (2, "no text")),
-        ({0: 3, 1: -9}, {0: "lost another one"}, (3, "process 1 was killed (SIGKILL); the same command goes on")),
+        (
+            {0: 3, 1: -9},
+            {0: "lost another process"},
+            (3, "process 1 was killed (SIGKILL); rerun the same command to resume"),
+        ),
         ({0: -15, 1: -9}, {}, (3, "process 1 was killed (SIGKILL)")),
         ({0: 2, 1: -6}, {0: "no text"}, (2, "no text")),  # one that aborts when the others have gone
         ({0: 3, 1: -15}, {0: "interrupted"}, (3, "interrupted")),
@@ -420,7 +424,7 @@ def test_of_several_failures_the_cause_is_told(codes, said, expected, tmp_path):
         ({0: 3, 1: 70}, {}),
         ({0: 70, 1: 70}, {}),
         ({0: 3, 1: 1}, {}),  # before it could say anything: Python itself failed
-        ({0: 3, 1: 70}, {0: "lost another one"}),
+        ({0: 3, 1: 70}, {0: "lost another process"}),
         ({0: -15, 1: 70}, {0: "interrupted"}),
         ({0: -9, 1: 70}, {}),  # by the launcher, which waits for no long layer
     ],
@@ -484,7 +488,7 @@ def test_a_device_that_is_none_is_told_by_each_process(options, checkpoint, text
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
     ended = run(2, tmp_path, *command, *options)
     assert ended.codes == [2, 2]
-    assert all(error.startswith(f"{options[0]} 'gpu' is no device") for error in ended.errors)
+    assert all(error.startswith(f"{options[0]} 'gpu' is not a device") for error in ended.errors)
     assert not (tmp_path / "work").exists()
 
 

@@ -93,7 +93,7 @@ def test_what_the_sequential_correction_reads(name, a3, work, monkeypatch, tmp_p
     monkeypatch.setattr(solve, "refit_layers", refit_layers)
     monkeypatch.setattr("a3cli.cli.display.SweepProgress.__call__", lambda _, **at: report(**at))
     outcome = a3(*SOLVE, "--method", "paper", "--sequential", "--overwrite", "--quiet", "--work", work)
-    read_error(outcome, files[name], "run a3 calibrate --overwrite" if name == "tokens" else "same command again")
+    read_error(outcome, files[name], "run a3 calibrate --overwrite" if name == "tokens" else "rerun the same command")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -159,4 +159,4 @@ def test_hidden_states_of_a_calibration(a3, prepared, text_file, monkeypatch, tm
 
     monkeypatch.setattr(StatesOnDisk, "keep", keep)
     command = ("calibrate", prepared / "source", "--dataset", text_file, *SHORT, "--quiet", "--work", tmp_path / "work")
-    read_error(a3(*command), states, "same command again")
+    read_error(a3(*command), states, "rerun the same command")
