@@ -127,11 +127,11 @@ class LayerInputs:
     @cached_property
     def attention_unit(self) -> float:
         """What turns squared errors of the attention output into relative ones of the stream."""
-        return 1 / self.mean("attention_residual").item()
+        return self.shape.residual_multiplier**2 / self.mean("attention_residual").item()
 
     @cached_property
     def mlp_unit(self) -> float:
-        return 1 / self.mean("mlp_residual").item()
+        return self.shape.residual_multiplier**2 / self.mean("mlp_residual").item()
 
     def score_unit(self, attained: float) -> torch.Tensor:
         """What turns squared scores (before they are scaled) into relative errors of the stream, `[K]`.
@@ -140,7 +140,7 @@ class LayerInputs:
         values reaches Σ a² of the attention weights a; docs/experiments.md has what was measured.
         """
         effect = attained * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
-        scale: float = self._model.rope.attention_factor**2 * self.shape.head_dim**-0.5
+        scale: float = self._model.rope.attention_factor**2 * self.shape.softmax_scale
         return effect * (self.attention_unit * scale**2)
 
     @property
