@@ -51,6 +51,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 128,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+GRANITE = {
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.5,
+    "embedding_multiplier": 6.0,
+    "logits_scaling": 4.0,
+}
 FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
 
 
@@ -79,12 +85,14 @@ SUBJECTS = (
     Subject("qwen2 MLP only", "qwen2", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("starcoder2 stock", "starcoder2", config={"sliding_window": None}),
     Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
+    Subject("granite stock", "granite", config=GRANITE),
     Subject("llama per-layer", "llama", PER_LAYER),
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
     Subject("mistral per-layer", "mistral", PER_LAYER, {"sliding_window": 64}),
     Subject("qwen2 per-layer", "qwen2", PER_LAYER),
     Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
+    Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
 )
 
 

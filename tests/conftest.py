@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -70,6 +72,16 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama-llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
     "llama-yarn": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": YARN}),
     "llama-longrope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LONGROPE}),
+    "granite-gqa": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+        },
+    ),
     "mistral-gqa": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
     "qwen2-gqa": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen2-window": (

@@ -98,7 +98,7 @@ def sampled_head(inputs: LayerInputs, rope: Rope, samples: Tensors, kv_head: int
         values=_heads(samples, "sample_v", own, inputs.shape.head_dim, device)[:, :, 0],
         seen=samples["sample_seen"].to(device),
         pairs=rope.short if length <= rope.original_context else rope.long,
-        scale=rope.attention_factor**2 * inputs.shape.head_dim**-0.5,
+        scale=rope.attention_factor**2 * inputs.shape.softmax_scale,
         output_gram=inputs.output_gram[group].to(device, torch.float32),
         turning=inputs.shape.turning_pairs if inputs.shape.passed_dims else None,
     )

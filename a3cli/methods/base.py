@@ -125,11 +125,11 @@ class LayerInputs:
     @cached_property
     def attention_unit(self) -> float:
         """Return the factor from squared errors of the attention output to relative ones of the stream."""
-        return 1 / self.mean("attention_residual").item()
+        return self.shape.residual_multiplier**2 / self.mean("attention_residual").item()
 
     @cached_property
     def mlp_unit(self) -> float:
-        return 1 / self.mean("mlp_residual").item()
+        return self.shape.residual_multiplier**2 / self.mean("mlp_residual").item()
 
     def score_unit(self, attained: float) -> torch.Tensor:
         """Return the factors `[K]` from squared scores (before scaling) to relative errors of the stream.
@@ -138,7 +138,7 @@ class LayerInputs:
         values reach Σ a² of the attention weights a; docs/experiments.md has measurements.
         """
         effect = attained * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
-        scale: float = self._model.rope.attention_factor**2 * self.shape.head_dim**-0.5
+        scale: float = self._model.rope.attention_factor**2 * self.shape.softmax_scale
         return effect * (self.attention_unit * scale**2)
 
     @property

@@ -23,6 +23,8 @@ def read_shape(config: Any) -> ModelShape:
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
         gated=family.gated,
+        fixed_scale=read_multiplier(config, family.softmax_scale),
+        residual_multiplier=read_multiplier(config, family.residual_multiplier) or 1.0,
     )
     shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
     sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)
@@ -33,6 +35,16 @@ def read_shape(config: Any) -> ModelShape:
             f"layers {shape.layers})"
         )
     return shape
+
+
+def read_multiplier(config: Any, key: str | None) -> float | None:
+    """Return an entry that is 1 where config.json leaves it out; None without a key. Raises A3Error for a bad one."""
+    if key is None:
+        return None
+    value = getattr(config, key, 1.0)
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise A3Error(f"config.json: {key} is {value!r}; it must be a number above 0")
+    return float(value)
 
 
 def read_biases(family: Family, config: Any) -> tuple[bool, bool]:

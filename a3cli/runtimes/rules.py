@@ -116,6 +116,8 @@ def _transformers_4(export: Export) -> tuple[Loads, str]:
 
 
 def _vllm(export: Export) -> tuple[Loads, str]:
+    if export.per_layer and export.model_type == "granite":
+        return UNTRIED, "not tried with granite, whose logits_scaling its Transformers backend may leave out"
     if export.per_layer:
         return YES, "with --model-impl transformers --trust-remote-code"
     notes = ["advertises a longer context: multiplies it by the RoPE factor"] if export.rope == "linear" else []

@@ -42,6 +42,7 @@ class LayerMoments:
     full_mlp: bool
     device: torch.device
     samples: AttentionSamples | None = None
+    scale: float | None = None  # of the softmax; None: head_dim ** -0.5
 
     def __post_init__(self) -> None:
         self.sums: Tensors = {}
@@ -122,7 +123,9 @@ class LayerMoments:
         self, seen: Tensors, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
     ) -> None:
         """Add attention by distance: `q` `[B, T, H·h]`, `k` and `v` `[B, T, K·h]` before RoPE; see `attention_mass`."""
-        self._add("distance", attention_mass(seen["q"], seen["k"], rotation, mask, head_dim=self.head_dim))
+        self._add(
+            "distance", attention_mass(seen["q"], seen["k"], rotation, mask, head_dim=self.head_dim, scale=self.scale)
+        )
         if self.samples is not None:
             self.samples.add(self.first_block, seen["q"], seen["k"], seen["v"], mask)
 
@@ -192,6 +195,7 @@ def attention_mass(
     mask: torch.Tensor | None,
     *,
     head_dim: int,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Return attention weights by distance `[T]`, summed over blocks, heads and a few evenly spaced queries per block.
 
@@ -205,7 +209,8 @@ def attention_mass(
     queries = _rotate(q[:, rows].float().unflatten(-1, (-1, head_dim)), cos[:, rows, None], sin[:, rows, None])
     keys = _rotate(k.float().unflatten(-1, (-1, head_dim)), cos[:, :, None], sin[:, :, None])
     grouped = queries.unflatten(2, (keys.shape[2], -1))  # [B, r, K, g, h]
-    scores = torch.einsum("brkgc,btkc->bkgrt", grouped, keys).flatten(1, 2) * head_dim**-0.5
+    scores = torch.einsum("brkgc,btkc->bkgrt", grouped, keys).flatten(1, 2)
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
     distance = rows[:, None] - torch.arange(length, device=q.device)
     if mask is None:
         scores = scores.masked_fill(distance < 0, float("-inf"))

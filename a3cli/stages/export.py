@@ -307,10 +307,9 @@ def tensor_jobs(model: Model, solution: Solution, planned: PlannedTensor) -> Ite
         return
     layer, role, _ = found
     weight = model.source.read(planned.name)
+    fold_scale = not solution.per_layer and model.shape.fixed_scale is None
     for part, of_rows in pieces(weight, role, solution.layer(layer), model.shape):
-        project = partial(
-            apply_projection, role=role, solution=of_rows, shape=model.shape, fold_scale=not solution.per_layer
-        )
+        project = partial(apply_projection, role=role, solution=of_rows, shape=model.shape, fold_scale=fold_scale)
         yield partial(project_rows, part, planned, model, project)
 
 

@@ -241,7 +241,8 @@ class _Layer:
             self.streams.full_out.write(start, out)
             with inputs_of(linear, stop=True) as seen:
                 self._run_small(start, count)
-            sums.add(seen.pop(), without_bias(linear, middle - full_in + DRIFT * (full_in - small_in)))
+            target = self._of_block(middle - full_in + DRIFT * (full_in - small_in))
+            sums.add(seen.pop(), without_bias(linear, target))
 
     def _fit_mlp(self, sums: LeastSquares) -> None:
         linear = self._linear("down")
@@ -254,7 +255,7 @@ class _Layer:
                 inputs_of(linear, stop=True) as seen,
             ):
                 self._run_small(start, count)
-            target = out - middle + DRIFT * (middle - middles.pop())
+            target = self._of_block(out - middle + DRIFT * (middle - middles.pop()))
             if self.streams.fit_inputs:
                 self.streams.mlp_in.write(start, inputs.pop())
                 self.streams.mlp_target.write(start, target)
@@ -267,6 +268,10 @@ class _Layer:
             with inputs_of(linear, stop=True) as seen:
                 self._mlp(self._read(self.streams.mlp_in, start, count))
             sums.add(seen.pop(), without_bias(linear, self._read(self.streams.mlp_target, start, count)))
+
+    def _of_block(self, change: torch.Tensor) -> torch.Tensor:
+        """Return what attention or the MLP must output to change the residual stream by this."""
+        return change / self.decoder.shape.residual_multiplier
 
     def _run_small(self, start: int, count: int) -> torch.Tensor:
         return run_layer(self.small, self._small_in(start, count), self.calls[1][count][self.index])

@@ -78,6 +78,17 @@ class _Recorder(nn.Module):
         return hidden
 
 
+class _Result(_Recorder):
+    """Stands in for all layers: returns hidden states that were computed before, whatever it is given.
+
+    Some models scale their embeddings before the first layer.
+    """
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        assert self.hidden is not None
+        return self.hidden
+
+
 class Decoder:
     """A model on meta whose layers are filled, run and emptied one at a time."""
 
@@ -173,9 +184,16 @@ class Decoder:
             value = self.read(stored, self.model.get_parameter(name).shape)
             set_module_tensor_to_device(self.model, name, self.machine.device, value=value, dtype=self.machine.dtype)
         parent, _, attribute = self.family.layers.rpartition(".")
-        setattr(self.model.get_submodule(parent), attribute, nn.ModuleList())
+        result = _Result(self.layers[0], last=False)
+        setattr(self.model.get_submodule(parent), attribute, nn.ModuleList([result]))
+
+        def answer(hidden: torch.Tensor) -> torch.Tensor:
+            result.hidden = hidden.to(self.machine.device)
+            logits: torch.Tensor = self.model(inputs_embeds=result.hidden, use_cache=False).logits
+            return logits
+
         try:
-            yield lambda hidden: self.model(inputs_embeds=hidden.to(self.machine.device), use_cache=False).logits
+            yield answer
         finally:
             setattr(self.model.get_submodule(parent), attribute, self.layers)
             for name in names:
@@ -366,7 +384,10 @@ class Sweep:
                 if index >= first_layer:
                     device = next(module.parameters()).device
                     samples = AttentionSamples(len(self.blocks), self.blocks.shape[1], device)
-                    moments[index] = LayerMoments(decoder.shape.head_dim, self.full_mlp, device, samples)
+                    shape = decoder.shape
+                    moments[index] = LayerMoments(
+                        shape.head_dim, self.full_mlp, device, samples, scale=shape.softmax_scale
+                    )
                     stack.enter_context(moments_of(module, decoder.family, moments[index]))
             write = stack.enter_context(writer(target, in_background=in_background))
             for start, batch in read_batches(source, len(self.own), self.batch_size, in_background=in_background):

@@ -40,6 +40,8 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("vLLM", QWEN2 | THETA, NO, "ignores head_dim"),
         ("vLLM", STARCODER2 | THETA, NO, "ignores head_dim"),
         ("vLLM", NEMOTRON | THETA, UNTRIED, "not tried with nemotron"),
+        ("vLLM", BASE | {"model_type": "granite"} | PER_LAYER, UNTRIED, "not tried with granite"),
+        ("vLLM", BASE | {"model_type": "granite"} | THETA, UNTRIED, "not tried with granite"),
         ("llama.cpp", BASE | LONGROPE, NO, "drops the longrope factors"),
         ("llama.cpp", BASE | THETA, YES, ""),
         ("llama.cpp", BASE | LINEAR, YES, ""),

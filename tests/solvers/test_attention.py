@@ -244,7 +244,9 @@ def test_queries_that_are_kept(length, kept):
     assert len(found) == kept
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-bias", "mistral-gqa", "qwen2-window", "starcoder2-window", "nemotron-gqa"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa-bias", "mistral-gqa", "qwen2-window", "starcoder2-window", "nemotron-gqa", "granite-gqa"]
+)
 def test_samples_are_the_models_own(name, a3, checkpoint, text_file, tmp_path):
     """What q, k and v put out, rounded; and the keys that a query sees are those that it attends to."""
     from transformers import AutoModelForCausalLM
@@ -281,7 +283,9 @@ def test_merged_samples_are_of_all():
     assert [int((merged["sample_q"][:, 0, 0] == i).sum()) for i in range(2)] == [16, 16]
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"]
+)
 def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tmp_path):
     """The first layer's attention, its queries and keys alone cut, in source and export, on what judges."""
     from transformers import AutoModelForCausalLM
@@ -306,6 +310,7 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
         weight = projection.weight.detach().unflatten(1, (4, -1)).permute(1, 2, 0)  # [H, h, d]
     rows = list(sampled_queries(blocks.shape[1]))
     wrong = torch.einsum("brih,ihd->brid", (heads[1] - heads[0])[:, rows], weight)
+    wrong = wrong * getattr(model.config, "residual_multiplier", 1.0)
     residual = stored["attention_residual"] / stored["tokens"]
     measured = (wrong.double().square().sum((-1, -2)).mean() / residual).item()
     predicted = solved["per_layer"][0]["attention_error"]

@@ -82,7 +82,9 @@ def test_fewer_tokens_than_channels_are_solved_or_refused_in_one_line(a3, checkp
     assert outcome.code == 0
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"]
+)
 def test_attention_mass_is_that_of_the_models_own_attention(name, a3, checkpoint, text_file, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -1,5 +1,7 @@
 """What a family's definition allows: components that may be compressed, and tensors that are carried."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from a3cli.models.families import FAMILIES
 from a3cli.models.families.llama import FAMILY as LLAMA
+from a3cli.work.folder import read_json
 from tests.conftest import SHORT, SOLVE, refused
 
 
@@ -60,3 +63,29 @@ def test_carried_tensors_are_copied(limited, a3, source, text_file, tmp_path):
         outcome = a3(*command)
         assert outcome.code == 0, outcome.stderr
     assert torch.equal(load_file(out / "model.safetensors")["vision.patches.weight"], vision["vision.patches.weight"])
+
+
+@pytest.mark.parametrize("method", ["best", "paper"])
+def test_a_softmax_scale_of_the_config_is_not_folded_into_queries(method, a3, checkpoint, text_file, tmp_path):
+    """Each of Granite's smaller query heads: with the scale folded in, its weights would be shrunk too."""
+    source, work, out = checkpoint("granite-gqa"), ("--work", tmp_path / "work"), tmp_path / "out"
+    for command in (
+        ("calibrate", source, "--dataset", text_file, *SHORT, *work),
+        ("solve", "--method", method, "--attention-budget", 0.25, "--head-multiple", 2, *work),
+        ("export", out, *work),
+        ("verify", out, "--require-reference", *work),
+    ):
+        outcome = a3(*command)
+        assert outcome.code == 0, outcome.stderr
+    config, was = (read_json(folder / "config.json") for folder in (out, source))
+    assert config["head_dim"] < 16
+    for name in ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"):
+        assert config[name] == was[name] != 1
+
+
+@pytest.mark.parametrize("name", ["attention_multiplier", "residual_multiplier"])
+def test_a_multiplier_must_be_above_zero(name, a3, checkpoint, text_file, tmp_path):
+    folder = shutil.copytree(checkpoint("granite-gqa"), tmp_path / "source")
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, name: 0.0}))
+    refused(a3("calibrate", folder, "--dataset", text_file, "--work", tmp_path / "work"), f"{name} is 0.0", "above 0")

@@ -195,6 +195,7 @@ class LiteralAttention(torch.nn.Module):
             torch.full((length, len(self.slots)), float(self.factor), dtype=torch.float64),
             time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64),
         )
+        scale = getattr(stock.config, "attention_multiplier", 1 / 4)
         seen = time[:, None] >= time
         # Types whose layers differ in their window keep it in the layer.
         if window := getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)):
@@ -205,7 +206,7 @@ class LiteralAttention(torch.nn.Module):
         for i in range(heads):
             kv = i // group
             query, key = self.slots_of(q[:, i], "query", kv) * turn, self.slots_of(k[:, kv], "key", kv) * turn
-            weights = ((query @ key.conj().T).real / 4).masked_fill(~seen, float("-inf")).softmax(-1)
+            weights = ((query @ key.conj().T).real * scale).masked_fill(~seen, float("-inf")).softmax(-1)
             value, weight = v[:, kv], wide[:, i]
             if "value_map" in self.solution:
                 value = value @ self.solution["value_map"][kv]

@@ -66,7 +66,8 @@ def zero_pairs(model: Any, layer: int, statistics: dict[str, torch.Tensor], rank
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-gqa", "llama-gqa-tied", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa"]
+    "name",
+    ["llama-gqa", "llama-gqa-tied", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"],
 )
 def test_probes_equal_the_zeroed_stock_model(a3, calibrated, name):
     source, work = calibrated(name)

@@ -76,7 +76,8 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
 
 @pytest.mark.parametrize("shape", ["stock", "per-layer"])
 @pytest.mark.parametrize(
-    "name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "llama-longrope", "starcoder2-gqa", "nemotron-gqa"]
+    "name",
+    ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "llama-longrope", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"],
 )
 def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):
     source = checkpoint(name)
@@ -94,7 +95,8 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
             "down": (mlp_linears(before)["down"], mlp_linears(after)["down"]),
         }
         for role, (was, now) in modules.items():
-            target = targets[role] if now.bias is None else targets[role] - now.bias.detach().double()
+            target = targets[role] / getattr(corrected.config, "residual_multiplier", 1.0)
+            target = target if now.bias is None else target - now.bias.detach().double()
             expected = ridge_regression(s[role], target, was.weight.detach())
             difference = (now.weight - expected).norm() / expected.norm()
             assert difference < 1e-3, role  # of float32 activations and a badly conditioned Gram matrix
@@ -106,7 +108,16 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa", "starcoder2-window", "nemotron-gqa"]
+    "name",
+    [
+        "llama-gqa",
+        "llama-gqa-bias",
+        "mistral-gqa",
+        "starcoder2-gqa",
+        "starcoder2-window",
+        "nemotron-gqa",
+        "granite-gqa",
+    ],
 )
 def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
     """What the first layer's MLP misses of its target falls when gate and up may move."""

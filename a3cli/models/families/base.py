@@ -43,6 +43,8 @@ class Family:
     norm_bias: bool = False
     tied: bool = False  # tie_word_embeddings if config.json does not say it
     rotary_factor: float | None = None  # partial_rotary_factor if config.json does not say it; None: RoPE turns all
+    softmax_scale: str | None = None  # the config entry that holds it; None: it is head_dim ** -0.5
+    residual_multiplier: str | None = None  # the config entry of the factor on what each block adds to the stream
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
     carried: tuple[str, ...] = ()  # prefixes of tensors that the stock class does not know, copied as they are
@@ -144,6 +146,8 @@ class ModelShape:
     mlp_bias: bool = False
     gated: bool = True
     passed_dims: int = 0  # of a query or key head, which RoPE does not turn
+    fixed_scale: float | None = None  # softmax scale that does not depend on the head size
+    residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
@@ -153,6 +157,10 @@ class ModelShape:
     @property
     def mlp_roles(self) -> tuple[Role, ...]:
         return (*self.mlp_inputs, "down")
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5 if self.fixed_scale is None else self.fixed_scale
 
     @property
     def turning_pairs(self) -> int:
