@@ -90,7 +90,7 @@ def solve(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose head and MLP sizes for a budget and compute the projections, from statistics and the source's weights."""
+    """Choose head and MLP sizes for a budget and compute each layer's projections."""
     display = open_display(quiet=quiet)
     from a3cli.report.long_range import solution_warnings
     from a3cli.stages.solve import solve as run
@@ -114,7 +114,7 @@ def pareto(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Loss against size at many budgets, for every method, from one calibration."""
+    """Compare loss against size at many budgets, for every method, from one calibration."""
     display = open_display(quiet=quiet)
     from a3cli.stages.pareto import check_plot, draw
     from a3cli.stages.pareto import pareto as run
@@ -151,7 +151,7 @@ def export(
 @app.command(name="eval")
 @with_settings(EvalSettings)
 def evaluate(settings: EvalSettings, junit: Junit = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Measure perplexity, and with --against the distance from the source; --fail-if makes it a gate."""
+    """Measure perplexity and, with --against, the distance from the source; --fail-if makes it a gate."""
     display = open_display(quiet=quiet)
     from a3cli.report.junit import check_junit, write_junit
     from a3cli.settings.gates import raise_for_failures
@@ -176,7 +176,7 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check an export as its users will load it: whole, unaltered, finite, and what the solution says."""
+    """Check an export as users load it: complete, unaltered, finite, and equal to the solution."""
     display = open_display(quiet=quiet)
     from a3cli.report.junit import check_junit, write_junit
     from a3cli.stages.verify import cases, raise_for_failures
@@ -193,7 +193,7 @@ def verify(
 @app.command()
 @with_settings(PlanSettings)
 def plan(settings: PlanSettings, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Say what a run will take and give, before it: sizes, disk, memory, time, and what loads the result."""
+    """Estimate a run's sizes, disk, memory and time, and list what will load the result."""
     display = open_display(quiet=quiet)
     from a3cli.stages.plan import plan as run
 
@@ -214,8 +214,8 @@ def run(
 ) -> None:
     """Run all stages of a recipe: calibrate, solve, export, verify, eval.
 
-    Stopped at any moment, the same command goes on where it was; a finished run is left as it is. Exit code 1 if one
-    of the recipe's gates (fail_if) failed, also in a run that was finished before, or a check of verify.
+    Resumable: rerun the same command after a stop. A finished run is left as it is. The exit code is 1 if a gate of
+    the recipe (fail_if) or a check of verify failed, also in a run that had finished before.
     """
     display = open_display(quiet=quiet)
     from a3cli.settings.gates import raise_for_failures
@@ -249,7 +249,7 @@ def merge(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Add up calibrations of one model on different text, made by different jobs."""
+    """Add up calibrations of one model on different text."""
     display = open_display(quiet=quiet)
     from a3cli.stages.merge import merge as run
 
@@ -263,7 +263,7 @@ def inspect(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show each layer's sizes, losses and statistics, the calibration text, and what may hurt."""
+    """Show each layer's sizes, losses and statistics, the calibration text, and warnings."""
     display = open_display(quiet=quiet)
     from a3cli.report.inspection import describe
 
@@ -308,7 +308,7 @@ def root(
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """The group carries --version, and refuses what several processes would do at once, against each other."""
+    """Handle --version, and refuse commands that a launcher started in several processes."""
     if launched() and context.invoked_subcommand != "calibrate":
         raise A3Error(
             f"a3 {context.invoked_subcommand} works in one process, and a launcher started it in several "
@@ -317,7 +317,7 @@ def root(
 
 
 def open_display(*, quiet: bool) -> ModuleType:
-    """Our own output set up, that of the libraries underneath switched off: it would end up between ours."""
+    """Set up a3's own output and silence the libraries, whose output would be mixed into it."""
     silence_libraries()
     from a3cli.cli import display
 
@@ -326,7 +326,7 @@ def open_display(*, quiet: bool) -> ModuleType:
 
 
 def silence_libraries() -> None:
-    """What they have to say of bad input is in our errors. They read this when they are imported."""
+    """Silence libraries through the environment, which they read when imported; a3's errors report bad input."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")

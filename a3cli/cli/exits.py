@@ -15,7 +15,7 @@ from a3cli.errors import INTERNAL_ERROR, A3Error
 from a3cli.work.processes import hand_over
 
 # Disk full, quota, file too large, no permission, read-only file system: not our bugs.
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class ErrorsToExitCodes(TyperGroup):
@@ -35,22 +35,20 @@ class ErrorsToExitCodes(TyperGroup):
             command = error.ctx.command_path if error.ctx else "a3"
             fail(f"{error.format_message()} (see {command} --help)", 2)
         except KeyboardInterrupt:
-            fail("interrupted; nothing was left half-written, run the same command again", 3)
+            fail("interrupted; no half-written file was left; rerun the same command to resume", 3)
         except BrokenPipeError:  # the parser ends the process without a word
             raise
         except Exception as error:
-            if problem := mendable(error):
+            if problem := fixable(error):
                 fail(str(problem), problem.exit_code)
             report_bug()
 
 
-def mendable(error: Exception) -> A3Error | None:
+def fixable(error: Exception) -> A3Error | None:
     """Return what the user can do about an error that is not ours; None if it is a bug."""
-    if isinstance(error, OSError) and error.errno in MENDABLE:
+    if isinstance(error, OSError) and error.errno in FIXABLE:
         where = f" ({error.filename})" if error.filename else ""
-        return A3Error(
-            f"{error.strerror}{where}; nothing was left half-written: mend it and run the same command again"
-        )
+        return A3Error(f"{error.strerror}{where}; no half-written file was left; fix this and rerun the same command")
     if isinstance(error, RuntimeError):
         from a3cli.work.machine import out_of_memory
 
