@@ -85,11 +85,15 @@ def start(commands: list[list[str]], folder: Path, term: str, output: str) -> Ba
 def _run_all(commands: list[list[str]], folder: str, term: str, output: str) -> None:
     import torch
     import typer
+    from transformers import dynamic_module_utils
 
     from a3cli.cli import app as cli
 
     torch.set_num_threads(1)
     os.chdir(folder)
+    # Python looks first in the folder of the tests' own process, where code that this one loads is not.
+    dynamic_module_utils.HF_MODULES_CACHE = f"{folder}/.modules"
+    sys.path.insert(0, dynamic_module_utils.HF_MODULES_CACHE)
     for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
         os.environ.pop(name, None)
     os.environ["TERM"] = term

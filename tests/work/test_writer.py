@@ -144,7 +144,7 @@ def test_what_a_writing_thread_meets_is_raised(tmp_path, monkeypatch, cached):
     with pytest.raises(OSError, match="No space left"):
         write_much()
     assert open_files() == open_before
-    assert threading.active_count() == running
+    assert threading.active_count() <= running  # those of other tests may end meanwhile
     os.close(full)
 
 
