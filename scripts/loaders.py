@@ -12,6 +12,7 @@ code 1 if any differ.
 """
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -103,7 +104,8 @@ def make_source(subject: Subject, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(subject.model_type, **{**COMMON, **subject.config}))
+    settings = copy.deepcopy({**COMMON, **subject.config})  # configurations write into what they are given
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(subject.model_type, **settings))
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5)
@@ -125,7 +127,7 @@ def make_export(subject: Subject) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     make_source(subject, folder / "source")
-    text = ("--dataset", str(ROOT / "demo" / "text" / "calibration.txt"), "--samples", "8", "--seq-len", "256")
+    text = ("--dataset", str(ROOT / "demo" / "text" / "calibration.txt"), "--samples", "4", "--seq-len", "512")
     work = ("--work", str(folder / "work"), "--quiet")
     for command in (
         ("calibrate", str(folder / "source"), *text, *work),
@@ -215,6 +217,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="subjects whose name contains this")
     parser.add_argument("--vllm", action="store_true", help="check vLLM on the CPU instead of transformers")
     args = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' bars when it writes weights
     PLACE.mkdir(exist_ok=True)
     exports = args.folders or [make_export(each) for each in SUBJECTS if args.only in each.name]
     expected = {export: probe(Path(sys.executable), export, "reference") for export in exports}
