@@ -22,6 +22,15 @@ IGNORES_HEAD_DIM = {
     "starcoder2": ("vLLM", "llama.cpp"),
 }
 RUN_WITH_SMALLER_HEADS = ("llama", "mistral")  # model types whose exports the other runtimes were tried with
+_THROUGH_BACKEND: tuple[Loads, str] = (YES, "with --model-impl transformers --trust-remote-code")
+# Per-layer exports by model type, through vLLM's Transformers backend.
+VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
+    "llama": _THROUGH_BACKEND,
+    "mistral": _THROUGH_BACKEND,
+    "qwen2": _THROUGH_BACKEND,
+    "starcoder2": (NO, "its Transformers backend stops with an error for starcoder2"),
+    "nemotron": (NO, "its Transformers backend continues a prompt with wrong tokens for nemotron"),
+}
 VLLM_CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
@@ -116,10 +125,8 @@ def _transformers_4(export: Export) -> tuple[Loads, str]:
 
 
 def _vllm(export: Export) -> tuple[Loads, str]:
-    if export.per_layer and export.model_type == "granite":
-        return UNTRIED, "not tried with granite, whose logits_scaling its Transformers backend may leave out"
     if export.per_layer:
-        return YES, "with --model-impl transformers --trust-remote-code"
+        return VLLM_PER_LAYER.get(export.model_type, (UNTRIED, f"not tried with {export.model_type} per-layer"))
     notes = ["advertises a longer context: multiplies it by the RoPE factor"] if export.rope == "linear" else []
     if export.head_dim not in VLLM_CPU_HEADS:
         notes.append(f"not on a CPU, where it refuses head size {export.head_dim}; use --head-multiple 16")

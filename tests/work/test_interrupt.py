@@ -89,7 +89,7 @@ def test_a_signal_ends_the_layer_and_the_command_goes_on(number, a3, long_source
 def test_the_second_signal_stops_at_once(number, a3, long_source, text_file, tmp_path, signal_in_layer):
     signal_in_layer(1, number, number)
     outcome = a3("calibrate", long_source, "--dataset", text_file, *TEXT, "--work", tmp_path / "work")
-    interrupted(outcome, "interrupted", "again")
+    interrupted(outcome, "interrupted", "rerun the same command")
     assert (tmp_path / "work" / "calibration" / "layer-000.safetensors").is_file()
     assert not (tmp_path / "work" / "calibration" / "layer-001.safetensors").exists()
 
