@@ -247,9 +247,10 @@ def main() -> None:
 
 def known_refusal(export: Path, vllm: bool) -> str | None:
     """Why a3 says that vLLM does not load this export; None where it says that it does."""
-    from a3cli.runtimes import NO, judge_folder
+    from a3cli.runtimes import NO, Verdict
 
-    verdicts = {each.runtime: each for each in judge_folder(export)}
+    manifest = json.loads((export / "a3_manifest.json").read_text("utf-8"))
+    verdicts = {each["runtime"]: Verdict(**each) for each in manifest["runtimes"]}
     verdict = verdicts["vLLM"] if vllm else None
     return verdict.note if verdict is not None and verdict.loads == NO else None
 

@@ -1,5 +1,5 @@
 """What each runtime can load of an export, as rules."""
 
-from a3cli.runtimes.rules import NO, UNTRIED, YES, Verdict, judge, judge_folder, summarise, tokenizer_class_of
+from a3cli.runtimes.rules import NO, UNTRIED, YES, Verdict, judge, summarise, tokenizer_class_of
 
-__all__ = ["NO", "UNTRIED", "YES", "Verdict", "judge", "judge_folder", "summarise", "tokenizer_class_of"]
+__all__ = ["NO", "UNTRIED", "YES", "Verdict", "judge", "summarise", "tokenizer_class_of"]

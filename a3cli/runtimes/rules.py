@@ -82,12 +82,6 @@ def tokenizer_class_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def judge_folder(folder: Path) -> list[Verdict]:
-    """Return the verdicts that an export's manifest holds."""
-    manifest = json.loads((folder / "a3_manifest.json").read_text("utf-8"))
-    return [Verdict(**each) for each in manifest["runtimes"]]
-
-
 def summarise(verdicts: Sequence[Verdict]) -> str:
     """Return one line: the runtimes that load the export, then those that do not, with the reason."""
     loading = ", ".join(each.runtime for each in verdicts if each.loads == YES)

@@ -26,6 +26,19 @@ class Place:
     after: tuple[Role, ...] | None = None
 
 
+# The names that Llama gave its modules, and most families after it.
+LLAMA_PLACES: dict[Role, Place] = {
+    "q": Place("self_attn.q_proj"),
+    "k": Place("self_attn.k_proj"),
+    "v": Place("self_attn.v_proj"),
+    "o": Place("self_attn.o_proj"),
+    "mlp_norm": Place("post_attention_layernorm"),
+    "gate": Place("mlp.gate_proj"),
+    "up": Place("mlp.up_proj"),
+    "down": Place("mlp.down_proj"),
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """Describe where a model type keeps its parts.

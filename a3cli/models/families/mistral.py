@@ -1,18 +1,9 @@
 """Mistral: gated MLP, attention with a sliding window."""
 
-from a3cli.models.families.base import Family, Place
+from a3cli.models.families.base import LLAMA_PLACES, Family
 
 FAMILY = Family(
     model_type="mistral",
-    places={
-        "q": Place("self_attn.q_proj"),
-        "k": Place("self_attn.k_proj"),
-        "v": Place("self_attn.v_proj"),
-        "o": Place("self_attn.o_proj"),
-        "mlp_norm": Place("post_attention_layernorm"),
-        "gate": Place("mlp.gate_proj"),
-        "up": Place("mlp.up_proj"),
-        "down": Place("mlp.down_proj"),
-    },
+    places=LLAMA_PLACES,
     per_layer_class="A3MistralForCausalLM",
 )

@@ -1,19 +1,10 @@
 """Qwen2: gated MLP; queries, keys and values always have biases."""
 
-from a3cli.models.families.base import Family, Place
+from a3cli.models.families.base import LLAMA_PLACES, Family
 
 FAMILY = Family(
     model_type="qwen2",
-    places={
-        "q": Place("self_attn.q_proj"),
-        "k": Place("self_attn.k_proj"),
-        "v": Place("self_attn.v_proj"),
-        "o": Place("self_attn.o_proj"),
-        "mlp_norm": Place("post_attention_layernorm"),
-        "gate": Place("mlp.gate_proj"),
-        "up": Place("mlp.up_proj"),
-        "down": Place("mlp.down_proj"),
-    },
+    places=LLAMA_PLACES,
     per_layer_class="A3Qwen2ForCausalLM",
     qkv_bias=True,
 )
