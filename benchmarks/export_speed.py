@@ -28,7 +28,7 @@ from pathlib import Path
 
 from random_checkpoint import SHAPES, make_in_a_child, make_text, run
 
-from a3cli.work.folder import hash_file
+from a3cli.work.files import hash_file
 
 LIMIT = 1.5
 IMPORTS = (

@@ -38,7 +38,7 @@ def a3(*arguments: object) -> None:
 
 def hash_all(name: str, subject: Subject | None, folder: Path) -> dict[str, str]:
     """Compress one source in every way; return the hash of each compared file by its name."""
-    from a3cli.work.folder import hash_file
+    from a3cli.work.files import hash_file
 
     source = ROOT / "demo" / "model"
     if subject is not None:

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from a3cli.methods.attention import Effort
-from a3cli.work.folder import hash_file, read_json, write_manifest
+from a3cli.work.files import hash_file, read_json
+from a3cli.work.sealed import write_manifest
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

@@ -77,7 +77,7 @@ def calibrate(
     with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet or not is_main()) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     if is_main():
-        display.print_json(manifest) if as_json else display.print_calibration(manifest)
+        display.print_json(manifest.plain()) if as_json else display.print_calibration(manifest.plain())
 
 
 @app.command()
@@ -99,9 +99,9 @@ def solve(
     with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     if as_json:
-        display.print_json({**manifest, "warnings": solution_warnings(manifest)})
+        display.print_json({**manifest.plain(), "warnings": solution_warnings(manifest.plain())})
     else:
-        display.print_solution(manifest)
+        display.print_solution(manifest.plain())
 
 
 @app.command()
@@ -145,7 +145,7 @@ def export(
 
     with stopping(max_minutes) as stop:
         manifest = run(out, settings, open_work(work), stop=stop)
-    display.print_json(manifest) if as_json else display.print_export(manifest, str(out))
+    display.print_json(manifest.plain()) if as_json else display.print_export(manifest.plain(), str(out))
 
 
 @app.command(name="eval")
@@ -254,7 +254,7 @@ def merge(
     from a3cli.stages.merge import merge as run
 
     manifest = run([open_work(work) for work in works], open_work(into), overwrite=overwrite)
-    display.print_json(manifest) if as_json else display.print_calibration(manifest)
+    display.print_json(manifest.plain()) if as_json else display.print_calibration(manifest.plain())
 
 
 @app.command()

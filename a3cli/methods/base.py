@@ -21,8 +21,10 @@ from a3cli.solvers.linalg import JointDecomposition, effective_rank
 from a3cli.solvers.moments import LARGE, Tensors, gram_blocks, unpack_upper
 from a3cli.solvers.ov import output_gram_of
 from a3cli.solvers.samples import NAMES
-from a3cli.work.folder import Json, Work, open_tensors, read_manifest, read_named
+from a3cli.work.files import Json, open_tensors, read_named
+from a3cli.work.folder import Work
 from a3cli.work.machine import choose_machine
+from a3cli.work.manifests import CalibrationManifest
 
 REMEDY = "run a3 calibrate --overwrite"
 # Component of each statistic, for messages.
@@ -144,8 +146,8 @@ class LayerInputs:
     @property
     def origin(self) -> Json:
         """Return the hashes of this layer's statistics and weights."""
-        calibration = read_manifest(self._work.calibration_manifest, "run a3 calibrate --overwrite")
-        return {"statistics": calibration["layers"][self.layer], "source": calibration["request"]["source"]}
+        calibration = CalibrationManifest.read(self._work.calibration_manifest, REMEDY)
+        return {"statistics": calibration.layers[self.layer], "source": calibration.request.source.plain()}
 
     @property
     def channels_file(self) -> Path:

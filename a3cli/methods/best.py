@@ -43,7 +43,8 @@ from a3cli.solvers.rope import (
     spread_distances,
 )
 from a3cli.solvers.slots import HeadStatistics, SlotMaps
-from a3cli.work.folder import Json, read_if_request_matches, versions, write_manifest
+from a3cli.work.files import Json
+from a3cli.work.sealed import read_if_request_matches, versions, write_manifest
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from a3cli.solvers.mlp import keep_channels, score_channels
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.ov import solve_ov
 from a3cli.solvers.qk import keep_pairs, score_pairs
-from a3cli.work.folder import Json
+from a3cli.work.files import Json
 
 # Share of the bound on the effect of score errors. Pair scores include what is constant over keys, which the softmax
 # ignores, so the share is smaller than for centred keys.

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from a3cli.errors import A3Error, CannotRead
 from a3cli.models.hub import INDEX, METADATA_FILES, SINGLE, find_checkpoint, read_config, read_index, refuse_adapter
-from a3cli.work.folder import Json, hash_file, hash_json, name_hash, reading
+from a3cli.work.files import Json, hash_file, hash_json, name_hash, reading
 from a3cli.work.writer import HashingWriter
 
 if TYPE_CHECKING:

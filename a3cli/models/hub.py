@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from a3cli.errors import A3Error, first_line
-from a3cli.work.folder import Json, read_json
+from a3cli.work.files import Json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -13,7 +13,10 @@ from a3cli.models.families import Family, ModelShape, family_of
 from a3cli.models.hub import refuse_per_layer
 from a3cli.models.rope import Rope, read_rope
 from a3cli.models.stock import Shape, StockClass, match_tensors, read_stock_class
-from a3cli.work.folder import Json, Work, name_differences, read_manifest
+from a3cli.work.files import Json
+from a3cli.work.folder import Work
+from a3cli.work.manifests import CalibrationManifest, SourceRecord
+from a3cli.work.sealed import name_differences
 
 
 @dataclass(frozen=True)
@@ -132,21 +135,17 @@ def check_activation(name: str) -> None:
         raise ValueError(f"hidden_act is {name!r}, which transformers does not know")
 
 
-def open_calibrated_source(work: Work, calibration: Json, *, full_check: bool = False) -> Model:
+def open_calibrated_source(work: Work, calibration: CalibrationManifest, *, full_check: bool = False) -> Model:
     """The checkpoint that a calibration was made from. Raises A3Error if it is no longer the same.
 
     Its content is sampled; with `full_check` all of it is read and compared, if the calibration did that too.
     """
-    recorded = read_manifest(work.source, "run a3 calibrate on the source again")
+    recorded = SourceRecord.read(work.source, "run a3 calibrate on the source again")
     try:
-        source = resolve_model(
-            str(recorded.get("model")),
-            recorded.get("revision"),
-            follow_symlinks=recorded.get("follow_symlinks") is True,
-        )
+        source = resolve_model(recorded.model, recorded.revision, follow_symlinks=recorded.follow_symlinks)
     except A3Error as error:
         raise A3Error(f"the source of {work.folder}: {error}; if it was moved, run a3 calibrate on it again") from error
-    expected, found = calibration["request"]["source"], source.fingerprint(full=full_check)
+    expected, found = calibration.request.source.plain(), source.fingerprint(full=full_check)
     if full_check and "in_full" not in expected:
         raise A3Error(
             f"--full-check: {work.calibration_manifest} has only sampled hashes of its source; "

@@ -17,7 +17,7 @@ from a3cli.errors import A3Error
 from a3cli.models.config import check_rope, rotary_dims, rotary_factor
 from a3cli.models.families import family_of
 from a3cli.solvers.rope import frequency_at
-from a3cli.work.folder import Json
+from a3cli.work.files import Json
 
 ROUNDING = 1e-9  # pairs; a frequency in float32 is further off
 ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}

@@ -16,7 +16,7 @@ from a3cli.report.long_range import solution_warnings
 from a3cli.settings import LOSSES, SolveSettings
 from a3cli.settings.options import command_words
 from a3cli.work.escape import code_span, markdown, printable
-from a3cli.work.folder import Json
+from a3cli.work.files import Json
 
 # A Hub id of `--dataset`, optionally with a configuration; and the suffixes of local files.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from a3cli.work.folder import Json
+from a3cli.work.files import Json
 
 DECADES = 6  # at most on a logarithmic axis; smaller values are negligible
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

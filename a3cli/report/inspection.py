@@ -23,17 +23,10 @@ from a3cli.solvers.linalg import effective_rank
 from a3cli.solvers.moments import gram_blocks, unpack_upper
 from a3cli.text.blocks import load_tokenizer, tokenizer_fingerprint
 from a3cli.text.tokens import describe_blocks, describe_text
-from a3cli.work.folder import (
-    Json,
-    Work,
-    check_hash,
-    hash_json,
-    name_differences,
-    open_tensors,
-    read_json,
-    read_manifest,
-    read_tensors,
-)
+from a3cli.work.files import Json, check_hash, hash_json, open_tensors, read_json, read_tensors
+from a3cli.work.folder import Work
+from a3cli.work.manifests import SourceRecord
+from a3cli.work.sealed import name_differences, read_manifest
 
 ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
 NEAR_SINGULAR = 1e8  # condition; above it, the smallest eigenvalues are rounding of float32 sums
@@ -81,7 +74,7 @@ def describe(path: Path) -> Json:
 
 
 def describe_export(folder: Path) -> Json:
-    manifest = read_export_manifest(folder / MANIFEST)
+    manifest = read_export_manifest(folder / MANIFEST).plain()
     path = folder / "config.json"
     config = read_json(path)
     heads, kv = count_in(config, "num_attention_heads", path), "num_key_value_heads"
@@ -129,7 +122,7 @@ def describe_work(work: Work) -> Json:
     calibration = read_manifest(path, "run a3 calibrate --overwrite")
     check_hash(work.tokens, calibration["tokens_hash"], "run a3 calibrate --overwrite")
     blocks = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"]
-    recorded = read_source(work, calibration) if work.source.is_file() else {}
+    recorded = read_source(work, calibration["request"]["source"]).plain() if work.source.is_file() else {}
     source = open_source(recorded)
     if source is not None:
         check_source(source, work, calibration)
@@ -161,12 +154,12 @@ def describe_work(work: Work) -> Json:
     }
 
 
-def read_source(work: Work, calibration: Json) -> Json:
+def read_source(work: Work, fingerprint: Json) -> SourceRecord:
     """Read where a calibration's checkpoint is. Raises A3Error if source.json was altered or is of another model."""
-    recorded = read_manifest(work.source, SOURCE_REMEDY)
-    if recorded.get("fingerprint") != calibration["request"]["source"]:
+    recorded = SourceRecord.read(work.source, SOURCE_REMEDY)
+    if recorded.fingerprint.plain() != fingerprint:
         raise A3Error(
-            f"{work.source} is of another model ({recorded.get('model')}) than the calibration in {work.calibration}; "
+            f"{work.source} is of another model ({recorded.model}) than the calibration in {work.calibration}; "
             f"{SOURCE_REMEDY}"
         )
     return recorded
@@ -180,7 +173,8 @@ def measured_in(work: Work, solution: Json | None) -> list[Json]:
     request = evaluation["request"]
     try:
         manifest = read_export_manifest(Path(request["settings"]["model"]) / MANIFEST)
-        of_this = hash_json(manifest) == request["export"] and manifest["solution"]["sha256"] == solution["sha256"]
+        exported = hash_json(manifest.plain()) == request["export"]
+        of_this = exported and manifest.solution.sha256 == solution["sha256"]
         return [as_measured(each) for each in evaluation["result"]["datasets"]] if of_this else []
     except (A3Error, ValidationError):  # another model was measured, the export was removed, or a figure is not finite
         return []

@@ -8,7 +8,7 @@ from typing import Literal
 from xml.etree import ElementTree
 
 from a3cli.errors import A3Error
-from a3cli.work.folder import replacing
+from a3cli.work.files import replacing
 
 Outcome = Literal["passed", "failed", "skipped"]
 NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -1,21 +1,23 @@
 """Read the output of `a3 eval --json`: figures for a report or a model card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from a3cli.errors import A3Error
-from a3cli.work.folder import Json, read_json
+from a3cli.work.files import Json, read_json
+from a3cli.work.manifests import Part
 
 
-class Gate(BaseModel):
+class Gate(Part):
     model_config = ConfigDict(extra="ignore")
 
     gate: str
     failed: bool
 
 
-class Measured(BaseModel):
+class Measured(Part):
     """The figures of one data set; with `--against` also those of the source."""
 
     model_config = ConfigDict(extra="ignore")
@@ -30,12 +32,17 @@ class Measured(BaseModel):
     gates: list[Gate] = []
 
 
-def read_evaluation(path: Path) -> list[Json]:
+def as_recorded(measured: Sequence[Measured]) -> list[Json]:
+    """Return figures as manifests and cards hold them."""
+    return [each.model_dump() for each in measured]
+
+
+def read_evaluation(path: Path) -> list[Measured]:
     """Return one entry per data set. Raises A3Error naming a file that has other content."""
     found = read_json(path)
     sets = found.get("datasets")
     try:
-        return [Measured.model_validate(each).model_dump() for each in (sets if isinstance(sets, list) else [found])]
+        return [Measured.model_validate(each) for each in (sets if isinstance(sets, list) else [found])]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -13,11 +13,11 @@ from markupsafe import Markup
 from a3cli.errors import A3Error
 from a3cli.report import charts
 from a3cli.report.card import calibrate_commands, export_command, public_name, solve_command, spread
-from a3cli.report.measured import read_evaluation
+from a3cli.report.measured import as_recorded, read_evaluation
 from a3cli.runtimes import Verdict, summarise
 from a3cli.settings import COMPONENTS, LOSSES
 from a3cli.work.escape import printable
-from a3cli.work.folder import Json, replacing
+from a3cli.work.files import Json, replacing
 
 TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
@@ -32,7 +32,7 @@ def check_place(html: Path | None) -> Path:
 
 
 def read_evaluations(files: Sequence[Path]) -> list[Json]:
-    return [each for file in files for each in read_evaluation(file)]
+    return as_recorded([each for file in files for each in read_evaluation(file)])
 
 
 def write_report(found: Json, measured: list[Json], html: Path) -> Json:

@@ -28,28 +28,31 @@ from a3cli.text.blocks import (
     sample_blocks,
     tokenizer_fingerprint,
 )
-from a3cli.work.folder import (
+from a3cli.work.files import (
     Json,
-    Work,
     bytes_on_disk,
     check_hash,
     check_space,
-    differences,
     drop_leftovers,
     hash_file,
+    read_tensors,
+    replacing,
+    write_tensors,
+)
+from a3cli.work.folder import Work
+from a3cli.work.interrupt import Stop
+from a3cli.work.machine import Machine, choose_machine, find_device, free_memory, return_freed_memory
+from a3cli.work.manifests import CalibrationManifest
+from a3cli.work.processes import Processes, joined
+from a3cli.work.sealed import (
+    differences,
     name_differences,
     read_if_request_matches,
     read_manifest,
-    read_tensors,
     read_undamaged,
-    replacing,
     versions,
     write_manifest,
-    write_tensors,
 )
-from a3cli.work.interrupt import Stop
-from a3cli.work.machine import Machine, choose_machine, find_device, free_memory, return_freed_memory
-from a3cli.work.processes import Processes, joined
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ COMPUTING = ("a3cli", "torch", "transformers")  # a calibration uses one version
 
 def calibrate(
     settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress, stop: Stop | None = None
-) -> Json:
+) -> CalibrationManifest:
     """Compute the statistics of every decoder layer; return the manifest.
 
     A finished calibration with the same request is returned; an unfinished one resumes at its layer. All processes
@@ -113,7 +116,7 @@ class Calibration:
             "hidden_states": {},
         }
 
-    def run(self, processes: Processes, progress: Progress, *, overwrite: bool) -> Json:
+    def run(self, processes: Processes, progress: Progress, *, overwrite: bool) -> CalibrationManifest:
         """Run or resume the calibration; return the manifest."""
         fitting = self._fitting_batch(processes)
         kept = processes.from_main(lambda: self._kept(overwrite=overwrite))
@@ -285,7 +288,7 @@ class Calibration:
         if finished < layers:
             self.stop.before(f"layer {finished + 1} of {layers}", "rerun the same command to resume")
 
-    def _close(self, blocks: torch.Tensor) -> Json:
+    def _close(self, blocks: torch.Tensor) -> CalibrationManifest:
         manifest = {
             "request": self.done["request"],
             "text_read": self.done.get("text_read"),
@@ -296,7 +299,7 @@ class Calibration:
             "made_with": self.done["made_with"],
             "versions": versions(),
         }
-        written = write_manifest(self.work.calibration_manifest, manifest)
+        written = CalibrationManifest.write(self.work.calibration_manifest, manifest)
         remove_leftovers(self.work)
         return written
 
@@ -357,7 +360,9 @@ def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json
     write_manifest(work.source, record)
 
 
-def finished_manifest(work: Work, request: Json, settings: CalibrateSettings, *, overwrite: bool) -> Json | None:
+def finished_manifest(
+    work: Work, request: Json, settings: CalibrateSettings, *, overwrite: bool
+) -> CalibrationManifest | None:
     """Return the manifest of a finished calibration with this request, or None.
 
     Raises A3Error if the folder holds a calibration, finished or not, with another request, unless `overwrite`.
@@ -374,7 +379,9 @@ def finished_manifest(work: Work, request: Json, settings: CalibrateSettings, *,
             f"{path} belongs to a calibration with other settings (differs in "
             f"{differences(recorded, wanted, 'text')}); use --overwrite or another --work"
         )
-    return found if path == work.calibration_manifest else None
+    if path != work.calibration_manifest:
+        return None
+    return CalibrationManifest.parse(found, path, "use --overwrite")
 
 
 def write_hashed(path: Path, tensors: Tensors) -> str:

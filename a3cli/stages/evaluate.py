@@ -20,7 +20,7 @@ from a3cli.settings import EvalSettings, TextSettings
 from a3cli.settings.gates import describe
 from a3cli.stages.tasks import open_tasks, run_tasks
 from a3cli.text.blocks import TextRead, check_fit, check_texts, evaluation_blocks, load_tokenizer
-from a3cli.work.folder import Json
+from a3cli.work.files import Json
 from a3cli.work.machine import Machine, choose_machine
 
 CONFIDENCE = 0.95

@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,32 +38,28 @@ from a3cli.models.projections import apply_projection, pieces
 from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.models.shipped import module_name, shipped_files
 from a3cli.report.card import model_card, public_dataset, public_name, public_request
-from a3cli.report.manifest import MANIFEST, read_export_manifest
-from a3cli.report.measured import read_evaluation
+from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
+from a3cli.report.measured import Measured, as_recorded, read_evaluation
 from a3cli.runtimes import Verdict, judge, tokenizer_class_of
 from a3cli.settings import ExportSettings
 from a3cli.solvers.moments import Tensors
-from a3cli.work.folder import (
-    Draft,
+from a3cli.work.draft import Draft, drafting
+from a3cli.work.files import (
     Json,
-    Work,
     check_hashes,
     check_space,
     copy_file,
-    drafting,
     hash_file,
-    holding_target,
     making_scratch,
-    name_differences,
-    read_manifest,
     read_tensors,
-    versions,
     write_json,
-    write_manifest,
     writing,
 )
+from a3cli.work.folder import Work, holding_target
 from a3cli.work.interrupt import Stop
+from a3cli.work.manifests import CalibrationManifest, SolutionManifest, SourceRecord
 from a3cli.work.processes import ahead, one_core_each, spread
+from a3cli.work.sealed import name_differences, versions
 
 log = logging.getLogger(__name__)
 
@@ -76,19 +73,25 @@ Named = tuple[str, torch.Tensor]  # such rows, with the weight's name
 class Solution:
     """The manifest, and the projections of the layers that are being written."""
 
-    def __init__(self, manifest: Json, work: Work, *, held: int = 1) -> None:
+    def __init__(self, manifest: SolutionManifest, work: Work, *, held: int = 1) -> None:
         self.manifest = manifest
         self.layer: Callable[[int], Tensors] = lru_cache(maxsize=held)(
             lambda i: read_tensors(work.layer_solution(i), "run a3 solve --overwrite")
         )
-        self.sizes = [LayerSizes(**sizes) for sizes in manifest["sizes"]]
+        self.sizes = [LayerSizes(size.qk, size.ov, size.mlp) for size in manifest.sizes]
 
     @property
     def per_layer(self) -> bool:
-        return bool(self.manifest["shape"] == "per-layer")
+        return bool(self.manifest.shape == "per-layer")
+
+    def slots(self, layer: int) -> list[float]:
+        """Return the RoPE slots of a layer; none where heads keep their size in the stock shape."""
+        own: Any = self.manifest.rope_slots or []
+        chosen: list[float] = own[layer] if self.per_layer else own
+        return chosen
 
 
-def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None = None) -> Json:
+def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None = None) -> Manifest:
     """Write the compressed checkpoint to `out`; returns its manifest.
 
     Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use; CheckFailed if
@@ -101,7 +104,7 @@ def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None
         check_small_files(model.source, work)
         request = describe_request(settings, solution)
         measured = [
-            {**each, "dataset": public_dataset(each["dataset"])}
+            each.model_copy(update={"dataset": public_dataset(each.dataset)})
             for file in settings.evaluations
             for each in read_evaluation(file)
         ]
@@ -127,28 +130,28 @@ def describe_request(settings: ExportSettings, solution: Solution) -> Json:
     wanted = {"dtype", "max_shard_size"}
     return {
         "settings": settings.model_dump(mode="json", include=wanted),
-        "solution": solution.manifest["sha256"],
+        "solution": solution.manifest.sha256,
         "versions": versions(),
     }
 
 
-def finished_export(out: Path, request: Json, measured: list[Json]) -> Json | None:
+def finished_export(out: Path, request: Json, measured: list[Measured]) -> Manifest | None:
     """Return the manifest of a complete export with this request, as left by a kill at the end, or None."""
-    found: Json = {}
+    found = None
     with suppress(A3Error):  # missing, or not an a3 export
-        found = {} if out.is_symlink() else read_export_manifest(out / MANIFEST)
-    if not found or found["measured"] != measured:
+        found = None if out.is_symlink() else read_export_manifest(out / MANIFEST)
+    if found is None or as_recorded(found.measured) != as_recorded(measured):
         return None
-    settings = {name: found[name] for name in request["settings"]}
-    if {"settings": settings, "solution": found["solution"]["sha256"], "versions": found["versions"]} != request:
+    settings = {name: getattr(found, name) for name in request["settings"]}
+    if {"settings": settings, "solution": found.solution.sha256, "versions": found.versions.plain()} != request:
         return None
-    check_hashes({out / name: expected for name, expected in found["files"].items()}, "use --overwrite")
+    check_hashes({out / name: expected for name, expected in found.files.items()}, "use --overwrite")
     return found
 
 
 def check_small_files(source: Checkpoint, work: Work) -> None:
     """Raise A3Error unless tokenizer, generation config and the like are those that the calibration saw."""
-    recorded = read_manifest(work.source, "run a3 calibrate on the source again")["small_files"]
+    recorded = SourceRecord.read(work.source, "run a3 calibrate on the source again").small_files
     if differs := name_differences(recorded, source.hash_small_files()):
         raise A3Error(
             f"{source.name}: {differs} changed since a3 calibrate; restore the files, or rerun the same "
@@ -156,24 +159,24 @@ def check_small_files(source: Checkpoint, work: Work) -> None:
         )
 
 
-def check_same_files(one: Json, other: Json, out: Path) -> None:
+def check_same_files(one: Manifest, other: Manifest, out: Path) -> None:
     """Raise CheckFailed naming the files that two exports of the same inputs have different."""
-    if differs := name_differences(one["files"], other["files"]):
+    if differs := name_differences(one.files, other.files):
         raise CheckFailed(f"two exports of the same inputs differ in {differs}; {out} was not written")
 
 
-def read_solution(work: Work, *, held: int = 1) -> tuple[Json, Solution]:
+def read_solution(work: Work, *, held: int = 1) -> tuple[CalibrationManifest, Solution]:
     """Return calibration manifest and solution, checked against each other and against their files."""
     if not work.solution_manifest.is_file():
         raise A3Error(f"{work.folder} has no finished solution; run a3 solve first (--work names the folder)")
-    calibration = read_manifest(work.calibration_manifest, "run a3 calibrate --overwrite")
-    manifest = read_manifest(work.solution_manifest, "run a3 solve --overwrite")
-    if manifest["request"]["calibration"] != calibration["sha256"]:
+    calibration = CalibrationManifest.read(work.calibration_manifest, "run a3 calibrate --overwrite")
+    manifest = SolutionManifest.read(work.solution_manifest, "run a3 solve --overwrite")
+    if manifest.request.calibration != calibration.sha256:
         raise A3Error(
             f"{work.solution_manifest} was solved from another calibration than {work.calibration_manifest}; "
             "run a3 solve --overwrite"
         )
-    files = {work.layer_solution(layer): expected for layer, expected in enumerate(manifest["layers"])}
+    files = {work.layer_solution(layer): expected for layer, expected in enumerate(manifest.layers)}
     check_hashes(files, "run a3 solve --overwrite")
     return calibration, Solution(manifest, work, held=held)
 
@@ -220,13 +223,13 @@ def plan(model: Model, solution: Solution, settings: ExportSettings) -> dict[str
 def write_checkpoint(
     draft: Draft,
     model: Model,
-    calibration: Json,
+    calibration: CalibrationManifest,
     solution: Solution,
     shards: dict[str, list[PlannedTensor]],
     settings: ExportSettings,
-    measured: list[Json],
+    measured: list[Measured],
     stop: Stop,
-) -> Json:
+) -> Manifest:
     """Write weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
     folder = draft.folder
 
@@ -255,25 +258,24 @@ def write_checkpoint(
         "source": {
             "model": public_name({"model": model.source.name, "revision": model.source.revision}),
             "revision": model.source.revision,
-            "fingerprint": calibration["request"]["source"],  # checked when the source was opened
+            "fingerprint": calibration.request.source.plain(),  # checked when the source was opened
         },
         "calibration": {
-            "request": public_request(calibration["request"]),
-            "text_read": calibration.get("text_read"),
-            **{key: calibration[key] for key in ("tokens", "blocks", "tokens_hash", "sha256")},
-            "made_with": calibration.get("made_with"),
+            "request": public_request(calibration.request.plain()),
+            "made_with": None,
+            **calibration.plain(exclude={"request", "layers", "versions"}),
         },
-        "solution": {key: value for key, value in solution.manifest.items() if key != "layers"},
+        "solution": solution.manifest.plain(exclude={"layers"}),
         "dtype": settings.dtype,
         "max_shard_size": settings.max_shard_size,
-        "measured": measured,
+        "measured": as_recorded(measured),
         "runtimes": [asdict(verdict) for verdict in judge_export(config, model, solution)],
         "versions": versions(),
     }
     with writing(folder / "README.md"):
         (folder / "README.md").write_text(model_card(model, result), "utf-8")
     files = {p.name: hashes.get(p.name) or hash_file(p) for p in sorted(folder.iterdir())}
-    return write_manifest(folder / MANIFEST, {**result, "files": files})
+    return Manifest.write(folder / MANIFEST, {**result, "files": files})
 
 
 def judge_export(config: Json, model: Model, solution: Solution) -> list[Verdict]:
@@ -333,8 +335,8 @@ def converted(rows: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
     """Return the source's config.json with the changes of the solution."""
     changes = per_layer_changes(model, solution) if solution.per_layer else stock_changes(model, solution)
-    if solution.manifest["context"] != model.rope.context:  # lowered by --context
-        changes["max_position_embeddings"] = solution.manifest["context"]
+    if solution.manifest.context != model.rope.context:  # lowered by --context
+        changes["max_position_embeddings"] = solution.manifest.context
     gone = ROPE_KEYS if ROPE_KEYS & changes.keys() else set()
     config = {key: value for key, value in model.source.config.items() if key not in gone} | changes
     if settings.dtype != "source":
@@ -350,9 +352,9 @@ def stock_changes(model: Model, solution: Solution) -> Json:
     if model.source.stored_otherwise:  # config.json names only the decoder's class
         changes["architectures"] = [model.stock.name]
     if sizes.qk < model.shape.head_dim:
-        rope = replace(model.rope, context=solution.manifest["context"])
-        linear_factor = solution.manifest["request"]["settings"]["rope_form"] == "linear"
-        kept = kept_rope_config(rope, solution.manifest["rope_slots"], linear_factor=linear_factor)
+        rope = replace(model.rope, context=solution.manifest.context)
+        linear_factor = solution.manifest.request.settings.rope_form == "linear"
+        kept = kept_rope_config(rope, solution.slots(0), linear_factor=linear_factor)
         return changes | {"head_dim": sizes.qk, **kept}
     return changes | lowered_rope(model, solution)
 
@@ -366,7 +368,7 @@ def per_layer_changes(model: Model, solution: Solution) -> Json:
         "architectures": [model.family.per_layer_class],
         "auto_map": auto_map(model.family),
         "head_dim": model.shape.head_dim,
-        "per_layer_config": per_layer_config(solution.sizes, solution.manifest["rope_slots"]),
+        "per_layer_config": per_layer_config(solution.sizes, [solution.slots(i) for i in range(model.shape.layers)]),
         **both_spellings(model.rope.parameters),
         **lowered_rope(model, solution),
     }
@@ -380,7 +382,7 @@ def auto_map(family: Family) -> Json:
 
 def lowered_rope(model: Model, solution: Solution) -> Json:
     """Return RoPE of all pairs if `--context` lowered `max_position_embeddings`, on which some RoPE types depend."""
-    context, pairs = solution.manifest["context"], range(len(model.rope.short))
+    context, pairs = solution.manifest.context, range(len(model.rope.short))
     return {} if context == model.rope.context else kept_rope_config(replace(model.rope, context=context), pairs)
 
 

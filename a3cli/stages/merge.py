@@ -16,23 +16,21 @@ from a3cli.report.inspection import read_source
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.samples import NAMES, merge_samples
 from a3cli.stages.solve import read_calibration
-from a3cli.work.folder import (
+from a3cli.work.draft import drafting
+from a3cli.work.files import (
     Json,
-    Work,
     bytes_on_disk,
     check_hash,
-    differences,
-    drafting,
     hash_file,
     open_tensors,
-    read_manifest,
     read_named,
     read_tensors,
-    versions,
     write_json,
-    write_manifest,
     write_tensors,
 )
+from a3cli.work.folder import Work
+from a3cli.work.manifests import Calibration, CalibrationManifest, Ingredient
+from a3cli.work.sealed import differences, versions
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ SAME = ("source", "tokenizer", "dtype", "mlp_stats", "trust_remote_code")
 REMEDY = "run a3 calibrate --overwrite there"
 
 
-def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> Json:
+def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> CalibrationManifest:
     """Write the sum of the calibrations in `parts` to `target`; return its manifest.
 
     Raises A3Error for a calibration that is unfinished, altered, of another model or kind, or given twice, and if
@@ -55,7 +53,7 @@ def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> Json:
         request = merged_request(calibrations)
         if finished := finished_manifest(target, request, overwrite=overwrite):
             return finished
-        source = read_source(parts[0], calibrations[0])
+        source = read_source(parts[0], calibrations[0].request.source.plain()).plain()
         return write_merged(parts, calibrations, source, target, request)
 
 
@@ -72,18 +70,18 @@ def check_places(parts: Sequence[Work], target: Work) -> None:
         raise A3Error(f"--into {target.folder} is one of the work folders to merge; choose another")
 
 
-def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
+def check_alike(parts: Sequence[Work], calibrations: list[CalibrationManifest]) -> None:
     """Check that the sums are compatible and no text is in two of them. Raises A3Error."""
     first = calibrations[0]
     for work, other in zip(parts[1:], calibrations[1:], strict=True):
-        differing = [name for name in SAME if other["request"][name] != first["request"][name]]
-        if other["blocks"][1] != first["blocks"][1]:  # distances and the blocks' tensor depend on the length
+        differing = [name for name in SAME if getattr(other.request, name) != getattr(first.request, name)]
+        if other.blocks[1] != first.blocks[1]:  # distances and the blocks' tensor depend on the length
             differing.append("seq_len")
         if differing:
             raise A3Error(
                 f"{parts[0].folder} and {work.folder} cannot be merged: they differ in {', '.join(differing)}"
             )
-    seen = [each["calibration"] for calibration in calibrations for each in ingredients(calibration)]
+    seen = [each.calibration for calibration in calibrations for each in ingredients(calibration)]
     if len(set(seen)) < len(seen):
         raise A3Error(
             "the same calibration is given twice (itself or in an earlier merge), and its text would count twice; "
@@ -91,90 +89,96 @@ def check_alike(parts: Sequence[Work], calibrations: list[Json]) -> None:
         )
 
 
-def ingredients(calibration: Json) -> list[Json]:
+def ingredients(calibration: Calibration) -> list[Ingredient]:
     """Return a calibration's own text, or the parts that it was merged from."""
-    request = calibration["request"]
-    if "merged" in request:
-        return list(request["merged"])
-    own = {
-        "calibration": calibration["sha256"],
-        "text": request["text"],
-        "text_files": request["text_files"],
-        "text_read": calibration.get("text_read"),
-        "tokens": calibration["tokens"],
-        "device": request["device"],
-        "batch_size": request["batch_size"],
-        "made_with": calibration.get("made_with", []),
-    }
+    request = calibration.request
+    if request.merged is not None:
+        return request.merged
+    own = Ingredient(
+        calibration=calibration.sha256,
+        text=request.text,
+        text_files=request.text_files,
+        text_read=calibration.text_read,
+        tokens=calibration.tokens,
+        device=request.device,
+        batch_size=request.batch_size,
+        made_with=calibration.made_with or [],
+    )
     return [own]
 
 
-def merged_reading(request: Json) -> Json | None:
-    """Return the counts of rows over all texts of a merged request; None if one of them has none."""
-    parts = [each["text_read"] for each in request["merged"]]
-    if None in parts:
+def merged_reading(merged: Sequence[Ingredient]) -> Json | None:
+    """Return the counts of rows over all texts; None if one of them has none."""
+    parts = [each.text_read for each in merged if each.text_read is not None]
+    if len(parts) < len(merged):
         return None
-    counts = {key: sum(part[key] for part in parts) for key in ("rows", "skipped")}
-    return {**counts, "whole": all(part["whole"] for part in parts)}
+    return {
+        "rows": sum(part.rows for part in parts),
+        "skipped": sum(part.skipped for part in parts),
+        "whole": all(part.whole for part in parts),
+    }
 
 
-def merged_request(calibrations: list[Json]) -> Json:
+def merged_request(calibrations: Sequence[Calibration]) -> Json:
     """Return the merged calibration's request, with its parts."""
-    first = calibrations[0]["request"]
+    first = calibrations[0].request.plain()
     merged = [each for calibration in calibrations for each in ingredients(calibration)]
     text = {
         **first["text"],
-        "dataset": " + ".join(each["text"]["dataset"] for each in merged),
-        "samples": sum(calibration["blocks"][0] for calibration in calibrations),
+        "dataset": " + ".join(each.text.dataset for each in merged),
+        "samples": sum(calibration.blocks[0] for calibration in calibrations),
     }
-    return {**first, "text": text, "text_files": {}, "merged": merged}
+    return {**first, "text": text, "text_files": {}, "merged": [each.plain() for each in merged]}
 
 
-def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> Json | None:
+def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> CalibrationManifest | None:
     """Return the manifest of the same finished merge, or None. Raises A3Error for another one unless `overwrite`."""
     if overwrite or not (target.calibration_manifest.exists() or target.calibration_progress.exists()):
         return None
     if target.calibration_manifest.exists():
-        found = read_manifest(target.calibration_manifest, "use --overwrite")
-        if found["request"] == request:
+        found = CalibrationManifest.read(target.calibration_manifest, "use --overwrite")
+        recorded = found.request.plain()
+        if recorded == request:
             return found
-        what = f"differs in {differences(found['request'], request, 'text')}"
+        what = f"differs in {differences(recorded, request, 'text')}"
     else:
         what = "unfinished"
     raise A3Error(f"{target.folder} holds another calibration ({what}); use --overwrite or another --into")
 
 
-def write_merged(parts: Sequence[Work], calibrations: list[Json], source: Json, target: Work, request: Json) -> Json:
+def write_merged(
+    parts: Sequence[Work], calibrations: list[CalibrationManifest], source: Json, target: Work, request: Json
+) -> CalibrationManifest:
     """Write the merged calibration layer by layer; the folder appears when it is complete. Resumable."""
     for work, calibration in zip(parts, calibrations, strict=True):
-        check_hash(work.tokens, calibration["tokens_hash"], REMEDY)
+        check_hash(work.tokens, calibration.tokens_hash, REMEDY)
     with drafting(target.calibration, {**request, "versions": versions()}) as draft:
         draft.check_space(bytes_on_disk(parts[0].calibration.iterdir()), "the merged calibration")
         tokens = torch.cat([read_tensors(work.tokens, REMEDY)["tokens"] for work in parts])
         tokens_file = draft.folder / target.tokens.name
         write_tensors(tokens_file, {"tokens": tokens})
         hashes = []
-        for layer in range(len(calibrations[0]["layers"])):
+        for layer in range(len(calibrations[0].layers)):
             name = target.statistics(layer).name
             known = draft.finished_info(name)
             if known is None:
-                log.info("layer %d of %d", layer + 1, len(calibrations[0]["layers"]))
+                log.info("layer %d of %d", layer + 1, len(calibrations[0].layers))
                 for work, calibration in zip(parts, calibrations, strict=True):
-                    check_hash(work.statistics(layer), calibration["layers"][layer], REMEDY)
+                    check_hash(work.statistics(layer), calibration.layers[layer], REMEDY)
                 write_tensors(draft.folder / name, add_statistics([work.statistics(layer) for work in parts]))
                 known = draft.finish(name)
             hashes.append(known["hash"])
         write_json(target.source, source)
         manifest = {
             "request": request,
-            "text_read": merged_reading(request),
+            "text_read": merged_reading([each for calibration in calibrations for each in ingredients(calibration)]),
             "tokens": int(tokens.numel()),
             "blocks": list(tokens.shape),
             "tokens_hash": hash_file(tokens_file),
             "layers": hashes,
             "versions": versions(),
         }
-        return write_manifest(draft.folder / target.calibration_manifest.name, manifest)
+        return CalibrationManifest.write(draft.folder / target.calibration_manifest.name, manifest)
 
 
 def add_statistics(files: Sequence[Path]) -> Tensors:

@@ -30,19 +30,12 @@ from a3cli.stages.solve import (
 )
 from a3cli.stream.sweep import Progress
 from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
-from a3cli.work.folder import (
-    Json,
-    Work,
-    making_scratch,
-    read_if_request_matches,
-    read_json,
-    read_undamaged,
-    replacing,
-    versions,
-    write_manifest,
-)
+from a3cli.work.files import Json, making_scratch, replacing
+from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import return_freed_memory
+from a3cli.work.manifests import CalibrationManifest, SourceRecord
+from a3cli.work.sealed import read_if_request_matches, read_undamaged, versions, write_manifest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +65,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         check_statistics(work, calibration)
         points = Points(settings, work, calibration)
         for name, variant in variants_of(settings, model.family):
-            if variant["method"] == "best" and calibration["request"]["mlp_stats"] == "diagonal":
+            if variant["method"] == "best" and calibration.request.mlp_stats == "diagonal":
                 log.info("%s is left out: it needs a3 calibrate --mlp-stats full", name)
                 continue
             missing = [budget for budget in settings.budgets if not points.has(name, budget)]
@@ -99,7 +92,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         points.forget()
     return {
         "model": model.source.name,
-        "calibration": calibration["sha256"],
+        "calibration": calibration.sha256,
         "sensitivity": settings.sensitivity,
         "points": points.found,
     }
@@ -120,9 +113,9 @@ def variants_of(settings: ParetoSettings, family: Family) -> Iterator[tuple[str,
 class Points:
     """The finished points, in a file of the work folder, since measuring one point can take long."""
 
-    def __init__(self, settings: ParetoSettings, work: Work, calibration: Json) -> None:
+    def __init__(self, settings: ParetoSettings, work: Work, calibration: CalibrationManifest) -> None:
         self._file = work.points
-        self._settings, self._calibration = settings, calibration["sha256"]
+        self._settings, self._calibration = settings, calibration.sha256
         begun = read_undamaged(self._file)
         self._read: Json | None = begun.get("text_read") if begun else None
         read = self._read
@@ -165,7 +158,7 @@ def settings_of(settings: ParetoSettings, variant: Json, budget: float) -> Solve
     )
 
 
-def point(settings: SolveSettings, model: Model, calibration: Json, curves: list[Curves]) -> Json:
+def point(settings: SolveSettings, model: Model, calibration: CalibrationManifest, curves: list[Curves]) -> Json:
     """Return sizes, costs and predicted loss at one budget."""
     try:
         sizes = choose_sizes(settings, model.shape, curves)
@@ -187,15 +180,15 @@ def mean_sizes(sizes: list[LayerSizes]) -> Json:
 
 def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) -> Json:
     """Export the solution in `work` to `out` and return its evaluation."""
-    source = read_json(work.source)
+    source = SourceRecord.read(work.source, "run a3 calibrate on the source again")
     log.info("measuring %s, %s, at %g", settings.method, settings.shape, settings.budget)
     export(out, ExportSettings(), work)
     return evaluate(
         EvalSettings(
             model=str(out),
-            against=source["model"],
-            against_revision=source["revision"],
-            follow_symlinks=source.get("follow_symlinks") is True,
+            against=source.model,
+            against_revision=source.revision,
+            follow_symlinks=source.follow_symlinks,
             texts=(text,),
             bootstrap=0,
             device=settings.device,

@@ -33,7 +33,7 @@ from a3cli.models.hub import (
 )
 from a3cli.runtimes import Verdict, judge, tokenizer_class_of
 from a3cli.settings import PlanSettings
-from a3cli.work.folder import Json
+from a3cli.work.files import Json
 
 METHODS = ("paper", "best")
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

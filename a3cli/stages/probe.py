@@ -24,19 +24,12 @@ from a3cli.settings import COMPONENTS, Component
 from a3cli.stream.hidden import HiddenStates
 from a3cli.stream.smaller import Cut, SmallerDecoder
 from a3cli.stream.sweep import Arguments, Decoder, Progress, embed_all, run_layer
-from a3cli.work.folder import (
-    Json,
-    Work,
-    check_space,
-    hash_file,
-    read_if_request_matches,
-    read_manifest,
-    read_tensors,
-    versions,
-    write_manifest,
-)
+from a3cli.work.files import Json, check_space, hash_file, read_tensors
+from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import choose_machine
+from a3cli.work.manifests import CalibrationManifest
+from a3cli.work.sealed import read_if_request_matches, read_manifest, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +49,7 @@ Measured = list[dict[Component, dict[int, float]]]
 
 
 def probe(
-    method: Method, curves: list[Curves], work: Work, calibration: Json, progress: Progress, stop: Stop
+    method: Method, curves: list[Curves], work: Work, calibration: CalibrationManifest, progress: Progress, stop: Stop
 ) -> Measured:
     """Return KL at the probed sizes of every layer and component, reused from the work folder if measured before."""
     settings = method.settings
@@ -203,13 +196,13 @@ class _Run:
         return measured
 
 
-def describe_request(method: Method, calibration: Json) -> Json:
+def describe_request(method: Method, calibration: CalibrationManifest) -> Json:
     """Return everything that the measurements depend on; not the budget."""
     sizes = ("components", "head_multiple", "mlp_multiple", "min_head", "min_mlp")
     wanted = ("method", "shape", "context", "eigenvalue_floor", "ridge", "probe_blocks", "probe_points", "dtype")
     settings = method.settings.model_dump(mode="json")
     chosen = {key: settings[key] for key in (*sizes, *wanted)}
-    return {**chosen, "calibration": calibration["sha256"], "versions": versions()}
+    return {**chosen, "calibration": calibration.sha256, "versions": versions()}
 
 
 def plan_probes(curves: list[Curves], points: int) -> list[Probe]:

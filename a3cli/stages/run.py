@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from a3cli.errors import A3Error
-from a3cli.report.manifest import MANIFEST, read_export_manifest
+from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.settings.options import command_words
 from a3cli.stages.calibrate import calibrate
@@ -21,18 +21,12 @@ from a3cli.stages.solve import check_settings, solve
 from a3cli.stages.verify import verify
 from a3cli.stream.sweep import Progress
 from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
-from a3cli.work.folder import (
-    Json,
-    Work,
-    check_hashes,
-    hash_json,
-    read_if_request_matches,
-    read_manifest,
-    versions,
-    write_manifest,
-)
+from a3cli.work.files import Json, check_hashes, hash_json
+from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
+from a3cli.work.manifests import SolutionManifest
 from a3cli.work.processes import launch, without_output
+from a3cli.work.sealed import read_if_request_matches, read_manifest, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -54,27 +48,30 @@ def run_recipe(
     """
     check_settings(recipe.solve)
     work = Work(recipe.work)
-    results = {}
+    results: Json = {}
     log.info("calibrate")
     begin_anew = overwrite
     if recipe.calibrate.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
         calibrate_in_processes(recipe.calibrate, work, overwrite=overwrite, stop=stop, quiet=quiet)
         begin_anew = False
     with progress() as report:
-        results["calibrate"] = calibrate(recipe.calibrate, work, overwrite=begin_anew, progress=report, stop=stop)
+        calibration = calibrate(recipe.calibrate, work, overwrite=begin_anew, progress=report, stop=stop)
+        results["calibrate"] = calibration.plain()
     log.info("solve")
     with progress() as report:
-        results["solve"] = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
+        solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
+    results["solve"] = solution.plain()
     log.info("export")
-    results["export"] = exported(recipe, work, results["solve"], overwrite=overwrite, stop=stop)
+    manifest = exported(recipe, work, solution, overwrite=overwrite, stop=stop)
+    results["export"] = manifest.plain()
     if recipe.verify:
         log.info("verify")
-        results["verify"] = verified(recipe.verify, recipe, work, results["export"], overwrite=overwrite)
+        results["verify"] = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite)
         if not results["verify"]["passed"]:
             return results
     if recipe.evaluation is not None:
         log.info("eval")
-        results["eval"] = evaluated(recipe.evaluation, work, results["export"], overwrite=overwrite)
+        results["eval"] = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite)
     return results
 
 
@@ -90,7 +87,7 @@ def calibrate_in_processes(
         launch(settings.num_processes, command_words("calibrate", settings.model, options))
 
 
-def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, stop: Stop) -> Json:
+def exported(recipe: Recipe, work: Work, solution: SolutionManifest, *, overwrite: bool, stop: Stop) -> Manifest:
     """Export unless `out` is complete and has this solution and settings; return the manifest.
 
     A damaged export is replaced, with a warning that names the file.
@@ -100,7 +97,7 @@ def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, sto
         try:
             found = read_export_manifest(recipe.out / MANIFEST)
             if is_asked_for(found, recipe.export, solution):
-                check_hashes({recipe.out / name: digest for name, digest in found["files"].items()}, "export again")
+                check_hashes({recipe.out / name: digest for name, digest in found.files.items()}, "export again")
                 return found
         except A3Error as damage:
             log.warning("exporting %s again: %s", recipe.out, damage)
@@ -109,19 +106,23 @@ def exported(recipe: Recipe, work: Work, solution: Json, *, overwrite: bool, sto
     return export(recipe.out, settings, work, stop=stop)
 
 
-def is_asked_for(manifest: Json, settings: ExportSettings, solution: Json) -> bool:
+def is_asked_for(manifest: Manifest, settings: ExportSettings, solution: SolutionManifest) -> bool:
     asked = {"dtype": settings.dtype, "max_shard_size": settings.max_shard_size}
-    same_settings = all(manifest[name] == value for name, value in asked.items())
-    return bool(same_settings and manifest["solution"]["sha256"] == solution["sha256"])
+    same_settings = all(getattr(manifest, name) == value for name, value in asked.items())
+    return bool(same_settings and manifest.solution.sha256 == solution.sha256)
 
 
-def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Json, *, overwrite: bool) -> Json:
+def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Manifest, *, overwrite: bool) -> Json:
     """Return the outcomes of the checks, cached in the work folder for this export and these versions if all passed.
 
     The code of a per-layer export may run: `verify` runs it only if it is the file that a3 ships.
     """
     settings = settings.model_copy(update={"trust_remote_code": True})
-    request = {"settings": settings.model_dump(mode="json"), "export": hash_json(manifest), "versions": versions()}
+    request = {
+        "settings": settings.model_dump(mode="json"),
+        "export": hash_json(manifest.plain()),
+        "versions": versions(),
+    }
     if not overwrite and (found := read_if_request_matches(work.verification, request)):
         return dict(found["result"])
     result = verify(recipe.out, settings, work)
@@ -131,7 +132,7 @@ def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Jso
     return result
 
 
-def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: bool) -> Json:
+def evaluated(settings: EvalSettings, work: Work, manifest: Manifest, *, overwrite: bool) -> Json:
     """Return the measured figures, cached in the work folder with their request."""
     check_texts(settings.texts)
     if work.evaluation.is_file() and not overwrite:
@@ -145,13 +146,13 @@ def evaluated(settings: EvalSettings, work: Work, manifest: Json, *, overwrite: 
     return result
 
 
-def describe_request(settings: EvalSettings, manifest: Json, files: list[Json]) -> Json:
+def describe_request(settings: EvalSettings, manifest: Manifest, files: list[Json]) -> Json:
     """Return everything that an evaluation's figures depend on; `files` are those read of each text."""
     texts = [as_compared(describe_text(text), read) for text, read in zip(settings.texts, files, strict=True)]
     return {
         "settings": {**settings.model_dump(mode="json"), "texts": texts},
         "text_files": files,
-        "export": hash_json(manifest),
+        "export": hash_json(manifest.plain()),
     }
 
 

@@ -28,27 +28,23 @@ from a3cli.stages.probe import probe, weigh
 from a3cli.stream.sequential import refit_sequentially
 from a3cli.stream.smaller import Cut, SmallerDecoder
 from a3cli.stream.sweep import Decoder, Progress
-from a3cli.work.folder import (
-    Draft,
+from a3cli.work.draft import Draft, drafting
+from a3cli.work.files import (
     Json,
-    Work,
     bytes_on_disk,
     check_hashes,
     check_space,
-    differences,
-    drafting,
     hash_file,
-    layer_file,
-    read_manifest,
     read_tensors,
-    versions,
-    write_manifest,
     write_tensors,
     writing,
 )
+from a3cli.work.folder import Work, layer_file
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import choose_machine, explaining_memory, load_linear_algebra, return_freed_memory
+from a3cli.work.manifests import CalibrationManifest, SolutionManifest
 from a3cli.work.processes import spread
+from a3cli.work.sealed import differences, versions
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +57,7 @@ STREAMS = "streams"  # folder of the sequential correction's hidden states, in t
 
 def solve(
     settings: SolveSettings, work: Work, *, overwrite: bool, progress: Progress, stop: Stop | None = None
-) -> Json:
+) -> SolutionManifest:
     """Choose sizes for a budget and write each layer's projections; return the manifest.
 
     Raises A3Error if the statistics are missing, altered or of another source, or if the budget cannot be
@@ -80,21 +76,21 @@ def solve(
         return write_solution(settings, work, calibration, method, curves, progress, stop)
 
 
-def describe_request(settings: SolveSettings, calibration: Json) -> Json:
+def describe_request(settings: SolveSettings, calibration: CalibrationManifest) -> Json:
     """Return everything that a solution depends on."""
     chosen = settings.model_dump(mode="json", exclude={"num_processes"})  # does not change the bytes
-    return {"settings": chosen, "calibration": calibration["sha256"]}
+    return {"settings": chosen, "calibration": calibration.sha256}
 
 
 def write_solution(
     settings: SolveSettings,
     work: Work,
-    calibration: Json,
+    calibration: CalibrationManifest,
     method: Method,
     curves: list[Curves],
     progress: Progress,
     stop: Stop,
-) -> Json:
+) -> SolutionManifest:
     """Choose sizes from a finished analysis and write each layer's projections; return the manifest."""
     model = method.model
     layers = range(model.shape.layers)
@@ -141,7 +137,7 @@ def write_solution(
             "layers": hashes,
             "versions": versions(),
         }
-        sealed = write_manifest(draft.folder / work.solution_manifest.name, manifest)
+        sealed = SolutionManifest.write(draft.folder / work.solution_manifest.name, manifest)
         if settings.sequential:
             drop_steps(draft, layers)
         return sealed
@@ -158,7 +154,7 @@ def describe_choice(settings: SolveSettings, model: Model, sizes: list[LayerSize
 
 
 def analyse(
-    settings: SolveSettings, model: Model, work: Work, calibration: Json, progress: Progress, stop: Stop
+    settings: SolveSettings, model: Model, work: Work, calibration: CalibrationManifest, progress: Progress, stop: Stop
 ) -> tuple[Method, list[Curves]]:
     """Analyse all layers with the method; return it and the error curves, which do not depend on the budget."""
     check_settings_of_model(settings, model)
@@ -236,10 +232,10 @@ def check_settings(settings: SolveSettings) -> None:
         raise A3Error("bad settings: " + "; ".join(problems))
 
 
-def read_calibration(work: Work) -> Json:
+def read_calibration(work: Work) -> CalibrationManifest:
     if not work.calibration_manifest.is_file():
         raise A3Error(f"{work.folder} has no finished calibration; run a3 calibrate first (--work names the folder)")
-    return read_manifest(work.calibration_manifest, "run a3 calibrate --overwrite")
+    return CalibrationManifest.read(work.calibration_manifest, "run a3 calibrate --overwrite")
 
 
 def bytes_needed(shape: ModelShape, sizes: list[LayerSizes], settings: SolveSettings) -> int:
@@ -248,23 +244,24 @@ def bytes_needed(shape: ModelShape, sizes: list[LayerSizes], settings: SolveSett
     return sum(costs.solution_bytes(shape, size, settings.method) for size in sizes)
 
 
-def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> Json | None:
+def finished_manifest(work: Work, request: Json, *, overwrite: bool) -> SolutionManifest | None:
     """Return the manifest of a finished solution with this request, or None. Raises A3Error for another one."""
     if work.solution_manifest.is_file() and not overwrite:
-        found = read_manifest(work.solution_manifest, "use --overwrite")
-        if found["request"] == request:
+        found = SolutionManifest.read(work.solution_manifest, "use --overwrite")
+        recorded = found.request.plain()
+        if recorded == request:
             return found
         raise A3Error(
             f"{work.solution} holds a solution with other settings (differs in "
-            f"{differences(found['request'], request, 'settings')}); use --overwrite or another --work"
+            f"{differences(recorded, request, 'settings')}); use --overwrite or another --work"
         )
     return None
 
 
-def check_statistics(work: Work, calibration: Json) -> None:
+def check_statistics(work: Work, calibration: CalibrationManifest) -> None:
     """Check the hashes of the calibration's files. Raises A3Error."""
-    files = {work.statistics(layer): expected for layer, expected in enumerate(calibration["layers"])}
-    check_hashes({work.tokens: calibration["tokens_hash"], **files}, "run a3 calibrate --overwrite")
+    files = {work.statistics(layer): expected for layer, expected in enumerate(calibration.layers)}
+    check_hashes({work.tokens: calibration.tokens_hash, **files}, "run a3 calibrate --overwrite")
 
 
 def correct(
@@ -441,11 +438,13 @@ def weights_to_remove(budget: float, weights: int) -> int:
     return math.ceil(Fraction(str(budget)) * weights)
 
 
-def describe_result(model: Model, settings: SolveSettings, calibration: Json, sizes: list[LayerSizes]) -> Json:
+def describe_result(
+    model: Model, settings: SolveSettings, calibration: CalibrationManifest, sizes: list[LayerSizes]
+) -> Json:
     """Return the requested and reached budget, sizes, and the costs of the compressed model."""
     shape, before = model.shape, model.shape.sizes
     removed, total = costs.removed_parameters(shape, sizes), costs.linear_weights(shape, before)
-    item, seq_len = model.source.dtype.itemsize, calibration["blocks"][1]
+    item, seq_len = model.source.dtype.itemsize, calibration.blocks[1]
     return {
         "shape": settings.shape,
         "full_size": asdict(before[0]),
@@ -513,7 +512,7 @@ def describe_curves(curves: Curves) -> Json:
     }
 
 
-def tokens_per_dimension(shape: ModelShape, calibration: Json) -> Json:
+def tokens_per_dimension(shape: ModelShape, calibration: CalibrationManifest) -> Json:
     """Return the number of tokens per dimension for a head and for the MLP."""
-    tokens = calibration["tokens"]
+    tokens = calibration.tokens
     return {"head": tokens / shape.head_dim, "mlp": tokens / shape.intermediate_size}

@@ -11,7 +11,7 @@ from typing import Any
 
 from a3cli.errors import A3Error, first_line
 from a3cli.settings import EvalSettings
-from a3cli.work.folder import Json
+from a3cli.work.files import Json
 
 log = logging.getLogger(__name__)
 

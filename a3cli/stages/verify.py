@@ -32,18 +32,10 @@ from a3cli.report.manifest import MANIFEST
 from a3cli.settings import ExportSettings, VerifySettings
 from a3cli.stages.export import Solution, auto_map, read_solution
 from a3cli.stream.reference import FullSizeReference, reference_logits
-from a3cli.work.folder import (
-    Json,
-    Work,
-    check_hash,
-    hash_file,
-    read_json,
-    read_manifest,
-    read_tensors,
-    unaltered,
-    versions,
-)
+from a3cli.work.files import Json, check_hash, hash_file, read_json, read_tensors
+from a3cli.work.folder import Work
 from a3cli.work.machine import Machine, choose_machine
+from a3cli.work.sealed import read_manifest, unaltered, versions
 
 log = logging.getLogger(__name__)
 
@@ -243,8 +235,7 @@ class Reference:
 
     def logits(self, tokens: torch.Tensor, machine: Machine, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits `[B, T, V]` in float64, and in `machine.dtype` with weights rounded to the export's dtypes."""
-        rope_slots, layers = self.solution.manifest["rope_slots"], self.model.shape.layers
-        slots = rope_slots if self.solution.per_layer else [rope_slots] * layers
+        slots = [self.solution.slots(layer) for layer in range(self.model.shape.layers)]
         exact = FullSizeReference(self.model, Machine(machine.device, torch.float64), self.solution.layer, slots)
         rounded = FullSizeReference(
             self.model,
@@ -271,7 +262,7 @@ def open_reference(work: Work, manifest: Json) -> Reference | Json:
         # A folder in use fails too: the solution exists and was not compared; rerun the command later.
         with work.locked():
             calibration, solution = read_solution(work)
-            check_hash(work.tokens, calibration["tokens_hash"], "run a3 calibrate --overwrite")
+            check_hash(work.tokens, calibration.tokens_hash, "run a3 calibrate --overwrite")
             return Reference(open_calibrated_source(work, calibration), solution)
     except A3Error as error:
         return check("reference", "failed", str(error))

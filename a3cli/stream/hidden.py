@@ -18,7 +18,7 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import fill, tensor_bytes
-from a3cli.work.folder import hash_json, reading, writing
+from a3cli.work.files import hash_json, reading, writing
 
 
 class Blocks(Protocol):

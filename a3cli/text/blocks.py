@@ -18,7 +18,7 @@ import torch
 
 from a3cli.errors import A3Error, first_line
 from a3cli.settings import TextSettings
-from a3cli.work.folder import Json, hash_file
+from a3cli.work.files import Json, hash_file
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from a3cli.work.folder import Json
+from a3cli.work.files import Json
 
 NGRAM = 13  # tokens; a repeated sequence of this length is a copy rather than a phrase
 OVERLAP = 0.5  # share of a block's n-grams in another block from which on the two count as duplicates

@@ -29,6 +29,7 @@ from a3cli.stages.calibrate import describe_request
 from a3cli.stages.merge import merged_request
 from a3cli.work.escape import printable
 from a3cli.work.machine import Machine
+from a3cli.work.manifests import Calibration
 from tests.conftest import snapshot
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -170,6 +171,8 @@ def calibrations(draw, checkpoint, **same: Any) -> Calibrated:
         "request": describe_request(settings, checkpoint, machine),
         "made_with": [{"processes": settings.num_processes, "batch_size": batch_size}] * 2,
         "tokens": settings.text.samples * settings.text.seq_len,
+        "text_read": None,
+        "tokens_hash": "blake3:" + "0" * 64,
         "blocks": [settings.text.samples, settings.text.seq_len],
         "sha256": draw(st.from_regex("[0-9a-f]{64}", fullmatch=True)),
     }
@@ -201,7 +204,7 @@ def test_merged_calibrations_have_a_command_each(data, opened, settings_of):
     own = ("text", "batch_size", "device", "num_processes")
     same = {name: getattr(first.settings, name) for name in CALIBRATE if name not in own}
     others = data.draw(st.lists(calibrations(opened, **same), min_size=1, max_size=3))
-    request = merged_request([each.manifest for each in (first, *others)])
+    request = merged_request([Calibration.model_validate(each.manifest) for each in (first, *others)])
     *lines, merge = calibrate_commands(first.settings.model, first.settings.revision, {"request": request})
     assert [settings_of(line) for line in lines] == [named(each.expected) for each in (first, *others)]
     works = [shlex.split(line)[-1] for line in lines]

@@ -305,7 +305,7 @@ def test_same_inputs_give_the_same_bytes(a3, checkpoint, text_file, tmp_path):
 
 
 def test_manifest_names_every_file_by_hash(a3, checkpoint, text_file, tmp_path):
-    from a3cli.work.folder import hash_file
+    from a3cli.work.files import hash_file
 
     out = run_chain(a3, checkpoint("llama-gqa"), text_file, tmp_path, "--budget", 0.25, "--head-multiple", 2)
     manifest = json.loads((out / "a3_manifest.json").read_text())
@@ -420,7 +420,7 @@ def test_disk_that_a_solution_takes_is_what_was_asked_for(method, sequential, a3
     text = ("--dataset", text_file, "--samples", 4, "--seq-len", 64)
     assert a3("calibrate", source, *text, "--work", work).code == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("a3cli.work.folder.Draft.check_space", lambda _self, needed, what: asked.append(needed))
+        patch.setattr("a3cli.work.draft.Draft.check_space", lambda _self, needed, what: asked.append(needed))
         options = ("--sequential",) if sequential else ()
         budgets, multiples = (
             ("--attention-budget", 0.25, "--mlp-budget", 0.25),

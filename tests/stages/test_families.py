@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from a3cli.models.families import FAMILIES
 from a3cli.models.families.llama import FAMILY as LLAMA
-from a3cli.work.folder import read_json
+from a3cli.work.files import read_json
 from tests.conftest import SHORT, SOLVE, refused
 
 

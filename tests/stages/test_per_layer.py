@@ -23,7 +23,9 @@ from a3cli.models.families import LayerSizes
 from a3cli.models.model import describe
 from a3cli.settings import ExportSettings, SolveSettings, TextSettings
 from a3cli.stages.export import export
-from a3cli.work.folder import Json, Work, hash_file, write_manifest, write_tensors
+from a3cli.work.files import Json, hash_file, write_tensors
+from a3cli.work.folder import Work
+from a3cli.work.sealed import write_manifest
 from tests.conftest import MODELS, VOCABULARY, as_slots, build_model, build_tokenizer, mlp_linears
 
 LENGTH = 120  # beyond the longrope source's original context

@@ -30,8 +30,10 @@ from a3cli.stages.verify import (
     run_checker,
     verify,
 )
-from a3cli.work.folder import Work, hash_file, write_manifest
+from a3cli.work.files import hash_file
+from a3cli.work.folder import Work
 from a3cli.work.machine import Machine
+from a3cli.work.sealed import write_manifest
 from tests.conftest import MODELS
 
 pytestmark = pytest.mark.usefixtures("hasty")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from a3cli.errors import A3Error
 from a3cli.settings import TextSettings
 from a3cli.text import blocks as text
-from a3cli.work.folder import hash_file
+from a3cli.work.files import hash_file
 from tests.conftest import build_tokenizer
 
 TOKENIZER = build_tokenizer()

@@ -20,9 +20,9 @@ from a3cli.cli import display
 from a3cli.errors import Interrupted
 from a3cli.methods.best import Best
 from a3cli.stages import solve as solve_module
-from a3cli.work.folder import versions
 from a3cli.work.interrupt import Stop, stopping
 from a3cli.work.machine import Machine
+from a3cli.work.sealed import versions
 from a3cli.work.writer import HashingWriter
 from tests.conftest import refused
 

@@ -9,7 +9,7 @@ import pytest
 
 from a3cli.stages import export, merge, solve
 from a3cli.stream.hidden import StatesOnDisk
-from a3cli.work.folder import Draft
+from a3cli.work.draft import Draft
 from tests.conftest import SHORT, SOLVE, refused, snapshot
 
 pytestmark = pytest.mark.usefixtures("hasty")

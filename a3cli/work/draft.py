@@ -1,0 +1,115 @@
+"""An unfinished folder beside its place: its finished files are kept for the next command with the same request."""
+
+import logging
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from a3cli.errors import CannotRead, CannotWrite, Interrupted, OutOfMemory
+from a3cli.work.files import Json, bytes_on_disk, check_space, hash_file, making, writing
+from a3cli.work.sealed import read_if_request_matches, write_manifest
+
+log = logging.getLogger(__name__)
+
+
+class Draft:
+    """An unfinished folder: its finished files, and the information recorded for each.
+
+    The record is a file beside the folder. Several threads may finish files at once.
+    """
+
+    def __init__(self, folder: Path, progress: Path, request: Json) -> None:
+        self.folder, self._progress, self._request = folder, progress, request
+        self._finished: dict[str, Json] = {}
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Keep the finished files if they belong to this request; otherwise start with an empty folder."""
+        found = read_if_request_matches(self._progress, self._request)
+        if found and self.folder.is_dir() and not self.folder.is_symlink():
+            self._finished = found["finished"]
+            self.drop_unfinished()
+            log.info("resuming with %d finished files of %s", len(self._finished), self.folder)
+        else:
+            self.remove()
+            self.folder.mkdir()
+
+    def finished_info(self, name: str) -> Json | None:
+        """Return what `finish` recorded for a file, or None if the file is unfinished or has changed since."""
+        known = self._finished.get(name)
+        if known is None:
+            return None
+        path = self.folder / name
+        if path.is_file() and hash_file(path) == known["hash"]:
+            return known
+        log.warning("%s has changed since it was written; it is computed again", path)
+        return None
+
+    def finish(self, name: str, digest: str | None = None, **info: Any) -> Json:
+        """Record that a file is complete, with its hash and `info` for later steps; return the record."""
+        known = {**info, "hash": digest or hash_file(self.folder / name)}
+        with self._lock:
+            self._finished[name] = known
+            write_manifest(self._progress, {"request": self._request, "finished": self._finished})
+        return known
+
+    def check_space(self, needed: int, what: str) -> None:
+        """Call `check_space` for a folder that will hold `needed` bytes, minus the bytes that exist already."""
+        check_space(self.folder.parent, needed - bytes_on_disk(self.folder.iterdir()), what)
+
+    def drop_unfinished(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name not in self._finished and not path.is_dir():
+                path.unlink()
+
+    def leave(self) -> None:
+        """Keep the finished files for the next command; remove the folder if there are none."""
+        if self._finished:
+            self.drop_unfinished()
+        else:
+            self.remove()
+
+    def forget(self) -> None:
+        self._progress.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        self.forget()
+        if self.folder.is_symlink():
+            self.folder.unlink()
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
+
+
+@contextmanager
+def drafting(target: Path, request: Json) -> Iterator[Draft]:
+    """Yield the draft of a folder that takes `target`'s place only if the block succeeds.
+
+    If the process is killed or interrupted, the disk is full, or a file cannot be read, its finished files stay beside
+    `target`, and the next command with the same request resumes with them. Any other error leaves nothing.
+    """
+    partial, replaced = (target.with_name(f".{target.name}.a3-{what}") for what in ("partial", "replaced"))
+    draft = Draft(partial, target.with_name(f".{target.name}.a3-progress.json"), request)
+    with making(target.parent):
+        shutil.rmtree(replaced, ignore_errors=True)  # left by a killed process: the lock is held
+        try:
+            with writing(target):
+                draft.begin()
+            yield draft
+            with writing(target):
+                if target.exists():  # moved, not removed: half removed, it could look complete
+                    target.rename(replaced)
+                partial.rename(target)
+                draft.forget()
+        except (Interrupted, KeyboardInterrupt, CannotRead, CannotWrite, OutOfMemory, OSError, SafetensorError):
+            draft.leave()
+            raise
+        except BaseException:
+            draft.remove()
+            raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,277 @@
+"""What calibration, solution and source record, as pydantic models: the manifests of the work folder.
+
+An export's manifest (`report/manifest.py`) holds the same models, and docs/ has their JSON Schema. The schema is closed:
+an unknown field makes a manifest invalid.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
+
+from a3cli.errors import A3Error
+from a3cli.settings import SolveSettings, TextSettings
+from a3cli.work.files import Json, hash_json, read_json, write_json
+from a3cli.work.sealed import unaltered
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of JSON content
+FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
+ShardHash = Annotated[str, Field(pattern="^(sampled-)?blake3:[0-9a-f]{64}$")]
+TextFiles = Annotated[
+    dict[str, FileHash],
+    Field(description="hash of each local file that was read, by its path in the data set; empty for a Hub data set"),
+]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pair = Annotated[float, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """A part of a manifest. Its Python names may differ from the file's: `config` is `config.json` there."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    def plain(self, **which: Any) -> Json:
+        """Return the content as JSON has it, without entries that were never set."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True, **which)
+
+
+class Sealed(Part):
+    """A manifest: a file with a hash of its own content."""
+
+    sha256: Sha256 = Field(description="hash of the rest of the file")
+
+    @classmethod
+    def write(cls, path: Path, content: Json) -> Self:
+        """Write a manifest with this content and return it."""
+        sealed = {**content, "sha256": hash_json(content)}
+        manifest = cls.model_validate(sealed)
+        write_json(path, sealed)
+        return manifest
+
+    @classmethod
+    def read(cls, path: Path, remedy: str) -> Self:
+        """Return the manifest in a file. Raises A3Error if it is missing, malformed, altered or of another version."""
+        return cls.parse(unaltered(read_json(path, remedy), path, remedy), path, remedy)
+
+    @classmethod
+    def parse(cls, content: Json, path: Path, remedy: str) -> Self:
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise A3Error(
+                f"{path} does not follow the schema of this version of a3 ({where}: {first['msg']}); {remedy}"
+            ) from None
+
+
+class Fingerprint(Part):
+    """Identity of a source: hashes of its configuration, of samples of each shard and, with --full-check, of all."""
+
+    config: Sha256 = Field(alias="config.json", description="hash of config.json in canonical form")
+    shards: dict[str, ShardHash] = Field(min_length=1)
+    in_full: dict[str, FileHash] | None = None
+
+
+class Source(Part):
+    model: str = Field(description="name of the folder, or Hub id")
+    revision: str | None = Field(description="commit on the Hub; null for a folder")
+    fingerprint: Fingerprint
+
+
+class MadeWith(Part):
+    """How the sums of one layer were divided, on which rounding depends."""
+
+    processes: Size
+    batch_size: Size = Field(description="blocks per batch of each process")
+
+
+class TextRead(Part):
+    """What was read of a data set."""
+
+    rows: Count = Field(description="rows read; text of .txt files is not counted")
+    skipped: Count = Field(description="rows without text: null, empty or only white space")
+    whole: bool = Field(description="whether the data set was read to its end")
+
+
+class Ingredient(Part):
+    """One of the calibrations that were merged."""
+
+    calibration: Sha256 = Field(description="hash of its manifest")
+    text: TextSettings
+    text_files: TextFiles
+    text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
+    tokens: Size
+    device: str
+    batch_size: Size | Literal["auto"]
+    made_with: list[MadeWith] = Field(description="one entry per layer")
+
+
+class CalibrationRequest(Part):
+    text: TextSettings
+    text_files: TextFiles
+    source: Fingerprint
+    tokenizer: dict[str, FileHash]
+    batch_size: Size | Literal["auto"]
+    mlp_stats: Literal["full", "diagonal"]
+    device: str
+    dtype: str
+    trust_remote_code: bool = Field(description="whether code of the source's tokenizer or model could run")
+    merged: list[Ingredient] | None = None
+
+
+class Calibration(Part):
+    request: CalibrationRequest
+    text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
+    tokens: Size
+    blocks: tuple[Size, Size] = Field(description="number of blocks, and their length in tokens")
+    tokens_hash: FileHash
+    made_with: list[MadeWith] | None = Field(
+        default=None, description="one entry per layer; null for merged calibrations"
+    )
+    sha256: Sha256 = Field(description="hash of the calibration's manifest")
+
+
+class Sizes(Part):
+    qk: Size
+    ov: Size
+    mlp: Size
+
+
+class ByComponent(Part):
+    qk: Loss
+    ov: Loss
+    mlp: Loss
+
+
+class Change(Part):
+    before: Size
+    after: Size
+
+
+class Flops(Change):
+    seq_len: Size
+
+
+class Curve(Part):
+    size: list[Size] = Field(min_length=1)
+    loss: list[Loss] = Field(min_length=1)
+
+
+class Curves(Part):
+    qk: Curve
+    ov: Curve
+    mlp: Curve
+
+
+class ByDistance(Part):
+    distance: list[Count]
+    relative: list[Loss]
+
+
+class EffectiveRank(Part):
+    qk: list[Loss] = Field(description="one per KV head")
+    ov: list[Loss] = Field(description="one per KV head")
+    mlp: Loss
+
+
+class Floored(Part):
+    ov: list[Count] = Field(description="number of eigenvalues raised to the floor, per KV head")
+
+
+class Damping(Part):
+    """Damping relative to the mean of the Gram matrix's diagonal; above --ridge for singular statistics."""
+
+    ov: Loss | None = None
+    mlp: Loss | None = None
+
+
+class AttentionError(Part):
+    """Relative squared error of the stream on validation samples, with the closed form's query and key maps and with
+    refined ones.
+    """
+
+    closed_form: Loss
+    refined: Loss
+
+
+class TokensPerDimension(Part):
+    head: Loss
+    mlp: Loss
+
+
+class Layer(Part):
+    effective_rank: EffectiveRank
+    floored_eigenvalues: Floored
+    energy: ByComponent = Field(description="loss of keeping nothing")
+    attention_error: AttentionError | None = Field(description="only for smaller heads, with --method best")
+    damping: Damping = Field(description="damping used by the refits")
+    curves: Curves
+    score_error: ByDistance
+    tokens_per_dimension: TokensPerDimension
+
+
+class SolutionRequest(Part):
+    settings: SolveSettings
+    calibration: Sha256
+
+
+class Versions(Part):
+    a3cli: str
+    python: str
+    torch: str
+    transformers: str
+    safetensors: str
+    tokenizers: str
+
+
+class Solution(Part):
+    request: SolutionRequest
+    shape: Literal["stock", "per-layer"]
+    full_size: Sizes
+    sizes: list[Sizes] = Field(min_length=1, description="one entry per layer")
+    head_dim: Change | None = Field(default=None, description="stock shape only")
+    intermediate_size: Change | None = Field(default=None, description="stock shape only")
+    budget_asked: Share | None
+    budget_reached: Share
+    parameters: Change
+    bytes: Change
+    kv_bytes_per_token: Change
+    prefill_flops_per_token: Flops
+    rope_slots: list[Pair] | list[list[Pair]] | None = Field(
+        description="source pair whose frequency each slot has, including pairs that RoPE does not rotate; "
+        "null if heads keep their size"
+    )
+    context: Size
+    predicted_loss: ByComponent
+    predicted_score_error: ByDistance
+    per_layer: list[Layer] = Field(min_length=1)
+    versions: Versions
+    sha256: Sha256 = Field(description="hash of the solution's manifest")
+
+
+class CalibrationManifest(Calibration, Sealed):
+    """calibration/manifest.json"""
+
+    layers: list[FileHash] = Field(min_length=1, description="hash of each layer's statistics")
+    versions: Versions
+
+
+class SolutionManifest(Solution, Sealed):
+    """solution/manifest.json"""
+
+    layers: list[FileHash] = Field(min_length=1, description="hash of each layer's projections")
+
+
+class SourceRecord(Sealed):
+    """source.json: which checkpoint was calibrated, and where the later stages find it."""
+
+    model: str = Field(description="folder, or Hub id")
+    revision: str | None = Field(description="commit on the Hub; null for a folder")
+    follow_symlinks: bool = False
+    fingerprint: Fingerprint
+    small_files: dict[str, FileHash] = Field(description="hash of each carried file: tokenizer, chat template, licence")
