@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,36 +11,29 @@ from safetensors import SafetensorError
 
 from a3cli.errors import CannotRead, CannotWrite, Interrupted, OutOfMemory
 from a3cli.work.files import Json, bytes_on_disk, check_space, hash_file, making, writing
-from a3cli.work.sealed import read_if_request_matches, write_manifest
+from a3cli.work.record import Record
 
 log = logging.getLogger(__name__)
 
 
 class Draft:
-    """An unfinished folder: its finished files, and the information recorded for each.
+    """An unfinished folder, and beside it the record of its finished files: their hashes, and what later steps need."""
 
-    The record is a file beside the folder. Several threads may finish files at once.
-    """
-
-    def __init__(self, folder: Path, progress: Path, request: Json) -> None:
-        self.folder, self._progress, self._request = folder, progress, request
-        self._finished: dict[str, Json] = {}
-        self._lock = threading.Lock()
+    def __init__(self, folder: Path, record: Record) -> None:
+        self.folder, self._record = folder, record
 
     def begin(self) -> None:
         """Keep the finished files if they belong to this request; otherwise start with an empty folder."""
-        found = read_if_request_matches(self._progress, self._request)
-        if found and self.folder.is_dir() and not self.folder.is_symlink():
-            self._finished = found["finished"]
+        if self.folder.is_dir() and not self.folder.is_symlink() and self._record.resume():
             self.drop_unfinished()
-            log.info("resuming with %d finished files of %s", len(self._finished), self.folder)
+            log.info("resuming with %d finished files of %s", len(self._record.steps), self.folder)
         else:
             self.remove()
             self.folder.mkdir()
 
     def finished_info(self, name: str) -> Json | None:
         """Return what `finish` recorded for a file, or None if the file is unfinished or has changed since."""
-        known = self._finished.get(name)
+        known = self._record.steps.get(name)
         if known is None:
             return None
         path = self.folder / name
@@ -52,11 +44,7 @@ class Draft:
 
     def finish(self, name: str, digest: str | None = None, **info: Any) -> Json:
         """Record that a file is complete, with its hash and `info` for later steps; return the record."""
-        known = {**info, "hash": digest or hash_file(self.folder / name)}
-        with self._lock:
-            self._finished[name] = known
-            write_manifest(self._progress, {"request": self._request, "finished": self._finished})
-        return known
+        return self._record.finish(name, **info, hash=digest or hash_file(self.folder / name))
 
     def check_space(self, needed: int, what: str) -> None:
         """Call `check_space` for a folder that will hold `needed` bytes, minus the bytes that exist already."""
@@ -64,18 +52,18 @@ class Draft:
 
     def drop_unfinished(self) -> None:
         for path in self.folder.iterdir():
-            if path.name not in self._finished and not path.is_dir():
+            if path.name not in self._record.steps and not path.is_dir():
                 path.unlink()
 
     def leave(self) -> None:
         """Keep the finished files for the next command; remove the folder if there are none."""
-        if self._finished:
+        if self._record.steps:
             self.drop_unfinished()
         else:
             self.remove()
 
     def forget(self) -> None:
-        self._progress.unlink(missing_ok=True)
+        self._record.forget()
 
     def remove(self) -> None:
         self.forget()
@@ -93,7 +81,7 @@ def drafting(target: Path, request: Json) -> Iterator[Draft]:
     `target`, and the next command with the same request resumes with them. Any other error leaves nothing.
     """
     partial, replaced = (target.with_name(f".{target.name}.a3-{what}") for what in ("partial", "replaced"))
-    draft = Draft(partial, target.with_name(f".{target.name}.a3-progress.json"), request)
+    draft = Draft(partial, Record(target.with_name(f".{target.name}.a3-progress.json"), request))
     with making(target.parent):
         shutil.rmtree(replaced, ignore_errors=True)  # left by a killed process: the lock is held
         try:

@@ -1,7 +1,7 @@
 """What calibration, solution and source record, as pydantic models: the manifests of the work folder.
 
-An export's manifest (`report/manifest.py`) holds the same models, and docs/ has their JSON Schema. The schema is closed:
-an unknown field makes a manifest invalid.
+An export's manifest (`report/manifest.py`) holds the same models, and docs/ has their JSON Schema. The schema is
+closed: an unknown field makes a manifest invalid.
 """
 
 from pathlib import Path

@@ -1,0 +1,67 @@
+"""The one way to resume: a record of finished steps, for the next command with the same request.
+
+A request is everything that a result depends on, as JSON: equal requests give equal bytes.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from a3cli.work.files import Json
+from a3cli.work.sealed import read_if_request_matches, read_manifest, write_manifest
+
+log = logging.getLogger(__name__)
+
+
+class Record:
+    """The finished steps of unfinished work by name, each with what later steps need; a sealed file.
+
+    Several threads may finish steps at once.
+    """
+
+    def __init__(self, file: Path, request: Json) -> None:
+        self.file, self.request = file, request
+        self.steps: dict[str, Json] = {}
+        self._lock = threading.Lock()
+
+    def resume(self, comparable: Callable[[Json], Json] = dict) -> bool:
+        """Take over the steps in the file if they belong to this request; return whether they do.
+
+        `comparable` returns the part of a request that decides whether two are the same. A damaged file is ignored,
+        with a warning.
+        """
+        found = read_if_request_matches(self.file, self.request, comparable)
+        if found is not None:
+            self._take(found)
+        return found is not None
+
+    def resume_checked(self, remedy: str) -> None:
+        """Take over the steps in the file, whatever their request. Raises A3Error for a damaged file."""
+        self._take(read_manifest(self.file, remedy))
+
+    def _take(self, found: Json) -> None:
+        self.request, self.steps = found["request"], found["finished"]
+
+    def finish(self, step: str, **info: Any) -> Json:
+        """Record that a step is finished, and return its information."""
+        with self._lock:
+            self.steps[step] = info
+            write_manifest(self.file, {"request": self.request, "finished": self.steps})
+        return info
+
+    def forget(self) -> None:
+        self.steps = {}
+        self.file.unlink(missing_ok=True)
+
+
+def computed_once(file: Path, request: Json, compute: Callable[[], Json]) -> Json:
+    """Return the result in a file if it belongs to this request; otherwise compute it and write the file."""
+    found = read_if_request_matches(file, request)
+    if found is not None and "result" in found:  # an earlier version named it otherwise
+        return dict(found["result"])
+    result = compute()
+    file.parent.mkdir(exist_ok=True)
+    write_manifest(file, {"request": request, "result": result})
+    return result
