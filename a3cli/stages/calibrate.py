@@ -13,9 +13,10 @@ from a3cli.models.families import ModelShape
 from a3cli.models.model import Model, describe
 from a3cli.settings import CalibrateSettings
 from a3cli.solvers.moments import Tensors
+from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
 from a3cli.stream.memory import choose_batch_size
-from a3cli.stream.sweep import Decoder, Progress, Sweep
+from a3cli.stream.sweep import Progress, Sweep
 from a3cli.text.blocks import (
     TextRead,
     as_compared,

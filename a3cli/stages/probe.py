@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from a3cli.errors import A3Error
 from a3cli.methods import Curves, LayerInputs, Method
 from a3cli.settings import COMPONENTS, Component
-from a3cli.stream.hidden import HiddenStates
+from a3cli.stream.batches import Batching, Calls, embed_all, layer_step, stream
+from a3cli.stream.decoder import Decoder
+from a3cli.stream.hidden import HiddenStates, TwoFiles
 from a3cli.stream.smaller import Cut, SmallerDecoder
-from a3cli.stream.sweep import Arguments, Decoder, Progress, embed_all, run_layer
+from a3cli.stream.sweep import Progress
 from a3cli.work.files import Json, check_space, hash_file, read_tensors
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
@@ -126,12 +127,13 @@ class _Run:
 
     def _streams(self, layer: int) -> HiddenStates:
         """Return the file with the input of a layer: all streams, one after another."""
-        shape = ((1 + len(self.probes)) * len(self.blocks), self.blocks.shape[1], self.method.model.shape.hidden_size)
-        return HiddenStates(self.work.probes / f"streams-{layer % 2}.bin", shape, self.machine.dtype)
+        blocks, length = self.blocks.shape
+        shape = ((1 + len(self.probes)) * blocks, length, self.method.model.shape.hidden_size)
+        return TwoFiles(self.work.probes, "streams", shape, self.machine.dtype).input_of(layer)
 
-    @property
-    def _starts(self) -> range:
-        return range(0, len(self.blocks), self.batch_size)
+    def _stream(self, layer: int, stream: int) -> HiddenStates:
+        """Return the place of one stream in the input of a layer."""
+        return replace(self._streams(layer), first=stream * len(self.blocks))
 
     def _cut(self, each: Probe) -> Cut:
         full = self.method.model.shape.sizes[each.layer]
@@ -143,36 +145,20 @@ class _Run:
         return LayerInputs(self.method.model, self.work, layer)
 
     @torch.inference_mode()
-    def _pass(
-        self, layer: int, decoder: Decoder, cuts: SmallerDecoder, calls: list[dict[int, list[Arguments]]]
-    ) -> None:
+    def _pass(self, layer: int, decoder: Decoder, cuts: SmallerDecoder, calls: list[Calls]) -> None:
         """Run all streams through one layer, and the source's through each of its cuts."""
-        source, target = self._streams(layer), self._streams(layer + 1)
-        target.create()
+        self._streams(layer + 1).create()
+        batching = Batching(len(self.blocks), self.batch_size, self.machine.copies)
         own = [index for index, each in enumerate(self.probes) if each.layer == layer]
         under_way = [0, *(index + 1 for index, each in enumerate(self.probes) if each.layer < layer)]
         with decoder.layer(layer) as whole:
-            for stream in under_way:
-                self._run(whole, calls[0], layer, source, target, stream, stream)
+            for each in under_way:
+                step = layer_step(whole, calls[0], layer)
+                stream(step, [self._stream(layer, each)], [self._stream(layer + 1, each)], batching)
         for index in own:
             with cuts.layer(index) as cut:
-                self._run(cut, calls[1], index, source, target, 0, index + 1)
-
-    def _run(
-        self,
-        layer: nn.Module,
-        calls: dict[int, list[Arguments]],
-        index: int,
-        source: HiddenStates,
-        target: HiddenStates,
-        read: int,
-        written: int,
-    ) -> None:
-        blocks = len(self.blocks)
-        for start in self._starts:
-            count = min(self.batch_size, blocks - start)
-            batch = source.read(read * blocks + start, count)
-            target.write(written * blocks + start, run_layer(layer, batch, calls[count][index]))
+                step = layer_step(cut, calls[1], index)
+                stream(step, [self._stream(layer, 0)], [self._stream(layer + 1, index + 1)], batching)
 
     @torch.inference_mode()
     def _compare(self, decoder: Decoder) -> Measured:

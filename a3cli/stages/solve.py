@@ -25,9 +25,10 @@ from a3cli.solvers.moments import Tensors
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import score_error
 from a3cli.stages.probe import probe, weigh
+from a3cli.stream.decoder import Decoder
 from a3cli.stream.sequential import refit_sequentially
 from a3cli.stream.smaller import Cut, SmallerDecoder
-from a3cli.stream.sweep import Decoder, Progress
+from a3cli.stream.sweep import Progress
 from a3cli.work.draft import Draft, drafting
 from a3cli.work.files import (
     Json,

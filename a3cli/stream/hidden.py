@@ -103,6 +103,19 @@ def digest_of(checks: Iterable[int]) -> str:
     return hash_json(list(checks))
 
 
+@dataclass(frozen=True)
+class TwoFiles:
+    """Two files of a folder in turn: one holds a layer's input, the other its output, the next layer's input."""
+
+    folder: Path
+    name: str
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    def input_of(self, layer: int) -> HiddenStates:
+        return HiddenStates(self.folder / f"{self.name}-{layer % 2}.bin", self.shape, self.dtype)
+
+
 class States(Protocol):
     """Each layer's input in turn, for this process's share of the blocks."""
 

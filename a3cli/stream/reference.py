@@ -24,7 +24,9 @@ from a3cli.models.families import Role
 from a3cli.models.families.base import pair_dims
 from a3cli.models.model import Model
 from a3cli.solvers.moments import Tensors
-from a3cli.stream.sweep import Arguments, Decoder, run_layer
+from a3cli.stream.batches import Batching, embed_all, run_through
+from a3cli.stream.decoder import Arguments, Decoder
+from a3cli.stream.hidden import StatesInMemory
 from a3cli.work.machine import Machine
 
 ATTENTION = {"pairs", "query_map", "key_map", "value_map", "output_map", "output_weight"}
@@ -160,22 +162,24 @@ def turn_slots(arguments: Arguments, slots: Sequence[float]) -> Arguments:
 def reference_logits(
     exact: FullSizeReference, rounded: FullSizeReference, slots: Sequence[Sequence[float]], tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits `[B, T, V]` of both for tokens `[B, T]`, float32 on the CPU; one layer at a time is in memory.
+    """Return the logits of both for tokens `[B, T]`, float32 `[B, T, V]` on the CPU; one layer at a time is in memory.
 
     `exact` should compute in float64: the frequencies of mixed slots are read from its rotations.
     """
-    pair = (exact, rounded)
-    hidden, calls = map(list, zip(*(each.embed(tokens, each.embedding_table()) for each in pair), strict=True))
-    for index in range(exact.shape.layers):
-        if exact.mixes_slots(index):
-            calls[0][index] = turn_slots(calls[0][index], slots[index])
-            turned = tuple(table.to(rounded.machine.dtype) for table in calls[0][index]["position_embeddings"])
-            calls[1][index] = {**calls[1][index], "position_embeddings": turned}
-        for which, each in enumerate(pair):
-            with each.layer(index) as layer:
-                hidden[which] = run_layer(layer, hidden[which], calls[which][index])
+    batching = Batching(len(tokens), len(tokens))
+    states, calls = [], []
+    for each in (exact, rounded):
+        shape = (*tokens.shape, each.shape.hidden_size)
+        states.append(StatesInMemory(shape, each.machine.dtype, each.machine.device))
+        calls.append(embed_all(each, tokens, batching.size, states[-1]))
+    ours, theirs = (each[batching.size] for each in calls)
+    for index in filter(exact.mixes_slots, range(exact.shape.layers)):
+        ours[index] = turn_slots(ours[index], slots[index])
+        turned = tuple(table.to(rounded.machine.dtype) for table in ours[index]["position_embeddings"])
+        theirs[index] = {**theirs[index], "position_embeddings": turned}
     answers = []
-    for each, states in zip(pair, hidden, strict=True):
+    for each, held, own in zip((exact, rounded), states, calls, strict=True):
+        run_through(each, [(held, own, batching)])
         with each.head() as head:
-            answers.append(head(states).float().cpu())
+            answers.append(head(held.values).float().cpu())
     return answers[0], answers[1]

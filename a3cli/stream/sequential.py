@@ -22,9 +22,11 @@ from a3cli.models.families import Role
 from a3cli.solvers.gauss_newton import gauss_newton_step
 from a3cli.solvers.linalg import solve_ridge
 from a3cli.solvers.moments import Tensors
-from a3cli.stream.hidden import HiddenStates
+from a3cli.stream.batches import Batching, Calls, embed_all, read_batches, stream
+from a3cli.stream.decoder import Decoder, StopForward, run_layer
+from a3cli.stream.hidden import HiddenStates, TwoFiles
 from a3cli.stream.smaller import SmallerDecoder
-from a3cli.stream.sweep import Arguments, Decoder, Progress, StopForward, embed_all, run_layer
+from a3cli.stream.sweep import Progress
 
 DRIFT = 0.5  # share of the stream's drift that each refit corrects; 0.5 was better than 0 and 1
 RIDGE = 1e-2  # towards the one-shot weights, relative to the mean diagonal of the activations' Gram matrix
@@ -87,48 +89,37 @@ def refit_sequentially(
 
     `folder` has the hidden-state files. Raises A3Error if a fit fails or activations are not finite.
     """
-    streams = Streams(folder, source, blocks, fit_inputs=rounds > 0)
-    calls = streams.begin(source, smaller, batch_size, first)
+    files = Files(folder, source, blocks)
+    calls = files.begin(source, smaller, batch_size, first)
+    batching = Batching(len(blocks), batch_size, source.machine.copies)
     for index in range(first, source.shape.layers):
-        streams.at(index)
         with source.layer(index) as full, smaller.layer(index) as small:
-            refit = _Layer(source, full, small, streams, calls, index, batch_size).refit(rounds)
+            refit = _Layer(source, full, small, files, calls, index, batching).refit(rounds)
         progress(layer=index, layers=source.shape.layers, tokens=blocks.numel(), total_tokens=blocks.numel())
-        yield index, refit, [streams.full_out.path, streams.small_out.path]
+        yield index, refit, [files.of_source.input_of(index + 1).path, files.of_smaller.input_of(index + 1).path]
 
 
-class Streams:
+class Files:
     """For all blocks: hidden states of both models, the source's after attention, and the data to fit gate and up on.
 
     A layer's inputs stay until it is finished, so that a killed sweep can resume there.
     """
 
-    def __init__(self, folder: Path, decoder: Decoder, blocks: torch.Tensor, *, fit_inputs: bool) -> None:
-        self._folder, self._decoder, self.blocks = folder, decoder, blocks
-        self.middle, self.mlp_in, self.mlp_target = (self._file(name) for name in ("middle", "mlp-in", "mlp-target"))
-        self.fit_inputs = fit_inputs  # otherwise the MLP's data is read once, when it is computed, and not kept
-        for stream in (self.middle, self.mlp_in, self.mlp_target) if fit_inputs else (self.middle,):
-            stream.create()
-        self.at(0)
-
-    def _file(self, name: str) -> HiddenStates:
-        shape = (*self.blocks.shape, self._decoder.shape.hidden_size)
-        return HiddenStates(self._folder / f"{name}.bin", shape, self._decoder.machine.dtype)
-
-    def at(self, layer: int) -> None:
-        """Return inputs and outputs of both models in one layer: two files each, in turn."""
-        now, then = layer % 2, (layer + 1) % 2
-        self.full_in, self.full_out = self._file(f"source-{now}"), self._file(f"source-{then}")
-        self.small_in, self.small_out = self._file(f"smaller-{now}"), self._file(f"smaller-{then}")
+    def __init__(self, folder: Path, decoder: Decoder, blocks: torch.Tensor) -> None:
+        self.blocks = blocks
+        shape, dtype = (*blocks.shape, decoder.shape.hidden_size), decoder.machine.dtype
+        self.of_source, self.of_smaller = (TwoFiles(folder, name, shape, dtype) for name in ("source", "smaller"))
+        self.middle, self.mlp_in, self.mlp_target = (
+            HiddenStates(folder / f"{name}.bin", shape, dtype) for name in ("middle", "mlp-in", "mlp-target")
+        )
 
     @torch.inference_mode()
-    def begin(
-        self, source: Decoder, smaller: Decoder, batch_size: int, first: int
-    ) -> tuple[dict[int, list[Arguments]], dict[int, list[Arguments]]]:
-        """Return the call arguments of both models' layers, by batch size; before layer 0, write the embeddings."""
-        for stream in (self.full_in, self.full_out, self.small_in, self.small_out):
-            stream.create()
-        inputs = (self.full_in, self.small_in) if first == 0 else (None, None)
+    def begin(self, source: Decoder, smaller: Decoder, batch_size: int, first: int) -> tuple[Calls, Calls]:
+        """Return the call arguments of both models' layers; before layer 0, write the embeddings."""
+        for layer in range(2):
+            self.of_source.input_of(layer).create()
+            self.of_smaller.input_of(layer).create()
+        inputs = (self.of_source.input_of(0), self.of_smaller.input_of(0)) if first == 0 else (None, None)
         return (
             embed_all(source, self.blocks, batch_size, inputs[0]),
             embed_all(smaller, self.blocks, batch_size, inputs[1]),
@@ -143,24 +134,41 @@ class _Layer:
         decoder: Decoder,
         full: nn.Module,
         small: nn.Module,
-        streams: Streams,
-        calls: tuple[dict[int, list[Arguments]], dict[int, list[Arguments]]],
+        files: Files,
+        calls: tuple[Calls, Calls],
         index: int,
-        batch_size: int,
+        batching: Batching,
     ) -> None:
-        self.decoder, self.full, self.small, self.streams, self.index = decoder, full, small, streams, index
-        self.calls, self.batch_size = calls, batch_size
+        self.decoder, self.full, self.small, self.files, self.index = decoder, full, small, files, index
+        self.calls, self.batching = calls, batching
+        self.full_in, self.small_in = files.of_source.input_of(index), files.of_smaller.input_of(index)
+        self.full_out, self.small_out = files.of_source.input_of(index + 1), files.of_smaller.input_of(index + 1)
 
     @torch.no_grad()  # not inference mode: Gauss-Newton takes derivatives
     def refit(self, rounds: int) -> Tensors:
+        self.files.middle.create()
         self._fit("o", self._fit_attention)
-        error = self._fit("down", self._fit_mlp)
+        kept = [self.files.mlp_in, self.files.mlp_target] if rounds else []  # without rounds they are not read again
+        for file in kept:
+            file.create()
+        error = self._fit("down", partial(self._fit_mlp, kept))
         for _ in range(rounds):
             error = self._improve_inputs(error)
-        for start, count in self._batches():
-            self.streams.small_out.write(start, self._run_small(start, count))
+        self._each(lambda small_in: [self._run_small(small_in)], [self.small_in], [self.small_out])
         refit: list[Role] = ["o", "down", *(self.decoder.shape.mlp_inputs if rounds else ())]
         return {REFIT_NAMES[role]: self._linear(role).weight.float().cpu().clone() for role in refit}
+
+    def _each(
+        self,
+        compute: Callable[..., Sequence[torch.Tensor]],
+        inputs: Sequence[HiddenStates],
+        outputs: Sequence[HiddenStates] = (),
+    ) -> None:
+        """Call `compute` with a batch of each input, on the device, for one batch after another."""
+        device = self.decoder.machine.device
+        stream(
+            lambda _start, *batches: compute(*(batch.to(device) for batch in batches)), inputs, outputs, self.batching
+        )
 
     def _improve_inputs(self, error: float) -> float:
         """Take one Gauss-Newton step of gate and up, and refit down; undo both if the error does not fall."""
@@ -204,8 +212,9 @@ class _Layer:
 
     def _mlp_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield inputs of the smaller MLP and the targets of its down projection's weight, `[tokens, d]`."""
-        for start, count in self._batches():
-            x, target = (self._read(each, start, count) for each in (self.streams.mlp_in, self.streams.mlp_target))
+        device = self.decoder.machine.device
+        for _, batches in read_batches([self.files.mlp_in, self.files.mlp_target], self.batching):
+            x, target = (batch.to(device) for batch in batches)
             yield x.flatten(0, 1).float(), without_bias(self._linear("down"), target).flatten(0, 1).float()
 
     @property
@@ -232,60 +241,54 @@ class _Layer:
 
     def _fit_attention(self, sums: LeastSquares) -> None:
         linear = self._linear("o")
-        for start, count in self._batches():
-            full_in, small_in = self._read(self.streams.full_in, start, count), self._small_in(start, count)
+
+        def fit(full_in: torch.Tensor, small_in: torch.Tensor) -> list[torch.Tensor]:
             with inputs_of(self._module(self.full, "mlp_norm")) as seen:
-                out = run_layer(self.full, full_in, self.calls[0][count][self.index])
+                out = run_layer(self.full, full_in, self.calls[0][len(full_in)][self.index])
             middle = seen.pop()
-            self.streams.middle.write(start, middle)
-            self.streams.full_out.write(start, out)
             with inputs_of(linear, stop=True) as seen:
-                self._run_small(start, count)
+                self._run_small(small_in)
             target = self._of_block(middle - full_in + DRIFT * (full_in - small_in))
             sums.add(seen.pop(), without_bias(linear, target))
+            return [middle, out]
 
-    def _fit_mlp(self, sums: LeastSquares) -> None:
+        self._each(fit, [self.full_in, self.small_in], [self.files.middle, self.full_out])
+
+    def _fit_mlp(self, kept: Sequence[HiddenStates], sums: LeastSquares) -> None:
+        """Fit the down projection; write the MLP's inputs and targets to the `kept` files, if there are any."""
         linear = self._linear("down")
-        for start, count in self._batches():
-            middle = self._read(self.streams.middle, start, count)
-            out = self._read(self.streams.full_out, start, count)
+
+        def fit(middle: torch.Tensor, out: torch.Tensor, small_in: torch.Tensor) -> list[torch.Tensor]:
             with (
                 inputs_of(self._module(self.small, "mlp_norm")) as middles,
                 inputs_of(self._linear("up")) as inputs,
                 inputs_of(linear, stop=True) as seen,
             ):
-                self._run_small(start, count)
+                self._run_small(small_in)
             target = self._of_block(out - middle + DRIFT * (middle - middles.pop()))
-            if self.streams.fit_inputs:
-                self.streams.mlp_in.write(start, inputs.pop())
-                self.streams.mlp_target.write(start, target)
             sums.add(seen.pop(), without_bias(linear, target))
+            return [inputs.pop(), target] if kept else []
+
+        self._each(fit, [self.files.middle, self.full_out, self.small_in], kept)
 
     def _fit_down_again(self, sums: LeastSquares) -> None:
         """Refit down on the data written by `_fit_mlp`, with the current gate and up projections."""
         linear = self._linear("down")
-        for start, count in self._batches():
+
+        def fit(mlp_in: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
             with inputs_of(linear, stop=True) as seen:
-                self._mlp(self._read(self.streams.mlp_in, start, count))
-            sums.add(seen.pop(), without_bias(linear, self._read(self.streams.mlp_target, start, count)))
+                self._mlp(mlp_in)
+            sums.add(seen.pop(), without_bias(linear, target))
+            return []
+
+        self._each(fit, [self.files.mlp_in, self.files.mlp_target])
 
     def _of_block(self, change: torch.Tensor) -> torch.Tensor:
         """Return what attention or the MLP must output to change the residual stream by this."""
         return change / self.decoder.shape.residual_multiplier
 
-    def _run_small(self, start: int, count: int) -> torch.Tensor:
-        return run_layer(self.small, self._small_in(start, count), self.calls[1][count][self.index])
-
-    def _small_in(self, start: int, count: int) -> torch.Tensor:
-        return self._read(self.streams.small_in, start, count)
-
-    def _read(self, stream: HiddenStates, start: int, count: int) -> torch.Tensor:
-        return stream.read(start, count).to(self.decoder.machine.device)
-
-    def _batches(self) -> Iterator[tuple[int, int]]:
-        blocks = len(self.streams.blocks)
-        for start in range(0, blocks, self.batch_size):
-            yield start, min(self.batch_size, blocks - start)
+    def _run_small(self, small_in: torch.Tensor) -> torch.Tensor:
+        return run_layer(self.small, small_in, self.calls[1][len(small_in)][self.index])
 
     def _module(self, layer: nn.Module, role: Role) -> nn.Module:
         return layer.get_submodule(self.decoder.family.module(role))

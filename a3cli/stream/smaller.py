@@ -17,7 +17,7 @@ from a3cli.models.model import Model
 from a3cli.models.projections import apply_projection
 from a3cli.models.shipped import per_layer_class
 from a3cli.solvers.moments import Tensors
-from a3cli.stream.sweep import Decoder
+from a3cli.stream.decoder import Decoder
 from a3cli.work.machine import Machine
 
 

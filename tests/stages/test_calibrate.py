@@ -45,7 +45,7 @@ def hooked_sums(folder, blocks):
 @pytest.mark.parametrize("name", MODELS)
 def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_file, tmp_path, monkeypatch):
     """With the MLP in pieces, the last of a batch smaller than the others."""
-    monkeypatch.setattr("a3cli.stream.sweep.MLP_TOKENS", 150)
+    monkeypatch.setattr("a3cli.stream.hooks.MLP_TOKENS", 150)
     folder, pieces, add_mlp = checkpoint(name), [], LayerMoments.add_mlp
 
     def noted(self, x):

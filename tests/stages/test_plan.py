@@ -176,7 +176,7 @@ def test_calibration_flops_are_those_of_a_forward_and_the_products(checkpoint):
     from transformers import AutoModelForCausalLM
 
     from a3cli.solvers.moments import LayerMoments
-    from a3cli.stream.sweep import moments_of
+    from a3cli.stream.hooks import moments_of
 
     folder = checkpoint("llama-gqa")
     model = describe(Checkpoint(folder))

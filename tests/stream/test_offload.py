@@ -13,6 +13,7 @@ from a3cli.models.costs import block_bytes, layer_bytes, moment_bytes
 from a3cli.models.families import ModelShape
 from a3cli.solvers.moments import LayerMoments, unpack_upper
 from a3cli.stream import sweep
+from a3cli.stream.batches import Batching, read_batches
 from a3cli.stream.hidden import StatesInMemory, checksums
 from a3cli.stream.memory import choose_batch_size
 from a3cli.work import machine
@@ -139,8 +140,8 @@ def test_batches_on_a_device_are_not_pinned(monkeypatch):
     """The meta device stands in for a GPU, whose memory cannot be pinned either."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     states = StatesInMemory((5, 4, 8), torch.float32, torch.device("meta"))
-    batches = list(sweep.read_batches(states, 5, 2, in_background=True))
-    assert [(start, len(batch), batch.device.type) for start, batch in batches] == [
+    batches = list(read_batches([states], Batching(5, 2, in_background=True)))
+    assert [(start, len(batch), batch.device.type) for start, (batch,) in batches] == [
         (0, 2, "meta"), (2, 2, "meta"), (4, 1, "meta"),
     ]  # fmt: skip
 

@@ -1,0 +1,120 @@
+"""The loop of every sweep: read a batch of blocks, compute, write it, with reading ahead and writing behind."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from a3cli.stream.decoder import Arguments, Decoder, run_layer
+from a3cli.stream.hidden import Blocks
+
+Calls = dict[int, list[Arguments]]  # each layer's arguments, by batch size
+Step = Callable[..., Sequence[torch.Tensor]]  # start and a batch of each input → a batch of each output
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How `blocks` blocks are divided into batches; `in_background` reads and writes them in threads meanwhile."""
+
+    blocks: int
+    size: int
+    in_background: bool = False
+
+
+def stream(step: Step, inputs: Sequence[Blocks], outputs: Sequence[Blocks], batching: Batching) -> None:
+    """Run `step` on one batch after another and write what it returns.
+
+    `step(start, *batches)` gets the index of the first block and a batch `[B, T, d]` of each input. An output may be
+    one of the inputs: a batch is read before it is written.
+    """
+    with writer(outputs, in_background=batching.in_background) as write:
+        for start, batches in read_batches(inputs, batching):
+            write(start, step(start, *batches))
+
+
+def run_through(decoder: Decoder, groups: Sequence[tuple[Blocks, Calls, Batching]]) -> None:
+    """Run blocks through all layers in place; each layer's weights are read once for all groups."""
+    for index in range(len(decoder.layers)):
+        with decoder.layer(index) as layer:
+            for states, calls, batching in groups:
+                stream(layer_step(layer, calls, index), [states], [states], batching)
+
+
+def layer_step(layer: nn.Module, calls: Calls, index: int) -> Step:
+    """Return the step that runs one layer."""
+    return lambda _start, batch: [run_layer(layer, batch, calls[len(batch)][index])]
+
+
+def read_batches(inputs: Sequence[Blocks], batching: Batching) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Yield the index of each batch's first block, and the batch `[B, T, d]` of each input.
+
+    In the background a thread prefetches the next batches and pins them, unless they are on a device already.
+    """
+    starts = range(0, batching.blocks, batching.size)
+
+    def read(start: int) -> list[torch.Tensor]:
+        count = min(batching.size, batching.blocks - start)
+        batches = [each.read(start, count) for each in inputs]
+        return [pinned(batch) for batch in batches] if batching.in_background else batches
+
+    if not batching.in_background:
+        yield from ((start, read(start)) for start in starts)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(read, start) for start in starts[:1])
+        for start in starts:
+            batches = coming.popleft().result()
+            if start + batching.size < batching.blocks:
+                coming.append(thread.submit(read, start + batching.size))
+            yield start, batches
+
+
+def pinned(batch: torch.Tensor) -> torch.Tensor:
+    """Return a batch in memory that a GPU copies from without waiting; one on a device stays there."""
+    return batch.pin_memory() if batch.device.type == "cpu" and torch.cuda.is_available() else batch
+
+
+@contextmanager
+def writer(
+    outputs: Sequence[Blocks], *, in_background: bool
+) -> Iterator[Callable[[int, Sequence[torch.Tensor]], None]]:
+    """Yield a function that writes a batch to each output; in the background in a thread, one batch behind."""
+
+    def write(start: int, batches: Sequence[torch.Tensor]) -> None:
+        for output, batch in zip(outputs, batches, strict=True):
+            output.write(start, batch)
+
+    if not in_background:
+        yield write
+        return
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as thread:
+
+        def write_behind(start: int, batches: Sequence[torch.Tensor]) -> None:
+            if pending:
+                pending.pop().result()
+            pending.append(thread.submit(write, start, batches))
+
+        yield write_behind
+        if pending:
+            pending.pop().result()
+
+
+def embed_all(decoder: Decoder, blocks: torch.Tensor, batch_size: int, target: Blocks | None) -> Calls:
+    """Write the first layer's input to `target`; return each layer's arguments by batch size.
+
+    A resumed sweep has its hidden states and needs only the arguments.
+    """
+    arguments: Calls = {}
+    table = decoder.embedding_table() if len(blocks) else torch.empty(0)
+    for start in range(0, len(blocks), batch_size):
+        batch = blocks[start : start + batch_size]
+        if target is not None or len(batch) not in arguments:
+            hidden, arguments[len(batch)] = decoder.embed(batch, table)
+            if target is not None:
+                target.write(start, hidden)
+    return arguments
