@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ import demo_text  # noqa: E402
 from a3cli.cli.app import app  # noqa: E402
 from a3cli.report.manifest import MANIFEST  # noqa: E402
 from a3cli.settings import TextSettings  # noqa: E402
+from a3cli.stages.answers import LoadedModel  # noqa: E402
 from a3cli.stages.evaluate import describe_sums, sum_blocks  # noqa: E402
 from a3cli.text.blocks import evaluation_blocks, load_tokenizer  # noqa: E402
 from a3cli.work.folder import Work  # noqa: E402
@@ -147,18 +148,17 @@ def load(folder: Path, device: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-class Remembered:
-    """A model whose logits of each batch are computed once, and kept."""
+class Remembered(LoadedModel):
+    """A model whose logits of each data set's blocks are computed once, and kept."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.outputs: dict[bytes, Any] = {}
+    def __init__(self, model: Any, name: str, device: torch.device) -> None:
+        super().__init__(model, name, device)
+        self._known: dict[int, list[torch.Tensor]] = {}
 
-    def __call__(self, tokens: torch.Tensor, **options: Any) -> Any:
-        key = tokens.cpu().numpy().tobytes()
-        if key not in self.outputs:
-            self.outputs[key] = self.model(tokens, **options)
-        return self.outputs[key]
+    def logits(self, blocks: Sequence[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:
+        if id(blocks) not in self._known:
+            self._known[id(blocks)] = list(super().logits(blocks, batch_size))
+        return iter(self._known[id(blocks)])
 
 
 class Bench:
@@ -167,7 +167,7 @@ class Bench:
     def __init__(self, subject: Subject, plan: Plan, other: Path | None = None) -> None:
         self.subject, self.plan = subject, plan
         self.source = load(subject.folder, plan.device)
-        self.remembered = Remembered(self.source)
+        self.remembered = Remembered(self.source, subject.name, plan.device)
         tokenizer = load_tokenizer(subject.folder, trust_remote_code=False)
         of_other = min(OTHER_BLOCKS, plan.blocks or OTHER_BLOCKS)
         texts = {
@@ -183,15 +183,8 @@ class Bench:
         """Perplexity, increase, KL and agreement on both texts."""
         found = {}
         for name, blocks in self.blocks.items():
-            sums, _ = sum_blocks(
-                model,
-                self.remembered,
-                blocks,
-                batch_size=BATCH,
-                device=self.plan.device,
-                name="compressed model",
-                source_name=self.subject.name,
-            )
+            compressed = LoadedModel(model, "compressed model", self.plan.device)
+            sums, _ = sum_blocks(compressed, self.remembered, blocks, BATCH)
             found[name] = describe_sums(sums)
         return found
 

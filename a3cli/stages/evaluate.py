@@ -7,7 +7,8 @@ per block, from which the bootstrap resamples.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from a3cli.models.model import check_size
 from a3cli.report.junit import Case
 from a3cli.settings import EvalSettings, TextSettings
 from a3cli.settings.gates import describe
+from a3cli.stages.answers import Answers, LoadedModel, batches, open_models
 from a3cli.stages.tasks import open_tasks, run_tasks
 from a3cli.text.blocks import TextRead, check_fit, check_texts, evaluation_blocks, load_tokenizer
 from a3cli.work.files import Json
-from a3cli.work.machine import Machine, choose_machine
+from a3cli.work.machine import choose_machine
 
 CONFIDENCE = 0.95
 FIGURES = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
@@ -42,20 +44,20 @@ def evaluate(settings: EvalSettings) -> Json:
     machine = choose_machine(settings.device, settings.dtype, checkpoints[0].dtype)
     tokenizer = load_tokenizer(checkpoints[0].folder, trust_remote_code=settings.trust_remote_code)
     texts = [(text, read_blocks(text, tokenizer, checkpoints[0])) for text in settings.texts]
-    models = [load_model(checkpoint, machine, settings) for checkpoint in checkpoints]
-    names = [checkpoint.name for checkpoint in checkpoints]
-    check_vocabularies(models, names)
+    models = open_models(checkpoints, machine, settings)
+    check_vocabularies(models)
 
-    datasets = [measure(models, names, text, *blocks, settings, machine) for text, blocks in texts]
+    datasets = [measure(models, text, *blocks, settings) for text, blocks in texts]
     result: Json = {
-        "model": names[0],
+        "model": models[0].name,
         "device": str(machine.device),
         "dtype": str(machine.dtype).removeprefix("torch."),
     }
     if settings.against:
-        result["against"] = names[1]
+        result["against"] = models[1].name
     if tasks is not None:
-        found = [run_tasks(tasks, each, tokenizer, settings, name) for each, name in zip(models, names, strict=True)]
+        loaded = [each for each in models if isinstance(each, LoadedModel)]
+        found = [run_tasks(tasks, each.model, tokenizer, settings, each.name) for each in loaded]
         result["tasks"] = dict(zip(("model", "against"), found, strict=False))
     return result | (datasets[0] if len(datasets) == 1 else {}) | {"datasets": datasets}
 
@@ -96,25 +98,14 @@ def read_blocks(text: TextSettings, tokenizer: Any, checkpoint: Checkpoint) -> t
 
 
 def measure(
-    models: Sequence[Any],
-    names: Sequence[str],
+    models: Sequence[Answers],
     text: TextSettings,
     blocks: list[torch.Tensor],
     read: TextRead,
     settings: EvalSettings,
-    machine: Machine,
 ) -> Json:
     """Return the figures of one data set, their intervals and the results of the gates."""
-    source, source_name = (models[1], names[1]) if len(models) > 1 else (None, "")
-    sums, seconds = sum_blocks(
-        models[0],
-        source,
-        blocks,
-        batch_size=settings.batch_size,
-        device=machine.device,
-        name=names[0],
-        source_name=source_name,
-    )
+    sums, seconds = sum_blocks(models[0], models[1] if len(models) > 1 else None, blocks, settings.batch_size)
     figures = describe_sums(sums)
     tokens = sum(len(block) for block in blocks)
     result: Json = {
@@ -136,35 +127,29 @@ def measure(
 
 @torch.inference_mode()
 def sum_blocks(
-    model: Any,
-    source: Any | None,
-    blocks: list[torch.Tensor],
-    *,
-    batch_size: int,
-    device: torch.device,
-    name: str,
-    source_name: str,
+    model: Answers, source: Answers | None, blocks: Sequence[torch.Tensor], batch_size: int
 ) -> tuple[torch.Tensor, float]:
     """Return sums per block, `[N, 2]` or with a source `[N, 5]` float64, and the seconds of the model's forwards.
 
     A row has a block's number of predicted tokens and the sums over them of: the negative log-likelihood; the
-    source's; KL(source ‖ model); the tokens on which both agree. Raises A3Error if a likelihood is not finite; the
-    names are for its message.
+    source's; KL(source ‖ model); the tokens on which both agree. Raises A3Error if a likelihood is not finite.
     """
     rows, seconds = [], 0.0
+    answers = model.logits(blocks, batch_size)
+    others = repeat(None) if source is None else source.logits(blocks, batch_size)
     for batch in batches(blocks, batch_size):
         started = time.perf_counter()
-        logits = model(batch.to(device), use_cache=False).logits
-        if device.type == "cuda":
+        logits = next(answers)
+        if logits.device.type == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - started
-        source_logits = source(batch.to(device), use_cache=False).logits if source is not None else None
+        source_logits = next(others)
         for row, tokens in enumerate(batch):
             log_p = logits[row, :-1].float().log_softmax(-1)
-            sums = [len(tokens) - 1, negative_log_likelihood(log_p, tokens, name)]
-            if source_logits is not None:
+            sums = [len(tokens) - 1, negative_log_likelihood(log_p, tokens, model.name)]
+            if source is not None and source_logits is not None:
                 log_q = source_logits[row, :-1].float().log_softmax(-1)
-                sums += [negative_log_likelihood(log_q, tokens, source_name), *divergence(log_p, log_q)]
+                sums += [negative_log_likelihood(log_q, tokens, source.name), *divergence(log_p, log_q)]
             rows.append(sums)
     return torch.tensor(rows, dtype=torch.float64), seconds
 
@@ -227,40 +212,6 @@ def cases(result: Json) -> list[Case]:
     return found
 
 
-def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings) -> Any:
-    """Return the model as loaded by transformers. Raises A3Error if any weight is missing or does not fit."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=machine.dtype,
-            device_map="auto" if machine.device.type == "cuda" and settings.device == "auto" else str(machine.device),
-            use_safetensors=True,
-            trust_remote_code=settings.trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below; transformers' own error names no tensor
-        )
-    except (ValueError, RuntimeError, KeyError, OSError, ImportError) as error:
-        raise A3Error(f"{checkpoint.name} does not load: {' '.join(str(error).split())[:500]}") from error
-    problems = [f"{name} is missing" for name in info["missing_keys"]]
-    problems += [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
-    if problems:
-        raise A3Error(f"{checkpoint.name} does not load completely: {'; '.join(sorted(problems)[:5])}")
-    return model.eval()
-
-
-def batches(blocks: list[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
-    """Yield batches `[B, T]` of consecutive blocks of the same length."""
-    full = [block for block in blocks if len(block) == len(blocks[0])]
-    for start in range(0, len(full), size):
-        yield torch.stack(full[start : start + size])
-    for block in blocks[len(full) :]:
-        if len(block) > 1:  # a single token predicts nothing
-            yield block[None]
-
-
 def negative_log_likelihood(log_p: torch.Tensor, tokens: torch.Tensor, name: str) -> float:
     """Return the sum over the predicted tokens of one block. Raises A3Error if it is not finite."""
     targets = tokens[1:].to(log_p.device)
@@ -270,10 +221,10 @@ def negative_log_likelihood(log_p: torch.Tensor, tokens: torch.Tensor, name: str
     return total
 
 
-def check_vocabularies(models: Sequence[Any], names: Sequence[str]) -> None:
-    sizes = [each.config.get_text_config().vocab_size for each in models]
+def check_vocabularies(models: Sequence[Answers]) -> None:
+    sizes = [each.vocabulary for each in models]
     if len(set(sizes)) > 1:
         raise A3Error(
-            f"{names[0]} and {names[1]} have vocabularies of {sizes[0]} and {sizes[1]} tokens; "
+            f"{models[0].name} and {models[1].name} have vocabularies of {sizes[0]} and {sizes[1]} tokens; "
             "only models with the same tokenizer can be compared"
         )

@@ -8,7 +8,7 @@ family's `forward` is repeated here.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -18,7 +18,8 @@ from torch import nn
 from torch.func import functional_call
 
 from a3cli.errors import A3Error
-from a3cli.models.model import Model
+from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.families import Family, ModelShape
 from a3cli.stream.offload import Weights
 from a3cli.work.machine import Machine
 
@@ -68,10 +69,23 @@ class _Result(_Recorder):
         return self.hidden
 
 
+class Described(Protocol):
+    """What a decoder must know of a model: `models.model.Model` has it."""
+
+    @property
+    def source(self) -> Checkpoint: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def config(self) -> Any: ...
+    @property
+    def shape(self) -> ModelShape: ...
+
+
 class Decoder:
     """A model on meta whose layers are filled, run and emptied one at a time."""
 
-    def __init__(self, model: Model, machine: Machine, *, config: Any = None) -> None:
+    def __init__(self, model: Described, machine: Machine, *, config: Any = None) -> None:
         self.source, self.family, self.shape, self.machine = model.source, model.family, model.shape, machine
         self.weights = Weights(model.source, machine)
         with init_empty_weights(include_buffers=False):
