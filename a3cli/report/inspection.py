@@ -25,7 +25,7 @@ from a3cli.text.blocks import load_tokenizer, tokenizer_fingerprint
 from a3cli.text.tokens import describe_blocks, describe_text
 from a3cli.work.files import Json, check_hash, hash_json, open_tensors, read_json, read_tensors
 from a3cli.work.folder import Work
-from a3cli.work.manifests import SourceRecord
+from a3cli.work.manifests import SourceRecord, calibration_content
 from a3cli.work.sealed import name_differences, read_manifest
 
 ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
@@ -118,10 +118,7 @@ def count_in(config: Json, key: str, path: Path) -> int:
 
 def describe_work(work: Work) -> Json:
     under_way = not work.calibration_manifest.is_file()
-    path = work.calibration_progress if under_way else work.calibration_manifest
-    calibration = read_manifest(path, "run a3 calibrate --overwrite")
-    check_hash(work.tokens, calibration["tokens_hash"], "run a3 calibrate --overwrite")
-    blocks = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"]
+    calibration, blocks = read_calibration(work, under_way=under_way)
     recorded = read_source(work, calibration["request"]["source"]).plain() if work.source.is_file() else {}
     source = open_source(recorded)
     if source is not None:
@@ -152,6 +149,18 @@ def describe_work(work: Work) -> Json:
         "versions": calibration.get("versions"),
         "warnings": found,
     }
+
+
+def read_calibration(work: Work, *, under_way: bool) -> tuple[Json, torch.Tensor]:
+    """Return a calibration's manifest, or what it would be of one under way so far, and the blocks `[N, T]`."""
+    remedy = "run a3 calibrate --overwrite"
+    found = read_manifest(work.calibration_progress if under_way else work.calibration_manifest, remedy)
+    check_hash(work.tokens, found["finished"][work.tokens.name]["hash"] if under_way else found["tokens_hash"], remedy)
+    blocks = read_tensors(work.tokens, remedy)["tokens"]
+    if under_way:
+        content = calibration_content(found["request"], found["finished"], list(blocks.shape))
+        found = {**content, "sha256": found["sha256"]}
+    return found, blocks
 
 
 def read_source(work: Work, fingerprint: Json) -> SourceRecord:

@@ -4,6 +4,7 @@ An export's manifest (`report/manifest.py`) holds the same models, and docs/ has
 closed: an unknown field makes a manifest invalid.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from typing_extensions import Self
 from a3cli.errors import A3Error
 from a3cli.settings import SolveSettings, TextSettings
 from a3cli.work.files import Json, hash_json, read_json, write_json
-from a3cli.work.sealed import unaltered
+from a3cli.work.sealed import unaltered, versions
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of JSON content
 FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
@@ -257,8 +258,23 @@ class Solution(Part):
 class CalibrationManifest(Calibration, Sealed):
     """calibration/manifest.json"""
 
-    layers: list[FileHash] = Field(min_length=1, description="hash of each layer's statistics")
+    layers: list[FileHash] = Field(description="hash of each layer's statistics")
     versions: Versions
+
+
+def calibration_content(request: Json, steps: Mapping[str, Json], blocks: Sequence[int]) -> Json:
+    """Return a calibration manifest's content from the record of its steps, finished or not; `blocks` is `[N, T]`."""
+    text, *layers = steps.values()  # in the order in which they were finished
+    return {
+        "request": request,
+        "text_read": text["text_read"],
+        "tokens": blocks[0] * blocks[1],
+        "blocks": list(blocks),
+        "tokens_hash": text["hash"],
+        "layers": [each["hash"] for each in layers],
+        "made_with": [{key: each[key] for key in ("processes", "batch_size")} for each in layers],
+        "versions": versions(),
+    }
 
 
 class SolutionManifest(Solution, Sealed):

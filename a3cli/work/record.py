@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from a3cli.errors import A3Error
 from a3cli.work.files import Json
 from a3cli.work.sealed import read_if_request_matches, read_manifest, write_manifest
 
@@ -33,13 +34,17 @@ class Record:
         with a warning.
         """
         found = read_if_request_matches(self.file, self.request, comparable)
-        if found is not None:
-            self._take(found)
-        return found is not None
+        if found is None or "finished" not in found:
+            return False
+        self._take(found)
+        return True
 
     def resume_checked(self, remedy: str) -> None:
-        """Take over the steps in the file, whatever their request. Raises A3Error for a damaged file."""
-        self._take(read_manifest(self.file, remedy))
+        """Take over the steps in the file, whatever their request. Raises A3Error for a damaged or older file."""
+        found = read_manifest(self.file, remedy)
+        if "finished" not in found:
+            raise A3Error(f"{self.file} was written by another version of a3; {remedy}")
+        self._take(found)
 
     def _take(self, found: Json) -> None:
         self.request, self.steps = found["request"], found["finished"]

@@ -25,7 +25,7 @@ from a3cli.settings import (
     TextSettings,
     option_of,
 )
-from a3cli.stages.calibrate import describe_request
+from a3cli.stages.calibration_folder import describe_request
 from a3cli.stages.merge import merged_request
 from a3cli.work.escape import printable
 from a3cli.work.machine import Machine

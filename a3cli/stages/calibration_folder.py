@@ -1,0 +1,123 @@
+"""What a calibration finds in its work folder, and leaves there: request, source record, files."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from a3cli.errors import A3Error
+from a3cli.models.checkpoint import Checkpoint, PlannedTensor, write_shard
+from a3cli.settings import CalibrateSettings
+from a3cli.solvers.moments import Tensors
+from a3cli.text.blocks import as_compared, check_on_hub, describe_text, files_now, tokenizer_fingerprint
+from a3cli.work.files import Json, drop_leftovers, replacing
+from a3cli.work.folder import Work
+from a3cli.work.machine import Machine
+from a3cli.work.manifests import CalibrationManifest
+from a3cli.work.sealed import differences, read_manifest, read_undamaged, write_manifest
+
+
+def describe_request(
+    settings: CalibrateSettings, source: Checkpoint, machine: Machine, known: Json | None = None
+) -> Json:
+    """Return everything that the statistics depend on: requests with equal `comparable` parts give equal bytes.
+
+    The files that a calibration reads are known only afterwards. `known` has those of an earlier one (see
+    `known_text`): `text_files` then has the files that would be read if everything else is the same.
+    """
+    return {
+        "text": describe_text(settings.text),
+        "text_files": files_now(settings.text, known["files"], whole=known["whole"]) if known else {},
+        "source": source.fingerprint(full=settings.full_check),
+        "tokenizer": tokenizer_fingerprint(source.folder),
+        "batch_size": settings.batch_size or "auto",
+        "mlp_stats": settings.mlp_stats,
+        **machine.describe(),
+        "trust_remote_code": settings.trust_remote_code,
+    }
+
+
+def comparable(request: Json) -> Json:
+    """Return the part of a request that decides whether two calibrations are the same."""
+    return {**request, "text": as_compared(request["text"], request["text_files"])}
+
+
+def recorded_calibration(work: Work) -> Path | None:
+    """Return the path of the file that describes the calibration in a work folder, finished or not."""
+    manifests = (work.calibration_manifest, work.calibration_progress)
+    return next((path for path in manifests if path.exists()), None)
+
+
+def known_text(work: Work) -> Json | None:
+    """Return the local files that a work folder's calibration has read, and whether to the data set's end."""
+    path = recorded_calibration(work)
+    found = read_undamaged(path) if path else None
+    if found is None:
+        return None
+    holder = found if path == work.calibration_manifest else found.get("finished", {}).get(work.tokens.name, {})
+    return {"files": found["request"]["text_files"], "whole": bool((holder.get("text_read") or {}).get("whole"))}
+
+
+def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json, work: Work) -> None:
+    """Write where the later stages find the checkpoint, which may have been moved since the calibration started."""
+    local = Path(settings.model).is_dir()
+    record = {
+        "model": str(Path(settings.model).resolve()) if local else settings.model,
+        "revision": source.revision,
+        "follow_symlinks": source.links_out,
+        "fingerprint": request["source"],
+        "small_files": source.hash_small_files(),
+    }
+    with suppress(A3Error):  # damaged or missing
+        if {**read_manifest(work.source, ""), "sha256": None} == {**record, "sha256": None}:
+            return
+    write_manifest(work.source, record)
+
+
+def finished_manifest(
+    work: Work, request: Json, settings: CalibrateSettings, *, overwrite: bool
+) -> CalibrationManifest | None:
+    """Return the manifest of a finished calibration with this request, or None.
+
+    Raises A3Error if the folder holds a calibration, finished or not, with another request, unless `overwrite`.
+    """
+    path = recorded_calibration(work)
+    if overwrite or path is None:
+        return None
+    found = read_manifest(path, "use --overwrite")
+    recorded, wanted = comparable(found["request"]), comparable(request)
+    if recorded != wanted:
+        if recorded["text"]["dataset"] != wanted["text"]["dataset"]:
+            check_on_hub(settings.text)
+        raise A3Error(
+            f"{path} belongs to a calibration with other settings (differs in "
+            f"{differences(recorded, wanted, 'text')}); use --overwrite or another --work"
+        )
+    if path != work.calibration_manifest:
+        return None
+    return CalibrationManifest.parse(found, path, "use --overwrite")
+
+
+def write_hashed(path: Path, tensors: Tensors) -> str:
+    """Write a safetensors file, hash and sync it meanwhile; return the hash."""
+    planned = [PlannedTensor(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
+    planned.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # aligns each to its item size
+    with replacing(path) as partial:
+        return write_shard(partial, planned, ([tensors[tensor.name]] for tensor in planned))
+
+
+def remove_leftovers(work: Work) -> None:
+    """Remove what a finished calibration no longer needs, also after a kill that followed the manifest."""
+    for leftover in (*work.calibration.glob("hidden-*.bin"), work.calibration_progress):
+        leftover.unlink(missing_ok=True)
+
+
+def clear(work: Work) -> None:
+    """Remove the files of a calibration and its solution; the manifests first, so that nothing looks finished."""
+    for folder in (work.solution, work.calibration):
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for pattern in ("progress.json", "layer-*.safetensors", "hidden-*.bin", "tokens.safetensors"):
+            for path in folder.glob(pattern):
+                path.unlink()
+        drop_leftovers(folder)
+        with suppress(OSError):  # missing, or with files that are not a3's
+            folder.rmdir()
+    work.source.unlink(missing_ok=True)
