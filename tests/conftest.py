@@ -31,6 +31,7 @@ from transformers import (
 from a3cli.methods.attention import Effort
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
+from tests.checkers import forked
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -202,6 +203,13 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
         patch.syspath_prepend(cache)
         yield
+
+
+@pytest.fixture(autouse=True)
+def forked_checker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the checking process of `a3 verify`; tests marked `own_checker` start one, as users do."""
+    if "own_checker" not in request.keywords:
+        monkeypatch.setattr("a3cli.stages.verify.running", forked)
 
 
 @pytest.fixture(scope="session")

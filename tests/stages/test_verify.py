@@ -83,6 +83,7 @@ def reseal(folder: Path) -> None:
     write_manifest(folder / "a3_manifest.json", {key: value for key, value in manifest.items() if key != "sha256"})
 
 
+@pytest.mark.own_checker
 def test_a_good_export_passes_through_the_command_line(a3, export, tmp_path):
     junit = tmp_path / "report.xml"
     command = ("verify", export, "--work", export.parent / "work", "--require-reference", "--junit", junit)
@@ -96,6 +97,7 @@ def test_a_good_export_passes_through_the_command_line(a3, export, tmp_path):
     assert [case.get("name") for case in suite.iter("testcase")] == CHECKS
 
 
+@pytest.mark.own_checker
 def test_a_damaged_export_fails_through_the_command_line(a3, out, tmp_path):
     """A NaN that no hash shows, no card, and no work folder: exit code 1, all in one table."""
     edit_tensor("model.norm.weight", lambda t: t.fill_(float("nan")))(out)
@@ -143,12 +145,14 @@ def test_heads_that_turn_in_part_are_checked_too(a3, checkpoint, text_file, tmp_
     assert outcomes(a3(*command).json) == dict.fromkeys(CHECKS, "passed")
 
 
+@pytest.mark.own_checker
 def test_the_checking_process_knows_nothing_of_a3():
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); print([m for m in sys.modules if m.startswith('a3cli')])"
     printed = subprocess.check_output([sys.executable, "-I", "-c", code, checker.__file__], text=True)
     assert printed.strip() == "[]"
 
 
+@pytest.mark.own_checker
 def test_the_checking_process_has_the_packages_of_this_one_and_not_the_folder_of_a3(tmp_path, monkeypatch):
     """PYTHONPATH is heeded, as where torch is there; modules beside the script, as a3's inspect.py, are not seen."""
     for place, name in (("beside", "inspect.py"), ("packages", "only_here.py"), ("run", "unused")):
@@ -166,6 +170,7 @@ print(json.dumps({"name": "files", "outcome": "passed", "detail": inspect.__file
     assert str(tmp_path) not in first["detail"]
 
 
+@pytest.mark.own_checker
 def test_a_checking_process_that_dies_is_a_failure(export, tmp_path, monkeypatch):
     """As when the system kills it for memory: what it did not come to is failed, not forgotten."""
     dying = tmp_path / "dying.py"
