@@ -83,12 +83,18 @@ def start(commands: list[list[str]], folder: Path, term: str, output: str) -> Ba
 
 
 def _run_all(commands: list[list[str]], folder: str, term: str, output: str) -> None:
+    import pytest
     import torch
     import typer
     from transformers import dynamic_module_utils
 
     from a3cli.cli import app as cli
+    from a3cli.stages import verify
+    from tests.checkers import forked_here
+    from tests.conftest import make_hasty
 
+    make_hasty(pytest.MonkeyPatch())
+    verify.running = forked_here
     torch.set_num_threads(1)
     os.chdir(folder)
     # Python looks first in the folder of the tests' own process, where code that this one loads is not.

@@ -127,33 +127,13 @@ class AttentionProblem:
         widen = [whitening(self.queries), whitening(self.keys)]
         start = balanced(*(torch.linalg.solve(w, x.to(w)) for w, x in zip(widen, (query, key), strict=True)))
         variables = [torch.view_as_real(x.to(torch.complex64).contiguous()).clone().requires_grad_() for x in start]
-        optimizer = torch.optim.LBFGS(
-            variables,
-            max_iter=iterations,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=0,
-            tolerance_change=1e-9,
-        )
-
-        def maps() -> list[torch.Tensor]:
-            return [w @ torch.view_as_complex(x).to(w) for w, x in zip(widen, variables, strict=True)]
+        optimizer = _lbfgs(variables, iterations)
 
         def evaluate() -> torch.Tensor:
-            """Compute loss and gradient, a few blocks at a time: the softmax's saved tensors would exhaust memory."""
             nonlocal best, lowest
             optimizer.zero_grad()
-            wide = maps()
-            costs = [penalty(*wide) / unit] if penalty else []
-            narrow = self._narrow(*wide)
-            leaves = [x.detach().requires_grad_() for x in narrow]
-            total = torch.zeros((), dtype=torch.float64)
-            for i in range(len(self.pieces)):
-                error = self._error(i, leaves, turns) / unit
-                error.backward()
-                total += error.detach().cpu()
-            torch.autograd.backward([*narrow, *costs], [*(leaf.grad for leaf in leaves), *(None for _ in costs)])
-            total += sum(cost.detach() for cost in costs)
+            wide = [w @ torch.view_as_complex(x).to(w) for w, x in zip(widen, variables, strict=True)]
+            total = self._descend(wide, turns, unit, penalty)
             if total < lowest:  # a step that the line search accepts; never one with a float32 overflow
                 lowest = total.item()
                 found = [x.detach().to(query) for x in wide]
@@ -165,6 +145,24 @@ class AttentionProblem:
         with torch.enable_grad():
             optimizer.step(evaluate)
         return best
+
+    def _descend(
+        self, wide: list[torch.Tensor], turns: torch.Tensor, unit: float, penalty: Penalty | None
+    ) -> torch.Tensor:
+        """Return the loss of these maps and add its gradient to their variables.
+
+        A few blocks at a time: the softmax's saved tensors would exhaust memory.
+        """
+        costs = [penalty(*wide) / unit] if penalty else []
+        narrow = self._narrow(*wide)
+        leaves = [x.detach().requires_grad_() for x in narrow]
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(len(self.pieces)):
+            error = self._error(i, leaves, turns) / unit
+            error.backward()
+            total += error.detach().cpu()
+        torch.autograd.backward([*narrow, *costs], [*(leaf.grad for leaf in leaves), *(None for _ in costs)])
+        return total + sum(cost.detach() for cost in costs)
 
     def _narrow(self, *maps: torch.Tensor) -> list[torch.Tensor]:
         return [x.to(self.keys.device, torch.complex64) for x in maps]
@@ -213,3 +211,14 @@ def balanced(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torc
     """Scale both maps so that each slot has the same product and equal energy in both."""
     share = (query.abs().square().sum(0) / key.abs().square().sum(0)).nan_to_num(1.0, 1.0).clamp(1e-6, 1e6).pow(0.25)
     return query / share, key * share
+
+
+def _lbfgs(variables: list[torch.Tensor], iterations: int) -> torch.optim.LBFGS:
+    return torch.optim.LBFGS(
+        variables,
+        max_iter=iterations,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=0,
+        tolerance_change=1e-9,
+    )

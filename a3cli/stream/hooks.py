@@ -1,7 +1,8 @@
 """What a sweep adds to a layer's forward: the sums of its statistics, and an MLP that runs in pieces."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,53 +17,58 @@ from a3cli.stream.decoder import Arguments, hidden_states_of
 @contextmanager
 def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Iterator[None]:
     """Hook the roles of one layer so that every forward adds to its moments."""
-
-    seen: Tensors = {}
-    called_with: Arguments = {}
-
-    def begin(_module: nn.Module, _args: Any, kwargs: Arguments) -> None:
-        called_with.update(kwargs)
-
-    def outputs(name: str) -> Callable[..., None]:
-        def add(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-            seen[name] = output
-            moments.add_heads(name, output)
-
-        return add
-
-    def attended(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
-        moments.add_attention_output(args[0])
-        if (rotation := called_with.get("position_embeddings")) is not None:
-            moments.add_attention(seen, rotation, called_with.get("attention_mask"))
-        seen.clear()  # before the MLP, which needs the memory
-
-    def finish(_module: nn.Module, _args: Any, output: Any) -> None:
-        moments.add_residual("mlp_residual", hidden_states_of(output))
-
-    def inputs(add: Callable[[torch.Tensor], None]) -> Callable[..., None]:
-        return lambda module, args: add(args[0])
+    listener = _Listener(moments)
 
     def submodule(role: Role) -> nn.Module:
         return layer.get_submodule(family.module(role))
 
     handles = [
-        layer.register_forward_pre_hook(begin, with_kwargs=True),
-        submodule("q").register_forward_hook(outputs("q")),
-        submodule("k").register_forward_hook(outputs("k")),
-        submodule("v").register_forward_hook(outputs("v")),
-        submodule("o").register_forward_pre_hook(attended),
-        submodule("down").register_forward_pre_hook(inputs(moments.add_mlp)),
+        layer.register_forward_pre_hook(listener.begin, with_kwargs=True),
+        *(submodule(role).register_forward_hook(partial(listener.add_heads, role)) for role in listener.HEADS),
+        submodule("o").register_forward_pre_hook(listener.add_attention),
         # The MLP's norm reads the stream after attention; the layer returns the stream after the MLP.
-        submodule("mlp_norm").register_forward_pre_hook(
-            inputs(lambda x: moments.add_residual("attention_residual", x))
-        ),
-        layer.register_forward_hook(finish),
+        submodule("mlp_norm").register_forward_pre_hook(listener.add_stream_after_attention),
+        submodule("down").register_forward_pre_hook(listener.add_mlp),
+        layer.register_forward_hook(listener.add_stream_after_mlp),
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Listener:
+    """Hooks that add what they see to one layer's moments."""
+
+    HEADS: tuple[Role, ...] = ("q", "k", "v")
+
+    def __init__(self, moments: LayerMoments) -> None:
+        self._moments = moments
+        self._heads: Tensors = {}
+        self._called_with: Arguments = {}
+
+    def begin(self, _layer: nn.Module, _args: Any, kwargs: Arguments) -> None:
+        self._called_with.update(kwargs)
+
+    def add_heads(self, role: Role, _linear: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        self._heads[role] = output
+        self._moments.add_heads(role, output)
+
+    def add_attention(self, _output_projection: nn.Module, args: tuple[torch.Tensor]) -> None:
+        self._moments.add_attention_output(args[0])
+        if (rotation := self._called_with.get("position_embeddings")) is not None:
+            self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
+        self._heads.clear()  # before the MLP, which needs the memory
+
+    def add_stream_after_attention(self, _norm: nn.Module, args: tuple[torch.Tensor]) -> None:
+        self._moments.add_residual("attention_residual", args[0])
+
+    def add_mlp(self, _down: nn.Module, args: tuple[torch.Tensor]) -> None:
+        self._moments.add_mlp(args[0])
+
+    def add_stream_after_mlp(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        self._moments.add_residual("mlp_residual", hidden_states_of(output))
 
 
 @contextmanager

@@ -144,21 +144,21 @@ class Processes:
         if first is not None:
             raise first
 
-    def from_main(self, work: Callable[[], T]) -> T:
-        """Run `work` in the main process and return its result in all processes. The others wait."""
+    def from_main(self, task: Callable[[], T]) -> T:
+        """Run `task` in the main process and return its result in all processes. The others wait."""
         result: T | None = None
         with self.together():
             if self.main:
-                result = work()
+                result = task()
         return self.gather(result)[0]  # type: ignore[return-value]
 
-    def main_first(self, work: Callable[[], T]) -> T:
-        """Run `work` in every process and return its result; the main one runs first and fills the download cache."""
+    def main_first(self, task: Callable[[], T]) -> T:
+        """Run `task` in every process and return its result; the main one runs first and fills the download cache."""
         result: list[T] = []
         for turn in (True, False):
             with self.together():
                 if self.main is turn:
-                    result.append(work())
+                    result.append(task())
         return result[0]
 
     def add_up(self, sums: "dict[str, torch.Tensor]", device: "torch.device") -> "dict[str, torch.Tensor]":
