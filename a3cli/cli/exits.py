@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from a3cli import __version__
+from a3cli.cli.console import print_error
 from a3cli.cli.options import UsageError
 from a3cli.errors import INTERNAL_ERROR, A3Error
 from a3cli.work.processes import hand_over
@@ -58,9 +59,7 @@ def fixable(error: Exception) -> A3Error | None:
 
 def fail(message: str, code: int) -> NoReturn:
     if not hand_over(message):
-        from a3cli.cli import display
-
-        display.print_error(message)
+        print_error(message)
     sys.exit(code)
 
 

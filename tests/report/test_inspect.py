@@ -17,9 +17,9 @@ pytestmark = pytest.mark.usefixtures("hasty")
 
 
 def test_a_calibration_under_way(a3, checkpoint, text_file, tmp_path, monkeypatch):
-    from a3cli.cli import display
+    from a3cli.cli.progress import SweepProgress
 
-    plain = display.SweepProgress.__call__
+    plain = SweepProgress.__call__
 
     def interrupting(self, **at):
         plain(self, **at)
@@ -28,7 +28,7 @@ def test_a_calibration_under_way(a3, checkpoint, text_file, tmp_path, monkeypatc
 
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *SHORT, "--work", tmp_path / "work")
     with monkeypatch.context() as patch:
-        patch.setattr(display.SweepProgress, "__call__", interrupting)
+        patch.setattr(SweepProgress, "__call__", interrupting)
         assert a3(*command).code == 3
     found = a3("inspect", tmp_path / "work", "--json").json
     assert found["stage"] == "calibrating"
