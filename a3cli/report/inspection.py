@@ -21,8 +21,8 @@ from a3cli.report.measured import Measured
 from a3cli.settings import COMPONENTS, Component
 from a3cli.solvers.linalg import effective_rank
 from a3cli.solvers.moments import gram_blocks, unpack_upper
-from a3cli.text.blocks import load_tokenizer, tokenizer_fingerprint
-from a3cli.text.tokens import describe_blocks, describe_text
+from a3cli.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+from a3cli.text.tokens import describe_blocks, describe_tokens
 from a3cli.work.files import Json, check_hash, hash_json, open_tensors, read_json, read_tensors
 from a3cli.work.folder import Work
 from a3cli.work.manifests import SourceRecord
@@ -217,7 +217,7 @@ def describe_calibration_text(blocks: torch.Tensor, source: Checkpoint | None) -
         tokenizer = None
     if tokenizer is None or source is None or not isinstance(source.config.get("vocab_size"), int):
         return describe_blocks(blocks)
-    return describe_text(blocks, tokenizer, source.config["vocab_size"])
+    return describe_tokens(blocks, tokenizer, source.config["vocab_size"])
 
 
 def describe_statistics(

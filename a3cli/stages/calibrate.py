@@ -16,18 +16,11 @@ from a3cli.solvers.moments import Tensors
 from a3cli.stream.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
 from a3cli.stream.memory import choose_batch_size
 from a3cli.stream.sweep import Decoder, Progress, Sweep
-from a3cli.text.blocks import (
-    TextRead,
-    as_compared,
-    check_fit,
-    check_on_hub,
-    check_texts,
-    describe_text,
-    files_now,
-    load_tokenizer,
-    sample_blocks,
-    tokenizer_fingerprint,
-)
+from a3cli.text.blocks import check_fit, sample_blocks
+from a3cli.text.documents import TextRead
+from a3cli.text.identity import as_compared, describe_text, files_now
+from a3cli.text.sources import check_on_hub, check_texts
+from a3cli.text.tokenizer import load_tokenizer, tokenizer_fingerprint
 from a3cli.work.files import (
     Json,
     bytes_on_disk,

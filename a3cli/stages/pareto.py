@@ -29,7 +29,8 @@ from a3cli.stages.solve import (
     write_solution,
 )
 from a3cli.stream.sweep import Progress
-from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
+from a3cli.text.identity import as_compared, describe_text, files_now
+from a3cli.text.sources import check_texts
 from a3cli.work.files import Json, making_scratch, replacing
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop

@@ -20,7 +20,8 @@ from a3cli.stages.recipe import Recipe
 from a3cli.stages.solve import check_settings, solve
 from a3cli.stages.verify import verify
 from a3cli.stream.sweep import Progress
-from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
+from a3cli.text.identity import as_compared, describe_text, files_now
+from a3cli.text.sources import check_texts
 from a3cli.work.files import Json, check_hashes, hash_json
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop

@@ -56,7 +56,7 @@ def _hash_ngrams(blocks: torch.Tensor, length: int) -> torch.Tensor:
     return hashes
 
 
-def describe_text(blocks: torch.Tensor, tokenizer: Any, vocabulary: int) -> Json:
+def describe_tokens(blocks: torch.Tensor, tokenizer: Any, vocabulary: int) -> Json:
     """Extend `describe_blocks` by what needs the tokenizer: share of the vocabulary, token texts, bytes, characters."""
     described = describe_blocks(blocks)
     for each in described["most_frequent"]:
