@@ -26,11 +26,13 @@ from a3cli.cli.options import (
     Overwrite,
     Quiet,
     WorkOption,
+    check_output,
     option,
     with_settings,
 )
 from a3cli.cli.progress import sweep_progress
 from a3cli.errors import A3Error
+from a3cli.report.long_range import solution_warnings
 from a3cli.settings import (
     CalibrateSettings,
     EvalSettings,
@@ -79,7 +81,7 @@ def calibrate(
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet or not is_main()) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     if is_main():
-        print_json(manifest.plain()) if as_json else display.print_calibration(manifest.plain())
+        print_json(manifest) if as_json else display.print_calibration(manifest)
 
 
 @app.command()
@@ -94,16 +96,15 @@ def solve(
 ) -> None:
     """Choose head and MLP sizes for a budget and compute each layer's projections."""
     set_up_output(quiet=quiet)
-    from a3cli.report.long_range import solution_warnings
     from a3cli.stages.solve import solve as run
     from a3cli.work.interrupt import stopping
 
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     if as_json:
-        print_json({**manifest.plain(), "warnings": solution_warnings(manifest.plain())})
+        print_json({**manifest.plain(), "warnings": solution_warnings(manifest)})
     else:
-        display.print_solution(manifest.plain())
+        display.print_solution(manifest)
 
 
 @app.command()
@@ -118,11 +119,11 @@ def pareto(
 ) -> None:
     """Compare loss against size at many budgets, for every method, from one calibration."""
     set_up_output(quiet=quiet)
-    from a3cli.stages.pareto import check_plot, draw
+    from a3cli.stages.pareto import draw
     from a3cli.stages.pareto import pareto as run
     from a3cli.work.interrupt import stopping
 
-    check_plot(plot)
+    check_output("--plot", plot, suffixes=(".png", ".svg"))
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
         result = run(settings, open_work(work), progress=progress, stop=stop)
     if plot:
@@ -147,7 +148,7 @@ def export(
 
     with stopping(max_minutes) as stop:
         manifest = run(out, settings, open_work(work), stop=stop)
-    print_json(manifest.plain()) if as_json else display.print_export(manifest.plain(), str(out))
+    print_json(manifest) if as_json else display.print_export(manifest, str(out))
 
 
 @app.command(name="eval")
@@ -155,12 +156,12 @@ def export(
 def evaluate(settings: EvalSettings, junit: Junit = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Measure perplexity and, with --against, the distance from the source; --fail-if makes it a gate."""
     set_up_output(quiet=quiet)
-    from a3cli.report.junit import check_junit, write_junit
+    from a3cli.report.junit import write_junit
     from a3cli.settings.gates import raise_for_failures
     from a3cli.stages.evaluate import cases
     from a3cli.stages.evaluate import evaluate as run
 
-    check_junit(junit)
+    check_output("--junit", junit)
     result = run(settings)
     if junit:
         write_junit(junit, "a3 eval", cases(result))
@@ -180,11 +181,11 @@ def verify(
 ) -> None:
     """Check an export as users load it: complete, unaltered, finite, and equal to the solution."""
     set_up_output(quiet=quiet)
-    from a3cli.report.junit import check_junit, write_junit
+    from a3cli.report.junit import write_junit
     from a3cli.stages.verify import cases, raise_for_failures
     from a3cli.stages.verify import verify as run
 
-    check_junit(junit)
+    check_output("--junit", junit)
     result = run(out, settings, open_work(work))
     if junit:
         write_junit(junit, "a3 verify", cases(result))
@@ -233,10 +234,10 @@ def run(
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
     print_json(results) if as_json else display.print_run(results, str(settings.out))
-    if "verify" in results:
-        raise_for_failed_checks(results["verify"])
-    if "eval" in results:
-        raise_for_failures(results["eval"]["datasets"])
+    if results.verification is not None:
+        raise_for_failed_checks(results.verification)
+    if results.evaluation is not None:
+        raise_for_failures(results.evaluation["datasets"])
 
 
 stats = OnceTyper(help="Statistics of finished calibrations.", no_args_is_help=True)
@@ -256,7 +257,7 @@ def merge(
     from a3cli.stages.merge import merge as run
 
     manifest = run([open_work(work) for work in works], open_work(into), overwrite=overwrite)
-    print_json(manifest.plain()) if as_json else display.print_calibration(manifest.plain())
+    print_json(manifest) if as_json else display.print_calibration(manifest)
 
 
 @app.command()
@@ -284,10 +285,12 @@ def report(
     """Write one self-contained HTML page: before and after, curves, sizes, RoPE, provenance, warnings."""
     set_up_output(quiet=quiet)
     from a3cli.report.inspection import describe
-    from a3cli.report.page import check_place, read_evaluations, write_report
+    from a3cli.report.page import read_evaluations, write_report
 
-    place = check_place(html)
-    result = write_report(describe(folder), read_evaluations(evaluation or []), place)
+    if html is None:
+        raise A3Error("no file to write: give --html FILE")
+    check_output("--html", html)
+    result = write_report(describe(folder), read_evaluations(evaluation or []), html)
     print_json(result) if as_json else display.print_report(result)
 
 

@@ -1,7 +1,7 @@
 """Fit tables into the terminal's width, with every figure and every word whole."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -10,6 +10,14 @@ from a3cli.cli.console import open_console, print_wrapped
 
 LOG_WIDTH = 160  # columns of a table that is not printed on a terminal; more if its words need more
 LONG_HEADING = 30  # columns; a heading with a longer word is listed below a table that does not fit
+
+
+def new_table(*names: str, figures: Iterable[str] = ()) -> Table:
+    """Return a table with these headings: columns of text, then right-justified columns of figures."""
+    table = Table(*names)
+    for heading in figures:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def print_table(table: Table) -> None:

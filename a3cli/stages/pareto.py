@@ -200,14 +200,6 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) 
     )
 
 
-def check_plot(path: Path | None) -> None:
-    """Check that a plot can be written to `path`, before any work starts. Raises A3Error."""
-    if path and path.suffix not in (".png", ".svg"):
-        raise A3Error(f"--plot {path}: the name must end in .png or .svg")
-    if path and not path.parent.is_dir():
-        raise A3Error(f"--plot {path}: there is no folder {path.parent}")
-
-
 def draw(result: Json, path: Path) -> None:
     """Write the `plot` of a sweep's points as PNG or SVG, by the file's suffix."""
     with replacing(path) as partial:
