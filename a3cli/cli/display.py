@@ -8,7 +8,7 @@ from rich.text import Text
 
 from a3cli.cli.console import log, print_line, print_sentence
 from a3cli.cli.tables import new_table, print_table
-from a3cli.report.figures import TITLES, Comparison, asked, compare, percent, spread
+from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, percent
 from a3cli.report.long_range import solution_warnings
 from a3cli.report.names import describe_context, describe_texts
 from a3cli.settings import COMPONENTS, LOSSES
@@ -58,7 +58,7 @@ def print_solution(solution: "Solution") -> None:
 def _print_comparisons(rows: Iterable[Comparison]) -> None:
     table = new_table("", figures=("before", "after", "after / before"))
     for each in rows:
-        table.add_row(each.label, f"{each.before:,}", spread(each.after), f"{each.share:.3f}")
+        table.add_row(each.label, each.before, each.after, f"{each.share:.3f}")
     print_table(table)
 
 
@@ -100,8 +100,8 @@ def print_plan(result: Json) -> None:
         "kv_bytes_per_token": "KV cache, bytes per token",
         "prefill_flops_per_token": f"prefill FLOPs per token at {result['prefill_flops_per_token']['seq_len']}",
     }
-    changes = ((key, label, result[key]) for key, label in labels.items())
-    _print_comparisons(Comparison(key, label, each["before"], [each["after"]]) for key, label, each in changes)
+    changes = ((label, result[key]) for key, label in labels.items())
+    _print_comparisons(compare_one(label, each["before"], [each["after"]]) for label, each in changes)
     own = result["shape"] == "per-layer"
     means = "are means: each layer will have its own" if own else "are the same in all layers"
     print_sentence(

@@ -9,7 +9,7 @@ from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.families import ModelShape
 from a3cli.models.model import Model
 from a3cli.report.commands import calibrate_commands, export_command, solve_command
-from a3cli.report.figures import TITLES, asked, compare, percent, spread
+from a3cli.report.figures import TITLES, asked, compare, percent
 from a3cli.report.long_range import solution_warnings
 from a3cli.report.manifest import ExportFacts
 from a3cli.report.measured import Measured
@@ -41,7 +41,7 @@ A smaller version of `{{ base }}`, made in closed form and without training by
 | | before | after |
 |---|---|---|
 {% for row in rows -%}
-| {{ row[0] }} | {{ row[1] }} | {{ row[2] }} |
+| {{ row.label }} | {{ row.before }} | {{ row.after }} |
 {% endfor %}
 Removed: {{ removed }} of the decoder's linear weights (asked: {{ asked }}). Predicted loss, {{ unit }},
 summed over layers: {{ predicted }}.
@@ -128,7 +128,7 @@ def describe_solution(shape: ModelShape, solution: Solution) -> Json:
     """Return the template's content about sizes, losses, method and RoPE."""
     losses = ((TITLES[component], getattr(solution.predicted_loss, component)) for component in COMPONENTS)
     return {
-        "rows": [(each.label, f"{each.before:,}", spread(each.after)) for each in compare(solution, LABELS)],
+        "rows": compare(solution, LABELS),
         "removed": percent(solution.budget_reached, 2),
         "asked": asked(solution.budget_asked) or "per component",
         "method": describe_method(solution),

@@ -1,44 +1,50 @@
 """Format figures: shares, sizes before and after, byte counts. Nothing here needs torch or a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from a3cli.settings import COMPONENTS, Component
 
 if TYPE_CHECKING:
-    from a3cli.work.manifests import Solution
+    from a3cli.work.manifests import Change, Solution
 
+Format = Callable[[float], str]
 TITLES: dict[Component, str] = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 UNITS = ("", "k", "M", "G", "T", "P")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A size or cost before and after: one row of a table. `after` has one value, or one per layer."""
+    """A row of a before/after table: a size or cost as it is shown, and the remaining fraction, from 0 to 1."""
 
-    key: str
     label: str
-    before: int
-    after: Sequence[int]
-
-    @property
-    def share(self) -> float:
-        """Return the remaining fraction of the size."""
-        return sum(self.after) / len(self.after) / self.before
+    before: str
+    after: str
+    share: float
 
 
-def compare(solution: "Solution", labels: Mapping[str, str]) -> list[Comparison]:
-    """Return the rows of a before/after table: the sizes of components and the costs that `labels` names."""
-    rows = []
-    for key, label in labels.items():
-        if key in COMPONENTS:
-            before, after = getattr(solution.full_size, key), [getattr(sizes, key) for sizes in solution.sizes]
-        else:
-            change = getattr(solution, key)
-            before, after = change.before, [change.after]
-        rows.append(Comparison(key, label, before, after))
-    return rows
+def compare(
+    solution: "Solution", labels: Mapping[str, str], shown: Mapping[str, Format] = MappingProxyType({})
+) -> list[Comparison]:
+    """Return a row for each size or cost of `labels`, the short forms of which are made by `shown`."""
+    return [compare_one(label, *before_after(solution, key), shown.get(key)) for key, label in labels.items()]
+
+
+def before_after(solution: "Solution", key: str) -> tuple[int, list[int]]:
+    """Return a size or cost before, and after: one value, or one per layer."""
+    if key in COMPONENTS:
+        return getattr(solution.full_size, key), [getattr(sizes, key) for sizes in solution.sizes]
+    change: Change = getattr(solution, key)
+    return change.before, [change.after]
+
+
+def compare_one(label: str, before: int, after: Sequence[int], show: Format | None = None) -> Comparison:
+    share = sum(after) / len(after) / before
+    if show:
+        return Comparison(label, show(before), show(after[0]), share)
+    return Comparison(label, f"{before:,}", spread(after), share)
 
 
 def spread(values: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """Judge a calibration's statistics: effective ranks and conditions of their spectra."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from a3cli.solvers.linalg import effective_rank
 from a3cli.solvers.moments import gram_blocks, unpack_upper
 from a3cli.work.files import check_hash, open_tensors
 from a3cli.work.folder import Work
+from a3cli.work.manifests import Part
 
 SINGULAR = 1e-10  # of the largest eigenvalue: the solvers' default floor
 WIDEST_SPECTRUM = 2048  # largest width whose eigenvalues are all computed: wider ones take a minute per layer
@@ -49,8 +50,7 @@ class Dimensions:
         return rows * size * self.hidden * self.item
 
 
-@dataclass(frozen=True)
-class Health:
+class Health(Part):
     """Spectra of one component's Gram matrices; None where they were not computed."""
 
     effective_rank: float | None = None  # mean over heads
@@ -114,7 +114,7 @@ def layer_health(file: Any, dimensions: Dimensions, layer: int) -> LayerHealth:
 def with_conditions(health: Health, grams: torch.Tensor) -> Health:
     """Return `health` with the condition of other matrices than those of the effective rank."""
     found = spectrum_health(grams)
-    return replace(health, condition=found.condition, singular=found.singular)
+    return health.model_copy(update={"condition": found.condition, "singular": found.singular})
 
 
 def spectrum_health(grams: torch.Tensor) -> Health:

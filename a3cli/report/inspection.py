@@ -73,8 +73,9 @@ class Inspection(Part):
     warnings: list[str]
 
     def plain(self, **which: Any) -> Json:
-        """Return the content as JSON has it; figures of a3 eval have all entries, also those that were never set."""
-        return super().plain(**which) | {"measured": as_recorded(self.measured)}
+        """Return the content as JSON has it; layers and figures of a3 eval have all entries, also unknown ones."""
+        layers = [each.model_dump() for each in self.layers]
+        return super().plain(**which) | {"layers": layers, "measured": as_recorded(self.measured)}
 
 
 def describe(path: Path) -> Inspection:

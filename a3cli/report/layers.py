@@ -9,28 +9,24 @@ class Bytes(Part):
     """Bytes of a component's weights in one layer; None if the source was not found or there is no solution."""
 
     before: int | None
-    after: int | None
+    after: int | None = None
 
     @property
     def now(self) -> int | None:
         return self.after or self.before
 
 
-class ComponentState(Part):
+class ComponentState(Health):
     """One component of one layer; None for what is unknown."""
 
     full_size: int
-    size: int | None
-    predicted_loss: float | None
-    energy_kept: float | None
-    effective_rank: float | None
+    size: int | None = None
+    predicted_loss: float | None = None
+    energy_kept: float | None = None
     dimension: int
     tokens_per_dimension: float
-    condition: float | None
-    singular: int | None
-    dead: int | None
-    damping: float | None
-    floored: int | None
+    damping: float | None = None
+    floored: int | None = None
     bytes: Bytes
 
     @property
@@ -71,19 +67,11 @@ def describe_component(component: Component, dimensions: Dimensions, tokens: int
     """Return the state of a component without a solution."""
     full, dimension = dimensions.full_size(component), dimensions.of_gram(component)
     return ComponentState(
+        **dict(health),
         full_size=full,
-        size=None,
-        predicted_loss=None,
-        energy_kept=None,
-        effective_rank=health.effective_rank,
         dimension=dimension,
         tokens_per_dimension=tokens / dimension,
-        condition=health.condition,
-        singular=health.singular,
-        dead=health.dead,
-        damping=None,
-        floored=None,
-        bytes=Bytes(before=dimensions.bytes(component, full), after=None),
+        bytes=Bytes(before=dimensions.bytes(component, full)),
     )
 
 

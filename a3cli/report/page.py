@@ -3,7 +3,7 @@
 The template requests nothing from the network, and its content policy forbids it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from a3cli.report import charts
 from a3cli.report.commands import calibrate_commands, export_command, recorded_settings, solve_command
-from a3cli.report.figures import TITLES, compare, human, human_bytes, spread
+from a3cli.report.figures import TITLES, Comparison, compare, human, human_bytes
 from a3cli.report.inspection import Inspection
 from a3cli.report.layers import LayerState
 from a3cli.report.manifest import ExportSummary
@@ -45,16 +45,6 @@ class Tile:
     label: str
     value: str
     note: str
-
-
-@dataclass(frozen=True)
-class Change:
-    """A row of the before/after table; `share` is the remaining fraction, from 0 to 1."""
-
-    label: str
-    before: str
-    after: str
-    share: float
 
 
 @dataclass(frozen=True)
@@ -183,7 +173,7 @@ def calibration_tile(calibration: Calibration) -> Tile:
     return Tile("calibrated on", f"{calibration.tokens:,}", f"tokens in {blocks} blocks of {length}")
 
 
-def changes(solution: Solution) -> list[Change]:
+def changes(solution: Solution) -> list[Comparison]:
     """Return the rows of the before/after table."""
     labels = {
         "qk": "query and key head size",
@@ -194,14 +184,7 @@ def changes(solution: Solution) -> list[Change]:
         "kv_bytes_per_token": "KV cache, bytes per token",
         "prefill_flops_per_token": f"FLOPs per token, prompt of {solution.prefill_flops_per_token.seq_len:,}",
     }
-    shorten: dict[str, Callable[[float], str]] = {"bytes": human_bytes, "prefill_flops_per_token": human}
-    rows = []
-    for each in compare(solution, labels):
-        before, after = f"{each.before:,}", spread(each.after)
-        if show := shorten.get(each.key):
-            before, after = show(each.before), show(each.after[0])
-        rows.append(Change(each.label, before, after, each.share))
-    return rows
+    return compare(solution, labels, {"bytes": human_bytes, "prefill_flops_per_token": human})
 
 
 def size_map(layers: list[LayerState]) -> list[tuple[int, list[SizeCell]]]:
