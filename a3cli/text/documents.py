@@ -97,16 +97,9 @@ def check_parquet(file: Path) -> None:
 def load_hub_dataset(settings: TextSettings, *, purpose: str) -> Iterable[Json]:
     """Stream a Hub data set: an alias, or `owner/name[:configuration]`."""
     name, _, configuration = settings.dataset.partition(":")
-    default = "train" if purpose == "calibrate" else "test"
-    if name in ALIASES:
-        alias, alias_configuration, train, test = ALIASES[name]
-        return load(
-            alias,
-            settings,
-            name=configuration or alias_configuration,
-            split=settings.split or (train if purpose == "calibrate" else test),
-        )
-    return load(name, settings, name=configuration or None, split=settings.split or default)
+    path, usual, train, test = ALIASES.get(name, (name, None, "train", "test"))
+    split = settings.split or (train if purpose == "calibrate" else test)
+    return load(path, settings, name=configuration or usual, split=split)
 
 
 def load(path: str, settings: TextSettings, **options: Any) -> Iterable[Json]:
