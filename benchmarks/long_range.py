@@ -234,7 +234,8 @@ def position_rows(subject: Subject, folder: Path, args: argparse.Namespace) -> t
 def text_blocks(model: Path, text: Path, most: int) -> torch.Tensor:
     """The first `most` whole blocks of a text, cut as `a3 eval` cuts them."""
     from a3cli.settings import TextSettings
-    from a3cli.text.blocks import evaluation_blocks, load_tokenizer
+    from a3cli.text.blocks import evaluation_blocks
+    from a3cli.text.tokenizer import load_tokenizer
 
     settings = TextSettings(dataset=str(text), samples=most, seq_len=POSITIONS[-1])
     blocks = evaluation_blocks(load_tokenizer(model), settings)

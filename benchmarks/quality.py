@@ -40,7 +40,8 @@ from a3cli.report.manifest import MANIFEST  # noqa: E402
 from a3cli.settings import TextSettings  # noqa: E402
 from a3cli.stages.answers import LoadedModel  # noqa: E402
 from a3cli.stages.evaluate import describe_sums, sum_blocks  # noqa: E402
-from a3cli.text.blocks import evaluation_blocks, load_tokenizer  # noqa: E402
+from a3cli.text.blocks import evaluation_blocks  # noqa: E402
+from a3cli.text.tokenizer import load_tokenizer  # noqa: E402
 from a3cli.work.folder import Work  # noqa: E402
 from benchmarks.baselines import BASELINES, Calibration  # noqa: E402
 from benchmarks.results import Cell, Cells, split_lines, write_between  # noqa: E402

@@ -8,12 +8,13 @@ import sys
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from a3cli import __version__
+from a3cli.cli import display
+from a3cli.cli.console import print_json, set_up_logging
 from a3cli.cli.exits import ErrorsToExitCodes, report_bug
 from a3cli.cli.options import (
     DEFAULT_WORK,
@@ -25,10 +26,13 @@ from a3cli.cli.options import (
     Overwrite,
     Quiet,
     WorkOption,
+    check_output,
     option,
     with_settings,
 )
+from a3cli.cli.progress import sweep_progress
 from a3cli.errors import A3Error
+from a3cli.report.long_range import solution_warnings
 from a3cli.settings import (
     CalibrateSettings,
     EvalSettings,
@@ -67,17 +71,17 @@ def calibrate(
 
     Resumable: after a stop, rerun the command; it resumes at the unfinished layer.
     """
-    display = open_display(quiet=quiet)
+    set_up_output(quiet=quiet)
     if settings.num_processes > 1 and not launched():
         launch(settings.num_processes, sys.argv[1:])
         return
     from a3cli.stages.calibrate import calibrate as run
     from a3cli.work.interrupt import stopping
 
-    with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet or not is_main()) as progress:
+    with stopping(max_minutes) as stop, sweep_progress(quiet=quiet or not is_main()) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     if is_main():
-        display.print_json(manifest.plain()) if as_json else display.print_calibration(manifest.plain())
+        print_json(manifest) if as_json else display.print_calibration(manifest)
 
 
 @app.command()
@@ -91,17 +95,16 @@ def solve(
     quiet: Quiet = False,
 ) -> None:
     """Choose head and MLP sizes for a budget and compute each layer's projections."""
-    display = open_display(quiet=quiet)
-    from a3cli.report.long_range import solution_warnings
+    set_up_output(quiet=quiet)
     from a3cli.stages.solve import solve as run
     from a3cli.work.interrupt import stopping
 
-    with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet) as progress:
+    with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     if as_json:
-        display.print_json({**manifest.plain(), "warnings": solution_warnings(manifest.plain())})
+        print_json({**manifest.plain(), "warnings": solution_warnings(manifest)})
     else:
-        display.print_solution(manifest.plain())
+        display.print_solution(manifest)
 
 
 @app.command()
@@ -115,17 +118,17 @@ def pareto(
     quiet: Quiet = False,
 ) -> None:
     """Compare loss against size at many budgets, for every method, from one calibration."""
-    display = open_display(quiet=quiet)
-    from a3cli.stages.pareto import check_plot, draw
+    set_up_output(quiet=quiet)
+    from a3cli.stages.pareto import draw
     from a3cli.stages.pareto import pareto as run
     from a3cli.work.interrupt import stopping
 
-    check_plot(plot)
-    with stopping(max_minutes) as stop, display.sweep_progress(quiet=quiet) as progress:
+    check_output("--plot", plot, suffixes=(".png", ".svg"))
+    with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
         result = run(settings, open_work(work), progress=progress, stop=stop)
     if plot:
         draw(result, plot)
-    display.print_json(result) if as_json else display.print_pareto(result)
+    print_json(result) if as_json else display.print_pareto(result)
 
 
 @app.command()
@@ -139,30 +142,30 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write the smaller model as a standard checkpoint that stock loaders read."""
-    display = open_display(quiet=quiet)
+    set_up_output(quiet=quiet)
     from a3cli.stages.export import export as run
     from a3cli.work.interrupt import stopping
 
     with stopping(max_minutes) as stop:
         manifest = run(out, settings, open_work(work), stop=stop)
-    display.print_json(manifest.plain()) if as_json else display.print_export(manifest.plain(), str(out))
+    print_json(manifest) if as_json else display.print_export(manifest, str(out))
 
 
 @app.command(name="eval")
 @with_settings(EvalSettings)
 def evaluate(settings: EvalSettings, junit: Junit = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Measure perplexity and, with --against, the distance from the source; --fail-if makes it a gate."""
-    display = open_display(quiet=quiet)
-    from a3cli.report.junit import check_junit, write_junit
+    set_up_output(quiet=quiet)
+    from a3cli.report.junit import write_junit
     from a3cli.settings.gates import raise_for_failures
     from a3cli.stages.evaluate import cases
     from a3cli.stages.evaluate import evaluate as run
 
-    check_junit(junit)
+    check_output("--junit", junit)
     result = run(settings)
     if junit:
         write_junit(junit, "a3 eval", cases(result))
-    display.print_json(result) if as_json else display.print_evaluation(result)
+    print_json(result) if as_json else display.print_evaluation(result)
     raise_for_failures(result["datasets"])
 
 
@@ -177,16 +180,16 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Check an export as users load it: complete, unaltered, finite, and equal to the solution."""
-    display = open_display(quiet=quiet)
-    from a3cli.report.junit import check_junit, write_junit
+    set_up_output(quiet=quiet)
+    from a3cli.report.junit import write_junit
     from a3cli.stages.verify import cases, raise_for_failures
     from a3cli.stages.verify import verify as run
 
-    check_junit(junit)
+    check_output("--junit", junit)
     result = run(out, settings, open_work(work))
     if junit:
         write_junit(junit, "a3 verify", cases(result))
-    display.print_json(result) if as_json else display.print_verification(result)
+    print_json(result) if as_json else display.print_verification(result)
     raise_for_failures(result)
 
 
@@ -194,11 +197,11 @@ def verify(
 @with_settings(PlanSettings)
 def plan(settings: PlanSettings, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Estimate a run's sizes, disk, memory and time, and list what will load the result."""
-    display = open_display(quiet=quiet)
+    set_up_output(quiet=quiet)
     from a3cli.stages.plan import plan as run
 
     result = run(settings)
-    display.print_json(result) if as_json else display.print_plan(result)
+    print_json(result) if as_json else display.print_plan(result)
 
 
 @app.command()
@@ -217,7 +220,7 @@ def run(
     Resumable: rerun the same command after a stop. A finished run is left as it is. The exit code is 1 if a gate of
     the recipe (fail_if) or a check of verify failed, also in a run that had finished before.
     """
-    display = open_display(quiet=quiet)
+    set_up_output(quiet=quiet)
     from a3cli.settings.gates import raise_for_failures
     from a3cli.stages.recipe import read_recipe
     from a3cli.stages.run import run_recipe
@@ -227,14 +230,14 @@ def run(
     settings = read_recipe(recipe, work=work, out=out)
     if not verify:
         settings = settings.model_copy(update={"verify": False})
-    progress = partial(display.sweep_progress, quiet=quiet)
+    progress = partial(sweep_progress, quiet=quiet)
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
-    display.print_json(results) if as_json else display.print_run(results, str(settings.out))
-    if "verify" in results:
-        raise_for_failed_checks(results["verify"])
-    if "eval" in results:
-        raise_for_failures(results["eval"]["datasets"])
+    print_json(results) if as_json else display.print_run(results, str(settings.out))
+    if results.verification is not None:
+        raise_for_failed_checks(results.verification)
+    if results.evaluation is not None:
+        raise_for_failures(results.evaluation["datasets"])
 
 
 stats = OnceTyper(help="Statistics of finished calibrations.", no_args_is_help=True)
@@ -250,11 +253,11 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Add up calibrations of one model on different text."""
-    display = open_display(quiet=quiet)
+    set_up_output(quiet=quiet)
     from a3cli.stages.merge import merge as run
 
     manifest = run([open_work(work) for work in works], open_work(into), overwrite=overwrite)
-    display.print_json(manifest.plain()) if as_json else display.print_calibration(manifest.plain())
+    print_json(manifest) if as_json else display.print_calibration(manifest)
 
 
 @app.command()
@@ -264,11 +267,11 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Show each layer's sizes, losses and statistics, the calibration text, and warnings."""
-    display = open_display(quiet=quiet)
+    set_up_output(quiet=quiet)
     from a3cli.report.inspection import describe
 
     found = describe(folder)
-    display.print_json(found) if as_json else display.print_inspection(found)
+    print_json(found) if as_json else display.print_inspection(found)
 
 
 @app.command()
@@ -280,13 +283,15 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write one self-contained HTML page: before and after, curves, sizes, RoPE, provenance, warnings."""
-    display = open_display(quiet=quiet)
+    set_up_output(quiet=quiet)
     from a3cli.report.inspection import describe
-    from a3cli.report.page import check_place, read_evaluations, write_report
+    from a3cli.report.page import read_evaluations, write_report
 
-    place = check_place(html)
-    result = write_report(describe(folder), read_evaluations(evaluation or []), place)
-    display.print_json(result) if as_json else display.print_report(result)
+    if html is None:
+        raise A3Error("no file to write: give --html FILE")
+    check_output("--html", html)
+    result = write_report(describe(folder), read_evaluations(evaluation or []), html)
+    print_json(result) if as_json else display.print_report(result)
 
 
 def open_work(folder: Path) -> "Work":
@@ -316,13 +321,10 @@ def root(
         )
 
 
-def open_display(*, quiet: bool) -> ModuleType:
-    """Set up a3's own output and silence the libraries, whose output would be mixed into it."""
+def set_up_output(*, quiet: bool) -> None:
+    """Set up a3's log lines, and silence the libraries, whose output would be mixed into a3's."""
     silence_libraries()
-    from a3cli.cli import display
-
-    display.set_up_logging(quiet=quiet or not is_main())
-    return display
+    set_up_logging(quiet=quiet or not is_main())
 
 
 def silence_libraries() -> None:

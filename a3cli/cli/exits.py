@@ -1,4 +1,4 @@
-"""Errors as one line and an exit code; a bug keeps its traceback and has an exit code of its own."""
+"""Turn errors into one line and an exit code; a bug keeps its traceback and has an exit code of its own."""
 
 import errno
 import platform
@@ -10,11 +10,12 @@ import typer
 from typer.core import TyperGroup
 
 from a3cli import __version__
+from a3cli.cli.console import print_error
 from a3cli.cli.options import UsageError
 from a3cli.errors import INTERNAL_ERROR, A3Error
 from a3cli.work.processes import hand_over
 
-# Disk full, quota, file too large, no permission, read-only file system: not our bugs.
+# Disk full, quota, file too large, no permission, read-only file system.
 FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -36,7 +37,7 @@ class ErrorsToExitCodes(TyperGroup):
             fail(f"{error.format_message()} (see {command} --help)", 2)
         except KeyboardInterrupt:
             fail("interrupted; no half-written file was left; rerun the same command to resume", 3)
-        except BrokenPipeError:  # the parser ends the process without a word
+        except BrokenPipeError:  # the parser ends the process silently
             raise
         except Exception as error:
             if problem := fixable(error):
@@ -45,7 +46,7 @@ class ErrorsToExitCodes(TyperGroup):
 
 
 def fixable(error: Exception) -> A3Error | None:
-    """Return what the user can do about an error that is not ours; None if it is a bug."""
+    """Return an error that the user can fix as an A3Error; None if it is a bug."""
     if isinstance(error, OSError) and error.errno in FIXABLE:
         where = f" ({error.filename})" if error.filename else ""
         return A3Error(f"{error.strerror}{where}; no half-written file was left; fix this and rerun the same command")
@@ -58,14 +59,12 @@ def fixable(error: Exception) -> A3Error | None:
 
 def fail(message: str, code: int) -> NoReturn:
     if not hand_over(message):
-        from a3cli.cli import display
-
-        display.print_error(message)
+        print_error(message)
     sys.exit(code)
 
 
 def report_bug() -> NoReturn:
-    """End the process after an error of our own: its traceback, and a last line that asks to report it."""
+    """Exit after a bug: print its traceback, and a last line that asks to report it."""
     traceback.print_exc()
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     sys.stderr.write(
@@ -76,7 +75,7 @@ def report_bug() -> NoReturn:
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions that a bug report needs; read here, since a module of ours may be what is broken."""
+    """Return the versions for a bug report, without other modules of a3, one of which may be broken."""
     import importlib.metadata
 
     versions = {"a3": __version__, "python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""Options of the commands: generated from the fields of a settings class, and those that are no settings."""
+"""Make the options of the commands: from the fields of a settings class, and those that are not settings."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ M = TypeVar("M", Option, TextOptions)
 # The parser's errors: typer has its own copy of click in newer versions, and gives this class no name.
 UsageError: Any = typer.BadParameter.__base__
 
-# What to do instead of naming several data sets.
+# How to use several data sets with commands that take one.
 ONE_DATASET = {
     "calibrate": "a3 calibrate takes one data set; run it once for each with its own --work, and add the calibrations "
     "up with a3 stats merge",
@@ -30,7 +30,7 @@ ONE_DATASET = {
 
 
 class OnceCommand(TyperCommand):
-    """A command that refuses a second value for an option that takes one, which the parser would ignore."""
+    """A command that refuses a second value for an option that takes one; the parser would ignore the first."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
@@ -50,7 +50,7 @@ class OnceTyper(typer.Typer):
 
 
 def option(*names: str, panel: Option, **details: Any) -> Any:
-    """Declare an option that is no setting."""
+    """Declare an option that is not a setting."""
     return typer.Option(*names, rich_help_panel=panel.panel, **details)
 
 
@@ -72,8 +72,20 @@ Evaluations = Annotated[
 ]
 
 
+def check_output(option: str, path: Path | None, *, suffixes: tuple[str, ...] = ()) -> None:
+    """Check that the file of an option can be written, before any work starts. Raises A3Error."""
+    if path is None:
+        return
+    if suffixes and path.suffix not in suffixes:
+        raise A3Error(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise A3Error(f"{option} {path}: it is a folder")
+    if not path.resolve().parent.is_dir():
+        raise A3Error(f"{option} {path}: there is no folder {path.parent}")
+
+
 def with_settings(kind: type[Settings]) -> Callable[[F], F]:
-    """Let a command take every setting of a class as an option, and get them as one argument, `settings`."""
+    """Make every setting of a class an option of the command, which gets them in one argument, `settings`."""
 
     def decorate(command: F) -> F:
         own = dict(inspect.signature(command).parameters)
@@ -214,7 +226,7 @@ def texts_of(text: Mapping[str, Any], values: Mapping[str, Any]) -> list[dict[st
 
 
 def for_each(option: str, values: list[str] | None, datasets: list[str]) -> list[str] | list[None]:
-    """A value for every data set. Raises A3Error if there are neither as many nor one for all."""
+    """Return a value for each data set. Raises A3Error unless there is one for all, or as many as data sets."""
     if not values:
         return [None] * len(datasets)
     if len(values) == 1:

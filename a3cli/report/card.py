@@ -1,9 +1,5 @@
 """The model card of an export: where it comes from and how to load it."""
 
-import re
-import shlex
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,16 +8,27 @@ from huggingface_hub.errors import HfHubHTTPError
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.families import ModelShape
 from a3cli.models.model import Model
+from a3cli.report.commands import calibrate_commands, export_command, solve_command
+from a3cli.report.figures import TITLES, asked, compare, percent
 from a3cli.report.long_range import solution_warnings
-from a3cli.settings import LOSSES, SolveSettings
-from a3cli.settings.options import command_words
-from a3cli.work.escape import code_span, markdown, printable
+from a3cli.report.manifest import ExportFacts
+from a3cli.report.measured import Measured
+from a3cli.report.names import describe_context, describe_texts, public_dataset, public_name
+from a3cli.settings import COMPONENTS, LOSSES
+from a3cli.work.escape import code_span, markdown
 from a3cli.work.files import Json
+from a3cli.work.manifests import Solution
 
-# A Hub id of `--dataset`, optionally with a configuration; and the suffixes of local files.
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
-TEXT_FILES = (".jsonl", ".parquet", ".txt")
-FILES_NAMED = 5  # files of a folder listed on a card; the manifest lists all
+# Rows of the before/after table.
+LABELS = {
+    "qk": "query and key head size",
+    "ov": "value head size",
+    "mlp": "MLP width",
+    "parameters": "parameters",
+    "kv_bytes_per_token": "KV cache, bytes per token",
+    "prefill_flops_per_token": "prefill FLOPs per token",
+}
+FIGURES = (("source_perplexity", ".3f"), ("perplexity", ".3f"), ("kl", ".4f"), ("top1_agreement", ".1%"))
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -34,7 +41,7 @@ A smaller version of `{{ base }}`, made in closed form and without training by
 | | before | after |
 |---|---|---|
 {% for row in rows -%}
-| {{ row[0] }} | {{ row[1] }} | {{ row[2] }} |
+| {{ row.label }} | {{ row.before }} | {{ row.after }} |
 {% endfor %}
 Removed: {{ removed }} of the decoder's linear weights (asked: {{ asked }}). Predicted loss, {{ unit }},
 summed over layers: {{ predicted }}.
@@ -81,54 +88,56 @@ Base model: `{{ base }}`{{ revision }}. Licence: {{ licence }}. Method: {{ metho
 """
 
 
-def model_card(model: Model, manifest: Json) -> str:
-    """Return the README.md of an export, from its manifest."""
-    source, solution, calibration = model.source, manifest["solution"], manifest["calibration"]
-    base = public_name(manifest["source"])
-    metadata = card_metadata(source)
-    commands = (
-        *calibrate_commands(base, source.revision, calibration),
-        solve_command(solution["request"]["settings"]),
-        export_command(manifest),
-    )
+def model_card(model: Model, facts: ExportFacts) -> str:
+    """Return the README.md of an export, from the facts of its manifest."""
+    metadata = card_metadata(model.source)
     card = ModelCard.from_template(
         ModelCardData(**metadata),
         template_str=TEMPLATE,
-        title=f"{markdown(Path(source.name).name)}, {100 * solution['budget_reached']:.0f} % removed",
-        base=code_span(base),
-        revision=f" at `{source.revision}`" if source.revision else "",
-        licence=markdown(", ".join(str(metadata[k]) for k in ("license", "license_name") if k in metadata))
-        or "not stated",
-        method=describe_method(solution),
-        predicted=", ".join(f"{name.upper()} {value:.4g}" for name, value in solution["predicted_loss"].items()),
-        unit=LOSSES[solution["request"]["settings"]["sensitivity"]],
-        measured=[measured_row(each) for each in manifest.get("measured") or []],
-        rows=figures(model.shape, solution),
-        removed=f"{100 * solution['budget_reached']:.2f} %",
-        asked="per component" if solution["budget_asked"] is None else f"{100 * solution['budget_asked']:g} %",
-        remote_code=", trust_remote_code=True" if solution["shape"] == "per-layer" else "",
-        runtimes=manifest["runtimes"],
-        rope=" ".join(filter(None, (describe_rope(model.shape, solution), describe_context(solution)))),
-        tokens=f"{calibration['tokens']:,}",
-        blocks=calibration["blocks"],
-        datasets=describe_texts(calibration, quoted=lambda name: f"`{code_span(name)}`"),
-        warnings=[markdown(warning) for warning in solution_warnings(solution)],
-        commands="\n".join(commands),
+        **describe_provenance(model.source, facts, metadata),
+        **describe_solution(model.shape, facts.solution),
+        measured=[measured_row(each) for each in facts.measured],
+        runtimes=facts.runtimes,
     )
     return str(card.content).rstrip() + "\n"
 
 
-def public_dataset(dataset: str) -> str:
-    """Return the public name of a data set: a Hub id, or the last part of a local path."""
-    path = Path(dataset)
-    on_hub = HUB_ID.fullmatch(dataset) and path.suffix not in TEXT_FILES and not path.exists()
-    return dataset if on_hub else path.name
+def describe_provenance(source: Checkpoint, facts: ExportFacts, metadata: Json) -> Json:
+    """Return the template's content about source, licence, calibration text and commands."""
+    calibration, settings = facts.calibration, facts.solution.request.settings
+    base = public_name(facts.source.model, facts.source.revision)
+    commands = (
+        *calibrate_commands(base, source.revision, calibration.request, calibration.made_with),
+        solve_command(settings),
+        export_command(facts.dtype, facts.max_shard_size),
+    )
+    licence = ", ".join(str(metadata[key]) for key in ("license", "license_name") if key in metadata)
+    return {
+        "title": f"{markdown(Path(source.name).name)}, {percent(facts.solution.budget_reached)} removed",
+        "base": code_span(base),
+        "revision": f" at `{source.revision}`" if source.revision else "",
+        "licence": markdown(licence) or "not stated",
+        "tokens": f"{calibration.tokens:,}",
+        "blocks": calibration.blocks,
+        "datasets": describe_texts(calibration, quoted=lambda name: f"`{code_span(name)}`"),
+        "commands": "\n".join(commands),
+    }
 
 
-def public_request(request: Json) -> Json:
-    """Return a calibration's request, or a part of a merged one, without local paths."""
-    named = {**request, "text": {**request["text"], "dataset": public_dataset(request["text"]["dataset"])}}
-    return named | {"merged": [public_request(part) for part in request["merged"]]} if "merged" in request else named
+def describe_solution(shape: ModelShape, solution: Solution) -> Json:
+    """Return the template's content about sizes, losses, method and RoPE."""
+    losses = ((TITLES[component], getattr(solution.predicted_loss, component)) for component in COMPONENTS)
+    return {
+        "rows": compare(solution, LABELS),
+        "removed": percent(solution.budget_reached, 2),
+        "asked": asked(solution.budget_asked) or "per component",
+        "method": describe_method(solution),
+        "predicted": ", ".join(f"{title} {value:.4g}" for title, value in losses),
+        "unit": LOSSES[solution.request.settings.sensitivity],
+        "remote_code": ", trust_remote_code=True" if solution.shape == "per-layer" else "",
+        "rope": " ".join(filter(None, (describe_rope(shape, solution), describe_context(solution)))),
+        "warnings": [markdown(warning) for warning in solution_warnings(solution)],
+    }
 
 
 def card_metadata(source: Checkpoint) -> Json:
@@ -148,143 +157,30 @@ def card_metadata(source: Checkpoint) -> Json:
     return metadata
 
 
-def describe_method(solution: Json) -> str:
+def describe_method(solution: Solution) -> str:
     """Return method and shape in a few words."""
-    settings = solution["request"]["settings"]
-    name = "A³ as published" if settings["method"] == "paper" else "A³ with RoPE slots and refits"
-    corrected = ", corrected in a second sweep" if settings["sequential"] else ""
-    return f"{name} (`--method {settings['method']} --shape {settings['shape']}`){corrected}"
+    settings = solution.request.settings
+    name = "A³ as published" if settings.method == "paper" else "A³ with RoPE slots and refits"
+    corrected = ", corrected in a second sweep" if settings.sequential else ""
+    return f"{name} (`--method {settings.method} --shape {settings.shape}`){corrected}"
 
 
-def measured_row(found: Json) -> tuple[str, ...]:
+def measured_row(measured: Measured) -> tuple[str, ...]:
     """Return one data set's figures as a row of the card."""
-    figures = [
-        "–" if found[key] is None else format(found[key], form)
-        for key, form in (("source_perplexity", ".3f"), ("perplexity", ".3f"), ("kl", ".4f"), ("top1_agreement", ".1%"))
-    ]
-    return (f"`{code_span(public_dataset(found['dataset']))}`, blocks of {found['seq_len']}", *figures)
+    values = ((getattr(measured, name), form) for name, form in FIGURES)
+    figures = ("–" if value is None else format(value, form) for value, form in values)
+    return (f"`{code_span(public_dataset(measured.dataset))}`, blocks of {measured.seq_len}", *figures)
 
 
-def figures(shape: ModelShape, solution: Json) -> list[tuple[str, str, str]]:
-    """Return the before/after rows of the card."""
-    rows = [
-        (label, f"{full:,}", spread([sizes[key] for sizes in solution["sizes"]]))
-        for label, key, full in (
-            ("query and key head size", "qk", shape.head_dim),
-            ("value head size", "ov", shape.head_dim),
-            ("MLP width", "mlp", shape.intermediate_size),
-        )
-    ]
-    for label, key in (
-        ("parameters", "parameters"),
-        ("KV cache, bytes per token", "kv_bytes_per_token"),
-        ("prefill FLOPs per token", "prefill_flops_per_token"),
-    ):
-        rows.append((label, f"{solution[key]['before']:,}", f"{solution[key]['after']:,}"))
-    return rows
-
-
-def spread(values: list[int]) -> str:
-    """Return one size, or its range and mean if it differs by layer."""
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}, mean {sum(values) / len(values):,.1f}"
-
-
-def describe_rope(shape: ModelShape, solution: Json) -> str:
-    if all(sizes["qk"] == shape.head_dim for sizes in solution["sizes"]):
+def describe_rope(shape: ModelShape, solution: Solution) -> str:
+    """Return a sentence about the RoPE of a solution's heads."""
+    slots, pairs, turning = solution.rope_slots, shape.head_dim // 2, shape.turning_pairs
+    if slots is None or all(sizes.qk == shape.head_dim for sizes in solution.sizes):
         return "RoPE as in the source."
-    if solution["shape"] == "per-layer":
+    if solution.shape == "per-layer":
         return "Each layer has its own RoPE slots (`rope_slots` in config.json)."
-    slots, pairs, turning = solution["rope_slots"], shape.head_dim // 2, shape.turning_pairs
     if turning == pairs:
         return f"RoPE has {len(slots)} rotated pairs of {pairs}."
-    turned = sum(slot < turning for slot in slots)
+    turned = sum(slot < turning for slot in slots if isinstance(slot, float))
     still = f"{len(slots) - turned} of {pairs - turning}"
     return f"RoPE has {turned} rotated pairs of {turning}, and passes the dims of {still} others through."
-
-
-def describe_context(solution: Json) -> str:
-    """Return a sentence about `--context`, empty if it was not given."""
-    if (context := solution["request"]["settings"]["context"]) is None:
-        return ""
-    return f"Made for texts of up to {context:,} tokens, which is `max_position_embeddings` in config.json."
-
-
-def public_name(source: Json) -> str:
-    """Return a Hub id, or the name of a folder without its path."""
-    return str(source["model"]) if source["revision"] else Path(str(source["model"])).name
-
-
-def describe_texts(calibration: Json, quoted: Callable[[str], str]) -> str:
-    """Describe what a calibration, or each of its merged parts, has read: data set, files, rows."""
-    request = calibration["request"]
-    parts = request.get("merged") or [{**request, "text_read": calibration.get("text_read")}]
-    return " and ".join(describe_text(part, quoted) for part in parts)
-
-
-def describe_text(part: Json, quoted: Callable[[str], str]) -> str:
-    name, files = public_dataset(part["text"]["dataset"]), list(part.get("text_files") or {})
-    notes = []
-    if files and files != [name]:
-        more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
-        notes.append(f"read: {', '.join(map(quoted, files[:FILES_NAMED]))}{more}")
-    if (read := part.get("text_read")) and read["rows"]:
-        notes.append(f"{read['rows']:,} rows, {read['skipped']:,} without text skipped")
-    return quoted(name) + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def calibrate_commands(base: str, revision: str | None, calibration: Json) -> list[str]:
-    """Return the commands that reproduce these statistics bit for bit, also for a merged calibration."""
-    request = calibration["request"]
-    parts = request.get("merged") or [{**request, "made_with": calibration.get("made_with")}]
-    works = [f"work-{i + 1}" for i in range(len(parts))] if len(parts) > 1 else [None]
-    commands = []
-    for part, work in zip(parts, works, strict=True):
-        options: Json = {"revision": revision} | part["text"] | {"dataset": public_dataset(part["text"]["dataset"])}
-        options |= {key: part.get(key, request[key]) for key in ("device", "batch_size")}
-        options |= {key: request[key] for key in ("dtype", "mlp_stats", "trust_remote_code")}
-        divided, alike = division(part.get("made_with") or [])
-        options |= divided
-        options["full_check"] = bool(request["source"].get("in_full"))
-        if not alike:
-            commands.append(
-                "# Not all layers were calibrated with these blocks per batch and processes: they may differ"
-            )
-        commands.append(command("calibrate", base, {**options, "work": work}))
-    merging = [f"a3 stats merge {' '.join(work for work in works if work)} --into a3-work"]
-    return commands if len(parts) == 1 else commands + merging
-
-
-def division(made_with: list[Json]) -> tuple[Json, bool]:
-    """Return batch size and processes of most layers, and whether all layers had the same.
-
-    Floating-point sums depend on them, and `--batch-size auto` depends on the free memory.
-    """
-    if not made_with:
-        return {}, True
-    counts = Counter((each["batch_size"], each["processes"]) for each in made_with)
-    ((batch_size, processes), _), *others = counts.most_common()
-    return {"batch_size": batch_size, "num_processes": processes if processes > 1 else None}, not others
-
-
-def solve_command(settings: Json) -> str:
-    """Return the command for these settings, without options that have their default."""
-    without = set()
-    if not settings["sequential"]:
-        without |= {"refit_rounds"}
-    if settings["sensitivity"] != "probe":
-        without |= {"probe_blocks", "probe_points"}
-        if not settings["sequential"]:
-            without |= {"dtype", "batch_size"}
-    defaults = {name: field.default for name, field in SolveSettings.model_fields.items()}
-    options = {key: value for key, value in settings.items() if key not in without or value != defaults[key]}
-    return command("solve", None, options)
-
-
-def export_command(export: Json) -> str:
-    return command("export", "OUT", {key: export.get(key) for key in ("dtype", "max_shard_size")})
-
-
-def command(name: str, argument: str | None, options: Json) -> str:
-    """Return a shell command; names with special characters are quoted and escaped."""
-    return " ".join(shlex.quote(printable(word)) for word in ("a3", *command_words(name, argument, options)))

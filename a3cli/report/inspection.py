@@ -3,67 +3,76 @@
 A work folder has its statistics and calibration text; an export has only its manifest.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import SerializeAsAny, ValidationError
 
 from a3cli.errors import A3Error
-from a3cli.methods.base import check_statistics
 from a3cli.models.checkpoint import Checkpoint, resolve_model
 from a3cli.models.families import family_of
-from a3cli.report.long_range import solution_warnings
-from a3cli.report.manifest import MANIFEST, read_export_manifest
-from a3cli.report.measured import Measured
-from a3cli.settings import COMPONENTS, Component
-from a3cli.solvers.linalg import effective_rank
-from a3cli.solvers.moments import gram_blocks, unpack_upper
-from a3cli.text.blocks import load_tokenizer, tokenizer_fingerprint
-from a3cli.text.tokens import describe_blocks, describe_text
-from a3cli.work.files import Json, check_hash, hash_json, open_tensors, read_json, read_tensors
+from a3cli.report.concerns import find_concerns
+from a3cli.report.health import REMEDY, Dimensions, describe_statistics
+from a3cli.report.layers import LayerState, describe_layers
+from a3cli.report.manifest import MANIFEST, ExportSummary, read_export_manifest
+from a3cli.report.measured import Measured, as_recorded
+from a3cli.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+from a3cli.text.tokens import TokenStatistics, describe_blocks, describe_tokens
+from a3cli.work.files import Json, check_hash, hash_json, read_json, read_tensors
 from a3cli.work.folder import Work
-from a3cli.work.manifests import SourceRecord, calibration_content
+from a3cli.work.manifests import (
+    Calibration,
+    CalibrationManifest,
+    Fingerprint,
+    Part,
+    Solution,
+    SolutionManifest,
+    SourceRecord,
+    Versions,
+    calibration_content,
+)
+from a3cli.work.record import Record
 from a3cli.work.sealed import name_differences, read_manifest
 
-ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
-NEAR_SINGULAR = 1e8  # condition; above it, the smallest eigenvalues are rounding of float32 sums
-SINGULAR = 1e-10  # of the largest eigenvalue: the solvers' default floor
-WIDEST_SPECTRUM = 2048  # largest width whose eigenvalues are all computed: wider ones take a minute per layer
 SOURCE_REMEDY = "run a3 calibrate on the source again"
-TITLES: dict[Component, str] = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
 
-@dataclass(frozen=True)
-class Dimensions:
-    """H, K, h, I; and, if the source or the export is available, d, the vocabulary, the bytes of a weight, and whether
-    the MLP has a gate.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    hidden: int | None = None
-    vocabulary: int | None = None
-    item: int | None = None
-    gated: bool = True
-
-    def of_gram(self, component: Component) -> int:
-        """Return the size of the largest inverted matrix: all heads together for the refit of the output projection."""
-        return {"qk": self.head_dim, "ov": self.heads * self.head_dim, "mlp": self.intermediate}[component]
-
-    def bytes(self, component: Component, size: int) -> int | None:
-        """Return the bytes of a component's weights in one layer, without biases."""
-        if self.hidden is None or self.item is None:
-            return None
-        rows = (3 if self.gated else 2) if component == "mlp" else self.heads + self.kv_heads
-        return rows * size * self.hidden * self.item
+class CalibrationProgress(CalibrationManifest):
+    """What the manifest of an unfinished calibration would be now."""
 
 
-def describe(path: Path) -> Json:
+class InspectedSource(Part):
+    """The source that a folder records; all None if there is no source.json."""
+
+    model: str | None = None
+    revision: str | None = None
+    fingerprint: Fingerprint | None = None
+
+
+class Inspection(Part):
+    """What is known of a folder; None for what it does not have."""
+
+    path: str
+    kind: Literal["export", "work"]
+    stage: Literal["calibrating", "calibrated", "solved", "exported"]
+    source: InspectedSource
+    calibration: SerializeAsAny[Calibration]
+    text: TokenStatistics | None
+    solution: SerializeAsAny[Solution] | None
+    layers: list[LayerState]
+    export: ExportSummary | None
+    measured: list[Measured]
+    versions: Versions
+    warnings: list[str]
+
+    def plain(self, **which: Any) -> Json:
+        """Return the content as JSON has it; layers and figures of a3 eval have all entries, also unknown ones."""
+        layers = [each.model_dump() for each in self.layers]
+        return super().plain(**which) | {"layers": layers, "measured": as_recorded(self.measured)}
+
+
+def describe(path: Path) -> Inspection:
     """Return the folder's stage, source, settings, hashes, layers and warnings. Raises A3Error for other folders."""
     if (path / MANIFEST).is_file():
         return describe_export(path)
@@ -73,39 +82,42 @@ def describe(path: Path) -> Json:
     raise A3Error(f"{path} is neither a work folder with a calibration nor an a3 export; give one of these")
 
 
-def describe_export(folder: Path) -> Json:
-    manifest = read_export_manifest(folder / MANIFEST).plain()
+def describe_export(folder: Path) -> Inspection:
+    manifest = read_export_manifest(folder / MANIFEST)
     path = folder / "config.json"
-    config = read_json(path)
+    dimensions = read_dimensions(read_json(path), path, manifest.solution)
+    check_hash(path, manifest.files.get(path.name, ""), "run a3 export again")
+    layers = describe_layers(dimensions, manifest.calibration.tokens, manifest.solution, [])
+    return Inspection(
+        path=str(folder),
+        kind="export",
+        stage="exported",
+        source=InspectedSource(**dict(manifest.source)),
+        calibration=manifest.calibration,
+        text=None,
+        solution=manifest.solution,
+        layers=layers,
+        export=manifest.summary(),
+        measured=manifest.measured,
+        versions=manifest.versions,
+        warnings=find_concerns(layers, None, manifest.solution),
+    )
+
+
+def read_dimensions(config: Json, path: Path, solution: Solution) -> Dimensions:
+    """Return the source's dimensions from an export's config.json and its solution."""
     heads, kv = count_in(config, "num_attention_heads", path), "num_key_value_heads"
-    solution, calibration = manifest["solution"], manifest["calibration"]
-    full = solution["full_size"]
     dimensions = Dimensions(
         heads=heads,
         kv_heads=heads if config.get(kv) is None else count_in(config, kv, path),
-        head_dim=full["qk"],
-        intermediate=full["mlp"],
+        head_dim=solution.full_size.qk,
+        intermediate=solution.full_size.mlp,
         hidden=count_in(config, "hidden_size", path),
-        vocabulary=count_in(config, "vocab_size", path),
-        item=round(solution["bytes"]["before"] / solution["parameters"]["before"]),
+        item=round(solution.bytes.before / solution.parameters.before),
         gated=family_of(config.get("model_type")).gated,
     )
-    check_hash(path, manifest["files"].get(path.name, ""), "run a3 export again")
-    layers = describe_layers(dimensions, calibration["tokens"], solution, [])
-    return {
-        "path": str(folder),
-        "kind": "export",
-        "stage": "exported",
-        "source": manifest["source"],
-        "calibration": calibration,
-        "text": None,
-        "solution": solution,
-        "layers": layers,
-        "export": {key: manifest[key] for key in ("dtype", "max_shard_size", "runtimes", "files")},
-        "measured": [as_measured(each) for each in manifest["measured"]],
-        "versions": manifest["versions"],
-        "warnings": warnings(layers, None, solution),
-    }
+    count_in(config, "vocab_size", path)
+    return dimensions
 
 
 def count_in(config: Json, key: str, path: Path) -> int:
@@ -116,51 +128,66 @@ def count_in(config: Json, key: str, path: Path) -> int:
     return value
 
 
-def describe_work(work: Work) -> Json:
-    under_way = not work.calibration_manifest.is_file()
-    calibration, blocks = read_calibration(work, under_way=under_way)
-    recorded = read_source(work, calibration["request"]["source"]).plain() if work.source.is_file() else {}
+def describe_work(work: Work) -> Inspection:
+    calibration, blocks = read_calibration(work)
+    recorded, source = read_sources(work, calibration)
+    stored = solution_in(work)
+    solution = stored if stored and stored.request.calibration == calibration.sha256 else None
+    text = describe_calibration_text(blocks, source)
+    dimensions, health = describe_statistics(work, calibration.layers, source)
+    layers = describe_layers(dimensions, blocks.numel(), solution, health) if dimensions else []
+    warnings = find_concerns(layers, text, solution)
+    if stored and not solution:
+        warnings.append(f"{work.solution_manifest} was solved from another calibration: run a3 solve --overwrite")
+    if source is None:
+        warnings.append("the source was not found: bytes and token texts are missing")
+    under_way = isinstance(calibration, CalibrationProgress)
+    return Inspection(
+        path=str(work.folder),
+        kind="work",
+        stage="calibrating" if under_way else "solved" if solution else "calibrated",
+        source=recorded,
+        calibration=calibration,
+        text=text,
+        solution=solution,
+        layers=layers,
+        export=None,
+        measured=measured_in(work, solution),
+        versions=calibration.versions,
+        warnings=warnings,
+    )
+
+
+def read_calibration(work: Work) -> tuple[CalibrationManifest, torch.Tensor]:
+    """Return the manifest of a calibration, finished or not, and its blocks `[N, T]`."""
+    if work.calibration_manifest.is_file():
+        finished = CalibrationManifest.read(work.calibration_manifest, REMEDY)
+        check_hash(work.tokens, finished.tokens_hash, REMEDY)
+        return finished, read_tensors(work.tokens, REMEDY)["tokens"]
+    record = Record(work.calibration_progress, {})
+    sealed = record.resume_checked(REMEDY)
+    check_hash(work.tokens, record.steps[work.tokens.name]["hash"], REMEDY)
+    blocks = read_tensors(work.tokens, REMEDY)["tokens"]
+    content = calibration_content(record.request, record.steps, list(blocks.shape))
+    return CalibrationProgress.parse({**content, "sha256": sealed}, record.file, REMEDY), blocks
+
+
+def solution_in(work: Work) -> SolutionManifest | None:
+    if not work.solution_manifest.is_file():
+        return None
+    return SolutionManifest.read(work.solution_manifest, "run a3 solve --overwrite")
+
+
+def read_sources(work: Work, calibration: CalibrationManifest) -> tuple[InspectedSource, Checkpoint | None]:
+    """Return the recorded source and, if it is on this machine, its checkpoint. Raises A3Error if that is another."""
+    if not work.source.is_file():
+        return InspectedSource(model=None, revision=None, fingerprint=None), None
+    recorded = read_source(work, calibration.request.source.plain())
     source = open_source(recorded)
     if source is not None:
         check_source(source, work, calibration)
-    solution = None
-    if work.solution_manifest.is_file():
-        solution = read_manifest(work.solution_manifest, "run a3 solve --overwrite")
-    stale = solution is not None and solution["request"]["calibration"] != calibration["sha256"]
-    text = describe_calibration_text(blocks, source)
-    dimensions, health = describe_statistics(work, calibration["layers"], source)
-    layers = describe_layers(dimensions, blocks.numel(), None if stale else solution, health) if dimensions else []
-    found = warnings(layers, text, None if stale else solution)
-    if stale:
-        found.append(f"{work.solution_manifest} was solved from another calibration: run a3 solve --overwrite")
-    if source is None:
-        found.append("the source was not found: bytes and token texts are missing")
-    return {
-        "path": str(work.folder),
-        "kind": "work",
-        "stage": "calibrating" if under_way else "solved" if solution and not stale else "calibrated",
-        "source": {key: recorded.get(key) for key in ("model", "revision", "fingerprint")},
-        "calibration": {**calibration, "tokens": blocks.numel(), "blocks": list(blocks.shape)},
-        "text": text,
-        "solution": None if stale else solution,
-        "layers": layers,
-        "export": None,
-        "measured": measured_in(work, None if stale else solution),
-        "versions": calibration.get("versions"),
-        "warnings": found,
-    }
-
-
-def read_calibration(work: Work, *, under_way: bool) -> tuple[Json, torch.Tensor]:
-    """Return a calibration's manifest, or what it would be of one under way so far, and the blocks `[N, T]`."""
-    remedy = "run a3 calibrate --overwrite"
-    found = read_manifest(work.calibration_progress if under_way else work.calibration_manifest, remedy)
-    check_hash(work.tokens, found["finished"][work.tokens.name]["hash"] if under_way else found["tokens_hash"], remedy)
-    blocks = read_tensors(work.tokens, remedy)["tokens"]
-    if under_way:
-        content = calibration_content(found["request"], found["finished"], list(blocks.shape))
-        found = {**content, "sha256": found["sha256"]}
-    return found, blocks
+    inspected = InspectedSource(model=recorded.model, revision=recorded.revision, fingerprint=recorded.fingerprint)
+    return inspected, source
 
 
 def read_source(work: Work, fingerprint: Json) -> SourceRecord:
@@ -174,7 +201,7 @@ def read_source(work: Work, fingerprint: Json) -> SourceRecord:
     return recorded
 
 
-def measured_in(work: Work, solution: Json | None) -> list[Json]:
+def measured_in(work: Work, solution: SolutionManifest | None) -> list[Measured]:
     """Return the figures that a3 run measured for this solution's export, if that export still exists."""
     if solution is None or not work.evaluation.is_file():
         return []
@@ -183,35 +210,31 @@ def measured_in(work: Work, solution: Json | None) -> list[Json]:
     try:
         manifest = read_export_manifest(Path(request["settings"]["model"]) / MANIFEST)
         exported = hash_json(manifest.plain()) == request["export"]
-        of_this = exported and manifest.solution.sha256 == solution["sha256"]
-        return [as_measured(each) for each in evaluation["result"]["datasets"]] if of_this else []
+        of_this = exported and manifest.solution.sha256 == solution.sha256
+        return [Measured.model_validate(each) for each in evaluation["result"]["datasets"]] if of_this else []
     except (A3Error, ValidationError):  # another model was measured, the export was removed, or a figure is not finite
         return []
 
 
-def as_measured(figures: Json) -> Json:
-    return Measured.model_validate(figures).model_dump()
-
-
-def open_source(recorded: Json) -> Checkpoint | None:
+def open_source(recorded: SourceRecord) -> Checkpoint | None:
     """Open the source if it is on this machine; a Hub id is looked up only in the cache.
 
     Raises A3Error for a local folder with a damaged checkpoint.
     """
-    model, revision = str(recorded.get("model")), recorded.get("revision")
-    if Path(model).is_dir():
-        return resolve_model(model, follow_symlinks=recorded.get("follow_symlinks") is True)
+    if Path(recorded.model).is_dir():
+        return resolve_model(recorded.model, follow_symlinks=recorded.follow_symlinks)
     try:
-        return resolve_model(model, revision, cached_only=True)
+        return resolve_model(recorded.model, recorded.revision, cached_only=True)
     except A3Error:
         return None
 
 
-def check_source(source: Checkpoint, work: Work, calibration: Json) -> None:
+def check_source(source: Checkpoint, work: Work, calibration: Calibration) -> None:
     """Check that weights, configuration and tokenizer are those of the calibration. Raises A3Error."""
-    request = calibration["request"]
+    request = calibration.request
     found = {**source.fingerprint(), "tokenizer": tokenizer_fingerprint(source.folder)}
-    expected = {**{key: request["source"].get(key) for key in found}, "tokenizer": request["tokenizer"]}
+    recorded = request.source.plain()
+    expected = {**{key: recorded.get(key) for key in found}, "tokenizer": request.tokenizer}
     if differs := name_differences(expected, found):
         raise A3Error(
             f"{source.name} is not the checkpoint of {work.calibration} (differs in {differs}); "
@@ -219,205 +242,11 @@ def check_source(source: Checkpoint, work: Work, calibration: Json) -> None:
         )
 
 
-def describe_calibration_text(blocks: torch.Tensor, source: Checkpoint | None) -> Json:
+def describe_calibration_text(blocks: torch.Tensor, source: Checkpoint | None) -> TokenStatistics:
     try:
         tokenizer = load_tokenizer(source.folder) if source else None
     except A3Error:
         tokenizer = None
     if tokenizer is None or source is None or not isinstance(source.config.get("vocab_size"), int):
         return describe_blocks(blocks)
-    return describe_text(blocks, tokenizer, source.config["vocab_size"])
-
-
-def describe_statistics(
-    work: Work, hashes: Sequence[str], source: Checkpoint | None
-) -> tuple[Dimensions | None, list[dict[Component, Json]]]:
-    """Return the dimensions of the finished layers' statistics, and the health of their spectra."""
-    health, dimensions = [], None
-    for layer, expected in enumerate(hashes):
-        check_hash(work.statistics(layer), expected, "run a3 calibrate --overwrite")
-        with open_tensors(work.statistics(layer), "run a3 calibrate --overwrite") as file:
-            heads, head_dim, _ = file.get_slice("q_gram").get_shape()
-            dimensions = Dimensions(
-                heads=heads,
-                kv_heads=file.get_slice("k_gram").get_shape()[0],
-                head_dim=head_dim,
-                intermediate=file.get_slice("mlp_energy").get_shape()[0],
-                hidden=source.config.get("hidden_size") if source else None,
-                item=source.dtype.itemsize if source else None,
-                gated=source is None or family_of(source.config.get("model_type")).gated,
-            )
-            health.append(layer_health(file, dimensions, layer))
-    return dimensions, health
-
-
-def layer_health(file: Any, dimensions: Dimensions, layer: int) -> dict[Component, Json]:
-    """Return effective rank and condition of one layer's Gram matrices, for the worst head."""
-
-    def sums(name: str) -> torch.Tensor:
-        found: torch.Tensor = file.get_tensor(name)
-        check_statistics(found, name, layer)
-        return found
-
-    width = dimensions.heads * dimensions.head_dim
-    outputs = unpack_upper(sums("o_gram"), width)
-    attention = spectrum_health(gram_blocks(outputs, dimensions.heads))
-    if width <= WIDEST_SPECTRUM:  # used by the refit of the output projection
-        attention |= conditions(outputs[None])
-    energy = sums("mlp_energy").double()
-    mlp: Json = {
-        "effective_rank": effective_rank(energy).item(),
-        "dead": int((energy <= SINGULAR * energy.max()).sum()),
-        "condition": None,
-        "singular": None,
-    }
-    if "mlp_gram" in file.keys() and dimensions.intermediate <= WIDEST_SPECTRUM:  # noqa: SIM118, no dictionary
-        gram = unpack_upper(sums("mlp_gram"), dimensions.intermediate)
-        mlp |= conditions(gram[None])
-    keys = sums("k_gram")
-    scores = spectrum_health(keys) | conditions(torch.cat([sums("q_gram"), keys]))
-    return {"qk": scores, "ov": attention, "mlp": mlp}
-
-
-def conditions(grams: torch.Tensor) -> Json:
-    """Return `spectrum_health` without the effective rank, which is computed from other matrices."""
-    return {key: value for key, value in spectrum_health(grams).items() if key != "effective_rank"}
-
-
-def spectrum_health(grams: torch.Tensor) -> Json:
-    """Return mean effective rank, worst condition and number of rounding eigenvalues of Gram matrices `[n, h, h]`."""
-    values = torch.linalg.eigvalsh(grams.double())
-    least, largest = values.amin(-1), values.amax(-1)
-    condition = torch.where(least > 0, largest / least, torch.inf).max().item()
-    return {
-        "effective_rank": effective_rank(values).mean().item(),
-        "condition": condition if condition < 1 / SINGULAR else None,
-        "singular": int((values <= SINGULAR * largest[:, None]).sum()),
-    }
-
-
-def describe_layers(
-    dimensions: Dimensions, tokens: int, solution: Json | None, health: list[dict[Component, Json]]
-) -> list[Json]:
-    """Return each layer's components: size, loss, energy, ranks, tokens, damping, bytes; None if unknown."""
-    count = len(solution["sizes"]) if solution else len(health)
-    return [
-        {
-            "layer": layer,
-            **{
-                component: describe_component(
-                    component, dimensions, tokens, solution, layer, health[layer][component] if health else {}
-                )
-                for component in COMPONENTS
-            },
-        }
-        for layer in range(count)
-    ]
-
-
-def describe_component(
-    component: Component, dimensions: Dimensions, tokens: int, solution: Json | None, layer: int, health: Json
-) -> Json:
-    full = dimensions.intermediate if component == "mlp" else dimensions.head_dim
-    dimension = dimensions.of_gram(component)
-    described: Json = {
-        "full_size": full,
-        "size": None,
-        "predicted_loss": None,
-        "energy_kept": None,
-        "effective_rank": health.get("effective_rank"),
-        "dimension": dimension,
-        "tokens_per_dimension": tokens / dimension,
-        "condition": health.get("condition"),
-        "singular": health.get("singular"),
-        "dead": health.get("dead"),
-        "damping": None,
-        "floored": None,
-        "bytes": {"before": dimensions.bytes(component, full), "after": None},
-    }
-    return described | (solved_component(component, dimensions, solution, layer) if solution else {})
-
-
-def solved_component(component: Component, dimensions: Dimensions, solution: Json, layer: int) -> Json:
-    """Return a solution's entries for one layer's component."""
-    size, found = solution["sizes"][layer][component], solution["per_layer"][layer]
-    loss = loss_at(found["curves"][component], size)
-    # Probed losses have other units.
-    energy = found["energy"][component] if solution["request"]["settings"]["sensitivity"] == "residual" else None
-    ranks = found["effective_rank"][component]
-    settings = solution["request"]["settings"]
-    floor = 0.0 if component == "mlp" else settings["eigenvalue_floor"]
-    described = {
-        "size": size,
-        "predicted_loss": loss,
-        "energy_kept": max(0.0, 1 - loss / energy) if energy and loss is not None else None,
-        "effective_rank": sum(ranks) / len(ranks) if isinstance(ranks, list) else ranks,
-        "damping": found["damping"].get(component, floor),
-        "bytes": {
-            "before": dimensions.bytes(component, solution["full_size"][component]),
-            "after": dimensions.bytes(component, size),
-        },
-    }
-    floored = found.get("floored_eigenvalues", {}).get(component)
-    return described | ({"floored": sum(floored)} if floored is not None else {})
-
-
-def loss_at(curve: Json, size: int) -> float | None:
-    """Return the loss of an error curve at a size."""
-    return float(curve["loss"][curve["size"].index(size)]) if size in curve["size"] else None
-
-
-def warnings(layers: list[Json], text: Json | None, solution: Json | None = None) -> list[str]:
-    """Return the warnings, one line each: long range, too few tokens, singular statistics, duplicated text."""
-    found = solution_warnings(solution) if solution else []
-    for component in COMPONENTS:
-        found += component_warnings(component, [(each["layer"], each[component]) for each in layers])
-    return found + (text_warnings(text) if text else [])
-
-
-def component_warnings(component: Component, layers: list[tuple[int, Json]]) -> list[str]:
-    title, found = TITLES[component], []
-    if layers and (first := layers[0][1])["tokens_per_dimension"] < ENOUGH_TOKENS:
-        found.append(
-            f"{title}: {first['tokens_per_dimension']:.1f} tokens for each of the {first['dimension']:,} dimensions of "
-            f"its statistics, fewer than {ENOUGH_TOKENS}: calibrate on {ENOUGH_TOKENS * first['dimension']:,} or more"
-        )
-    singular = [layer for layer, each in layers if each["singular"] or each["floored"]]
-    if singular:
-        found.append(
-            f"{title}: singular statistics in {name_layers(singular)}: some directions never occur; they are damped"
-        )
-    near = [i for i, each in layers if i not in singular and (each["condition"] or 0) > NEAR_SINGULAR]
-    if near:
-        found.append(f"{title}: near-singular statistics in {name_layers(near)} (condition above {NEAR_SINGULAR:.0e})")
-    if dead := [layer for layer, each in layers if each["dead"]]:
-        found.append(f"{title}: channels that are always zero in {name_layers(dead)}: they cost nothing to remove")
-    return found
-
-
-def text_warnings(text: Json) -> list[str]:
-    overlaps = text["overlapping_blocks"]
-    identical = sum(each["share"] == 1 for each in overlaps)
-    found = []
-    if overlaps:
-        blocks, first = len({each["block"] for each in overlaps}), overlaps[0]
-        found.append(
-            f"text: {blocks} of {text['blocks'][0]} calibration blocks repeat another one ({identical} wholly; first "
-            f"block {first['block']}, {100 * first['share']:.0f} % of it in block {first['of']}): duplicates count "
-            "twice; remove them, or use other text"
-        )
-    if text["distinct_tokens"] == 1:
-        found.append("text: one single token, repeated")
-    return found
-
-
-def name_layers(layers: list[int]) -> str:
-    """Format layer indices as `layer 3` or `layers 0–4, 7`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    names = [str(first) if first == last else f"{first}–{last}" for first, last in runs]
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(names)}"
+    return describe_tokens(blocks, tokenizer, source.config["vocab_size"])

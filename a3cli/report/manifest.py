@@ -25,6 +25,15 @@ class Runtime(Part):
     note: str = Field(description="the reason, or a condition")
 
 
+class ExportSummary(Part):
+    """What an inspection shows of an export beside its calibration and solution."""
+
+    dtype: str
+    max_shard_size: Size
+    runtimes: list[Runtime]
+    files: dict[str, FileHash]
+
+
 class ExportFacts(Part):
     """How an export was made: all of its manifest but the hashes."""
 
@@ -53,6 +62,9 @@ class Manifest(ExportFacts, Sealed):
         if len(self.solution.per_layer) != len(self.solution.sizes):
             raise ValueError("per_layer and sizes have different lengths")
         return self
+
+    def summary(self) -> ExportSummary:
+        return ExportSummary(**{name: getattr(self, name) for name in ExportSummary.model_fields})
 
 
 def schema() -> Json:

@@ -29,7 +29,7 @@ class Measured(Part):
     source_perplexity: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     kl: float | None = Field(default=None, allow_inf_nan=False)
     top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    gates: list[Gate] = Field(default_factory=list)
+    gates: list[Gate] = Field(default=[])
 
 
 def as_recorded(measured: Sequence[Measured]) -> list[Json]:

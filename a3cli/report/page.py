@@ -1,50 +1,84 @@
-"""Write one self-contained HTML page with the results of `inspection.describe` and figures of `a3 eval`.
+"""Write one self-contained HTML page with an inspection and figures of `a3 eval`.
 
 The template requests nothing from the network, and its content policy forbids it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from a3cli.errors import A3Error
 from a3cli.report import charts
-from a3cli.report.card import calibrate_commands, export_command, public_name, solve_command, spread
-from a3cli.report.measured import as_recorded, read_evaluation
+from a3cli.report.commands import calibrate_commands, export_command, recorded_settings, solve_command
+from a3cli.report.figures import TITLES, Comparison, compare, human, human_bytes
+from a3cli.report.inspection import Inspection
+from a3cli.report.layers import LayerState
+from a3cli.report.manifest import ExportSummary
+from a3cli.report.measured import Measured, as_recorded, read_evaluation
+from a3cli.report.names import public_name
 from a3cli.runtimes import Verdict, summarise
-from a3cli.settings import COMPONENTS, LOSSES
+from a3cli.settings import COMPONENTS, LOSSES, Component
 from a3cli.work.escape import printable
 from a3cli.work.files import Json, replacing
-
-TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
-
-
-def check_place(html: Path | None) -> Path:
-    """Check that the page can be written, before any work starts. Raises A3Error."""
-    if html is None:
-        raise A3Error("no file to write: give --html FILE")
-    if html.is_dir() or not html.parent.is_dir():
-        raise A3Error(f"--html {html}: {'is a folder' if html.is_dir() else f'there is no folder {html.parent}'}")
-    return html
+from a3cli.work.manifests import Calibration, Solution
 
 
-def read_evaluations(files: Sequence[Path]) -> list[Json]:
-    return as_recorded([each for file in files for each in read_evaluation(file)])
+@dataclass(frozen=True)
+class Report:
+    """A written page and its content."""
+
+    html: Path
+    warnings: list[str]
+    measured: list[Measured]
+
+    def plain(self) -> Json:
+        return {"html": str(self.html), "warnings": self.warnings, "measured": as_recorded(self.measured)}
 
 
-def write_report(found: Json, measured: list[Json], html: Path) -> Json:
+@dataclass(frozen=True)
+class Tile:
+    """One of the main figures."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class ErrorCurves:
+    """The chart of one component's error curves."""
+
+    key: Component
+    title: str
+    chart: charts.Chart
+
+
+@dataclass(frozen=True)
+class SizeCell:
+    """One component's size in one layer, and its share of the full size."""
+
+    key: Component
+    size: int
+    share: float
+
+
+def read_evaluations(files: Sequence[Path]) -> list[Measured]:
+    return [each for file in files for each in read_evaluation(file)]
+
+
+def write_report(found: Inspection, measured: list[Measured], html: Path) -> Report:
     """Write the page, with known figures if none are given; return its path and its content."""
-    measured = measured or found["measured"]
+    measured = measured or found.measured
     page = render(found, measured)
     with replacing(html) as partial:
         partial.write_text(page, "utf-8")
-    return {"html": str(html), "warnings": found["warnings"], "measured": measured}
+    return Report(html, found.warnings, measured)
 
 
-def render(found: Json, measured: list[Json]) -> str:
+def render(found: Inspection, measured: list[Measured]) -> str:
     environment = Environment(
         loader=PackageLoader("a3cli.report"),
         autoescape=True,
@@ -61,186 +95,157 @@ def _finalize(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def content(found: Json, measured: list[Json]) -> Json:
+def content(found: Inspection, measured: list[Measured]) -> Json:
     """Return the template's content, by section."""
-    solution, calibration = found["solution"], found["calibration"]
     return {
-        "name": public_name(found["source"]),
-        "stage": found["stage"],
-        "warnings": found["warnings"],
-        "tiles": tiles(solution, measured, calibration),
-        "changes": changes(solution) if solution else [],
+        "name": public_name(str(found.source.model), found.source.revision),
+        "stage": found.stage,
+        "warnings": found.warnings,
+        "tiles": tiles(found, measured),
         "measured": measured,
-        "curves": [
-            {"key": c, "title": TITLES[c], "chart": charts.error_curves(curve_inputs(found, c), c)} for c in COMPONENTS
-        ]
-        if solution
-        else [],
-        "loss": LOSSES[solution["request"]["settings"]["sensitivity"]] if solution else None,
-        "map": size_map(found["layers"]) if solution else [],
-        "rope": rope(solution) if solution else None,
-        "score_error": score_error(solution) if solution else None,
-        "context": solution["context"] if solution else None,
-        "layers": found["layers"],
+        "layers": found.layers,
         "components": TITLES,
-        "text": found["text"],
-        "calibration": calibration,
+        "text": found.text,
+        "calibration": found.calibration,
         "settings": settings(found),
         "commands": commands(found),
         "hashes": hashes(found),
-        "files": sorted((found["export"] or {}).get("files", {}).items()),
-        "loads_with": describe_runtimes(found["export"]),
-        "versions": found["versions"] or {},
+        "files": sorted(found.export.files.items()) if found.export else [],
+        "loads_with": describe_runtimes(found.export) if found.export else None,
+        "versions": found.versions.plain(),
+        **solution_content(found),
     }
 
 
-def describe_runtimes(export: Json | None) -> str | None:
-    return summarise([Verdict(**each) for each in export["runtimes"]]) if export else None
+def solution_content(found: Inspection) -> Json:
+    """Return the content of the sections about a solution; None for each if there is no solution."""
+    solution = found.solution
+    if solution is None:
+        return dict.fromkeys(("changes", "curves", "loss", "map", "rope", "score_error", "context"))
+    return {
+        "changes": changes(solution),
+        "curves": [error_curves(solution, component) for component in COMPONENTS],
+        "loss": LOSSES[solution.request.settings.sensitivity],
+        "map": size_map(found.layers),
+        "rope": rope(solution),
+        "score_error": score_error(solution),
+        "context": solution.context,
+    }
 
 
-def curve_inputs(found: Json, component: str) -> list[Json]:
-    solved = found["solution"]
-    return [
-        {"curves": each["curves"], "size": sizes[component]}
-        for each, sizes in zip(solved["per_layer"], solved["sizes"], strict=True)
+def describe_runtimes(export: ExportSummary) -> str:
+    return summarise([Verdict(each.runtime, each.loads, each.note) for each in export.runtimes])
+
+
+def error_curves(solution: Solution, component: Component) -> ErrorCurves:
+    curves = [
+        (getattr(layer.curves, component), getattr(sizes, component))
+        for layer, sizes in zip(solution.per_layer, solution.sizes, strict=True)
     ]
+    return ErrorCurves(component, TITLES[component], charts.error_curves(curves))
 
 
-def tiles(solution: Json | None, measured: list[Json], calibration: Json) -> list[Json]:
+def tiles(found: Inspection, measured: list[Measured]) -> list[Tile]:
     """Return the main figures."""
-    found = []
-    if solution:
-        kv = solution["kv_bytes_per_token"]
-        asked = solution["budget_asked"]
-        found = [
-            tile(
-                "decoder weights", f"−{solution['budget_reached']:.1%}", "" if asked is None else f"asked: {asked:.1%}"
-            ),
-            tile(
-                "checkpoint", human_bytes(solution["bytes"]["after"]), f"was {human_bytes(solution['bytes']['before'])}"
-            ),
-            tile("KV cache", f"−{1 - kv['after'] / kv['before']:.1%}", f"{kv['after']:,} bytes per token"),
-        ]
-    if measured:
-        first = measured[0]
-        before = first["source_perplexity"]
-        increase = f" ({first['perplexity'] / before - 1:+.1%})" if before else ""
-        found.append(
-            tile(
-                "perplexity",
-                f"{first['perplexity']:.2f}",
-                f"was {before:.2f}{increase}" if before else first["dataset"],
-            )
-        )
-        if first["kl"] is not None:
-            found.append(tile("KL from the source", f"{first['kl']:.4f}", "nats per token"))
-    if not solution:
-        blocks, length = calibration["blocks"]
-        found.append(tile("calibrated on", f"{calibration['tokens']:,}", f"tokens in {blocks} blocks of {length}"))
-    return found
+    shown = solution_tiles(found.solution) if found.solution else []
+    shown += measured_tiles(measured[0]) if measured else []
+    return shown if found.solution else [*shown, calibration_tile(found.calibration)]
 
 
-def tile(label: str, value: str, note: str) -> Json:
-    return {"label": label, "value": value, "note": note}
-
-
-def changes(solution: Json) -> list[Json]:
-    """Return the rows of the before/after table; `share` is the remaining fraction, from 0 to 1."""
-    names = {"qk": "query and key head size", "ov": "value head size", "mlp": "MLP width"}
-    rows = []
-    for key, label in names.items():
-        before, after = solution["full_size"][key], [sizes[key] for sizes in solution["sizes"]]
-        rows.append(change(label, f"{before:,}", spread(after), sum(after) / len(after) / before))
-    for key, label, show in (
-        ("parameters", "parameters", "{:,}".format),
-        ("bytes", "bytes", human_bytes),
-        ("kv_bytes_per_token", "KV cache, bytes per token", "{:,}".format),
-        (
-            "prefill_flops_per_token",
-            f"FLOPs per token, prompt of {solution['prefill_flops_per_token']['seq_len']:,}",
-            human,
-        ),
-    ):
-        before, after_all = solution[key]["before"], solution[key]["after"]
-        rows.append(change(label, show(before), show(after_all), after_all / before))
-    return rows
-
-
-def change(label: str, before: str, after: str, share: float) -> Json:
-    return {"label": label, "before": before, "after": after, "share": share}
-
-
-def size_map(layers: list[Json]) -> list[Json]:
-    """Return each layer's sizes as numbers and shares."""
+def solution_tiles(solution: Solution) -> list[Tile]:
+    kv, size, asked = solution.kv_bytes_per_token, solution.bytes, solution.budget_asked
     return [
-        {
-            "layer": each["layer"],
-            "cells": [
-                {"key": c, "size": each[c]["size"], "share": each[c]["size"] / each[c]["full_size"]} for c in COMPONENTS
-            ],
-        }
-        for each in layers
+        Tile("decoder weights", f"−{solution.budget_reached:.1%}", "" if asked is None else f"asked: {asked:.1%}"),
+        Tile("checkpoint", human_bytes(size.after), f"was {human_bytes(size.before)}"),
+        Tile("KV cache", f"−{1 - kv.after / kv.before:.1%}", f"{kv.after:,} bytes per token"),
     ]
 
 
-def rope(solution: Json) -> Json:
-    pairs = solution["full_size"]["qk"] // 2
-    slots = solution["rope_slots"]
-    return {"pairs": pairs, "rows": charts.slot_rows(slots, pairs) if slots else []}
+def measured_tiles(first: Measured) -> list[Tile]:
+    before, after = first.source_perplexity, first.perplexity
+    note = f"was {before:.2f} ({after / before - 1:+.1%})" if before else first.dataset
+    shown = [Tile("perplexity", f"{after:.2f}", note)]
+    return shown if first.kl is None else [*shown, Tile("KL from the source", f"{first.kl:.4f}", "nats per token")]
 
 
-def score_error(solution: Json) -> Json | None:
+def calibration_tile(calibration: Calibration) -> Tile:
+    blocks, length = calibration.blocks
+    return Tile("calibrated on", f"{calibration.tokens:,}", f"tokens in {blocks} blocks of {length}")
+
+
+def changes(solution: Solution) -> list[Comparison]:
+    """Return the rows of the before/after table."""
+    labels = {
+        "qk": "query and key head size",
+        "ov": "value head size",
+        "mlp": "MLP width",
+        "parameters": "parameters",
+        "bytes": "bytes",
+        "kv_bytes_per_token": "KV cache, bytes per token",
+        "prefill_flops_per_token": f"FLOPs per token, prompt of {solution.prefill_flops_per_token.seq_len:,}",
+    }
+    return compare(solution, labels, {"bytes": human_bytes, "prefill_flops_per_token": human})
+
+
+def size_map(layers: list[LayerState]) -> list[tuple[int, list[SizeCell]]]:
+    """Return each layer's index and sizes."""
+    return [(each.layer, [size_cell(each, component) for component in COMPONENTS]) for each in layers]
+
+
+def size_cell(layer: LayerState, component: Component) -> SizeCell:
+    part = layer.part(component)
+    assert part.size is not None  # only for layers of a solution
+    return SizeCell(component, part.size, part.size / part.full_size)
+
+
+def rope(solution: Solution) -> Json:
+    pairs = solution.full_size.qk // 2
+    return {"pairs": pairs, "rows": charts.slot_rows(solution.rope_slots, pairs) if solution.rope_slots else []}
+
+
+def score_error(solution: Solution) -> charts.Chart | None:
     """Return the chart of score errors, or None if no head lost a dimension."""
-    mean = solution["predicted_score_error"]
-    if not any(mean["relative"]):
+    mean = solution.predicted_score_error
+    if not any(mean.relative):
         return None
-    return charts.score_error(mean, [each["score_error"] for each in solution["per_layer"]])
+    return charts.score_error(mean, [each.score_error for each in solution.per_layer])
 
 
-def settings(found: Json) -> list[tuple[str, Json]]:
+def settings(found: Inspection) -> list[tuple[str, Json]]:
     """Return titled groups of settings."""
-    request = found["calibration"]["request"]
-    kept = {key: request[key] for key in ("batch_size", "mlp_stats", "device", "dtype")}
-    groups = [("calibrate", {**request["text"], **kept})]
-    if found["solution"]:
-        groups.append(("solve", found["solution"]["request"]["settings"]))
-    if found["export"]:
-        groups.append(("export", {"dtype": found["export"]["dtype"]}))
+    request = found.calibration.request
+    calibrating = {
+        **recorded_settings(request.text),
+        "batch_size": request.batch_size,
+        "mlp_stats": request.mlp_stats,
+        "device": request.device,
+        "dtype": request.dtype,
+    }
+    groups = [("calibrate", calibrating)]
+    if found.solution:
+        groups.append(("solve", recorded_settings(found.solution.request.settings)))
+    if found.export:
+        groups.append(("export", {"dtype": found.export.dtype}))
     return groups
 
 
-def commands(found: Json) -> list[str]:
-    source = found["source"]
-    calls = calibrate_commands(public_name(source), source["revision"], found["calibration"])
-    if found["solution"]:
-        calls.append(solve_command(found["solution"]["request"]["settings"]))
-    if found["export"]:
-        calls.append(export_command(found["export"]))
+def commands(found: Inspection) -> list[str]:
+    source, calibration = found.source, found.calibration
+    base = public_name(str(source.model), source.revision)
+    calls = calibrate_commands(base, source.revision, calibration.request, calibration.made_with)
+    if found.solution:
+        calls.append(solve_command(found.solution.request.settings))
+    if found.export:
+        calls.append(export_command(found.export.dtype, found.export.max_shard_size))
     return calls
 
 
-def hashes(found: Json) -> list[tuple[str, str]]:
+def hashes(found: Inspection) -> list[tuple[str, str]]:
     """Return the hashes that link the stages."""
-    fingerprint = found["calibration"]["request"]["source"]
-    rows = [("source config.json", fingerprint["config.json"])]
-    rows += [(f"source {name} (sampled)", value) for name, value in sorted(fingerprint["shards"].items())]
-    rows += [(f"source {name} (in full)", value) for name, value in sorted((fingerprint.get("in_full") or {}).items())]
-    rows += [(f"source {name}", value) for name, value in sorted(found["calibration"]["request"]["tokenizer"].items())]
-    rows += [
-        ("calibration tokens", found["calibration"]["tokens_hash"]),
-        ("calibration", found["calibration"]["sha256"]),
-    ]
-    return rows + ([("solution", found["solution"]["sha256"])] if found["solution"] else [])
-
-
-def human_bytes(count: float) -> str:
-    return human(count) + "B"
-
-
-def human(count: float) -> str:
-    """Format a count with three digits and a unit: `1.23 G`."""
-    units = ["", "k", "M", "G", "T", "P"]
-    while count >= 999.5 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:.3g} {units[0]}"
+    calibration, source = found.calibration, found.calibration.request.source
+    rows = [("source config.json", source.config)]
+    rows += [(f"source {name} (sampled)", value) for name, value in sorted(source.shards.items())]
+    rows += [(f"source {name} (in full)", value) for name, value in sorted((source.in_full or {}).items())]
+    rows += [(f"source {name}", value) for name, value in sorted(calibration.request.tokenizer.items())]
+    rows += [("calibration tokens", calibration.tokens_hash), ("calibration", calibration.sha256)]
+    return rows + ([("solution", found.solution.sha256)] if found.solution else [])

@@ -1,4 +1,4 @@
-"""What each runtime can load of an export, as rules."""
+"""Rules that say which runtimes load an export."""
 
 from a3cli.runtimes.rules import NO, UNTRIED, YES, Verdict, judge, summarise, tokenizer_class_of
 

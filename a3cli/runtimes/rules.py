@@ -1,8 +1,7 @@
-"""Which runtimes load an export, and how: the one set of rules that `a3 plan`, `a3 export`, the model card and
-docs/formats.md speak from.
+"""Decide which runtimes load an export, for `a3 plan`, `a3 export`, the model card and docs/formats.md.
 
-A rule says "yes" only of what was run and gave the same greedy tokens and logits as transformers; docs/formats.md names
-the releases. "no" covers what fails and, worse, what loads and computes something else. What nobody ran is "untried".
+"yes": it was run and gave the same greedy tokens and logits as transformers; docs/formats.md names the releases.
+"no": it fails to load, or loads and computes something else. "untried": it was not run.
 """
 
 import json
@@ -15,15 +14,15 @@ Loads = Literal["yes", "no", "untried"]
 YES: Loads = "yes"
 NO: Loads = "no"
 UNTRIED: Loads = "untried"
-# model_type → runtimes whose class of that name takes the head size to be hidden_size / heads, whatever head_dim says.
+# model_type → runtimes whose class of that name ignores head_dim and uses hidden_size / heads.
 IGNORES_HEAD_DIM = {
     "llama": ("CTranslate2",),
     "qwen2": ("vLLM", "llama.cpp", "MLX", "CTranslate2"),
     "starcoder2": ("vLLM", "llama.cpp"),
 }
-RUN_WITH_SMALLER_HEADS = ("llama", "mistral")  # model types whose exports the other runtimes were tried with
+RUN_WITH_SMALLER_HEADS = ("llama", "mistral")  # model types with which the other runtimes were tried
 _THROUGH_BACKEND: tuple[Loads, str] = (YES, "with --model-impl transformers --trust-remote-code")
-# Per-layer exports by model type, through vLLM's Transformers backend.
+# Whether vLLM's Transformers backend loads per-layer exports, by model type.
 VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
     "llama": _THROUGH_BACKEND,
     "mistral": _THROUGH_BACKEND,
@@ -31,12 +30,13 @@ VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
     "starcoder2": (NO, "its Transformers backend stops with an error for starcoder2"),
     "nemotron": (NO, "its Transformers backend continues a prompt with wrong tokens for nemotron"),
 }
+# Head sizes that vLLM accepts on a CPU.
 VLLM_CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one runtime loads an export; `note` says why not, or what to mind."""
+    """Whether one runtime loads an export; `note` is the reason if it does not, or a condition."""
 
     runtime: str
     loads: Loads
@@ -45,7 +45,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Export:
-    """What the rules ask of an export. `rope` is the RoPE type in config.json, `default` for a changed theta alone."""
+    """The properties of an export on which the rules depend.
+
+    `rope` is the RoPE type in config.json; it is `default` if only theta was changed.
+    """
 
     model_type: str
     per_layer: bool

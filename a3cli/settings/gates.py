@@ -1,4 +1,4 @@
-"""Quality gates: `ppl_increase > 5%` says when a measured model is not good enough.
+"""Quality gates: a model fails the gate `ppl_increase > 5%` if its figures meet that condition.
 
 A gate is METRIC OPERATOR NUMBER, with `%` after the number for an increase of perplexity relative to the source's.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from a3cli.errors import CheckFailed
 
 Json = dict[str, Any]
-# What a gate may look at, and where an evaluation has it.
+# The metrics of gates, and their names in an evaluation.
 METRICS = {
     "perplexity": "perplexity",
     "ppl_increase": "perplexity_increase",
@@ -32,7 +32,7 @@ GATE = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition under which a model fails; `key` is the figure that it looks at."""
+    """A condition under which a model fails; `key` is the name of its figure in an evaluation."""
 
     text: str
     key: str
@@ -44,14 +44,14 @@ class Gate:
         return self.key != "perplexity"
 
     def judge(self, figures: Json) -> Json:
-        """Whether a model with these figures fails, and by how much. A figure that is not finite fails any gate."""
+        """Return whether a model with these figures fails, with value and limit. A non-finite figure always fails."""
         value = figures[self.key]
         failed = not math.isfinite(value) or OPERATORS[self.operator](value, self.limit)
         return {"gate": self.text, "value": value, "limit": self.limit, "failed": failed}
 
 
 def parse_gate(text: Any) -> Gate:
-    """Raises ValueError, which says what a gate looks like, for anything else."""
+    """Return the gate that a text describes. Raises ValueError with the form of a gate for any other text."""
     found = GATE.fullmatch(text) if isinstance(text, str) else None
     if not found or found[1] not in METRICS:
         raise ValueError(f"not of the form METRIC > NUMBER (>, <, >=, <=); metrics are {', '.join(METRICS)}")
@@ -64,7 +64,7 @@ def parse_gate(text: Any) -> Gate:
 
 
 def describe(judged: Json) -> str:
-    """One judged gate in words."""
+    """Describe the outcome of a gate."""
     unit = " %" if judged["gate"].endswith("%") else ""
     difference = abs(judged["value"] - judged["limit"])
     return f"{judged['gate']}: {judged['value']:.4g}{unit}, {difference:.4g}{unit} {side(judged)} the limit"
@@ -75,7 +75,7 @@ def side(judged: Json) -> str:
 
 
 def raise_for_failures(datasets: list[Json]) -> None:
-    """Raise CheckFailed naming every gate that failed, on which data set and by how much."""
+    """Raise CheckFailed if a gate failed, naming each such gate, its data set and the distance from the limit."""
     failed = [f"{describe(g)} on {each['dataset']}" for each in datasets for g in each.get("gates", []) if g["failed"]]
     if failed:
         raise CheckFailed(f"{len(failed)} gate{'s' if len(failed) > 1 else ''} failed: " + "; ".join(failed))

@@ -26,13 +26,10 @@ from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
 from a3cli.stream.memory import choose_batch_size
 from a3cli.stream.sweep import Progress, Sweep
-from a3cli.text.blocks import (
-    TextRead,
-    check_fit,
-    check_texts,
-    load_tokenizer,
-    sample_blocks,
-)
+from a3cli.text.blocks import check_fit, sample_blocks
+from a3cli.text.documents import TextRead
+from a3cli.text.sources import check_texts
+from a3cli.text.tokenizer import load_tokenizer
 from a3cli.work.files import (
     Json,
     bytes_on_disk,

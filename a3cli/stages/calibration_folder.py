@@ -7,7 +7,9 @@ from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint, PlannedTensor, write_shard
 from a3cli.settings import CalibrateSettings
 from a3cli.solvers.moments import Tensors
-from a3cli.text.blocks import as_compared, check_on_hub, describe_text, files_now, tokenizer_fingerprint
+from a3cli.text.identity import as_compared, describe_text, files_now
+from a3cli.text.sources import check_on_hub
+from a3cli.text.tokenizer import tokenizer_fingerprint
 from a3cli.work.files import Json, drop_leftovers, replacing
 from a3cli.work.folder import Work
 from a3cli.work.machine import Machine

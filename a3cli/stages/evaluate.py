@@ -21,7 +21,10 @@ from a3cli.settings import EvalSettings, TextSettings
 from a3cli.settings.gates import describe
 from a3cli.stages.answers import Answers, LoadedModel, batches, open_models
 from a3cli.stages.tasks import open_tasks, run_tasks
-from a3cli.text.blocks import TextRead, check_fit, check_texts, evaluation_blocks, load_tokenizer
+from a3cli.text.blocks import check_fit, evaluation_blocks
+from a3cli.text.documents import TextRead
+from a3cli.text.sources import check_texts
+from a3cli.text.tokenizer import load_tokenizer
 from a3cli.work.files import Json
 from a3cli.work.machine import choose_machine
 

@@ -37,9 +37,10 @@ from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.projections import apply_projection, pieces
 from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config
 from a3cli.models.shipped import module_name, shipped_files
-from a3cli.report.card import model_card, public_dataset, public_name, public_request
-from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
+from a3cli.report.card import model_card
+from a3cli.report.manifest import MANIFEST, ExportFacts, Manifest, read_export_manifest
 from a3cli.report.measured import Measured, as_recorded, read_evaluation
+from a3cli.report.names import public_dataset, public_name, public_request
 from a3cli.runtimes import Verdict, judge, tokenizer_class_of
 from a3cli.settings import ExportSettings
 from a3cli.solvers.moments import Tensors
@@ -256,7 +257,7 @@ def write_checkpoint(
     carry_files(model.source, folder)
     result = {
         "source": {
-            "model": public_name({"model": model.source.name, "revision": model.source.revision}),
+            "model": public_name(model.source.name, model.source.revision),
             "revision": model.source.revision,
             "fingerprint": calibration.request.source.plain(),  # checked when the source was opened
         },
@@ -273,7 +274,7 @@ def write_checkpoint(
         "versions": versions(),
     }
     with writing(folder / "README.md"):
-        (folder / "README.md").write_text(model_card(model, result), "utf-8")
+        (folder / "README.md").write_text(model_card(model, ExportFacts.model_validate(result)), "utf-8")
     files = {p.name: hashes.get(p.name) or hash_file(p) for p in sorted(folder.iterdir())}
     return Manifest.write(folder / MANIFEST, {**result, "files": files})
 

@@ -29,7 +29,8 @@ from a3cli.stages.solve import (
     write_solution,
 )
 from a3cli.stream.sweep import Progress
-from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
+from a3cli.text.identity import as_compared, describe_text, files_now
+from a3cli.text.sources import check_texts
 from a3cli.work.files import Json, making_scratch, replacing
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
@@ -197,14 +198,6 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) 
             trust_remote_code=settings.shape == "per-layer",  # the code is a3's
         )
     )
-
-
-def check_plot(path: Path | None) -> None:
-    """Check that a plot can be written to `path`, before any work starts. Raises A3Error."""
-    if path and path.suffix not in (".png", ".svg"):
-        raise A3Error(f"--plot {path}: the name must end in .png or .svg")
-    if path and not path.parent.is_dir():
-        raise A3Error(f"--plot {path}: there is no folder {path.parent}")
 
 
 def draw(result: Json, path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from a3cli.errors import A3Error
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
@@ -20,15 +21,37 @@ from a3cli.stages.recipe import Recipe
 from a3cli.stages.solve import check_settings, solve
 from a3cli.stages.verify import verify
 from a3cli.stream.sweep import Progress
-from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now
+from a3cli.text.identity import as_compared, describe_text, files_now
+from a3cli.text.sources import check_texts
 from a3cli.work.files import Json, check_hashes, hash_json
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
-from a3cli.work.manifests import SolutionManifest
+from a3cli.work.manifests import CalibrationManifest, SolutionManifest
 from a3cli.work.processes import launch, without_output
 from a3cli.work.sealed import read_if_request_matches, read_manifest, versions, write_manifest
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunResults:
+    """The results of a recipe's stages; None for a stage that did not run."""
+
+    calibration: CalibrationManifest
+    solution: SolutionManifest
+    export: Manifest
+    verification: Json | None = None
+    evaluation: Json | None = None
+
+    def plain(self) -> Json:
+        """Return the results as JSON has them, by the stage's name."""
+        stages = {"verify": self.verification, "eval": self.evaluation}
+        return {
+            "calibrate": self.calibration.plain(),
+            "solve": self.solution.plain(),
+            "export": self.export.plain(),
+            **{stage: result for stage, result in stages.items() if result is not None},
+        }
 
 
 def run_recipe(
@@ -38,8 +61,8 @@ def run_recipe(
     progress: Callable[[], AbstractContextManager[Progress]],
     stop: Stop,
     quiet: bool = False,
-) -> Json:
-    """Run all stages and return their results by name; `overwrite` restarts all, `quiet` also applies to processes.
+) -> RunResults:
+    """Run all stages and return their results; `overwrite` restarts all, `quiet` also applies to processes.
 
     An export that fails a check of `verify` is not evaluated.
 
@@ -48,7 +71,6 @@ def run_recipe(
     """
     check_settings(recipe.solve)
     work = Work(recipe.work)
-    results: Json = {}
     log.info("calibrate")
     begin_anew = overwrite
     if recipe.calibrate.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
@@ -56,22 +78,20 @@ def run_recipe(
         begin_anew = False
     with progress() as report:
         calibration = calibrate(recipe.calibrate, work, overwrite=begin_anew, progress=report, stop=stop)
-        results["calibrate"] = calibration.plain()
     log.info("solve")
     with progress() as report:
         solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
-    results["solve"] = solution.plain()
     log.info("export")
     manifest = exported(recipe, work, solution, overwrite=overwrite, stop=stop)
-    results["export"] = manifest.plain()
+    results = RunResults(calibration, solution, manifest)
     if recipe.verify:
         log.info("verify")
-        results["verify"] = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite)
-        if not results["verify"]["passed"]:
+        results.verification = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite)
+        if not results.verification["passed"]:
             return results
     if recipe.evaluation is not None:
         log.info("eval")
-        results["eval"] = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite)
+        results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite)
     return results
 
 

@@ -1,31 +1,64 @@
-"""Describe calibration text from its token blocks. Language and domain are for a person to judge."""
+"""Describe calibration text from its token blocks; its language and domain are not checked."""
 
 from collections import Counter
 from typing import Any
 
 import torch
 
-from a3cli.work.files import Json
+from a3cli.work.manifests import Part
 
 NGRAM = 13  # tokens; a repeated sequence of this length is a copy rather than a phrase
 OVERLAP = 0.5  # share of a block's n-grams in another block from which on the two count as duplicates
 MOST_FREQUENT = 12
 
 
-def describe_blocks(blocks: torch.Tensor) -> Json:
+class Frequent(Part):
+    token: int
+    share: float
+    text: str | None = None
+
+
+class Overlap(Part):
+    """A block most of whose n-grams occur earlier, in block `of`."""
+
+    block: int
+    of: int
+    share: float
+
+
+class Repetition(Part):
+    ngram: int
+    repeated_ngrams: float
+    overlapping_blocks: list[Overlap]
+
+
+class TokenStatistics(Repetition):
+    """Counts over token blocks; those of text are None if there is no tokenizer."""
+
+    blocks: list[int]
+    tokens: int
+    distinct_tokens: int
+    most_frequent: list[Frequent]
+    vocabulary: int | None = None
+    share_of_vocabulary: float | None = None
+    bytes_per_token: float | None = None
+    characters: dict[str, float] | None = None
+
+
+def describe_blocks(blocks: torch.Tensor) -> TokenStatistics:
     """Return counts over blocks `[N, T]`: distinct and most frequent tokens, repeated n-grams, overlapping blocks."""
     values, counts = blocks.flatten().unique(return_counts=True)
     top = counts.argsort(descending=True, stable=True)[:MOST_FREQUENT]
-    return {
-        "blocks": list(blocks.shape),
-        "tokens": blocks.numel(),
-        "distinct_tokens": len(values),
-        "most_frequent": [{"token": int(values[i]), "share": float(counts[i]) / blocks.numel()} for i in top],
-        **_repetition(blocks),
-    }
+    return TokenStatistics(
+        blocks=list(blocks.shape),
+        tokens=blocks.numel(),
+        distinct_tokens=len(values),
+        most_frequent=[Frequent(token=int(values[i]), share=float(counts[i]) / blocks.numel()) for i in top],
+        **dict(find_repetition(blocks)),
+    )
 
 
-def _repetition(blocks: torch.Tensor) -> Json:
+def find_repetition(blocks: torch.Tensor) -> Repetition:
     """Return the share of repeated n-grams, and the blocks most of whose n-grams occur earlier in one other block."""
     length = min(NGRAM, blocks.shape[1])
     hashes = _hash_ngrams(blocks, length)
@@ -41,10 +74,11 @@ def _repetition(blocks: torch.Tensor) -> Json:
     copied = owner != block
     pairs, shared = torch.stack([block, owner])[:, copied].unique(dim=1, return_counts=True)
     overlaps = [
-        {"block": int(pairs[0, i]), "of": int(pairs[1, i]), "share": float(shared[i]) / hashes.shape[1]}
+        Overlap(block=int(pairs[0, i]), of=int(pairs[1, i]), share=float(shared[i]) / hashes.shape[1])
         for i in (shared >= OVERLAP * hashes.shape[1]).nonzero().flatten()
     ]
-    return {"ngram": length, "repeated_ngrams": 1 - float(new.sum()) / len(flat), "overlapping_blocks": overlaps}
+    repeated = 1 - float(new.sum()) / len(flat)
+    return Repetition(ngram=length, repeated_ngrams=repeated, overlapping_blocks=overlaps)
 
 
 def _hash_ngrams(blocks: torch.Tensor, length: int) -> torch.Tensor:
@@ -56,22 +90,24 @@ def _hash_ngrams(blocks: torch.Tensor, length: int) -> torch.Tensor:
     return hashes
 
 
-def describe_text(blocks: torch.Tensor, tokenizer: Any, vocabulary: int) -> Json:
+def describe_tokens(blocks: torch.Tensor, tokenizer: Any, vocabulary: int) -> TokenStatistics:
     """Extend `describe_blocks` by what needs the tokenizer: share of the vocabulary, token texts, bytes, characters."""
-    described = describe_blocks(blocks)
-    for each in described["most_frequent"]:
-        each["text"] = tokenizer.decode([each["token"]])
+    found = describe_blocks(blocks)
     text = "".join(tokenizer.decode(block.tolist()) for block in blocks)
-    return {
-        **described,
-        "vocabulary": vocabulary,
-        "share_of_vocabulary": described["distinct_tokens"] / vocabulary,
-        "bytes_per_token": len(text.encode("utf-8", errors="replace")) / blocks.numel(),
-        "characters": _character_kinds(text),
-    }
+    return found.model_copy(
+        update={
+            "most_frequent": [
+                each.model_copy(update={"text": tokenizer.decode([each.token])}) for each in found.most_frequent
+            ],
+            "vocabulary": vocabulary,
+            "share_of_vocabulary": found.distinct_tokens / vocabulary,
+            "bytes_per_token": len(text.encode("utf-8", errors="replace")) / blocks.numel(),
+            "characters": _character_kinds(text),
+        }
+    )
 
 
-def _character_kinds(text: str) -> Json:
+def _character_kinds(text: str) -> dict[str, float]:
     """Return the share of each kind of character."""
     kinds = Counter(_kind(character) for character in text)
     return {kind: kinds[kind] / max(1, len(text)) for kind in ("Latin letters", "other letters", "digits", "spaces")}

@@ -39,12 +39,16 @@ class Record:
         self._take(found)
         return True
 
-    def resume_checked(self, remedy: str) -> None:
-        """Take over the steps in the file, whatever their request. Raises A3Error for a damaged or older file."""
+    def resume_checked(self, remedy: str) -> str:
+        """Take over the steps in the file, whatever their request, and return the file's own hash.
+
+        Raises A3Error for a damaged file, and for one of another version of a3.
+        """
         found = read_manifest(self.file, remedy)
         if "finished" not in found:
             raise A3Error(f"{self.file} was written by another version of a3; {remedy}")
         self._take(found)
+        return str(found["sha256"])
 
     def _take(self, found: Json) -> None:
         self.request, self.steps = found["request"], found["finished"]

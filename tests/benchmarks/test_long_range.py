@@ -59,7 +59,8 @@ def test_text_and_tokens_are_the_same(task, tmp_path):
     tokens = task.make_batch(3, 64, seed=0).tokens
     train.save_tokenizer(train.build_tokenizer(), tmp_path)
     from a3cli.settings import TextSettings
-    from a3cli.text.blocks import load_tokenizer, sample_blocks
+    from a3cli.text.blocks import sample_blocks
+    from a3cli.text.tokenizer import load_tokenizer
 
     (tmp_path / "text.txt").write_text(task.to_text(tokens))
     settings = TextSettings(dataset=str(tmp_path / "text.txt"), samples=3, seq_len=64)

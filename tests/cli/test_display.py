@@ -6,6 +6,8 @@ import logging
 import pytest
 
 from a3cli.cli import display
+from a3cli.cli.console import print_json, set_up_logging
+from a3cli.cli.progress import sweep_progress
 
 EVIL = "a\x1b[31m:cat:[b]evil[/b]"
 SEEN = r"a\x1b[31m:cat:[b]evil[/b]"
@@ -37,19 +39,19 @@ def test_tables_of_names(capsys):
 
 
 def test_log_lines_of_names(capsys):
-    display.set_up_logging()
+    set_up_logging()
     logging.getLogger("a3cli").warning("%s is made again", EVIL)
     assert capsys.readouterr().err == f"{SEEN} is made again\n"
 
 
 def test_json_has_no_nan(capsys):
-    display.print_json({"a": float("nan"), "b": [float("inf"), {"c": (-float("inf"), 1.5, True, None, "NaN")}]})
+    print_json({"a": float("nan"), "b": [float("inf"), {"c": (-float("inf"), 1.5, True, None, "NaN")}]})
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found == {"a": None, "b": [None, {"c": [None, 1.5, True, None, "NaN"]}]}
 
 
 def test_progress_counts_layers_from_one(capsys):
-    display.set_up_logging()
-    with display.sweep_progress(quiet=True) as progress:
+    set_up_logging()
+    with sweep_progress(quiet=True) as progress:
         progress(layer=2, layers=5, tokens=8, total_tokens=8)
     assert capsys.readouterr().err.startswith("layer 3 of 5: 8/8 tokens, ")

@@ -15,7 +15,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from a3cli.cli import display
+from a3cli.cli.console import break_lines
+from a3cli.cli.tables import arrange
 from tests.cli.test_cli import COMMANDS, RECIPE, chain, commands_of
 from tests.conftest import SHORT, SOLVE
 from tests.terminals import Shown, Terminal, run_all
@@ -135,7 +136,7 @@ def tables(draw) -> Table:
 
 @given(tables(), st.integers(10, 120))
 def test_a_table_of_any_width_is_shown_whole(table, width):
-    parts = display.arrange(table, width)
+    parts = arrange(table, width)
     console = Console(width=10_000, file=StringIO())
     for part in parts:
         console.print(part, markup=False, emoji=False, highlight=False)
@@ -152,7 +153,7 @@ def test_a_table_of_any_width_is_shown_whole(table, width):
 
 @given(st.lists(WORDS, max_size=30).map(" ".join), st.integers(1, 60))
 def test_lines_are_broken_between_words_only(text, width):
-    lines = display.break_lines(text, width).split("\n")
+    lines = break_lines(text, width).split("\n")
     assert " ".join(lines) == text
     assert all(cell_len(line) <= width or " " not in line for line in lines)
     for line, following in pairwise(lines):

@@ -151,10 +151,10 @@ def test_damaged_index(damage, whole, here, a3, tmp_path):
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", ["progress.json", "tokens.safetensors", "layer-000.safetensors", "hidden-001.bin"])
 def test_damaged_under_way(name, damage, whole, a3, text_file, tmp_path, monkeypatch):
-    from a3cli.cli import display
+    from a3cli.cli.progress import SweepProgress
 
     monkeypatch.chdir(tmp_path)
-    plain = display.SweepProgress.__call__
+    plain = SweepProgress.__call__
 
     def interrupting(self, **at):
         plain(self, **at)
@@ -164,7 +164,7 @@ def test_damaged_under_way(name, damage, whole, a3, text_file, tmp_path, monkeyp
     places = (whole / "source", "work"), (whole / "other" / "source", "other")
     commands = [("calibrate", s, "--dataset", text_file, *SHORT, "--quiet", "--work", w) for s, w in places]
     with monkeypatch.context() as patch:
-        patch.setattr(display.SweepProgress, "__call__", interrupting)
+        patch.setattr(SweepProgress, "__call__", interrupting)
         if damage is replace:
             assert a3(*commands[1], "--seed", 1).code == 3
         assert a3(*commands[0]).code == 3

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from a3cli.report.inspection import name_layers, spectrum_health
+from a3cli.report.health import spectrum_health
+from a3cli.report.layers import name_layers
 from a3cli.solvers.linalg import effective_rank
 from a3cli.solvers.moments import unpack_upper
 from a3cli.text.tokens import NGRAM, describe_blocks
@@ -17,9 +18,9 @@ pytestmark = pytest.mark.usefixtures("hasty")
 
 
 def test_a_calibration_under_way(a3, checkpoint, text_file, tmp_path, monkeypatch):
-    from a3cli.cli import display
+    from a3cli.cli.progress import SweepProgress
 
-    plain = display.SweepProgress.__call__
+    plain = SweepProgress.__call__
 
     def interrupting(self, **at):
         plain(self, **at)
@@ -28,7 +29,7 @@ def test_a_calibration_under_way(a3, checkpoint, text_file, tmp_path, monkeypatc
 
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *SHORT, "--work", tmp_path / "work")
     with monkeypatch.context() as patch:
-        patch.setattr(display.SweepProgress, "__call__", interrupting)
+        patch.setattr(SweepProgress, "__call__", interrupting)
         assert a3(*command).code == 3
     found = a3("inspect", tmp_path / "work", "--json").json
     assert found["stage"] == "calibrating"
@@ -116,28 +117,28 @@ def test_copied_text_is_seen(a3, checkpoint, tmp_path):
 
 def test_blocks_that_overlap():
     blocks = torch.randint(0, 5000, (12, 100), generator=torch.Generator().manual_seed(0))
-    assert describe_blocks(blocks)["overlapping_blocks"] == []
-    assert describe_blocks(blocks)["repeated_ngrams"] == 0
+    assert describe_blocks(blocks).overlapping_blocks == []
+    assert describe_blocks(blocks).repeated_ngrams == 0
     blocks[5] = blocks[2]
     blocks[9, :80] = blocks[3, 20:]
     blocks[7, :40] = blocks[3, 20:60]  # less than half
     share = (80 - NGRAM + 1) / (100 - NGRAM + 1)
-    assert describe_blocks(blocks)["overlapping_blocks"] == [
+    assert [each.plain() for each in describe_blocks(blocks).overlapping_blocks] == [
         {"block": 5, "of": 2, "share": 1.0},
         {"block": 9, "of": 3, "share": pytest.approx(share)},
     ]
-    assert describe_blocks(torch.ones(3, 8, dtype=torch.int64))["distinct_tokens"] == 1
+    assert describe_blocks(torch.ones(3, 8, dtype=torch.int64)).distinct_tokens == 1
 
 
 def test_spectrum_of_singular_statistics():
     x = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = spectrum_health(x.mT @ x)
-    assert whole["singular"] == 0
-    assert 1 < whole["condition"] < 100
+    assert whole.singular == 0
+    assert 1 < whole.condition < 100
     x[1, :, 3] = x[1, :, 2]
     x[1, :, 5] = 0
-    assert spectrum_health(x.mT @ x)["singular"] == 2
-    assert spectrum_health(x.mT @ x)["condition"] is None
+    assert spectrum_health(x.mT @ x).singular == 2
+    assert spectrum_health(x.mT @ x).condition is None
 
 
 def test_layers_in_words():

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from a3cli.report.card import public_dataset, public_request
 from a3cli.report.manifest import SCHEMA_ID, schema
+from a3cli.report.names import public_dataset, public_request
 from tests.conftest import ROOT, refused, snapshot
 from tests.report.test_report import EVALUATION
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a3cli.models.checkpoint import resolve_model
-from a3cli.report.card import calibrate_commands, export_command, public_dataset, solve_command
+from a3cli.report.commands import calibrate_commands, export_command, solve_command
+from a3cli.report.names import public_dataset
 from a3cli.settings import (
     COMPONENTS,
     CalibrateSettings,
@@ -29,7 +30,7 @@ from a3cli.stages.calibration_folder import describe_request
 from a3cli.stages.merge import merged_request
 from a3cli.work.escape import printable
 from a3cli.work.machine import Machine
-from a3cli.work.manifests import Calibration
+from a3cli.work.manifests import Calibration, CalibrationRequest, MadeWith
 from tests.conftest import snapshot
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -193,7 +194,8 @@ def opened(checkpoint):
 @given(data=st.data())
 def test_calibrate_commands_have_every_setting(data, opened, settings_of):
     made = data.draw(calibrations(opened))
-    (line,) = calibrate_commands(made.settings.model, made.settings.revision, made.manifest)
+    manifest = Calibration.model_validate(made.manifest)
+    (line,) = calibrate_commands(made.settings.model, made.settings.revision, manifest.request, manifest.made_with)
     assert settings_of(line) == named(made.expected)
 
 
@@ -204,8 +206,9 @@ def test_merged_calibrations_have_a_command_each(data, opened, settings_of):
     own = ("text", "batch_size", "device", "num_processes")
     same = {name: getattr(first.settings, name) for name in CALIBRATE if name not in own}
     others = data.draw(st.lists(calibrations(opened, **same), min_size=1, max_size=3))
-    request = merged_request([Calibration.model_validate(each.manifest) for each in (first, *others)])
-    *lines, merge = calibrate_commands(first.settings.model, first.settings.revision, {"request": request})
+    merged = merged_request([Calibration.model_validate(each.manifest) for each in (first, *others)])
+    request = CalibrationRequest.model_validate(merged)
+    *lines, merge = calibrate_commands(first.settings.model, first.settings.revision, request, None)
     assert [settings_of(line) for line in lines] == [named(each.expected) for each in (first, *others)]
     works = [shlex.split(line)[-1] for line in lines]
     assert len({*works}) == len(lines)
@@ -214,20 +217,20 @@ def test_merged_calibrations_have_a_command_each(data, opened, settings_of):
 
 @given(st.builds(SolveSettings, **SOLVE))
 def test_solve_command_has_every_setting(settings_of, settings):
-    assert settings_of(solve_command(settings.model_dump(mode="json"))) == settings
+    assert settings_of(solve_command(settings)) == settings
 
 
 @given(st.builds(ExportSettings, **EXPORT))
 def test_export_command_has_every_setting(settings_of, settings):
-    assert settings_of(export_command(settings.model_dump(mode="json"))) == settings
+    assert settings_of(export_command(settings.dtype, settings.max_shard_size)) == settings
 
 
 def test_layers_that_were_divided_in_different_ways_are_mentioned(opened):
     """After a calibration that ran out of memory, or went on with another number of processes."""
     settings = CalibrateSettings(model="source", text={"dataset": "text.txt"})
-    made_with = [{"processes": 1, "batch_size": size} for size in (8, 4, 4)]
+    made_with = [MadeWith(processes=1, batch_size=size) for size in (8, 4, 4)]
     request = describe_request(settings, opened, Machine(torch.device("cpu"), torch.float32))
-    comment, line = calibrate_commands("source", None, {"request": request, "made_with": made_with})
+    comment, line = calibrate_commands("source", None, CalibrationRequest.model_validate(request), made_with)
     assert comment.startswith("# Not all layers")
     assert "--batch-size 4" in line
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from a3cli.report.long_range import LARGE_SCORE_ERROR, solution_warnings
+from a3cli.work.manifests import ByDistance, Flops, Layer, Solution
 from tests.conftest import CONTEXT
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -13,12 +14,12 @@ DISTANCES = [0, 1, 2, 4, 8, 16, 32, 63]
 
 def solution(*layers, length=16):
     """What a manifest says of layers with these errors at DISTANCES; the mean is that of the first."""
-    errors = [{"distance": DISTANCES, "relative": relative} for relative in layers]
-    return {
-        "prefill_flops_per_token": {"seq_len": length},
-        "predicted_score_error": errors[0],
-        "per_layer": [{"score_error": error} for error in errors],
-    }
+    errors = [ByDistance(distance=DISTANCES, relative=relative) for relative in layers]
+    return Solution.model_construct(
+        prefill_flops_per_token=Flops(before=1, after=1, seq_len=length),
+        predicted_score_error=errors[0],
+        per_layer=[Layer.model_construct(score_error=error) for error in errors],
+    )
 
 
 def test_the_error_beyond_the_calibrated_length_is_judged():

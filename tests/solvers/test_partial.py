@@ -1,12 +1,10 @@
 """Heads of which RoPE turns only some dims: real scores, and the theorem without RoPE for what is passed through."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
 from a3cli.models.config import rotary_factor
-from a3cli.models.families import LayerSizes, ModelShape
+from a3cli.models.families import ModelShape
 from a3cli.models.families.base import pair_dims
 from a3cli.report.card import describe_rope
 from a3cli.solvers.attention import AttentionProblem, SampledHead
@@ -22,6 +20,7 @@ from a3cli.solvers.partial import (
 from a3cli.solvers.qk import solve_qk
 from a3cli.solvers.rope import Band, Distances, as_pairs, band_costs, best_bands, frequency_at, real_map
 from a3cli.solvers.slots import SlotProblem, head_statistics, score_error
+from a3cli.work.manifests import Sizes, Solution
 from tests.literal import random_attention
 
 FLOOR = 1e-13
@@ -281,7 +280,8 @@ def test_attention_is_the_literal_one():
 
 def test_the_card_counts_what_turns():
     shape = ModelShape(64, 2, 4, 2, 16, 96, passed_dims=12)
-    solution = {"sizes": [asdict(LayerSizes(8, 8, 96))] * 2, "shape": "stock", "rope_slots": [0.0, 2.0, 2.0, 2.0]}
+    sizes = [Sizes(qk=8, ov=8, mlp=96)] * 2
+    solution = Solution.model_construct(sizes=sizes, shape="stock", rope_slots=[0.0, 2.0, 2.0, 2.0])
     said = "RoPE has 1 rotated pairs of 2, and passes the dims of 3 of 6 others through."
     assert describe_rope(shape, solution) == said
 

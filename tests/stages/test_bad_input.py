@@ -471,10 +471,10 @@ def test_a_disk_that_fills_up_under_a_real_process(command, work, text_file, tmp
 
 def test_an_unfinished_calibration_outlives_every_failure(a3, source, text_file, tmp_path, monkeypatch):
     """Interrupted in its last layer, then refused in several ways, it still goes on there."""
-    from a3cli.cli import display
+    from a3cli.cli.progress import SweepProgress
 
     command = ("calibrate", source, "--dataset", text_file, *SHORT, "--quiet", "--work", tmp_path / "work")
-    plain = display.SweepProgress.__call__
+    plain = SweepProgress.__call__
 
     def interrupting(self, **at):
         plain(self, **at)
@@ -482,7 +482,7 @@ def test_an_unfinished_calibration_outlives_every_failure(a3, source, text_file,
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(display.SweepProgress, "__call__", interrupting)
+        patch.setattr(SweepProgress, "__call__", interrupting)
         assert a3(*command).code == 3
     before = snapshot(tmp_path)
     refused(a3(*command, "--mlp-stats", "diagonal"), "(differs in mlp_stats)", "--overwrite")
@@ -503,7 +503,7 @@ def test_an_unfinished_calibration_outlives_every_failure(a3, source, text_file,
     refused(a3(*command), "layer-000.safetensors", "--overwrite")
     flip(tmp_path / "work" / "calibration" / "layer-000.safetensors")
     layers = []
-    monkeypatch.setattr(display.SweepProgress, "__call__", lambda self, **at: layers.append(at["layer"]))
+    monkeypatch.setattr(SweepProgress, "__call__", lambda self, **at: layers.append(at["layer"]))
     assert a3(*command).code == 0
     assert set(layers) == {1}
 

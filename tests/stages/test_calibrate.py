@@ -152,12 +152,12 @@ def calibration_files(work):
 def test_interrupted_in_a_layer_it_goes_on_there_with_the_same_bytes(
     layer, a3, checkpoint, text_file, tmp_path, monkeypatch
 ):
-    from a3cli.cli import display
+    from a3cli.cli.progress import SweepProgress
 
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *SETTINGS, "--work")
     assert a3(*command, tmp_path / "whole").code == 0
     layers_run = []
-    plain = display.SweepProgress.__call__
+    plain = SweepProgress.__call__
 
     def interrupting(self, **at):
         layers_run.append(at["layer"])
@@ -165,7 +165,7 @@ def test_interrupted_in_a_layer_it_goes_on_there_with_the_same_bytes(
             raise KeyboardInterrupt
         plain(self, **at)
 
-    monkeypatch.setattr(display.SweepProgress, "__call__", interrupting)
+    monkeypatch.setattr(SweepProgress, "__call__", interrupting)
     assert a3(*command, tmp_path / "cut").code == 3
     assert not (tmp_path / "cut" / "calibration" / "manifest.json").exists()
     layers_run.clear()

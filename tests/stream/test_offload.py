@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from a3cli.cli import display
+from a3cli.cli.progress import SweepProgress
 from a3cli.models.costs import block_bytes, layer_bytes, moment_bytes
 from a3cli.models.families import ModelShape
 from a3cli.solvers.moments import LayerMoments, unpack_upper
@@ -48,7 +48,7 @@ def cut(a3, command, tmp_path, monkeypatch) -> Path:
 
 
 def interrupt(a3, monkeypatch, layer: int, *command: object) -> Path:
-    plain = display.SweepProgress.__call__
+    plain = SweepProgress.__call__
 
     def interrupting(self, **at):
         if at["layer"] == layer:
@@ -56,7 +56,7 @@ def interrupt(a3, monkeypatch, layer: int, *command: object) -> Path:
         plain(self, **at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(display.SweepProgress, "__call__", interrupting)
+        patch.setattr(SweepProgress, "__call__", interrupting)
         assert a3(*command).code == 3
     return Path(str(command[-1]))
 

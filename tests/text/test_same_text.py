@@ -62,9 +62,9 @@ def test_a_data_set_is_the_same_however_it_is_spelled(a3, checkpoint, text_file,
 def test_an_unfinished_calibration_resumes_with_another_spelling(
     a3, checkpoint, text_file, tmp_path, monkeypatch, untouchable
 ):
-    from a3cli.cli import display
+    from a3cli.cli.progress import SweepProgress
 
-    plain = display.SweepProgress.__call__
+    plain = SweepProgress.__call__
 
     def interrupting(self, **at):
         plain(self, **at)
@@ -74,7 +74,7 @@ def test_an_unfinished_calibration_resumes_with_another_spelling(
     command = ("calibrate", checkpoint("llama-gqa"), *SHORT, "--work", tmp_path / "work", "--dataset")
     for overwrite in ((), ("--overwrite",)):
         with monkeypatch.context() as patch:
-            patch.setattr(display.SweepProgress, "__call__", interrupting)
+            patch.setattr(SweepProgress, "__call__", interrupting)
             assert a3(*command, text_file, *overwrite).code == 3
         with monkeypatch.context() as patch:
             patch.chdir(text_file.parent)

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from a3cli.errors import A3Error
 from a3cli.settings import TextSettings
-from a3cli.text import blocks as text
+from a3cli.text.blocks import evaluation_blocks, sample_blocks, token_stream
+from a3cli.text.documents import TextRead, row_documents
+from a3cli.text.identity import files_now
+from a3cli.text.sources import check_texts
 from a3cli.work.files import hash_file
 from tests.conftest import build_tokenizer
 
@@ -34,7 +37,7 @@ def test_blocks_are_disjoint_runs_of_the_stream(tmp_path_factory, extra, samples
     all_tokens = tokens_of(stream)
     if len(all_tokens) < samples * seq_len:
         return
-    blocks = text.sample_blocks(TOKENIZER, text_settings(path, samples=samples, seq_len=seq_len, seed=seed))
+    blocks = sample_blocks(TOKENIZER, text_settings(path, samples=samples, seq_len=seq_len, seed=seed))
     assert blocks.shape == (samples, seq_len)
     position = 0
     for block in blocks.tolist():
@@ -49,10 +52,7 @@ def test_every_placement_is_reached(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("abcdefgh")
     placements = {
-        tuple(
-            block[0].item()
-            for block in text.sample_blocks(TOKENIZER, text_settings(path, samples=2, seq_len=3, seed=s))
-        )
+        tuple(block[0].item() for block in sample_blocks(TOKENIZER, text_settings(path, samples=2, seq_len=3, seed=s)))
         for s in range(100)
     }
     first = tokens_of("abcdefgh")
@@ -62,7 +62,7 @@ def test_every_placement_is_reached(tmp_path):
 def test_seed_decides(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("".join(chr(97 + i % 26) * (i % 7) for i in range(300)))
-    one, again, other = (text.sample_blocks(TOKENIZER, text_settings(path, seed=seed)) for seed in (1, 1, 2))
+    one, again, other = (sample_blocks(TOKENIZER, text_settings(path, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
@@ -71,7 +71,7 @@ def test_too_little_text_says_how_many_blocks_there_are(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("x" * 20)
     with pytest.raises(A3Error, match=r"20 tokens give 2 blocks of 8, 4 were asked for"):
-        text.sample_blocks(TOKENIZER, text_settings(path))
+        sample_blocks(TOKENIZER, text_settings(path))
 
 
 @given(length=st.integers(2, 60), seq_len=st.integers(2, 20))
@@ -79,7 +79,7 @@ def test_too_little_text_says_how_many_blocks_there_are(tmp_path):
 def test_evaluation_blocks_hold_every_token_once(tmp_path_factory, length, seq_len):
     path = tmp_path_factory.mktemp("t") / "t.txt"
     path.write_text("ab" * (length // 2) + "c")
-    blocks = text.evaluation_blocks(TOKENIZER, text_settings(path, samples=None, seq_len=seq_len))
+    blocks = evaluation_blocks(TOKENIZER, text_settings(path, samples=None, seq_len=seq_len))
     assert torch.cat(blocks).tolist() == tokens_of(path.read_text())
     assert all(len(block) == seq_len for block in blocks[:-1])
 
@@ -99,7 +99,7 @@ def write_rows(folder, rows, suffix):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_rows_are_joined_by_a_blank_line(tmp_path, suffix):
     path = write_rows(tmp_path, [{"body": "one"}, {"body": "two"}, {"body": "three"}], suffix)
-    stream = list(text.token_stream(TOKENIZER, text_settings(path, text_field="body"), purpose="calibrate"))
+    stream = list(token_stream(TOKENIZER, text_settings(path, text_field="body"), purpose="calibrate"))
     assert TOKENIZER.decode(stream) == "one\n\ntwo\n\nthree"
 
 
@@ -108,7 +108,7 @@ def test_a_folder_is_read_in_name_order(tmp_path):
     write_rows(tmp_path, [{"text": "third"}], ".jsonl")
     (tmp_path / "a.txt").write_text("first\nline")
     (tmp_path / "ignored.md").write_text("no")
-    stream = list(text.token_stream(TOKENIZER, text_settings(tmp_path), purpose="calibrate"))
+    stream = list(token_stream(TOKENIZER, text_settings(tmp_path), purpose="calibrate"))
     assert TOKENIZER.decode(stream) == "first\nline\n\nsecond\n\nthird"
 
 
@@ -117,7 +117,7 @@ def test_chat_rows_go_through_the_template(tmp_path):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     path = write_rows(tmp_path, [{"messages": messages}], ".jsonl")
-    stream = list(text.token_stream(tokenizer, text_settings(path, chat=True), purpose="calibrate"))
+    stream = list(token_stream(tokenizer, text_settings(path, chat=True), purpose="calibrate"))
     assert tokenizer.decode(stream) == "<user>hi<assistant>ho"
 
 
@@ -128,7 +128,7 @@ def test_one_bos_at_the_very_beginning(tmp_path):
 
     path = tmp_path / "t.txt"
     path.write_text(("x" * 999 + "\n") * 3000)
-    stream = list(text.token_stream(WithBos(), text_settings(path), purpose="calibrate"))
+    stream = list(token_stream(WithBos(), text_settings(path), purpose="calibrate"))
     assert stream[0] == 1
     assert 1 not in stream[1:]
     assert len(stream) > 2  # pieces of about a MiB
@@ -164,9 +164,9 @@ def test_hub_sets_are_streamed_and_read_no_further_than_needed(monkeypatch, data
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     wanted = text_settings(dataset, samples=4, seq_len=512)
     if purpose == "calibrate":
-        text.sample_blocks(TOKENIZER, wanted)
+        sample_blocks(TOKENIZER, wanted)
     else:
-        text.evaluation_blocks(TOKENIZER, wanted)
+        evaluation_blocks(TOKENIZER, wanted)
     assert asked == [expected]
     assert len(pulled) <= 12  # one piece of a MiB
 
@@ -182,8 +182,8 @@ def chat_tokenizer():
 
 def read_all(tokenizer, path, **options):
     """The whole text, and what was read."""
-    read = text.TextRead()
-    stream = list(text.token_stream(tokenizer, text_settings(path, **options), purpose="calibrate", read=read))
+    read = TextRead()
+    stream = list(token_stream(tokenizer, text_settings(path, **options), purpose="calibrate", read=read))
     return tokenizer.decode(stream), read
 
 
@@ -243,9 +243,7 @@ def test_chats_of_both_kinds_are_rendered(tmp_path, rows, options, expected):
     ],
 )
 def test_chats_that_cannot_be_rendered_name_the_row(tmp_path, row, said):
-    rows = text.row_documents(
-        [{"conversations": TALK}, row], chat_tokenizer(), text_settings("rows", chat=True), text.TextRead()
-    )
+    rows = row_documents([{"conversations": TALK}, row], chat_tokenizer(), text_settings("rows", chat=True), TextRead())
     assert next(rows)
     with pytest.raises(A3Error, match=said):
         next(rows)
@@ -283,10 +281,10 @@ def test_options_without_effect_are_refused(tmp_path, name, options, said):
     local = not name or "." in name
     asked = text_settings(tmp_path / name if local else name, **options)
     if said is None:
-        return text.check_texts([asked])
+        return check_texts([asked])
     with pytest.raises(A3Error, match=f"{said} .*leave out {said}"):
-        text.check_texts([asked])
-    text.check_texts([asked, text_settings("owner/name", **options)])  # of use for the other one
+        check_texts([asked])
+    check_texts([asked, text_settings("owner/name", **options)])  # of use for the other one
     return None
 
 
@@ -294,7 +292,7 @@ def test_options_without_effect_are_refused(tmp_path, name, options, said):
 def test_a_data_set_that_is_not_there(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(A3Error, match="no such file or folder"):
-        text.check_texts([text_settings(name)])
+        check_texts([text_settings(name)])
 
 
 def three_files(folder):
@@ -303,14 +301,14 @@ def three_files(folder):
 
 
 def test_only_files_that_are_opened_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "TEXT_CHUNK", 1)
+    monkeypatch.setattr("a3cli.text.blocks.TEXT_CHUNK", 1)
     three_files(tmp_path)
-    read = text.TextRead()
-    text.sample_blocks(TOKENIZER, text_settings(tmp_path, samples=4, seq_len=10), read)  # a pool of 320 tokens
+    read = TextRead()
+    sample_blocks(TOKENIZER, text_settings(tmp_path, samples=4, seq_len=10), read)  # a pool of 320 tokens
     assert list(read.files) == ["b.txt", "d.txt"]
     assert read.files["b.txt"] == hash_file(tmp_path / "b.txt")
     assert not read.whole
-    text.evaluation_blocks(TOKENIZER, text_settings(tmp_path, samples=None), whole := text.TextRead())
+    evaluation_blocks(TOKENIZER, text_settings(tmp_path, samples=None), whole := TextRead())
     assert list(whole.files) == ["b.txt", "d.txt", "f.jsonl"]
     assert whole.describe() == {"rows": 1, "skipped": 0, "whole": True}
 
@@ -321,7 +319,7 @@ def test_what_would_be_read_again(tmp_path, monkeypatch):
 
     def now(*, whole=False):
         known = {"b.txt": "", "d.txt": ""}
-        return text.files_now(text_settings(tmp_path), known, whole=whole)
+        return files_now(text_settings(tmp_path), known, whole=whole)
 
     before = now()
     assert list(before) == ["b.txt", "d.txt"]
@@ -332,5 +330,5 @@ def test_what_would_be_read_again(tmp_path, monkeypatch):
     (tmp_path / "c.txt").write_text("before")
     assert list(now()) == ["b.txt", "c.txt"]
     monkeypatch.chdir(tmp_path)
-    assert text.files_now(text_settings("b.txt"), {}, whole=False) == {"b.txt": before["b.txt"]}
-    assert text.files_now(text_settings("owner/name"), {}, whole=True) == {}
+    assert files_now(text_settings("b.txt"), {}, whole=False) == {"b.txt": before["b.txt"]}
+    assert files_now(text_settings("owner/name"), {}, whole=True) == {}

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from a3cli.cli import display
+from a3cli.cli.progress import SweepProgress
 from a3cli.errors import Interrupted
 from a3cli.methods.best import Best
 from a3cli.stages import solve as solve_module
@@ -57,14 +57,14 @@ def signal_in_layer(monkeypatch):
 
     def arrange(layer: int, *signals: signal.Signals) -> None:
         pending = list(signals)
-        plain = display.SweepProgress.__call__
+        plain = SweepProgress.__call__
 
         def interrupting(self, **at):
             while at["layer"] == layer and pending:
                 os.kill(os.getpid(), pending.pop(0))
             plain(self, **at)
 
-        monkeypatch.setattr(display.SweepProgress, "__call__", interrupting)
+        monkeypatch.setattr(SweepProgress, "__call__", interrupting)
 
     return arrange
 

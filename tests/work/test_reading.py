@@ -91,7 +91,7 @@ def test_what_the_sequential_correction_reads(name, a3, work, monkeypatch, tmp_p
                 truncate(file)
 
     monkeypatch.setattr(solve, "refit_layers", refit_layers)
-    monkeypatch.setattr("a3cli.cli.display.SweepProgress.__call__", lambda _, **at: report(**at))
+    monkeypatch.setattr("a3cli.cli.progress.SweepProgress.__call__", lambda _, **at: report(**at))
     outcome = a3(*SOLVE, "--method", "paper", "--sequential", "--overwrite", "--quiet", "--work", work)
     read_error(outcome, files[name], "run a3 calibrate --overwrite" if name == "tokens" else "rerun the same command")
 

@@ -1,0 +1,56 @@
+"""Warn of what may hurt a solution: too few tokens, singular statistics, repeated text, scores beyond the context."""
+
+from a3cli.report.figures import TITLES, percent
+from a3cli.report.layers import ComponentState, LayerState, name_layers
+from a3cli.report.long_range import solution_warnings
+from a3cli.settings import COMPONENTS, Component
+from a3cli.text.tokens import TokenStatistics
+from a3cli.work.manifests import Solution
+
+ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
+NEAR_SINGULAR = 1e8  # condition; above it, the smallest eigenvalues are rounding of float32 sums
+
+
+def find_concerns(layers: list[LayerState], text: TokenStatistics | None, solution: Solution | None) -> list[str]:
+    """Return the warnings, one line each."""
+    found = solution_warnings(solution) if solution else []
+    for component in COMPONENTS:
+        found += component_warnings(component, [each.part(component) for each in layers])
+    return found + (text_warnings(text) if text else [])
+
+
+def component_warnings(component: Component, layers: list[ComponentState]) -> list[str]:
+    """Return the warnings of one component; `layers` has its state in each layer."""
+    title, found = TITLES[component], []
+    if layers and (first := layers[0]).tokens_per_dimension < ENOUGH_TOKENS:
+        found.append(
+            f"{title}: {first.tokens_per_dimension:.1f} tokens for each of the {first.dimension:,} dimensions of "
+            f"its statistics, fewer than {ENOUGH_TOKENS}: calibrate on {ENOUGH_TOKENS * first.dimension:,} or more"
+        )
+    singular = [layer for layer, each in enumerate(layers) if each.is_singular]
+    if singular:
+        found.append(
+            f"{title}: singular statistics in {name_layers(singular)}: some directions never occur; they are damped"
+        )
+    near = [i for i, each in enumerate(layers) if i not in singular and (each.condition or 0) > NEAR_SINGULAR]
+    if near:
+        found.append(f"{title}: near-singular statistics in {name_layers(near)} (condition above {NEAR_SINGULAR:.0e})")
+    if dead := [layer for layer, each in enumerate(layers) if each.dead]:
+        found.append(f"{title}: channels that are always zero in {name_layers(dead)}: they cost nothing to remove")
+    return found
+
+
+def text_warnings(text: TokenStatistics) -> list[str]:
+    overlaps = text.overlapping_blocks
+    identical = sum(each.share == 1 for each in overlaps)
+    found = []
+    if overlaps:
+        blocks, first = len({each.block for each in overlaps}), overlaps[0]
+        found.append(
+            f"text: {blocks} of {text.blocks[0]} calibration blocks repeat another one ({identical} wholly; first "
+            f"block {first.block}, {percent(first.share)} of it in block {first.of}): duplicates count "
+            "twice; remove them, or use other text"
+        )
+    if text.distinct_tokens == 1:
+        found.append("text: one single token, repeated")
+    return found

@@ -1,0 +1,129 @@
+"""Judge a calibration's statistics: effective ranks and conditions of their spectra."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from a3cli.methods.base import check_statistics
+from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.families import family_of
+from a3cli.settings import Component
+from a3cli.solvers.linalg import effective_rank
+from a3cli.solvers.moments import gram_blocks, unpack_upper
+from a3cli.work.files import check_hash, open_tensors
+from a3cli.work.folder import Work
+from a3cli.work.manifests import Part
+
+SINGULAR = 1e-10  # of the largest eigenvalue: the solvers' default floor
+WIDEST_SPECTRUM = 2048  # largest width whose eigenvalues are all computed: wider ones take a minute per layer
+REMEDY = "run a3 calibrate --overwrite"
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """H, K, h, I; and, if the source or the export is available, d, the bytes of a weight, and whether the MLP has a
+    gate.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    hidden: int | None = None
+    item: int | None = None
+    gated: bool = True
+
+    def full_size(self, component: Component) -> int:
+        return self.intermediate if component == "mlp" else self.head_dim
+
+    def of_gram(self, component: Component) -> int:
+        """Return the size of the largest inverted matrix: all heads together for the refit of the output projection."""
+        return {"qk": self.head_dim, "ov": self.heads * self.head_dim, "mlp": self.intermediate}[component]
+
+    def bytes(self, component: Component, size: int) -> int | None:
+        """Return the bytes of a component's weights in one layer, without biases."""
+        if self.hidden is None or self.item is None:
+            return None
+        rows = (3 if self.gated else 2) if component == "mlp" else self.heads + self.kv_heads
+        return rows * size * self.hidden * self.item
+
+
+class Health(Part):
+    """Spectra of one component's Gram matrices; None where they were not computed."""
+
+    effective_rank: float | None = None  # mean over heads
+    condition: float | None = None  # of the worst head; None also if singular
+    singular: int | None = None  # number of eigenvalues that are rounding
+    dead: int | None = None  # number of channels that are always zero
+
+
+LayerHealth = dict[Component, Health]
+
+
+def describe_statistics(
+    work: Work, hashes: Sequence[str], source: Checkpoint | None
+) -> tuple[Dimensions | None, list[LayerHealth]]:
+    """Return the dimensions of the finished layers' statistics, and the health of their spectra."""
+    health, dimensions = [], None
+    for layer, expected in enumerate(hashes):
+        check_hash(work.statistics(layer), expected, REMEDY)
+        with open_tensors(work.statistics(layer), REMEDY) as file:
+            dimensions = read_dimensions(file, source)
+            health.append(layer_health(file, dimensions, layer))
+    return dimensions, health
+
+
+def read_dimensions(file: Any, source: Checkpoint | None) -> Dimensions:
+    heads, head_dim, _ = file.get_slice("q_gram").get_shape()
+    return Dimensions(
+        heads=heads,
+        kv_heads=file.get_slice("k_gram").get_shape()[0],
+        head_dim=head_dim,
+        intermediate=file.get_slice("mlp_energy").get_shape()[0],
+        hidden=source.config.get("hidden_size") if source else None,
+        item=source.dtype.itemsize if source else None,
+        gated=source is None or family_of(source.config.get("model_type")).gated,
+    )
+
+
+def layer_health(file: Any, dimensions: Dimensions, layer: int) -> LayerHealth:
+    """Return effective rank and condition of one layer's Gram matrices, for the worst head."""
+
+    def sums(name: str) -> torch.Tensor:
+        found: torch.Tensor = file.get_tensor(name)
+        check_statistics(found, name, layer)
+        return found
+
+    width = dimensions.heads * dimensions.head_dim
+    outputs = unpack_upper(sums("o_gram"), width)
+    attention = spectrum_health(gram_blocks(outputs, dimensions.heads))
+    if width <= WIDEST_SPECTRUM:  # used by the refit of the output projection
+        attention = with_conditions(attention, outputs[None])
+    energy = sums("mlp_energy").double()
+    dead = int((energy <= SINGULAR * energy.max()).sum())
+    mlp = Health(effective_rank=effective_rank(energy).item(), dead=dead)
+    if "mlp_gram" in file.keys() and dimensions.intermediate <= WIDEST_SPECTRUM:  # noqa: SIM118, no dictionary
+        mlp = with_conditions(mlp, unpack_upper(sums("mlp_gram"), dimensions.intermediate)[None])
+    keys = sums("k_gram")
+    scores = with_conditions(spectrum_health(keys), torch.cat([sums("q_gram"), keys]))
+    return {"qk": scores, "ov": attention, "mlp": mlp}
+
+
+def with_conditions(health: Health, grams: torch.Tensor) -> Health:
+    """Return `health` with the condition of other matrices than those of the effective rank."""
+    found = spectrum_health(grams)
+    return health.model_copy(update={"condition": found.condition, "singular": found.singular})
+
+
+def spectrum_health(grams: torch.Tensor) -> Health:
+    """Return mean effective rank, worst condition and number of rounding eigenvalues of Gram matrices `[n, h, h]`."""
+    values = torch.linalg.eigvalsh(grams.double())
+    least, largest = values.amin(-1), values.amax(-1)
+    condition = torch.where(least > 0, largest / least, torch.inf).max().item()
+    return Health(
+        effective_rank=effective_rank(values).mean().item(),
+        condition=condition if condition < 1 / SINGULAR else None,
+        singular=int((values <= SINGULAR * largest[:, None]).sum()),
+    )

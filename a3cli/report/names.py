@@ -1,0 +1,62 @@
+"""Name models and texts in public: without local paths, and with what was read of a text."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from a3cli.work.files import Json
+
+if TYPE_CHECKING:
+    from a3cli.work.manifests import Calibration, Solution, TextRead
+
+# A Hub id of `--dataset`, optionally with a configuration; and the suffixes of local files.
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
+TEXT_FILES = (".jsonl", ".parquet", ".txt")
+FILES_NAMED = 5  # files of a folder listed on a card; the manifest lists all
+
+
+def public_name(model: str, revision: str | None) -> str:
+    """Return a Hub id, or the name of a folder without its path."""
+    return model if revision else Path(model).name
+
+
+def public_dataset(dataset: str) -> str:
+    """Return the public name of a data set: a Hub id, or the last part of a local path."""
+    path = Path(dataset)
+    on_hub = HUB_ID.fullmatch(dataset) and path.suffix not in TEXT_FILES and not path.exists()
+    return dataset if on_hub else path.name
+
+
+def public_request(request: Json) -> Json:
+    """Return a calibration's request, or a part of a merged one, without local paths."""
+    named = {**request, "text": {**request["text"], "dataset": public_dataset(request["text"]["dataset"])}}
+    return named | {"merged": [public_request(part) for part in request["merged"]]} if "merged" in request else named
+
+
+def describe_texts(calibration: "Calibration", quoted: Callable[[str], str]) -> str:
+    """Describe what a calibration, or each of its merged parts, has read: data set, files, rows."""
+    request = calibration.request
+    parts = [(part.text.dataset, part.text_files, part.text_read) for part in request.merged or ()]
+    parts = parts or [(request.text.dataset, request.text_files, calibration.text_read)]
+    return " and ".join(describe_text(*part, quoted) for part in parts)
+
+
+def describe_text(
+    dataset: str, text_files: dict[str, str], read: "TextRead | None", quoted: Callable[[str], str]
+) -> str:
+    name, files = public_dataset(dataset), list(text_files)
+    notes = []
+    if files and files != [name]:
+        more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
+        notes.append(f"read: {', '.join(map(quoted, files[:FILES_NAMED]))}{more}")
+    if read and read.rows:
+        notes.append(f"{read.rows:,} rows, {read.skipped:,} without text skipped")
+    return quoted(name) + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def describe_context(solution: "Solution") -> str:
+    """Return a sentence about `--context`, empty if it was not given."""
+    if (context := solution.request.settings.context) is None:
+        return ""
+    return f"Made for texts of up to {context:,} tokens, which is `max_position_embeddings` in config.json."
