@@ -8,9 +8,10 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models import costs
-from a3cli.models.checkpoint import Checkpoint, PlannedTensor, resolve_model, write_shard
+from a3cli.models.checkpoint import Checkpoint, resolve_model
 from a3cli.models.families import ModelShape
 from a3cli.models.model import Model, describe
+from a3cli.models.shards import PlannedTensor, write_shard
 from a3cli.settings import CalibrateSettings
 from a3cli.solvers.moments import Tensors
 from a3cli.stream.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
@@ -389,7 +390,7 @@ def write_hashed(path: Path, tensors: Tensors) -> str:
     planned = [PlannedTensor(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
     planned.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # aligns each to its item size
     with replacing(path) as partial:
-        return write_shard(partial, planned, ([tensors[tensor.name]] for tensor in planned))
+        return write_shard(partial, planned, (tensors[tensor.name] for tensor in planned))
 
 
 def remove_leftovers(work: Work) -> None:

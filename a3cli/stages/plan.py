@@ -479,7 +479,7 @@ def disk_speed(folder: Path, size: int = 1 << 28) -> float:
     with tempfile.TemporaryDirectory(prefix=".a3-plan-", dir=folder) as own:
         path = Path(own) / "file"
         started = time.perf_counter()
-        with HashingWriter(path, cached=False) as written:
+        with HashingWriter(path) as written:
             for _ in range(size // len(part)):
                 written.write(part)
         wrote = time.perf_counter() - started

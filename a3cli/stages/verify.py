@@ -30,7 +30,8 @@ from a3cli.models.shipped import shipped_files
 from a3cli.report.junit import Case
 from a3cli.report.manifest import MANIFEST
 from a3cli.settings import ExportSettings, VerifySettings
-from a3cli.stages.export import Solution, auto_map, read_solution
+from a3cli.stages.exported_config import auto_map
+from a3cli.stages.solution import Solution, read_solution
 from a3cli.stream.reference import FullSizeReference, reference_logits
 from a3cli.work.files import Json, check_hash, hash_file, read_json, read_tensors
 from a3cli.work.folder import Work
