@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.models.config import LARGEST, check_bounds, read_shape
+from a3cli.models.config import LARGEST, check_sizes, read_shape
 from a3cli.models.families import LayerSizes, ModelShape, family_of
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.shipped import shipped_files
@@ -137,8 +137,9 @@ def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, lis
 
 def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]]]:
     """Return each layer's sizes and the shapes of linear weights and embedding, from config.json alone."""
-    family, shape = family_of(config.get("model_type")), read_shape(SimpleNamespace(**config))
-    check_bounds(shape, config["vocab_size"])
+    family = family_of(config.get("model_type"))
+    check_sizes(config)
+    shape = read_shape(SimpleNamespace(**config))
     sizes = own_sizes(config["per_layer_config"], shape) if "per_layer_config" in config else shape.sizes
     shapes = {family.embedding + ".weight": [config["vocab_size"], config["hidden_size"]]}
     for layer, size in enumerate(sizes):
