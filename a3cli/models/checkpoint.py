@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -293,18 +293,22 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
-def stored_rows(info: TensorInfo) -> Iterator[torch.Tensor]:
-    """Yield the stored rows of a tensor, some at a time. Raises A3Error if the file is truncated."""
+def row_groups(info: TensorInfo) -> Iterator[TensorInfo]:
+    """Yield a stored tensor as groups of consecutive rows, of about `COPIED_AT_ONCE` bytes each."""
     if not info.shape:
-        yield _read(info, info.offset, info.bytes).view(())
-        return
-    if not info.bytes:
-        return
-    row_bytes = info.bytes // info.shape[0]
-    at_once = max(1, COPIED_AT_ONCE // row_bytes)
-    for start in range(0, info.shape[0], at_once):
-        count = min(at_once, info.shape[0] - start)
-        yield _read(info, info.offset + start * row_bytes, count * row_bytes).view(count, *info.shape[1:])
+        yield info
+    elif info.bytes:
+        row_bytes = info.bytes // info.shape[0]
+        at_once = max(1, COPIED_AT_ONCE // row_bytes)
+        for start in range(0, info.shape[0], at_once):
+            count = min(at_once, info.shape[0] - start)
+            shape, offset = (count, *info.shape[1:]), info.offset + start * row_bytes
+            yield replace(info, shape=shape, bytes=count * row_bytes, offset=offset)
+
+
+def read_stored(info: TensorInfo) -> torch.Tensor:
+    """Return a copy of a stored tensor. Raises CannotRead if the file is truncated."""
+    return _read(info, info.offset, info.bytes).view(info.shape)
 
 
 def _read(info: TensorInfo, offset: int, size: int) -> torch.Tensor:

@@ -1,12 +1,11 @@
-"""The weights of an export: read, made smaller, written. Read this module from top to bottom.
+"""Write the weights of an export: source tensors in, safetensors files out.
 
-`plan_weights` says which tensors each file will hold. `write_weights` writes one file: for each of its tensors, for
-each group of rows, a thread computes the exported rows; one loop takes them in order, hashes them and writes them. Only
-a few groups are in memory at a time.
+`plan_weights` lists the tensors of each file. `write_weights` writes one file: threads read and compute groups of rows,
+and one loop (`write_shard`) hashes and writes them in order. Only a few groups are in memory at a time.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.models.checkpoint import check_finite, is_finite, stored_rows
+from a3cli.models.checkpoint import TensorInfo, check_finite, is_finite, read_stored, row_groups
 from a3cli.models.families import ModelShape, Role
 from a3cli.models.model import Model
 from a3cli.models.projections import apply_projection, pieces
@@ -26,7 +25,7 @@ from a3cli.work.processes import ahead, one_core_each
 
 Shards = dict[str, list[PlannedTensor]]  # by file name
 
-COMPUTING = 4  # threads that compute rows, as fast as they can be written
+COMPUTING = 4  # threads, so that rows are computed as fast as they are written
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,6 @@ class Projection:
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         return apply_projection(rows, self.role, self.solution, self.shape, fold_scale=self.fold_scale)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Consecutive rows of a source tensor; without a projection they are exported unchanged."""
-
-    stored: torch.Tensor
-    projection: Projection | None = None
 
 
 def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> Shards:
@@ -72,40 +63,48 @@ def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> 
 
 def write_weights(path: Path, planned: list[PlannedTensor], model: Model, solution: Solution) -> str:
     """Write one weight file and return its hash. Raises A3Error for weights that are not finite."""
-    jobs = (
-        partial(convert_rows, rows, tensor, model.source.name)
-        for tensor in prefetched(planned, model)
-        for rows in read_rows(tensor.name, model, solution)
-    )
+    jobs = (job for tensor in prefetch_each(planned, model) for job in row_jobs(tensor, model, solution))
     with one_core_each(min(COMPUTING, os.cpu_count() or 1)) as threads:
         return write_shard(path, planned, ahead(threads, jobs, COMPUTING))
 
 
-def prefetched(planned: list[PlannedTensor], model: Model) -> Iterator[PlannedTensor]:
-    """Yield the tensors in order, while the system reads the next one from the disk."""
+def prefetch_each(planned: list[PlannedTensor], model: Model) -> Iterator[PlannedTensor]:
+    """Yield the tensors in order; the system prefetches the next one meanwhile."""
     for this, following in zip(planned, [*planned[1:], None], strict=True):
         if following:
             model.source.read_ahead(following.name)
         yield this
 
 
-def read_rows(name: str, model: Model, solution: Solution) -> Iterator[Rows]:
-    """Yield a source tensor, some rows at a time, each with its part of the solution."""
-    found = model.family.find_role(name)
+def row_jobs(tensor: PlannedTensor, model: Model, solution: Solution) -> Iterator[Callable[[], torch.Tensor]]:
+    """Yield the jobs that compute one exported tensor, some rows each, in order."""
+    found = model.family.find_role(tensor.name)
     if found is None:
-        yield from map(Rows, stored_rows(model.source.info(name)))
+        for group in row_groups(model.source.info(tensor.name)):
+            yield partial(copy_rows, group, tensor, model.source.name)
         return
     layer, role, _ = found
     fold_scale = not solution.per_layer and model.shape.fixed_scale is None
-    for rows, part in pieces(model.source.read(name), role, solution.layer(layer), model.shape):
-        yield Rows(rows, Projection(role, part, model.shape, fold_scale))
+    for rows, part in pieces(model.source.read(tensor.name), role, solution.layer(layer), model.shape):
+        yield partial(project_rows, rows, Projection(role, part, model.shape, fold_scale), tensor, model.source.name)
 
 
-def convert_rows(rows: Rows, planned: PlannedTensor, source: str) -> torch.Tensor:
-    """Return some rows as the export has them. Raises A3Error if they are not finite, or not in the export's dtype."""
-    check_finite(rows.stored, planned.name, source)
-    exported = rows.projection.apply(rows.stored) if rows.projection else rows.stored
-    result = exported.to(planned.dtype)
-    if result.dtype != exported.dtype and not is_finite(result):
+def copy_rows(group: TensorInfo, planned: PlannedTensor, source: str) -> torch.Tensor:
+    """Return rows that the solution does not change, in the export's dtype."""
+    rows = read_stored(group)
+    check_finite(rows, planned.name, source)
+    return convert(rows, planned)
+
+
+def project_rows(rows: torch.Tensor, projection: Projection, planned: PlannedTensor, source: str) -> torch.Tensor:
+    """Return what the solution makes of some rows, in the export's dtype."""
+    check_finite(rows, planned.name, source)
+    return convert(projection.apply(rows), planned)
+
+
+def convert(rows: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
+    """Return rows in the export's dtype. Raises A3Error if a value is too large for it."""
+    result = rows.to(planned.dtype)
+    if result.dtype != rows.dtype and not is_finite(result):
         raise A3Error(f"tensor {planned.name} has values too large for {planned.dtype}; export with --dtype bfloat16")
     return result

@@ -186,13 +186,13 @@ def test_reproducible_exports(a3, work, tmp_path, monkeypatch):
     assert a3("export", tmp_path / "out", "--check-reproducible", "--work", work).code == 0
     assert not (work / ".scratch").exists()
     before = snapshot(tmp_path)
-    plain, calls = weights.convert_rows, []
+    plain, calls = weights.convert, []
 
     def drifting(*given):
         calls.append(given)
         return plain(*given) + len(calls) * 1e-6
 
-    monkeypatch.setattr(weights, "convert_rows", drifting)
+    monkeypatch.setattr(weights, "convert", drifting)
     outcome = a3("export", tmp_path / "new", "--check-reproducible", "--work", work)
     assert outcome.code == 1
     assert "differ in model.safetensors" in outcome.stderr
