@@ -1,4 +1,4 @@
-"""A checkpoint as a model: family, configuration, shape and RoPE, all checked before any work begins."""
+"""Open a checkpoint as a model: family, configuration, shape and RoPE, all checked before any work begins."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
