@@ -96,8 +96,8 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     """Random weights, config, tokenizer."""
     import torch
 
-    from a3cli.models.checkpoint import PlannedTensor, plan_shards, shard_names, write_index, write_shard
     from a3cli.models.hub import INDEX
+    from a3cli.models.shards import PlannedTensor, plan_shards, write_index, write_shard
 
     generator = torch.Generator().manual_seed(0)
 
@@ -108,10 +108,9 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     planned = [PlannedTensor(name, size, torch.bfloat16) for name, size in tensor_shapes(config).items()]
-    groups = plan_shards(planned, SHARD_BYTES)
-    shards = dict(zip(shard_names(len(groups)), groups, strict=True))
+    shards = plan_shards(planned, SHARD_BYTES)
     for shard, tensors in shards.items():
-        write_shard(folder / shard, tensors, ([random(tensor)] for tensor in tensors))
+        write_shard(folder / shard, tensors, map(random, tensors))
     if len(shards) > 1:
         write_index(folder / INDEX, shards)
     (folder / "config.json").write_text(json.dumps(config), "utf-8")

@@ -1,20 +1,19 @@
-"""Safetensors checkpoints: found, checked, read lazily by name, written as a stream.
+"""Find, check and read a safetensors checkpoint, lazily by tensor name.
 
-A `Checkpoint` never holds weights: each read opens its shard, maps the tensor and lets go, so resident
-memory is what the caller keeps. `write_shard` takes one tensor at a time, so a shard may be larger than
-memory.
+A `Checkpoint` holds no weights: each read opens the shard and maps one tensor, so resident memory is what the caller
+keeps.
 """
 
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from blake3 import blake3
@@ -23,13 +22,11 @@ from safetensors import SafetensorError, safe_open
 from a3cli.errors import A3Error, CannotRead
 from a3cli.models.hub import INDEX, METADATA_FILES, SINGLE, find_checkpoint, read_config, read_index, refuse_adapter
 from a3cli.work.files import Json, hash_file, hash_json, name_hash, reading
-from a3cli.work.writer import HashingWriter
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # JSON files that describe weights which an export does not hold: other formats' indexes and sizes, adapters.
 STALE_FILES = ("*.index.json", "params.json", "adapter_*")
 # A shard's content is sampled at this many evenly spaced places for its fingerprint.
@@ -40,9 +37,9 @@ COPIED_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lives and what it is; `bytes` is its size in its stored dtype, `offset` where they begin.
+    """A tensor in a safetensors file: its name there, shape, dtype, size in bytes and the offset of its first byte.
 
-    `stored` is its name in the file, which base-model checkpoints write without the decoder's prefix.
+    `stored`, the name in the file, lacks the decoder's prefix in a base-model checkpoint.
     """
 
     stored: str
@@ -81,24 +78,24 @@ class Checkpoint:
                 self.tensors[tensor] = info
 
     def read(self, tensor: str) -> torch.Tensor:
-        """One tensor in its stored dtype, a view of the mapped file: don't write to it."""
+        """Return a tensor in its stored dtype: a view of the mapped file, not to be written to."""
         info = self.info(tensor)
         try:
             with safe_open(info.file, framework="pt") as shard:
                 value: torch.Tensor = shard.get_tensor(info.stored)
-        except (SafetensorError, OSError) as error:  # it was whole when it was opened
+        except (SafetensorError, OSError) as error:  # damaged after it was opened
             raise CannotRead(f"{info.file}: tensor {tensor} cannot be read ({error}); download it again") from error
         return value
 
     def read_ahead(self, tensor: str) -> None:
-        """Ask the system to have a tensor's pages in its cache soon, if it takes such advice."""
+        """Ask the system to prefetch a tensor into its page cache, where it supports that."""
         info = self.info(tensor)
         if hasattr(os, "posix_fadvise"):
-            with suppress(OSError), info.file.open("rb") as file:  # who reads it tells what is wrong
+            with suppress(OSError), info.file.open("rb") as file:  # reading it reports the error
                 os.posix_fadvise(file.fileno(), info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
 
     def info(self, tensor: str) -> TensorInfo:
-        """Raises A3Error if the checkpoint has no such tensor."""
+        """Return where a tensor is. Raises A3Error if the checkpoint does not have it."""
         if tensor not in self.tensors:
             raise A3Error(f"{self.name} has no tensor {tensor}; use the config.json of this checkpoint")
         return self.tensors[tensor]
@@ -111,12 +108,12 @@ class Checkpoint:
 
     @property
     def stored_otherwise(self) -> bool:
-        """Whether tensors are stored under other names than their model's class has."""
+        """Return whether tensors are stored under other names than those of the model's class."""
         return any(info.stored != name for name, info in self.tensors.items())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the weights have."""
+        """Return the dtype of most of the weights, by bytes."""
         sizes: dict[torch.dtype, int] = {}
         for info in self.tensors.values():
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
@@ -129,9 +126,9 @@ class Checkpoint:
         return sum(info.bytes for info in self.tensors.values())
 
     def fingerprint(self, *, full: bool = False) -> Json:
-        """What identifies the content: config, and of each shard all, or samples of a large checkpoint's.
+        """Return hashes of config.json and of each shard; of a large checkpoint's shards, hashes of samples.
 
-        `full` hashes all of a large one, too.
+        `full` adds the hash of each whole shard.
         """
         identify = hash_file if self.bytes() <= SAMPLED_ABOVE else fingerprint_shard
         found = {"config.json": hash_json(self.config), "shards": self._of_shards(identify)}
@@ -142,7 +139,7 @@ class Checkpoint:
             return dict(zip((shard.name for shard in self.shards), threads.map(identify, self.shards), strict=True))
 
     def small_files(self) -> dict[str, Path]:
-        """Tokenizer, generation config, chat template, card, licence: what lies beside config and weights, by name."""
+        """Return the files beside config and weights, by name: tokenizer, generation config, chat template, licence."""
         files = {path for pattern in METADATA_FILES for path in self.folder.glob(pattern) if path.is_file()}
         left_out = ("config.json", *STALE_FILES)
         return {path.name: path for path in sorted(files) if not any(path.match(pattern) for pattern in left_out)}
@@ -154,9 +151,9 @@ class Checkpoint:
 def resolve_model(
     model: str, revision: str | None = None, *, follow_symlinks: bool = False, cached_only: bool = False
 ) -> Checkpoint:
-    """Open a local folder, or a hub id through the hub's cache (only what a3 needs is downloaded).
+    """Open a local folder or a Hub id, of which only the files that a3 needs are downloaded.
 
-    Raises A3Error if there is neither, or the hub cannot be reached; with `cached_only` the hub is not asked.
+    With `cached_only` nothing is downloaded. Raises A3Error if it is neither, or the Hub cannot be reached.
     """
     folder = find_checkpoint(model, revision, cached_only=cached_only)
     if Path(model).is_dir():
@@ -165,9 +162,9 @@ def resolve_model(
 
 
 def check_links(folder: Path, *, follow: bool) -> bool:
-    """Tell whether a file that may be read is a link out of the folder. Raises A3Error if so, unless `follow`.
+    """Return whether a file that may be read is a link out of the folder. Raises A3Error if so, unless `follow`.
 
-    The hub's cache links from `snapshots/<commit>` to its own `blobs`.
+    Links of the Hub's cache, from `snapshots/<commit>` to its `blobs`, are allowed.
     """
     links_out = False
     home = folder.resolve()
@@ -186,7 +183,7 @@ def check_links(folder: Path, *, follow: bool) -> bool:
 
 
 def find_shards(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a checkpoint, in name order: those that transformers would load."""
+    """Return the safetensors files that transformers would load, in name order. Raises A3Error if there are none."""
     single = folder / SINGLE
     if (folder / INDEX).is_file():
         weight_map = read_index(folder)
@@ -208,7 +205,7 @@ def find_shards(folder: Path, name: str) -> list[Path]:
 def check_same_tensors(single: Path, shards: list[Path], weight_map: Mapping[str, str]) -> None:
     """Raise A3Error if a single weight file holds other tensors than the shards of the index beside it.
 
-    Where no shard is there, the index's names are compared; of large files, the beginning of each tensor.
+    Large files are compared by the first bytes of each tensor; without any shard only names are compared.
     """
     ours = read_header(single)
     there = [shard for shard in shards if shard.is_file()]
@@ -226,7 +223,7 @@ def check_same_tensors(single: Path, shards: list[Path], weight_map: Mapping[str
 
 
 def same_content(one: TensorInfo, other: TensorInfo, most: int | None = None) -> bool:
-    """Tell whether two tensors have the same shape, dtype and bytes, or the same first `most` bytes."""
+    """Return whether two tensors have the same shape, dtype and bytes, or the same first `most` bytes."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     end = one.bytes if most is None else min(most, one.bytes)
@@ -239,9 +236,9 @@ def same_content(one: TensorInfo, other: TensorInfo, most: int | None = None) ->
 
 
 def read_header(shard: Path) -> dict[str, TensorInfo]:
-    """Tensors of one file, in the order of their bytes. Raises A3Error if it is truncated or malformed."""
+    """Return the tensors of one file, ordered by offset. Raises A3Error if it is truncated or malformed."""
     try:
-        with safe_open(shard, framework="pt"):  # the library's own checks: offsets, sizes, file length
+        with safe_open(shard, framework="pt"):  # checks offsets, sizes and file length
             pass
         encoded = header_bytes(shard)
         header = json.loads(encoded)
@@ -265,15 +262,16 @@ def find_dtype(name: str, tensor: str, where: str) -> torch.dtype:
 
 
 def header_bytes(shard: Path) -> bytes:
+    """Return the JSON header of a safetensors file."""
     with shard.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
 def fingerprint_shard(shard: Path) -> str:
-    """BLAKE3 over size, header and 16 evenly spaced samples of 64 KiB: cheap on a 140 GB checkpoint.
+    """Return BLAKE3 over size, header and 16 evenly spaced samples of 64 KiB: cheap on a 140 GB checkpoint.
 
-    A shard of up to 1 MiB is covered wholly. In a larger one a flipped bit between the samples goes unnoticed, except
-    with --full-check; what an export writes is hashed in full.
+    This covers all of a shard of up to 1 MiB. In a larger one a flipped bit between the samples is found only with
+    --full-check.
     """
     with reading(shard, "download it again"), shard.open("rb") as file:
         size = shard.stat().st_size
@@ -291,90 +289,26 @@ def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """In one pass and without a temporary: extremes are NaN where any value is."""
+    """Return whether all values are finite: one pass, no copy; the extremes are NaN if any value is."""
     return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The raw little-endian bytes of a tensor, without a copy if it is contiguous on the CPU."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
+def row_groups(info: TensorInfo) -> Iterator[TensorInfo]:
+    """Yield a stored tensor as groups of consecutive rows, of about `COPIED_AT_ONCE` bytes each."""
+    if not info.shape:
+        yield info
+    elif info.bytes:
+        row_bytes = info.bytes // info.shape[0]
+        at_once = max(1, COPIED_AT_ONCE // row_bytes)
+        for start in range(0, info.shape[0], at_once):
+            count = min(at_once, info.shape[0] - start)
+            shape, offset = (count, *info.shape[1:]), info.offset + start * row_bytes
+            yield replace(info, shape=shape, bytes=count * row_bytes, offset=offset)
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor that an export will write."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
-    """Tensors in order, split so that no shard exceeds `max_bytes` (a larger tensor gets one of its own)."""
-    shards: list[list[PlannedTensor]] = []
-    size = max_bytes + 1
-    for tensor in tensors:
-        if size + tensor.bytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.bytes
-    return shards
-
-
-def shard_names(count: int) -> list[str]:
-    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-
-def write_shard(
-    path: Path, tensors: list[PlannedTensor], values: Iterator[Iterable[torch.Tensor]], *, cached: bool = True
-) -> str:
-    """Write one safetensors file, tensor by tensor; returns its hash.
-
-    `values` yields the tensors in the planned order, each as pieces: rows that follow one another. `cached`: it is read
-    soon. Raises ValueError if one differs from its plan.
-    """
-    offset, header = 0, {"__metadata__": {"format": "pt"}}
-    for tensor in tensors:
-        entry: Any = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.bytes],
-        }
-        header[tensor.name] = entry
-        offset += tensor.bytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with HashingWriter(path, cached=cached) as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for tensor, pieces in zip(tensors, values, strict=True):
-            left = tensor.bytes
-            for piece in pieces:
-                left -= piece.nbytes
-                if left < 0 or piece.shape[1:] != tensor.shape[1:] or piece.dtype != tensor.dtype:
-                    raise ValueError(f"planned {tensor}, got {tuple(piece.shape)} {piece.dtype}")
-                file.write(tensor_bytes(piece))
-            if left:
-                raise ValueError(f"planned {tensor}, got {left} bytes less")
-    return name_hash(file.digest)
-
-
-def stored_rows(info: TensorInfo) -> Iterator[torch.Tensor]:
-    """A tensor as it lies in its file, some rows at a time. Raises A3Error if it is not all there."""
-    if not info.shape or not info.bytes:
-        yield _read(info, info.offset, info.bytes).view(info.shape)
-        return
-    of_row = info.bytes // info.shape[0]
-    at_once = max(1, COPIED_AT_ONCE // of_row)
-    for start in range(0, info.shape[0], at_once):
-        count = min(at_once, info.shape[0] - start)
-        yield _read(info, info.offset + start * of_row, count * of_row).view(count, *info.shape[1:])
+def read_stored(info: TensorInfo) -> torch.Tensor:
+    """Return a copy of a stored tensor. Raises CannotRead if the file is truncated."""
+    return _read(info, info.offset, info.bytes).view(info.shape)
 
 
 def _read(info: TensorInfo, offset: int, size: int) -> torch.Tensor:
@@ -385,22 +319,14 @@ def _read(info: TensorInfo, offset: int, size: int) -> torch.Tensor:
             whole = fill(file, buffer.numpy().data)
     except OSError as error:
         raise CannotRead(f"{info.file} cannot be read: {error}; download it again") from error
-    if not whole:  # it was when it was opened
+    if not whole:  # truncated after it was opened
         raise CannotRead(f"{info.file} is truncated; download it again")
     return buffer.view(info.dtype)
 
 
 def fill(file: RawIOBase, buffer: "Buffer") -> bool:
-    """Read a file until a buffer is full; False if it ends before. The system reads at most 2 GiB at once."""
+    """Fill a buffer from a file; return False if the file ends first. The system reads at most 2 GiB at once."""
     rest = memoryview(buffer)
     while rest and (count := file.readinto(rest)):
         rest = rest[count:]
     return not rest
-
-
-def write_index(path: Path, shards: dict[str, list[PlannedTensor]]) -> None:
-    index = {
-        "metadata": {"total_size": sum(t.bytes for tensors in shards.values() for t in tensors)},
-        "weight_map": {t.name: shard for shard, tensors in shards.items() for t in tensors},
-    }
-    path.write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -10,7 +10,7 @@ from a3cli.models.families import Family, ModelShape, family_of
 
 
 def read_shape(config: Any) -> ModelShape:
-    """The shape that a transformers config describes. Raises A3Error if its sizes do not fit together."""
+    """Return the shape that a transformers config describes. Raises A3Error if its sizes do not fit together."""
     family, heads = family_of(config.model_type), config.num_attention_heads
     attention_bias, mlp_bias = read_biases(family, config)
     shape = ModelShape(
@@ -48,7 +48,7 @@ def read_multiplier(config: Any, key: str | None) -> float | None:
 
 
 def read_biases(family: Family, config: Any) -> tuple[bool, bool]:
-    """Whether q, k and v, and whether the MLP's linear layers have biases."""
+    """Return whether q, k and v have biases, and whether the MLP's linear layers have them."""
     if family.use_bias:
         every = bool(getattr(config, "use_bias", True))
         return every, every
@@ -56,7 +56,7 @@ def read_biases(family: Family, config: Any) -> tuple[bool, bool]:
 
 
 def rotary_dims(config: Any, head_dim: int) -> int:
-    """Dims of a head that RoPE turns. Raises A3Error if these are not pairs."""
+    """Return how many dims of a head RoPE rotates. Raises A3Error if these are not pairs."""
     default = family_of(config.model_type).rotary_factor
     if default is None:
         return head_dim
@@ -70,27 +70,37 @@ def rotary_dims(config: Any, head_dim: int) -> int:
 
 
 def rotary_factor(turned: int, head_dim: int) -> float:
-    """The `partial_rotary_factor` of which loaders, who round down, make `turned` dims."""
+    """Return the `partial_rotary_factor` from which loaders, which round down, compute `turned` dims."""
     factor = turned / head_dim
     return factor if int(head_dim * factor) == turned else math.nextafter(factor, 1.0)
 
 
-# Beyond any model that there is; up to here lists of layers and of head sizes are gone through in no time.
-MOST_LAYERS, LARGEST_HEAD, LARGEST = 10_000, 2**16, 2**31 - 1
+# The largest sizes that are accepted: more than any model has, and few enough layers and head dims to list.
+LARGEST = 2**31 - 1
+BOUNDS = {
+    "hidden_size": LARGEST,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": LARGEST,
+    "num_key_value_heads": LARGEST,
+    "head_dim": 2**16,
+    "intermediate_size": LARGEST,
+    "vocab_size": LARGEST,
+}
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")  # derived from the others if config.json lacks them
 
 
-def check_bounds(shape: ModelShape, vocabulary: int) -> None:
-    """Raise A3Error naming sizes that no model has, where there is no checkpoint to compare config.json with."""
-    bounds = {
-        "hidden_size": (shape.hidden_size, LARGEST),
-        "num_hidden_layers": (shape.layers, MOST_LAYERS),
-        "num_attention_heads": (shape.heads, LARGEST),
-        "num_key_value_heads": (shape.kv_heads, LARGEST),
-        "head_dim": (shape.head_dim, LARGEST_HEAD),
-        "intermediate_size": (shape.intermediate_size, LARGEST),
-        "vocab_size": (vocabulary, LARGEST),
+def check_sizes(raw: dict[str, Any]) -> None:
+    """Raise A3Error naming the sizes in config.json that are missing, no positive integers, or larger than any model's.
+
+    Call it where there are no weights yet to compare config.json with.
+    """
+    sizes: dict[str, Any] = {
+        name: raw.get(name) for name in BOUNDS if raw.get(name) is not None or name not in OPTIONAL_SIZES
     }
-    if beyond := [f"{name} is above {most:,}" for name, (size, most) in bounds.items() if size > most]:
+    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+        raise A3Error(f"config.json: {', '.join(wrong)} must be there and be a positive integer; correct it")
+    sizes.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+    if beyond := [f"{name} is above {most:,}" for name, most in BOUNDS.items() if sizes.get(name, 1) > most]:
         raise A3Error(f"config.json: {', '.join(beyond)}, which no model has; correct it")
 
 
@@ -100,6 +110,9 @@ def check_rope_spellings(config: dict[str, Any], path: Path) -> None:
     Versions of transformers differ in which they read; 4.57 knows only `rope_theta`, `rope_scaling` and
     `partial_rotary_factor`.
     """
+    for key in ("rope_parameters", "rope_scaling"):
+        if config.get(key) and not isinstance(config[key], dict):
+            raise A3Error(f"{path}: {key} is {config[key]!r:.80}, not an object; correct it")
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return
@@ -129,9 +142,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def check_rope(parameters: dict[str, Any], *, partial: bool) -> str:
-    """The RoPE type of `rope_parameters`. Raises A3Error if a subset of pairs cannot express it.
+    """Return the RoPE type of `rope_parameters`. Raises A3Error if a subset of pairs cannot express it.
 
-    `partial`: the family knows heads of which RoPE turns only some dims.
+    `partial`: the family supports partial RoPE.
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ROPE_TYPES:

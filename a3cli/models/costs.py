@@ -1,4 +1,4 @@
-"""What a decoder costs whose layers have given sizes: weights, KV cache, FLOPs. Pure arithmetic.
+"""Compute what a decoder of given sizes costs: weights, KV cache, FLOPs, memory. Pure arithmetic.
 
 `sizes` has an entry for each layer; `shape.sizes` are those of the source.
 """
@@ -14,12 +14,12 @@ ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
 
 
 def attention_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """Weights of q, k, v and o over all layers, biases not counted."""
+    """Return the number of weights of q, k, v and o over all layers, without biases."""
     return _weights(shape, sizes, ATTENTION)
 
 
 def mlp_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """Weights of gate, up and down over all layers, biases not counted."""
+    """Return the number of weights of gate, up and down over all layers, without biases."""
     return _weights(shape, sizes, shape.mlp_roles)
 
 
@@ -29,12 +29,12 @@ def _weights(shape: ModelShape, sizes: Sequence[LayerSizes], roles: Sequence[Rol
 
 
 def linear_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """What a budget is a fraction of: all linear weights of the decoder layers."""
+    """Return the number of linear weights of all decoder layers, of which a budget is a fraction."""
     return attention_weights(shape, sizes) + mlp_weights(shape, sizes)
 
 
 def bias_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """Biases that shrink with the head or MLP width, over all layers."""
+    """Return the number of bias values that shrink with head size or MLP width, over all layers."""
     roles: list[Role] = [
         *(("q", "k", "v") if shape.attention_bias else ()),
         *(shape.mlp_inputs if shape.mlp_bias else ()),
@@ -43,28 +43,29 @@ def bias_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
 
 
 def removed_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """Parameters that leave the checkpoint, biases included."""
+    """Return the number of parameters that are removed, with biases."""
     before, after = (linear_weights(shape, s) + bias_parameters(shape, s) for s in (shape.sizes, sizes))
     return before - after
 
 
 def kv_bytes_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int) -> int:
+    """Return the bytes of the KV cache for one token."""
     return sum(shape.kv_heads * (size.qk + size.ov) for size in sizes) * bytes_per_value
 
 
 def prefill_flops_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], seq_len: int) -> int:
-    """FLOPs of the decoder layers for one token of a prompt of `seq_len` tokens.
+    """Return the FLOPs of the decoder layers for one token of a prompt of `seq_len` tokens.
 
-    Two a weight for the matrix products, `2·T·H·qk` for `QKᵀ` and `2·T·H·ov` for the product with V, counted
-    without the causal half, as dense kernels compute them. Embedding, norms and output head, which a3 does
-    not change, are left out.
+    Matrix products take two per weight, `QKᵀ` takes `2·T·H·qk` and the product with V `2·T·H·ov`; both are counted
+    in full, as dense kernels compute them, without halving for the causal mask. Embedding, norms and output head, which
+    a3 does not change, are left out.
     """
     attention = sum(2 * seq_len * shape.heads * (size.qk + size.ov) for size in sizes)
     return 2 * linear_weights(shape, sizes) + attention
 
 
 def statistics_bytes(shape: ModelShape, samples: int, seq_len: int, *, full_mlp: bool) -> int:
-    """One layer's statistics on disk (see `moments.py`), of `samples` blocks, headers not counted."""
+    """Return the bytes on disk of one layer's statistics (see `moments.py`) of `samples` blocks, without headers."""
     query, kv, h, width = (
         shape.heads * shape.head_dim,
         shape.kv_heads * shape.head_dim,
@@ -78,19 +79,19 @@ def statistics_bytes(shape: ModelShape, samples: int, seq_len: int, *, full_mlp:
 
 
 def sample_bytes(shape: ModelShape, samples: int, seq_len: int) -> int:
-    """One layer's attention that is kept whole (see `samples.py`)."""
+    """Return the bytes of one layer's sampled attention (see `samples.py`)."""
     queries = len(sampled_queries(seq_len))
     of_block = (queries * shape.heads + 2 * seq_len * shape.kv_heads) * shape.head_dim * 2 + queries * 8
     return len(sampled_blocks(samples, seq_len)) * of_block
 
 
 def hidden_state_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int) -> int:
-    """One of the two files between layers."""
+    """Return the bytes of one of the two files of hidden states between layers."""
     return samples * seq_len * shape.hidden_size * itemsize
 
 
 def calibration_flops_per_token(shape: ModelShape, seq_len: int, *, full_mlp: bool) -> int:
-    """One layer's forward and moments, for one token of blocks of `seq_len`."""
+    """Return the FLOPs of one layer's forward and moments, for one token of blocks of `seq_len`."""
     query, kv, width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate_size
     forward = prefill_flops_per_token(shape, shape.sizes[:1], seq_len)
     large = (query**2 + (width**2 if full_mlp else 2 * width)) // 2  # upper triangles
@@ -98,31 +99,31 @@ def calibration_flops_per_token(shape: ModelShape, seq_len: int, *, full_mlp: bo
 
 
 def layer_bytes(shape: ModelShape, itemsize: int) -> int:
-    """One layer's weights in the compute dtype; norms and biases are small beside them."""
+    """Return the bytes of one layer's weights in the compute dtype, without norms and biases, which are small."""
     return linear_weights(shape, shape.sizes[:1]) * itemsize
 
 
 def gathered_bytes(shape: ModelShape, samples: int, seq_len: int, *, full_mlp: bool) -> int:
-    """All that one layer's sweep gathers on the device: running sums, and attention kept whole."""
+    """Return the bytes that one layer's sweep gathers on the device: running sums and sampled attention."""
     return moment_bytes(shape, full_mlp=full_mlp) + sample_bytes(shape, samples, seq_len)
 
 
 def moment_bytes(shape: ModelShape, *, full_mlp: bool) -> int:
-    """One layer's running sums, and the packed copy in which the largest leaves the device."""
+    """Return the bytes of one layer's running sums, and of the packed copy in which the largest leaves the device."""
     query, width = shape.heads * shape.head_dim, shape.intermediate_size
     large = [query**2, width**2 if full_mlp else 0]
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim**2 * 8
     return 4 * sum(large) + 2 * max(large) + heads + 16 * (query + width)
 
 
-MLP_TOKENS = 512  # that the MLP takes at a time on a CPU: what it computes stays in the cache
+MLP_TOKENS = 512  # tokens in one step of the MLP on a CPU, so that activations stay in the cache
 
 
 def block_bytes(shape: ModelShape, itemsize: int, seq_len: int, *, on_cpu: bool = False) -> int:
-    """Activations of one block at their peak in a layer's forward with its hooks.
+    """Return the peak bytes of one block's activations in a layer's forward with its hooks.
 
-    The stream four times (input, residual, norm, output), and the larger of attention (q, k, v before and after RoPE,
-    their float32 copies, the heads' output, a mask) and of the MLP (gate, up, what feeds down).
+    The stream is held four times (input, residual, norm, output), beside the larger of attention (q, k, v before and
+    after RoPE, their float32 copies, the heads' output, a mask) and the MLP (gate, up, the input of down).
     """
     mlp_tokens = min(seq_len, MLP_TOKENS) if on_cpu else seq_len
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -132,25 +133,31 @@ def block_bytes(shape: ModelShape, itemsize: int, seq_len: int, *, on_cpu: bool 
 
 
 def cpu_batch(seq_len: int) -> int:
-    """Blocks that fill a CPU's cores: about 2048 tokens, more only take memory."""
+    """Return the batch size that fills a CPU's cores: about 2048 tokens; more only take memory."""
     return max(1, 2048 // seq_len)
 
 
-EIGH = 9  # FLOPs of a symmetric eigenvalue problem with vectors, of n³
-ROUNDS = 40  # of the alternation that refines RoPE slots, at most
-VALUE_ROUNDS, VALUE_STEPS = 3, 30  # of the alternation that refines value maps, and of conjugate gradients in each
+EIGH = 9  # FLOPs of a symmetric eigenvalue problem with vectors, in units of n³
+ROUNDS = 40  # the most rounds of the alternation that refines RoPE slots
+VALUE_ROUNDS, VALUE_STEPS = 3, 30  # rounds that refine value maps, and steps of conjugate gradients in each
 SMALL = 4  # matrices of head size run at a fraction of the speed of large ones
 
 
 def paper_flops(shape: ModelShape) -> int:
-    """`--method paper` for one layer, float64: two eigenvalue problems a KV head, `W_o,i W_o,iᵀ`, channel scores."""
+    """Return the FLOPs of `--method paper` for one layer, in float64.
+
+    These are two eigenvalue problems per KV head, `W_o,i W_o,iᵀ` and the channel scores.
+    """
     h, d = shape.head_dim, shape.hidden_size
     heads = 2 * shape.heads * h**2 * d + SMALL * shape.kv_heads * 2 * EIGH * h**3
     return heads + 2 * shape.intermediate_size * d
 
 
 def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
-    """`--method best` for one layer that ends with these sizes, float64: mostly the MLP's selection and its refit."""
+    """Return the FLOPs of `--method best` for one layer of the given final sizes, in float64.
+
+    Most are those of the MLP's selection and refit.
+    """
     d, width, query, kept = (
         shape.hidden_size,
         shape.intermediate_size,
@@ -163,31 +170,34 @@ def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
     step = query**2 * size.ov + kept**2 * shape.head_dim
     values = query**2 * d + VALUE_ROUNDS * (refit_output + kept**2 * d + (VALUE_STEPS + 1) * step)
     ranks, coordinates = shape.head_dim // head_multiple, shape.head_dim // (1 if shape.passed_dims else 2)
-    slots = ranks * ROUNDS * shape.kv_heads * 10 * coordinates**3 // 2 * 4  # ten complex products a round
+    slots = ranks * ROUNDS * shape.kv_heads * 10 * coordinates**3 // 2 * 4  # ten complex products per round
     return paper_flops(shape) + 2 * (select + refit_mlp + refit_output + values + SMALL * slots)
 
 
-REFINEMENTS = 32  # of the loss and its gradient on all samples: those of the projections, and of the curves on a part
-CAUSAL = 0.63  # of the scores that are computed, a quarter of a block's queries at a time
+REFINEMENTS = 32  # evaluations of the loss and its gradient on all samples, for the projections and for the curves
+CAUSAL = 0.63  # fraction of the scores that is computed: a quarter of a block's queries at a time
 
 
 def refine_flops(shape: ModelShape, size: LayerSizes, samples: int, seq_len: int) -> int:
-    """What refining one layer's query and key maps on sampled attention takes, float32."""
+    """Return the FLOPs of refining one layer's query and key maps on sampled attention, in float32."""
     queries = len(sampled_blocks(samples, seq_len)) * len(sampled_queries(seq_len)) * shape.heads
     return int(REFINEMENTS * 3 * 2 * CAUSAL * queries * seq_len * (size.qk + shape.head_dim))
 
 
 def refine_memory(shape: ModelShape, samples: int, seq_len: int) -> int:
-    """Samples of one layer as stored, and of one KV head in float32, as complex numbers and with their gradients."""
+    """Return the bytes of one layer's stored samples, and of one KV head's in float32, complex and with gradients."""
     stored = sample_bytes(shape, samples, seq_len)
     return stored + 6 * stored // shape.kv_heads
 
 
-GAUSS_NEWTON_STEPS = 8  # of conjugate gradients in one round of the sequential correction
+GAUSS_NEWTON_STEPS = 8  # steps of conjugate gradients in one round of the sequential correction
 
 
 def sequential_flops_per_token(shape: ModelShape, size: LayerSizes, rounds: int, seq_len: int) -> int:
-    """The sequential correction of one layer: forwards of both models, two regressions, rounds of Gauss-Newton."""
+    """Return the FLOPs per token of the sequential correction of one layer.
+
+    They are those of both models' forwards, two regressions and the rounds of Gauss-Newton.
+    """
     d, query, width, inputs = shape.hidden_size, shape.heads * size.ov, size.mlp, len(shape.mlp_inputs)
     passed = [*shape.sizes[:1], size, size, LayerSizes(size.qk, size.ov, 0)]  # the last one ends with attention
     forwards = prefill_flops_per_token(shape, passed, seq_len)
@@ -198,7 +208,7 @@ def sequential_flops_per_token(shape: ModelShape, size: LayerSizes, rounds: int,
 
 
 def sequential_memory(shape: ModelShape, size: LayerSizes, itemsize: int) -> int:
-    """A layer of both models, and the down projection's regression or the matrices of a Gauss-Newton step."""
+    """Return the bytes of a layer of both models and of the larger of regression and Gauss-Newton step."""
     d, width = shape.hidden_size, size.mlp
     layers = linear_weights(shape, [*shape.sizes[:1], size]) * itemsize
     regression = width**2 * (4 + 8 + 8) + width * d * (4 + 3 * 8)
@@ -206,30 +216,32 @@ def sequential_memory(shape: ModelShape, size: LayerSizes, itemsize: int) -> int
 
 
 def stream_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int, rounds: int) -> int:
-    """Hidden states of the sequential correction: of both models two files, what is after attention, and with rounds
-    what gate and up are fitted on.
+    """Return the bytes of the hidden states of the sequential correction.
+
+    Each model has two files, another holds the states after attention, and with rounds two hold the data that gate and
+    up are fitted to.
     """
     return (7 if rounds else 5) * hidden_state_bytes(shape, samples, seq_len, itemsize)
 
 
-SMALL_LAYER = 4096  # MLP channels; statistics of some layers so wide fit in any memory at once
+SMALL_LAYER = 4096  # MLP channels; the statistics of several layers of this width fit in any memory
 
 
 def side_by_side(shape: ModelShape) -> bool:
-    """Whether `a3 solve` looks at several layers at once, a core each; a large one's products fill all cores.
+    """Return whether `a3 solve` solves several layers at once, one core each; products of a large layer fill all cores.
 
-    A matter of the model alone, so that the bytes don't depend on the number of processes.
+    This depends on the model alone, so that the bytes don't depend on the number of processes.
     """
     return shape.intermediate_size <= SMALL_LAYER
 
 
 def held_bytes(shape: ModelShape) -> int:
-    """What `a3 solve` keeps of every layer until the sizes are chosen: Gram matrices and maps of head size."""
+    """Return the bytes that `a3 solve` keeps until the sizes are chosen: Gram matrices and maps of head size."""
     return shape.layers * (shape.heads + 5 * shape.kv_heads) * shape.head_dim**2 * 8
 
 
 def solve_memory(shape: ModelShape, size: LayerSizes, method: str) -> int:
-    """Bytes that one layer takes at its peak: `o_gram` in float64, and for `best` the MLP's refit beside its Gram."""
+    """Return the peak bytes of one layer: `o_gram` in float64; for `best` also the MLP's refit and Gram matrix."""
     query, width, d = shape.heads * shape.head_dim, shape.intermediate_size, shape.hidden_size
     outputs = query**2 * (8 + 4 + 4) + query * d * 2
     if method == "paper":
@@ -243,12 +255,12 @@ def solve_memory(shape: ModelShape, size: LayerSizes, method: str) -> int:
 
 
 def triangle(n: int) -> int:
-    """Numbers in the upper triangle of a symmetric `[n, n]` matrix."""
+    """Return how many numbers the upper triangle of a symmetric `[n, n]` matrix has."""
     return n * (n + 1) // 2
 
 
 def solution_bytes(shape: ModelShape, size: LayerSizes, method: str) -> int:
-    """One layer's projections on disk; a component that keeps its size has none."""
+    """Return the bytes on disk of one layer's projections; a component that keeps its size has none."""
     maps, d, refit = shape.kv_heads * shape.head_dim * 8, shape.hidden_size, method == "best"
     qk = 2 * maps * size.qk if refit else size.qk // 2 * 8
     ov = maps * size.ov + (d * shape.heads * size.ov * 4 if refit else maps * size.ov)
@@ -258,18 +270,19 @@ def solution_bytes(shape: ModelShape, size: LayerSizes, method: str) -> int:
 
 
 def refit_bytes(shape: ModelShape, size: LayerSizes, rounds: int) -> int:
-    """What the sequential correction writes of one layer: output and down projection, with `rounds` gate and up too."""
+    """Return the bytes of one layer's sequential refit: output and down projection, with `rounds` also gate and up."""
     return shape.hidden_size * (shape.heads * size.ov + (len(shape.mlp_roles) if rounds else 1) * size.mlp) * 4
 
 
 def corrected_bytes(shape: ModelShape, size: LayerSizes, method: str, rounds: int) -> int:
-    """One layer of a sequential solution at the peak: as solved in one shot, the refits, and both put together."""
+    """Return the peak bytes on disk of one layer of a sequential solution: one-shot, refit, and both joined."""
     return 2 * (solution_bytes(shape, size, method) + refit_bytes(shape, size, rounds))
 
 
 def uniform_sizes(shape: ModelShape, budget: float, *, head_multiple: int, mlp_multiple: int) -> LayerSizes | None:
-    """Sizes of all layers that remove at least `budget` of the linear weights, attention and MLP cut as alike as
-    rounding allows; None if none do.
+    """Return sizes that remove at least `budget` of the linear weights from every layer, or None if none do.
+
+    Attention and MLP are cut as equally as rounding allows.
     """
     total = linear_weights(shape, shape.sizes[:1])
     needed = math.ceil(Fraction(str(budget)) * total)

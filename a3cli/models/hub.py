@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a local folder, or the hub's cache. Its config.json as it stands."""
+"""Find the files of a checkpoint, in a local folder or the Hub's cache, and read its config.json."""
 
 import glob
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from a3cli.work.files import Json, read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
-# What is fetched from the hub, and what an export carries over beside the weights.
+# Files that are downloaded, and that an export carries over, beside the weights.
 METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
 
 
 def find_folder(model: str, revision: str | None = None, *, files: Sequence[str], cached_only: bool = False) -> Path:
-    """The local folder, or that of a hub id in the hub's cache, with the `files` (patterns) downloaded.
+    """Return the local folder, or that of a Hub id in the cache after downloading its `files` (patterns).
 
-    Files in subfolders of a repository are not downloaded. Raises A3Error if there is neither, or the hub cannot be
-    reached; with `cached_only` the hub is not asked.
+    Files in subfolders of a repository are not downloaded; with `cached_only` none are. Raises A3Error if the model is
+    neither a folder nor a Hub id, or the Hub cannot be reached.
     """
     if Path(model).is_dir():
         if revision is not None:
@@ -49,9 +49,9 @@ def find_folder(model: str, revision: str | None = None, *, files: Sequence[str]
 
 
 def find_checkpoint(model: str, revision: str | None = None, *, cached_only: bool = False) -> Path:
-    """Return the folder of a checkpoint; of a hub id, download the weights that are read and no others.
+    """Return the folder of a checkpoint; for a Hub id, download the weights that are read and no others.
 
-    Which those are, the repository's index says, so it is fetched first, with config.json and the small files.
+    The repository's index names them, so it is downloaded first, with config.json and the small files.
     """
     folder = find_folder(model, revision, files=METADATA_FILES, cached_only=cached_only)
     if Path(model).is_dir():
@@ -61,7 +61,7 @@ def find_checkpoint(model: str, revision: str | None = None, *, cached_only: boo
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Name the weight files that loaders may read: the single one, and the index's shards if there is an index."""
+    """Return the names of the weight files that loaders may read: the single file, and the shards of the index."""
     indexed = read_index(folder).values() if (folder / INDEX).is_file() else ()
     return sorted({SINGLE, *indexed})
 
@@ -81,28 +81,28 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Tell whether the weights that loaders would read are all there."""
+    """Return whether all weight files that loaders read exist."""
     if (folder / SINGLE).is_file():
         return True
     return (folder / INDEX).is_file() and all((folder / file).is_file() for file in read_index(folder).values())
 
 
 def read_remote_tensors(model: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of each tensor of a hub id, from the headers of its files: no weights are downloaded.
+    """Return dtype and shape of each tensor of a Hub id from its files' headers, without downloading weights.
 
-    Raises A3Error with the reason if they cannot be read, whatever it is.
+    Raises A3Error with the reason if they cannot be read.
     """
     from huggingface_hub import get_safetensors_metadata
 
     try:
         files = get_safetensors_metadata(model, revision=revision).files_metadata
-    except Exception as error:  # of HTTP, of the hub's client, of parsing
+    except Exception as error:  # HTTP, the Hub's client, parsing
         raise A3Error(f"their headers could not be read: {first_line(error)}") from error
     return {name: (info.dtype, tuple(info.shape)) for file in files.values() for name, info in file.tensors.items()}
 
 
 def read_config(folder: Path, name: str) -> Json:
-    """The raw config.json. Raises A3Error if it is missing, no JSON object, or that of a quantised model."""
+    """Return the raw config.json. Raises A3Error if it is missing, no JSON object, or that of a quantised model."""
     config = read_json(folder / "config.json")
     if config.get("quantization_config") or config.get("compression_config"):
         raise A3Error(f"{name} is quantised (config.json says so); use its fp32, bf16 or fp16 original")
@@ -110,7 +110,7 @@ def read_config(folder: Path, name: str) -> Json:
 
 
 def refuse_per_layer(config: Json, name: str) -> None:
-    """Raise A3Error for a model that is itself a per-layer export: it can be measured, not made smaller again."""
+    """Raise A3Error for a model that is itself a per-layer export: it cannot be compressed again."""
     if "per_layer_config" in config:
         raise A3Error(f"{name}: its layers differ in size (a per-layer export?); compress its source instead")
 

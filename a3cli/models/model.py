@@ -1,4 +1,4 @@
-"""A checkpoint as a model: family, configuration, shape and RoPE, all checked before any work begins."""
+"""Open a checkpoint as a model: family, configuration, shape and RoPE, all checked before any work begins."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from a3cli.models.config import check_rope, check_rope_spellings, read_shape
 from a3cli.models.families import Family, ModelShape, family_of
 from a3cli.models.hub import refuse_per_layer
 from a3cli.models.rope import Rope, read_rope
-from a3cli.models.stock import Shape, StockClass, match_tensors, read_stock_class
+from a3cli.models.stock import StockClass, match_tensors, read_stock_class
 from a3cli.work.files import Json
 from a3cli.work.folder import Work
 from a3cli.work.manifests import CalibrationManifest, SourceRecord
@@ -21,9 +21,9 @@ from a3cli.work.sealed import name_differences
 
 @dataclass(frozen=True)
 class Model:
-    """What every stage knows of a source. `config` is transformers' own configuration object, `stock` its class.
+    """A source as every stage sees it. `config` is transformers' configuration object, `stock` its class.
 
-    The source's tensors have that class's names, however they are stored.
+    The source's tensors have that class's names, even if they are stored under others.
     """
 
     source: Checkpoint
@@ -35,9 +35,9 @@ class Model:
 
 
 def describe(source: Checkpoint, *, trust_remote_code: bool = False, calibrated: bool = False) -> Model:
-    """Raises A3Error for an unknown family, a configuration that does not fit, or missing or unknown tensors.
+    """Return the model. Raises A3Error for an unknown family, a bad configuration, or missing or unknown tensors.
 
-    A stored copy of a tied embedding must equal it; of a `calibrated` source that is known.
+    A stored copy of a tied embedding must equal it; for a `calibrated` source this was checked before.
     """
     shapes = {name: info.shape for name, info in source.tensors.items()}
     config, stock = read_stock(
@@ -51,22 +51,20 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False, calibrated:
     return Model(source, family_of(config.model_type), config, read_shape(config), rope, stock)
 
 
-def check_tensors(folder: Path, raw: Json, name: str, shapes: Mapping[str, Shape | None]) -> None:
-    """Raise A3Error, as `describe` does, for tensors of which only names and perhaps shapes are known."""
-    _, stock = read_stock(folder, raw, name, tensors=len(shapes))
-    match_tensors(stock, shapes, name)
-
-
 def read_stock(
-    folder: Path, raw: Json, name: str, *, tensors: int, trust_remote_code: bool = False
+    folder: Path, raw: Json, name: str, *, tensors: int | None, trust_remote_code: bool = False
 ) -> tuple[Any, StockClass]:
-    """Return transformers' configuration and class for config.json, whose content is `raw`. Raises A3Error."""
+    """Return transformers' configuration and class for config.json, whose content is `raw`. Raises A3Error.
+
+    `tensors` is how many the checkpoint has, None if that is unknown.
+    """
     from transformers import AutoConfig
 
     refuse_per_layer(raw, name)
     family = family_of(raw.get("model_type"))
     check_rope_spellings(raw, folder / "config.json")
-    check_layers(raw, name, tensors)
+    if tensors is not None:
+        check_layers(raw, name, tensors)
     with invalid_config(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
@@ -77,7 +75,7 @@ def read_stock(
 
 @contextmanager
 def invalid_config(folder: Path) -> Iterator[None]:
-    """Make whatever a configuration's classes raise an A3Error: they validate in many ways."""
+    """Raise any error of a configuration's class as an A3Error: these classes validate in many ways."""
     try:
         yield
     except A3Error:
@@ -136,9 +134,9 @@ def check_activation(name: str) -> None:
 
 
 def open_calibrated_source(work: Work, calibration: CalibrationManifest, *, full_check: bool = False) -> Model:
-    """The checkpoint that a calibration was made from. Raises A3Error if it is no longer the same.
+    """Return the checkpoint that a calibration was made from. Raises A3Error if it is no longer the same.
 
-    Its content is sampled; with `full_check` all of it is read and compared, if the calibration did that too.
+    Samples of its content are compared; with `full_check` all of it, if the calibration did that too.
     """
     recorded = SourceRecord.read(work.source, "run a3 calibrate on the source again")
     try:

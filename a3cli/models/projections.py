@@ -1,7 +1,7 @@
-"""What a solution does to a layer's weights. Tensors in, tensors out.
+"""Apply a solution to a layer's weights: tensors in, tensors out.
 
-Products are computed in float64, of weights of half precision in float32: their own rounding is thousands of times as
-coarse, and an export is mostly this.
+Products are computed in float64, those of half-precision weights in float32: the rounding of such weights is thousands
+of times as coarse, and these products are most of an export's time.
 
 A layer's solution has, for a QK rank r < h, an OV rank s < h (the same in the stock shape) and an MLP width m < I:
 
@@ -12,7 +12,7 @@ A layer's solution has, for a QK rank r < h, an OV rank s < h (the same in the s
     output_weight [d, H·s]    the refit output projection itself        (best)
     channels [m]              kept MLP channels, ascending
     down_weight [d, m]        the refit down projection itself          (best; else columns are copied)
-    down_bias [d]             its bias with what the dropped channels were on average, where the MLP has biases   (best)
+    down_bias [d]             its bias plus the mean output of the dropped channels, where the MLP has biases   (best)
 
 Each of the three groups, QK, OV and MLP, is absent where the layer keeps that component; a sequential solution has the
 refit `output_weight` and `down_weight` of every layer, and `gate_weight` and `up_weight` `[m, d]`.
@@ -26,13 +26,13 @@ from a3cli.models.families import ModelShape, Role
 from a3cli.models.families.base import pair_dims
 from a3cli.solvers.moments import Tensors
 
-PIECE = 1 << 22  # bytes of a weight that are looked at at a time
+PIECE = 1 << 22  # bytes of a weight that are projected at a time
 
 
 def apply_projection(
     tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape, *, fold_scale: bool
 ) -> torch.Tensor:
-    """A weight `[out, in]` or bias `[out]` of one role, made smaller; the tensor itself if nothing touches it.
+    """Return a smaller weight `[out, in]` or bias `[out]` of one role; the tensor itself if nothing changes it.
 
     With `fold_scale` queries are multiplied by `(r/h)^½`, so that the source's softmax scale `h^-½` survives a loader
     that computes `r^-½` from the smaller head.
@@ -55,9 +55,9 @@ def apply_projection(
 def pieces(
     tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape
 ) -> Iterator[tuple[torch.Tensor, Tensors]]:
-    """Some rows of a weight at a time, with what the solution says of them: for `apply_projection`, piece by piece.
+    """Yield groups of rows of a weight, each with its part of the solution, for `apply_projection`.
 
-    Small enough to stay in the processor's cache until they are written.
+    Groups are small enough to stay in the processor's cache until they are written.
     """
     rows = _rows_at_once(tensor, role, shape)
     for start in range(0, len(tensor), rows):
@@ -66,7 +66,7 @@ def pieces(
 
 
 def _rows_at_once(tensor: torch.Tensor, role: Role, shape: ModelShape) -> int:
-    """Whole KV heads or query groups, any number of other rows, a bias or norm at once."""
+    """Return how many rows a group has: whole KV heads or query groups, any number of other rows, all of a bias."""
     if tensor.ndim == 1:
         return len(tensor)
     together = {"q": shape.group * shape.head_dim, "k": shape.head_dim, "v": shape.head_dim}.get(role, 1)
@@ -74,7 +74,7 @@ def _rows_at_once(tensor: torch.Tensor, role: Role, shape: ModelShape) -> int:
 
 
 def _solution_of_rows(solution: Tensors, role: Role, start: int, stop: int, shape: ModelShape) -> Tensors:
-    """What a solution says of rows `start` to `stop` of a weight of this role."""
+    """Return the part of a solution for rows `start` to `stop` of a weight of this role."""
     if role in ("q", "k", "v"):
         rows = shape.head_dim * (shape.group if role == "q" else 1)
         heads = slice(start // rows, stop // rows)
@@ -84,11 +84,12 @@ def _solution_of_rows(solution: Tensors, role: Role, start: int, stop: int, shap
         first, last = torch.searchsorted(channels, torch.tensor([start, stop])).tolist()
         kept, refit = slice(first, last), f"{role}_weight"
         return {"channels": channels[kept] - start, **({refit: solution[refit][kept]} if refit in solution else {})}
-    own = slice(start, stop)  # what the rows add up is in their columns
+    own = slice(start, stop)  # heads and channels are in the columns of these rows
     return {name: value[own] if name.endswith("_weight") else value for name, value in solution.items()}
 
 
 def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch.Tensor:
+    """Return an MLP weight or bias with the kept channels, or the refit weight."""
     if tensor.ndim == 2 and f"{role}_weight" in solution:
         return solution[f"{role}_weight"]
     if "channels" not in solution:
@@ -98,7 +99,7 @@ def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch
 
 
 def _take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """`tensor[:, columns]`; on the CPU by numpy, which takes a third of the time."""
+    """Return `tensor[:, columns]`; on the CPU with numpy, which takes a third of the time."""
     if tensor.device.type != "cpu" or tensor.requires_grad:
         return tensor[:, columns]
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
@@ -107,6 +108,7 @@ def _take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape) -> torch.Tensor:
+    """Return a query or key weight or bias with the kept pairs, or mapped to the smaller heads."""
     if "pairs" in solution:
         dims = kept_dims(solution["pairs"], shape)
         return tensor.view(-1, shape.head_dim, *tensor.shape[1:]).index_select(1, dims.to(tensor.device)).flatten(0, 1)
@@ -118,7 +120,7 @@ def _keep_queries_or_keys(tensor: torch.Tensor, role: Role, solution: Tensors, s
 
 
 def kept_dims(pairs: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """Of a head that keeps these pairs `[r/2]`, ascending: the source's dims `[r]` in its own order."""
+    """Return the source's dims `[r]`, in its own order, of a head that keeps these pairs `[r/2]`, ascending."""
     full, turning = shape.head_dim // 2, shape.turning_pairs
     sources = torch.tensor(pair_dims(full, turning))[torch.cat([pairs, pairs + full])]
     kept = torch.empty_like(sources)
@@ -127,7 +129,7 @@ def kept_dims(pairs: torch.Tensor, shape: ModelShape) -> torch.Tensor:
 
 
 def head_maps(solution: Tensors, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """The query and key maps `[K, h, r]` of a layer whose QK is cut, kept pairs written as maps too."""
+    """Return the query and key maps `[K, h, r]` of a layer whose QK is cut, kept pairs as maps too."""
     if "query_map" in solution:
         return solution["query_map"], solution["key_map"]
     dims = kept_dims(solution["pairs"], shape)
@@ -136,13 +138,13 @@ def head_maps(solution: Tensors, shape: ModelShape) -> tuple[torch.Tensor, torch
 
 
 def _map_heads(tensor: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """`[n·h, d]` or bias `[n·h]` with maps `[n, h, r]` → `[n·r, …]`."""
+    """Map a weight `[n·h, d]` or bias `[n·h]` with `[n, h, r]` to `[n·r, …]`."""
     heads, exact = tensor.view(*maps.shape[:2], *tensor.shape[1:]), _exact(tensor)
     return torch.cat([each.mT @ head.to(exact) for each, head in zip(maps.to(exact), heads, strict=True)])
 
 
 def _map_outputs(tensor: torch.Tensor, solution: Tensors, shape: ModelShape) -> torch.Tensor:
-    """`[d, H·h]` → `[d, H·r]`."""
+    """Map an output weight `[d, H·h]` to `[d, H·r]`."""
     heads, exact = tensor.view(len(tensor), shape.heads, shape.head_dim), _exact(tensor)
     maps = solution["output_map"].to(exact)
     return torch.cat([heads[:, i].to(exact) @ maps[i // shape.group].mT for i in range(shape.heads)], dim=1)

@@ -1,4 +1,4 @@
-"""RoPE as configurations describe it: read the frequencies, and write the configuration of a kept subset.
+"""Read the frequencies of RoPE from a configuration, and write the configuration of a kept subset of pairs.
 
 A kept subset of pairs is written as a changed theta where the pairs are evenly spaced from pair 0 (the form that most
 runtimes load), as a changed theta with a linear factor where they are evenly spaced from another pair and that form was
@@ -27,10 +27,9 @@ ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_fa
 class Rope:
     """The rotation of a source model.
 
-    `short` and `long` `[h/2]` float64 are the frequencies (radians a position) of each pair up to
-    `original_context` positions and beyond; they differ for longrope only. What is passed through is pairs too, the
-    last ones, whose frequency is 0. `attention_factor` scales cos and sin. `parameters` is the configuration they were
-    read from.
+    `short` and `long` `[h/2]` float64 are the frequencies (radians per position) of each pair up to `original_context`
+    positions and beyond; they differ for longrope only. Dims that RoPE does not rotate are the last pairs, with
+    frequency 0. `attention_factor` scales cos and sin. `parameters` is the configuration they were read from.
     """
 
     parameters: Json
@@ -42,7 +41,7 @@ class Rope:
 
     @property
     def turning(self) -> int:
-        """How many pairs turn."""
+        """Return how many pairs are rotated."""
         return int(self.short.count_nonzero())
 
     @property
@@ -91,10 +90,10 @@ def read_rope(config: Any) -> Rope:
 
 
 def kept_rope_config(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> Json:
-    """The config entries that give slot `j` of a smaller head the rotation of source pair `slots[j]`.
+    """Return the config entries that give slot `j` of a smaller head the rotation of source pair `slots[j]`.
 
-    A fractional pair turns between its neighbours, by geometric interpolation of their frequencies. Slots that don't
-    turn come last, as a `partial_rotary_factor`. `linear_factor` allows that form where pairs are evenly spaced.
+    The frequency of a fractional pair is interpolated geometrically between its neighbours. Slots that are not rotated
+    come last, as a `partial_rotary_factor`. `linear_factor` allows that form where pairs are evenly spaced.
     """
     turning = turning_slots(rope, slots)
     parameters = affine_parameters(rope, turning, linear_factor=linear_factor) or longrope_parameters(rope, turning)
@@ -106,18 +105,17 @@ def kept_rope_config(rope: Rope, slots: Sequence[float], *, linear_factor: bool 
 
 
 def turning_slots(rope: Rope, slots: Sequence[float]) -> list[float]:
-    """Those that turn at all: the first ones."""
+    """Return the slots that are rotated: the first ones."""
     return [slot for slot in slots if slot < rope.turning]
 
 
 def affine_parameters(rope: Rope, pairs: Sequence[float], *, linear_factor: bool = False) -> Json | None:
-    """Evenly spaced pairs `a + s·j` as a changed theta; None where that is not exact.
+    """Return evenly spaced pairs `a + s·j` as a changed theta, or None where that is not exact.
 
     `theta^(-2(a+sj)/h) = theta^(-2a/h) · (theta^(s·r/h))^(-2j/r)`, r = 2·len(pairs): a new theta, and a
-    linear factor `theta^(2a/h)`, which is written only if `linear_factor` allows it: some runtimes ignore it without a
-    word (`a3cli/runtimes`). llama3 scaling looks at each frequency, so it composes only when a = 0, and
-    what it makes of a fractional pair is not between what it makes of its neighbours;
-    yarn and longrope look at the index of a pair and never compose.
+    linear factor `theta^(2a/h)`, which is written only if `linear_factor` allows it: some runtimes silently ignore it
+    (`a3cli/runtimes`). llama3 scaling depends on each frequency, so it composes only when a = 0 and s is whole.
+    yarn and longrope depend on the index of a pair and never compose.
     """
     if rope.kind not in ("default", "linear", "llama3") or not pairs:
         return None
@@ -138,11 +136,10 @@ def affine_parameters(rope: Rope, pairs: Sequence[float], *, linear_factor: bool
 
 
 def evenly_spaced(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> list[list[float]]:
-    """Evenly spaced slots near the given ones that `affine_parameters` can write: candidates, best guess first.
+    """Return candidates of evenly spaced slots near the given ones that `affine_parameters` can write, best first.
 
-    The straight line from pair 0 that is nearest to the slots, and the line over all pairs; with `linear_factor` also
-    the nearest line from any pair, where the source's scaling composes with that. Slots that don't turn stay as they
-    are.
+    These are the line from pair 0 that is nearest to the slots, and the line over all pairs; with `linear_factor` also
+    the nearest line from any pair, if the source's scaling composes with it. Slots that are not rotated stay the same.
     """
     turning = turning_slots(rope, slots)
     if not turning:
@@ -168,7 +165,7 @@ def _distinct(lines: list[list[float]]) -> list[list[float]]:
 
 
 def nearest_line(slots: torch.Tensor, last: int) -> tuple[float, float]:
-    """Start and step of the evenly spaced slots nearest to `slots` `[S]`, moved to lie between 0 and `last`."""
+    """Return start and step of the evenly spaced slots nearest to `slots` `[S]`, moved to lie between 0 and `last`."""
     places = torch.arange(len(slots), dtype=torch.float64)
     centred = places - places.mean()
     step = float((centred * slots).sum() / centred.square().sum().clamp_min(1e-12))
@@ -177,7 +174,7 @@ def nearest_line(slots: torch.Tensor, last: int) -> tuple[float, float]:
 
 
 def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
-    """Any slots as longrope: `F_j = 1 / (frequency_j · theta^(2j/r))`, r = 2·len(slots)."""
+    """Return any slots as longrope: `F_j = 1 / (frequency_j · theta^(2j/r))`, r = 2·len(slots)."""
     place = torch.tensor(slots, dtype=torch.float64)
     spacing = rope.theta ** (torch.arange(len(slots), dtype=torch.float64) / len(slots))
     # Only a longrope source switches tables, at its original context; elsewhere both are the same.
@@ -200,7 +197,7 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
 
 
 def both_spellings(parameters: Json) -> Json:
-    """`rope_parameters` as transformers 5 reads them, and `rope_theta` + `rope_scaling` for version 4."""
+    """Return `rope_parameters` for transformers 5, and `rope_theta` + `rope_scaling` for version 4."""
     beside: Json = {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
     scaling = {key: value for key, value in parameters.items() if key not in beside}
     config: Json = {

@@ -1,7 +1,6 @@
-"""The class of transformers that a configuration asks for, and whether a checkpoint has the tensors that it needs.
+"""Build the class of transformers that a configuration names, and match a checkpoint's tensors with it.
 
-Configuration in, names and shapes out: the class is built on meta, so it takes no memory, and what it says of its
-tensors is right for every family.
+Configuration in, names and shapes out. The class is built on the meta device, so it takes no memory.
 """
 
 import re
@@ -22,10 +21,10 @@ STORED_BUFFERS = r"rotary_emb\.inv_freq"
 
 @dataclass(frozen=True)
 class StockClass:
-    """What a stock class loads.
+    """The tensors that a stock class loads.
 
     `shapes` are those of its whole state dict; `tied` maps names that need not be stored to those that they are tied
-    to. Names in which `ignored` is found are left alone on loading. Names that begin with one of `carried` are unknown
+    to. Names that match `ignored` are ignored on loading. Names that begin with one of `carried` are unknown
     to the class, and exports keep them. `prefix` is that of the decoder, which base-model checkpoints leave out.
     """
 
@@ -43,7 +42,7 @@ class StockClass:
 
 
 def read_stock_class(config: Any) -> StockClass:
-    """Build the class of a transformers configuration on meta. Raises whatever the class does for a bad one."""
+    """Build the class of a transformers configuration on meta. Raises any error of that class."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -63,9 +62,9 @@ def read_stock_class(config: Any) -> StockClass:
 
 
 def match_tensors(stock: StockClass, stored: Mapping[str, Shape | None], where: str) -> dict[str, str]:
-    """Map each stored name to the class's own, which has the decoder's prefix.
+    """Return the class's name, which has the decoder's prefix, for each stored name.
 
-    `stored` has shapes, or None where only the name is known. Raises A3Error naming the tensors that are missing,
+    `stored` holds shapes, or None where only the name is known. Raises A3Error naming the tensors that are missing,
     unknown to the class or of another shape.
     """
     names = {

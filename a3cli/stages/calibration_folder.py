@@ -4,7 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from a3cli.errors import A3Error
-from a3cli.models.checkpoint import Checkpoint, PlannedTensor, write_shard
+from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.shards import PlannedTensor, write_shard
 from a3cli.settings import CalibrateSettings
 from a3cli.solvers.moments import Tensors
 from a3cli.text.identity import as_compared, describe_text, files_now
@@ -103,7 +104,7 @@ def write_hashed(path: Path, tensors: Tensors) -> str:
     planned = [PlannedTensor(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
     planned.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # aligns each to its item size
     with replacing(path) as partial:
-        return write_shard(partial, planned, ([tensors[tensor.name]] for tensor in planned))
+        return write_shard(partial, planned, (tensors[tensor.name] for tensor in planned))
 
 
 def remove_leftovers(work: Work) -> None:

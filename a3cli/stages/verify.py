@@ -23,14 +23,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
-from a3cli.models.config import LARGEST, check_bounds, read_shape
+from a3cli.models.config import LARGEST, check_sizes, read_shape
 from a3cli.models.families import LayerSizes, ModelShape, family_of
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.shipped import shipped_files
 from a3cli.report.junit import Case
 from a3cli.report.manifest import MANIFEST
 from a3cli.settings import ExportSettings, VerifySettings
-from a3cli.stages.export import Solution, auto_map, read_solution
+from a3cli.stages.exported_config import auto_map
+from a3cli.stages.solution import Solution, read_solution
 from a3cli.stream.reference import FullSizeReference, reference_logits
 from a3cli.work.files import Json, check_hash, hash_file, read_json, read_tensors
 from a3cli.work.folder import Work
@@ -136,8 +137,9 @@ def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, lis
 
 def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]]]:
     """Return each layer's sizes and the shapes of linear weights and embedding, from config.json alone."""
-    family, shape = family_of(config.get("model_type")), read_shape(SimpleNamespace(**config))
-    check_bounds(shape, config["vocab_size"])
+    family = family_of(config.get("model_type"))
+    check_sizes(config)
+    shape = read_shape(SimpleNamespace(**config))
     sizes = own_sizes(config["per_layer_config"], shape) if "per_layer_config" in config else shape.sizes
     shapes = {family.embedding + ".weight": [config["vocab_size"], config["hidden_size"]]}
     for layer, size in enumerate(sizes):

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.models.checkpoint import fill, tensor_bytes
+from a3cli.models.checkpoint import fill
+from a3cli.models.shards import tensor_bytes
 from a3cli.work.files import hash_json, reading, writing
 
 

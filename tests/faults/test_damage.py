@@ -215,7 +215,7 @@ HALFWAY = {
     "exporting": Halfway(
         ("export", "out", "--max-shard-size", "70KB", *WORK),
         (".out.a3-progress.json", ".out.a3-partial/model-00001-of-00005.safetensors"),
-        "a3cli.stages.export.write_shard",
+        "a3cli.stages.weights.write_shard",
     ),
     "comparing": Halfway(
         ("pareto", "--budgets", "0.2", *SOLVE[3:], *WORK), ("work/pareto.json",), "a3cli.stages.pareto.Points.add"

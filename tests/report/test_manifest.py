@@ -181,18 +181,18 @@ def test_names_in_a_card_are_escaped(a3, checkpoint, text_file, tmp_path):
 
 
 def test_reproducible_exports(a3, work, tmp_path, monkeypatch):
-    from a3cli.stages import export
+    from a3cli.stages import weights
 
     assert a3("export", tmp_path / "out", "--check-reproducible", "--work", work).code == 0
     assert not (work / ".scratch").exists()
     before = snapshot(tmp_path)
-    plain, calls = export.converted, []
+    plain, calls = weights.convert, []
 
     def drifting(*given):
         calls.append(given)
         return plain(*given) + len(calls) * 1e-6
 
-    monkeypatch.setattr(export, "converted", drifting)
+    monkeypatch.setattr(weights, "convert", drifting)
     outcome = a3("export", tmp_path / "new", "--check-reproducible", "--work", work)
     assert outcome.code == 1
     assert "differ in model.safetensors" in outcome.stderr

@@ -25,7 +25,7 @@ from a3cli.settings import ExportSettings, SolveSettings, TextSettings
 from a3cli.stages.export import export
 from a3cli.work.files import Json, hash_file, write_tensors
 from a3cli.work.folder import Work
-from a3cli.work.sealed import write_manifest
+from a3cli.work.sealed import versions, write_manifest
 from tests.conftest import MODELS, VOCABULARY, as_slots, build_model, build_tokenizer, mlp_linears
 
 LENGTH = 120  # beyond the longrope source's original context
@@ -58,6 +58,20 @@ def random_solution(name: str, sizes: LayerSizes, slots: list[float], *, method:
     return solution or {"unchanged": torch.zeros(0)}
 
 
+NO_HASH = "blake3:" + 64 * "0"
+CURVE = {"size": [1], "loss": [0.0]}
+LAYER = {  # figures that export only copies
+    "effective_rank": {"qk": [1.0], "ov": [1.0], "mlp": 1.0},
+    "floored_eigenvalues": {"ov": [0]},
+    "energy": {"qk": 1.0, "ov": 1.0, "mlp": 1.0},
+    "attention_error": None,
+    "damping": {},
+    "curves": {"qk": CURVE, "ov": CURVE, "mlp": CURVE},
+    "score_error": {"distance": [0], "relative": [0.0]},
+    "tokens_per_dimension": {"head": 1.0, "mlp": 1.0},
+}
+
+
 def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[list[float]], solutions: list) -> Work:
     """A work folder as calibrate and solve leave it, as far as export looks at it."""
     work = Work(folder)
@@ -66,12 +80,22 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
     checkpoint = Checkpoint(source)
     shape, item = describe(checkpoint).shape, checkpoint.dtype.itemsize
     machine = {"batch_size": 1, "mlp_stats": "full", "device": "cpu", "dtype": "float32", "trust_remote_code": False}
-    request = {"source": checkpoint.fingerprint(), "text": TextSettings(dataset="by-hand").model_dump(), **machine}
+    text = {"text": TextSettings(dataset="by-hand").model_dump(), "text_files": {}, "tokenizer": {}}
+    request = {"source": checkpoint.fingerprint(), **text, **machine}
     small_files = checkpoint.hash_small_files()
-    write_manifest(work.source, {"model": str(source), "revision": None, "small_files": small_files})
+    where = {"model": str(source), "revision": None, "fingerprint": checkpoint.fingerprint()}
+    write_manifest(work.source, {**where, "small_files": small_files})
     calibration = write_manifest(
         work.calibration_manifest,
-        {"request": request, "tokens": 8, "blocks": [2, 4], "tokens_hash": "", "layers": []},
+        {
+            "request": request,
+            "text_read": None,
+            "tokens": 8,
+            "blocks": [2, 4],
+            "tokens_hash": NO_HASH,
+            "layers": [NO_HASH],
+            "versions": versions(),
+        },
     )
     for layer, solution in enumerate(solutions):
         write_tensors(work.layer_solution(layer), solution)
@@ -84,6 +108,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
                 "calibration": calibration["sha256"],
             },
             "shape": "per-layer",
+            "full_size": asdict(shape.full_sizes),
             "sizes": [asdict(size) for size in sizes],
             "rope_slots": slots,
             "context": checkpoint.config["max_position_embeddings"],
@@ -94,6 +119,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
                 "before": checkpoint.parameters(),
                 "after": checkpoint.parameters() - costs.removed_parameters(shape, sizes),
             },
+            "bytes": {"before": checkpoint.bytes(), "after": checkpoint.bytes()},
             "kv_bytes_per_token": {
                 "before": costs.kv_bytes_per_token(shape, shape.sizes, item),
                 "after": costs.kv_bytes_per_token(shape, sizes, item),
@@ -104,7 +130,9 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
                 "before": costs.prefill_flops_per_token(shape, shape.sizes, 4),
                 "after": costs.prefill_flops_per_token(shape, sizes, 4),
             },
+            "per_layer": [LAYER] * len(sizes),
             "layers": [hash_file(work.layer_solution(layer)) for layer in range(len(solutions))],
+            "versions": versions(),
         },
     )
     return work

@@ -20,8 +20,8 @@ from a3cli.models.families import LayerSizes
 from a3cli.models.model import describe
 from a3cli.settings import SolveSettings
 from a3cli.solvers import ov, slots
-from a3cli.stages import plan
-from a3cli.stages.plan import GREEDY_STEP, REFIT_ROUNDS, torch_build
+from a3cli.stages import rates
+from a3cli.stages.estimates import GREEDY_STEP, REFIT_ROUNDS, torch_build
 from a3cli.stream import sequential
 from tests.conftest import MODELS
 from tests.stages.test_bad_input import refused
@@ -125,8 +125,8 @@ def test_how_much_of_a_head_turns(said, passed):
 
 @pytest.mark.parametrize("factor", [0.2, 1.5, -0.5, float("nan"), "half"])
 def test_what_is_no_number_of_pairs_is_refused(factor, a3, config):
-    sizes = {"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": factor}}
-    refused(a3("plan", config(model_type="nemotron", **sizes)), "partial_rotary_factor", "head_dim 16")
+    rope = {"rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": factor}}
+    refused(a3("plan", config(model_type="nemotron", head_dim=16, **rope)), "partial_rotary_factor", "head_dim 16")
 
 
 def test_in_a_few_seconds(checkpoint):
@@ -226,8 +226,8 @@ def test_what_was_stated_or_measured_counts(a3, config, monkeypatch, tmp_path):
     early, late = (a3("plan", config(), "--start-seconds", start, "--json").json["seconds"] for start in (1, 4))
     assert all(fast[stage] < slow[stage] for stage in slow)
     assert all(early[stage] <= late[stage] - 3 for stage in late)
-    exec(plan.NEEDED, {})  # here at no cost
-    monkeypatch.setattr(plan, "NEEDED", "import time; time.sleep(0.1)")
+    exec(rates.NEEDED, {})  # here at no cost
+    monkeypatch.setattr(rates, "NEEDED", "import time; time.sleep(0.1)")
     measured = a3("plan", config(), "--measure", "--tflops", 3, "--json").json["machine"]
     assert measured["rates_are"] == {"start": "measured", "disk": "measured", "compute": "stated", "solve": "measured"}
     assert measured["tflops"] == 3
@@ -333,7 +333,7 @@ def test_no_such_model(a3, tmp_path, monkeypatch):
 
 
 def test_rounds_counted_are_those_run():
-    """costs.py does without torch, so it has its own copy of what the solvers' loops go up to."""
+    """costs.py imports no solver, so it has its own copy of the limits of their loops."""
     assert costs.ROUNDS == slots.ROUNDS
     assert (costs.VALUE_ROUNDS, costs.VALUE_STEPS) == (best.VALUE_ROUNDS, ov.REFINEMENT_STEPS)
     assert costs.GAUSS_NEWTON_STEPS == sequential.ITERATIONS
@@ -350,6 +350,6 @@ def test_rounds_counted_are_those_run():
     ],
 )
 def test_imports_take_what_the_build_of_torch_takes(installed, platform, build, monkeypatch):
-    monkeypatch.setattr("a3cli.stages.plan.version", {"torch": installed}.__getitem__)
+    monkeypatch.setattr("a3cli.stages.estimates.version", {"torch": installed}.__getitem__)
     monkeypatch.setattr("sys.platform", platform)
     assert torch_build() == build

@@ -53,8 +53,6 @@ class Family:
     per_layer_class: str  # in models/shipped/modeling_a3_<model_type>.py
     qkv_bias: bool = False  # q, k and v always have biases, o never, and config.json does not say so
     use_bias: bool = False  # config.json's use_bias, default true, gives biases to all linear layers
-    norm_bias: bool = False
-    tied: bool = False  # tie_word_embeddings if config.json does not say it
     rotary_factor: float | None = None  # partial_rotary_factor if config.json does not say it; None: RoPE turns all
     softmax_scale: str | None = None  # the config entry that holds it; None: it is head_dim ** -0.5
     residual_multiplier: str | None = None  # the config entry of the factor on what each block adds to the stream

@@ -14,6 +14,5 @@ FAMILY = Family(
         "down": Place("mlp.down_proj"),
     },
     per_layer_class="A3NemotronForCausalLM",
-    norm_bias=True,
     rotary_factor=0.5,
 )

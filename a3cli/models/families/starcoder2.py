@@ -15,6 +15,4 @@ FAMILY = Family(
     },
     per_layer_class="A3Starcoder2ForCausalLM",
     use_bias=True,
-    norm_bias=True,
-    tied=True,
 )

@@ -1,0 +1,65 @@
+"""The config.json of an export: that of the source, with the changes that the solution makes."""
+
+from dataclasses import replace
+
+from a3cli.models.families import Family, per_layer_config
+from a3cli.models.model import Model
+from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config
+from a3cli.models.shipped import module_name
+from a3cli.settings import ExportSettings
+from a3cli.stages.solution import Solution
+from a3cli.work.files import Json
+
+
+def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
+    """Return the source's config.json with the changes of the solution."""
+    changes = per_layer_changes(model, solution) if solution.per_layer else stock_changes(model, solution)
+    if solution.manifest.context != model.rope.context:  # lowered by --context
+        changes["max_position_embeddings"] = solution.manifest.context
+    gone = ROPE_KEYS if ROPE_KEYS & changes.keys() else set()
+    config = {key: value for key, value in model.source.config.items() if key not in gone} | changes
+    if settings.dtype != "source":
+        config.pop("torch_dtype", None)
+        config["dtype"] = settings.dtype
+    return config
+
+
+def stock_changes(model: Model, solution: Solution) -> Json:
+    """Return one head size and MLP width for all layers and, if heads are smaller, the new RoPE."""
+    sizes = solution.sizes[0]
+    changes: Json = {"intermediate_size": sizes.mlp}
+    if model.source.stored_otherwise:  # config.json names only the decoder's class
+        changes["architectures"] = [model.stock.name]
+    if sizes.qk < model.shape.head_dim:
+        rope = replace(model.rope, context=solution.manifest.context)
+        linear_factor = solution.manifest.request.settings.rope_form == "linear"
+        kept = kept_rope_config(rope, solution.slots(0), linear_factor=linear_factor)
+        return changes | {"head_dim": sizes.qk, **kept}
+    return changes | lowered_rope(model, solution)
+
+
+def per_layer_changes(model: Model, solution: Solution) -> Json:
+    """Return `per_layer_config` for transformers 5, and the `auto_map` of the code that builds the layers.
+
+    `head_dim` stays the source's: it defines the pairs that `rope_slots` refers to, and the softmax scale.
+    """
+    return {
+        "architectures": [model.family.per_layer_class],
+        "auto_map": auto_map(model.family),
+        "head_dim": model.shape.head_dim,
+        "per_layer_config": per_layer_config(solution.sizes, [solution.slots(i) for i in range(model.shape.layers)]),
+        **both_spellings(model.rope.parameters),
+        **lowered_rope(model, solution),
+    }
+
+
+def auto_map(family: Family) -> Json:
+    """Return the classes in the exported code by auto class; vLLM's Transformers backend needs the second one."""
+    causal = f"{module_name(family.model_type)}.{family.per_layer_class}"
+    return {"AutoModelForCausalLM": causal, "AutoModel": causal.replace("ForCausalLM", "Model")}
+
+
+def lowered_rope(model: Model, solution: Solution) -> Json:
+    """Return RoPE of all pairs if `--context` lowered `max_position_embeddings`, on which some RoPE types depend."""
+    context, pairs = solution.manifest.context, range(len(model.rope.short))
+    return {} if context == model.rope.context else kept_rope_config(replace(model.rope, context=context), pairs)

@@ -1,0 +1,49 @@
+"""The solution that export and verify apply: its manifest, and the projections of its layers, read when needed."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from a3cli.errors import A3Error
+from a3cli.models.families import LayerSizes
+from a3cli.solvers.moments import Tensors
+from a3cli.work.files import check_hashes, read_tensors
+from a3cli.work.folder import Work
+from a3cli.work.manifests import CalibrationManifest, SolutionManifest
+
+
+class Solution:
+    """The manifest, and the projections of each layer; those of the last `held` layers are kept in memory."""
+
+    def __init__(self, manifest: SolutionManifest, work: Work, *, held: int = 1) -> None:
+        self.manifest = manifest
+        self.layer: Callable[[int], Tensors] = lru_cache(maxsize=held)(
+            lambda i: read_tensors(work.layer_solution(i), "run a3 solve --overwrite")
+        )
+        self.sizes = [LayerSizes(size.qk, size.ov, size.mlp) for size in manifest.sizes]
+
+    @property
+    def per_layer(self) -> bool:
+        return self.manifest.shape == "per-layer"
+
+    def slots(self, layer: int) -> list[float]:
+        """Return the RoPE slots of a layer; none where heads keep their size in the stock shape."""
+        own: Any = self.manifest.rope_slots or []
+        chosen: list[float] = own[layer] if self.per_layer else own
+        return chosen
+
+
+def read_solution(work: Work, *, held: int = 1) -> tuple[CalibrationManifest, Solution]:
+    """Return calibration manifest and solution, checked against each other and against their files."""
+    if not work.solution_manifest.is_file():
+        raise A3Error(f"{work.folder} has no finished solution; run a3 solve first (--work names the folder)")
+    calibration = CalibrationManifest.read(work.calibration_manifest, "run a3 calibrate --overwrite")
+    manifest = SolutionManifest.read(work.solution_manifest, "run a3 solve --overwrite")
+    if manifest.request.calibration != calibration.sha256:
+        raise A3Error(
+            f"{work.solution_manifest} was solved from another calibration than {work.calibration_manifest}; "
+            "run a3 solve --overwrite"
+        )
+    files = {work.layer_solution(layer): expected for layer, expected in enumerate(manifest.layers)}
+    check_hashes(files, "run a3 solve --overwrite")
+    return calibration, Solution(manifest, work, held=held)

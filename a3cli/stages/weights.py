@@ -1,0 +1,110 @@
+"""Write the weights of an export: source tensors in, safetensors files out.
+
+`plan_weights` lists the tensors of each file. `write_weights` writes one file: threads read and compute groups of rows,
+and one loop (`write_shard`) hashes and writes them in order. Only a few groups are in memory at a time.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from a3cli.errors import A3Error
+from a3cli.models.checkpoint import TensorInfo, check_finite, is_finite, read_stored, row_groups
+from a3cli.models.families import ModelShape, Role
+from a3cli.models.model import Model
+from a3cli.models.projections import apply_projection, pieces
+from a3cli.models.shards import PlannedTensor, plan_shards, write_shard
+from a3cli.settings import ExportSettings
+from a3cli.solvers.moments import Tensors
+from a3cli.stages.solution import Solution
+from a3cli.work.processes import ahead, one_core_each
+
+Shards = dict[str, list[PlannedTensor]]  # by file name
+
+COMPUTING = 4  # threads, so that rows are computed as fast as they are written
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What the solution does to some rows of a weight."""
+
+    role: Role
+    solution: Tensors
+    shape: ModelShape
+    fold_scale: bool
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        return apply_projection(rows, self.role, self.solution, self.shape, fold_scale=self.fold_scale)
+
+
+def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> Shards:
+    """Return every tensor of the export in the source's order, by weight file.
+
+    Tensors that the class ignores are left out: a stored `rotary_emb.inv_freq` has the source's head size.
+    """
+    shapes = [model.shape.linear_shapes(sizes) for sizes in solution.sizes]
+    planned = []
+    for name, info in model.source.tensors.items():
+        if not model.stock.exports(name):
+            continue
+        new_shape = info.shape
+        if found := model.family.find_role(name):
+            layer, role, kind = found
+            if role in shapes[layer]:
+                new_shape = shapes[layer][role] if kind == "weight" else shapes[layer][role][:1]
+        dtype = info.dtype if settings.dtype == "source" else getattr(torch, settings.dtype)
+        planned.append(PlannedTensor(name, tuple(new_shape), dtype))
+    return plan_shards(planned, settings.max_shard_size)
+
+
+def write_weights(path: Path, planned: list[PlannedTensor], model: Model, solution: Solution) -> str:
+    """Write one weight file and return its hash. Raises A3Error for weights that are not finite."""
+    jobs = (job for tensor in prefetch_each(planned, model) for job in row_jobs(tensor, model, solution))
+    with one_core_each(min(COMPUTING, os.cpu_count() or 1)) as threads:
+        return write_shard(path, planned, ahead(threads, jobs, COMPUTING))
+
+
+def prefetch_each(planned: list[PlannedTensor], model: Model) -> Iterator[PlannedTensor]:
+    """Yield the tensors in order; the system prefetches the next one meanwhile."""
+    for this, following in zip(planned, [*planned[1:], None], strict=True):
+        if following:
+            model.source.read_ahead(following.name)
+        yield this
+
+
+def row_jobs(tensor: PlannedTensor, model: Model, solution: Solution) -> Iterator[Callable[[], torch.Tensor]]:
+    """Yield the jobs that compute one exported tensor, some rows each, in order."""
+    found = model.family.find_role(tensor.name)
+    if found is None:
+        for group in row_groups(model.source.info(tensor.name)):
+            yield partial(copy_rows, group, tensor, model.source.name)
+        return
+    layer, role, _ = found
+    fold_scale = not solution.per_layer and model.shape.fixed_scale is None
+    for rows, part in pieces(model.source.read(tensor.name), role, solution.layer(layer), model.shape):
+        yield partial(project_rows, rows, Projection(role, part, model.shape, fold_scale), tensor, model.source.name)
+
+
+def copy_rows(group: TensorInfo, planned: PlannedTensor, source: str) -> torch.Tensor:
+    """Return rows that the solution does not change, in the export's dtype."""
+    rows = read_stored(group)
+    check_finite(rows, planned.name, source)
+    return convert(rows, planned)
+
+
+def project_rows(rows: torch.Tensor, projection: Projection, planned: PlannedTensor, source: str) -> torch.Tensor:
+    """Return what the solution makes of some rows, in the export's dtype."""
+    check_finite(rows, planned.name, source)
+    return convert(projection.apply(rows), planned)
+
+
+def convert(rows: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
+    """Return rows in the export's dtype. Raises A3Error if a value is too large for it."""
+    result = rows.to(planned.dtype)
+    if result.dtype != rows.dtype and not is_finite(result):
+        raise A3Error(f"tensor {planned.name} has values too large for {planned.dtype}; export with --dtype bfloat16")
+    return result
