@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from a3cli.errors import A3Error
-from a3cli.methods.base import check_statistics
+from a3cli.methods.inputs import check_statistics
 from a3cli.models.checkpoint import Checkpoint, resolve_model
 from a3cli.models.families import family_of
 from a3cli.report.long_range import solution_warnings

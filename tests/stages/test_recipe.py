@@ -333,8 +333,8 @@ def test_all_that_ship_are_known():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_recipes_that_ship(name):
+    from a3cli.stages.context import check_settings
     from a3cli.stages.recipe import read_recipe
-    from a3cli.stages.solve import check_settings
 
     path = ROOT / "configs" / f"{name}.yaml"
     recipe = read_recipe(path)
