@@ -18,8 +18,8 @@ from a3cli.settings import LOSSES, EvalSettings, ExportSettings, ParetoSettings,
 from a3cli.stages.context import AGAIN, Run, check_settings, open_run, read_calibration
 from a3cli.stages.evaluate import evaluate
 from a3cli.stages.export import export
+from a3cli.stages.result import describe_result, predicted_loss
 from a3cli.stages.sizes import choose_sizes
-from a3cli.stages.solution import describe_result, predicted_loss
 from a3cli.stages.solve import Analysed, analyse, write_solution
 from a3cli.stream.sweep import Progress
 from a3cli.text.blocks import as_compared, check_texts, describe_text, files_now

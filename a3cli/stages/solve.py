@@ -10,8 +10,7 @@ from a3cli.settings import SolveSettings
 from a3cli.stages.context import AGAIN, Run, check_settings, check_settings_of_model, open_run, read_calibration
 from a3cli.stages.correction import correct, drop_steps, one_shot_file
 from a3cli.stages.probe import probe, weigh
-from a3cli.stages.sizes import choose_sizes
-from a3cli.stages.solution import (
+from a3cli.stages.result import (
     describe_layers,
     describe_result,
     describe_slots,
@@ -19,6 +18,7 @@ from a3cli.stages.solution import (
     predicted_loss,
     score_errors,
 )
+from a3cli.stages.sizes import choose_sizes
 from a3cli.stream.sweep import Progress
 from a3cli.work.draft import Draft, drafting
 from a3cli.work.files import Json, write_tensors

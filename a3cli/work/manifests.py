@@ -13,7 +13,7 @@ from typing_extensions import Self
 from a3cli.errors import A3Error
 from a3cli.settings import SolveSettings, TextSettings
 from a3cli.work.files import Json, hash_json, read_json, write_json
-from a3cli.work.sealed import differences, unaltered
+from a3cli.work.sealed import check_request, unaltered
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of JSON content
 FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
@@ -271,16 +271,9 @@ M = TypeVar("M", CalibrationManifest, SolutionManifest)
 
 
 def finished_manifest(kind: type[M], file: Path, request: Json, *, holder: str, nested: str, otherwise: str) -> M:
-    """Return the manifest of a finished stage with this request. Raises A3Error for one with another request.
-
-    The error starts with `holder`, names the entries that differ, those of `nested` settings one by one, and offers
-    `otherwise`.
-    """
+    """Return the manifest of a finished stage. Raises A3Error, as `check_request` does, if it has another request."""
     found = kind.read(file, "use --overwrite")
-    recorded = found.request.plain()
-    if recorded != request:
-        differing = differences(recorded, request, nested)
-        raise A3Error(f"{holder} (differs in {differing}); use --overwrite or {otherwise}")
+    check_request(found.request.plain(), request, holder=holder, nested=nested, otherwise=otherwise)
     return found
 
 
