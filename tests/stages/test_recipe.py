@@ -136,9 +136,9 @@ def test_solve_and_export_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_
         return processes.spread(work, items, count)
 
     assert a3("run", recipe, "--work", tmp_path / "w", "--out", tmp_path / "o").code == 0
-    for section in ("solve", "export"):
+    for section, module in (("solve", "context"), ("export", "export")):
         edit(recipe, section, num_processes=3)
-        monkeypatch.setattr(f"a3cli.stages.{section}.spread", spread)
+        monkeypatch.setattr(f"a3cli.stages.{module}.spread", spread)
     assert a3("run", recipe).code == 0
     assert set(counts) == {3}
     assert snapshot(tmp_path / "o") == snapshot(tmp_path / "recipes" / "model")
