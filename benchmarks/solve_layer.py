@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from random_checkpoint import SHAPES
 
-from a3cli.methods.best import BLOCKS
+from a3cli.methods.analysis import BLOCKS
 from a3cli.solvers.mlp import keep_channels, order_channels, refit_down, score_channels
 from a3cli.solvers.ov import output_gram_of, refit_output, solve_ov
 from a3cli.solvers.qk import keep_pairs, score_pairs

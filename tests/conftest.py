@@ -290,8 +290,8 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_hasty(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("a3cli.methods.best.QUICK", Effort(iterations=2, few=True))
-    patch.setattr("a3cli.methods.best.THOROUGH", Effort(iterations=4))
+    patch.setattr("a3cli.methods.maps.QUICK", Effort(iterations=2, few=True))
+    patch.setattr("a3cli.methods.maps.THOROUGH", Effort(iterations=4))
 
 
 def but(arguments: tuple[object, ...], *changed: object) -> tuple[object, ...]:

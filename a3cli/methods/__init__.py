@@ -1,9 +1,12 @@
 """The methods that shrink each component: the paper's and a3's. Chosen by `--method`."""
 
-from a3cli.methods.base import Curves, LayerInputs, Method
+from typing import Any
+
+from a3cli.methods.base import Analysis, Curves, Method, Projection, Slots
 from a3cli.methods.best import Best
+from a3cli.methods.inputs import LayerInputs
 from a3cli.methods.paper import Paper
 
-METHODS: dict[str, type[Method]] = {"best": Best, "paper": Paper}
+METHODS: dict[str, type[Method[Any]]] = {"best": Best, "paper": Paper}
 
-__all__ = ["METHODS", "Curves", "LayerInputs", "Method"]
+__all__ = ["METHODS", "Analysis", "Curves", "LayerInputs", "Method", "Projection", "Slots"]

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from a3cli.methods.base import LayerInputs
+from a3cli.methods.base import AttentionError
 from a3cli.methods.heads import Problem
+from a3cli.methods.inputs import LayerInputs
 from a3cli.models.rope import Rope
 from a3cli.solvers.attention import AttentionProblem, Penalty, SampledHead
 from a3cli.solvers.moments import Tensors
@@ -21,14 +22,6 @@ class Effort:
 
     iterations: int
     few: bool = False
-
-
-@dataclass(frozen=True)
-class AttentionError:
-    """Relative squared error of the stream on validation samples, with the closed form's maps and with refined ones."""
-
-    closed_form: float
-    refined: float
 
 
 @dataclass(frozen=True)

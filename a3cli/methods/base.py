@@ -1,200 +1,118 @@
-"""The interface of a method: error curves at every size, and projections at the chosen one.
+"""The interface of a method: from statistics to error curves, RoPE slots and projections.
 
-A method analyses one layer after another, then builds what all layers share (the RoPE slots of a stock checkpoint), and
-then returns curves and projections. Losses are relative squared errors of the residual stream.
+A method analyses each layer alone, then makes each layer's table of RoPE slots from all analyses (in the stock shape
+all layers share them), and measures error curves. Once the sizes are known it chooses the slots and projects each
+layer. Each step returns a value that later steps take: a method holds only the model, the settings and the machine.
+Losses are relative squared errors of the residual stream.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 
-from a3cli.errors import A3Error
+from a3cli.methods.inputs import LayerInputs
 from a3cli.models.families import LayerSizes
 from a3cli.models.model import Model
 from a3cli.settings import Component, SolveSettings
 from a3cli.solvers.allocate import sizes
-from a3cli.solvers.linalg import JointDecomposition, effective_rank
-from a3cli.solvers.moments import LARGE, Tensors, gram_blocks, unpack_upper
-from a3cli.solvers.ov import output_gram_of
-from a3cli.solvers.samples import NAMES
-from a3cli.work.files import Json, open_tensors, read_named
-from a3cli.work.folder import Work
-from a3cli.work.machine import choose_machine
-from a3cli.work.manifests import CalibrationManifest
+from a3cli.solvers.linalg import JointDecomposition, tail_sums
+from a3cli.solvers.moments import Tensors
+from a3cli.solvers.rope import Band, PairGrams
+from a3cli.work.files import Json
+from a3cli.work.machine import Machine
 
-REMEDY = "run a3 calibrate --overwrite"
-# Component of each statistic, for messages.
-COMPONENT_OF = {
-    **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance", "sample_q", "sample_k"), "QK"),
-    **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "attention_residual"), "OV"),
-    **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "mlp_residual"), "MLP"),
-}
-
-Curves = dict[Component, dict[int, float]]
+Curves = dict[Component, dict[int, float]]  # loss of each component at each of its sizes
 
 
-def check_statistics(value: torch.Tensor, name: str, layer: int) -> None:
-    """Check that a value is finite. Raises A3Error naming layer, component and sum."""
-    if not torch.isfinite(value).all():
-        place = f"layer {layer}, {COMPONENT_OF[name]}" if name in COMPONENT_OF else f"layer {layer}"
-        raise A3Error(f"{place}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """What a method keeps of one layer; the units turn squared errors into losses."""
+
+    ov: JointDecomposition
+    score_unit: torch.Tensor
+    attention_unit: float
+    mlp_unit: float
+    key_ranks: list[float]
+
+    def output_losses(self) -> torch.Tensor:
+        """Return the loss `[h + 1]` at each size of a value head."""
+        return tail_sums(self.ov.values).sum(0) * self.attention_unit
 
 
-class LayerInputs:
-    """Statistics (means over tokens) and weights of one layer, read on demand.
+@dataclass(frozen=True)
+class Start:
+    """The bands that query and key maps are first built from, and the Gram matrices in which they were found."""
 
-    Raises A3Error for statistics that are missing or not finite.
-    """
-
-    def __init__(self, model: Model, work: Work, layer: int) -> None:
-        self.shape, self.layer = model.shape, layer
-        self._model, self._path, self._work = model, work.statistics(layer), work
-
-    def check(self) -> None:
-        """Check all small sums, also unused ones; the large ones are checked when they are read."""
-        with open_tensors(self._path, REMEDY) as file:
-            for name in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
-                if name not in LARGE:
-                    check_statistics(file.get_tensor(name), name, self.layer)
-
-    def mean(self, name: str) -> torch.Tensor:
-        """Return one sum of `moments.py` over the token count, as stored: the large ones are packed triangles."""
-        with open_tensors(self._path, REMEDY) as file:
-            if name not in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
-                raise A3Error(
-                    f"layer {self.layer}: the statistics have no {name}; run a3 calibrate --overwrite "
-                    "--mlp-stats full, or use --method paper"
-                )
-            value: torch.Tensor = file.get_tensor(name)
-            value = value / file.get_tensor("tokens").to(value.dtype)
-        check_statistics(value, name, self.layer)
-        return value
-
-    def samples(self) -> Tensors:
-        """Return the attention samples, with the names of `samples.py`."""
-        if (samples := read_named(self._path, NAMES, REMEDY)) is None:
-            raise A3Error(f"layer {self.layer}: the statistics have no attention samples; run a3 calibrate --overwrite")
-        return samples
-
-    def opened_again(self) -> "Callable[[], LayerInputs]":
-        """Return the same inputs without the tensors read so far."""
-        return partial(LayerInputs, self._model, self._work, self.layer)
-
-    @cached_property
-    def o_gram(self) -> torch.Tensor:
-        """Return `E[o oᵀ]` `[Hh, Hh]` over all heads, float64."""
-        return unpack_upper(self.mean("o_gram"), self.shape.heads * self.shape.head_dim).double()
-
-    @cached_property
-    def head_outputs(self) -> torch.Tensor:
-        """Return `E[o_i o_iᵀ]` `[H, h, h]` of each head."""
-        return gram_blocks(self.o_gram, self.shape.heads)
-
-    def mlp_gram(self) -> torch.Tensor:
-        """Return `E[x xᵀ]` `[I, I]` float64, by far the largest tensor here: computed at each call, not kept."""
-        return unpack_upper(self.mean("mlp_gram").double(), self.shape.intermediate_size)
-
-    @cached_property
-    def mlp_mean(self) -> torch.Tensor:
-        """Return `E[x]` `[I]`."""
-        return self.mean("x_sum")
-
-    @cached_property
-    def output_weight(self) -> torch.Tensor:
-        """Return `W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
-        weight = self._model.source.read(self._model.family.tensor(self.layer, "o"))
-        return weight.view(len(weight), self.shape.heads, self.shape.head_dim).permute(1, 2, 0)
-
-    @cached_property
-    def output_gram(self) -> torch.Tensor:
-        """Return `W_o,i W_o,iᵀ` `[H, h, h]`."""
-        return output_gram_of(self.output_weight)
-
-    @cached_property
-    def down(self) -> torch.Tensor:
-        """Return the down projection `[d, I]`."""
-        return self._model.source.read(self._model.family.tensor(self.layer, "down"))
-
-    @cached_property
-    def down_bias(self) -> torch.Tensor:
-        """Return the down projection's bias `[d]`, for models whose MLP has biases."""
-        return self._model.source.read(self._model.family.tensor(self.layer, "down", "bias"))
-
-    @cached_property
-    def attention_unit(self) -> float:
-        """Return the factor from squared errors of the attention output to relative ones of the stream."""
-        return self.shape.residual_multiplier**2 / self.mean("attention_residual").item()
-
-    @cached_property
-    def mlp_unit(self) -> float:
-        return self.shape.residual_multiplier**2 / self.mean("mlp_residual").item()
-
-    def score_unit(self, attained: float) -> torch.Tensor:
-        """Return the factors `[K]` from squared scores (before scaling) to relative errors of the stream.
-
-        attained is the share of the bound in `attention_effect` that score errors reach: errors independent of the
-        values reach Σ a² of the attention weights a; docs/experiments.md has measurements.
-        """
-        effect = attained * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
-        scale: float = self._model.rope.attention_factor**2 * self.shape.softmax_scale
-        return effect * (self.attention_unit * scale**2)
-
-    @property
-    def origin(self) -> Json:
-        """Return the hashes of this layer's statistics and weights."""
-        calibration = CalibrationManifest.read(self._work.calibration_manifest, REMEDY)
-        return {"statistics": calibration.layers[self.layer], "source": calibration.request.source.plain()}
-
-    @property
-    def channels_file(self) -> Path:
-        """Return the path of the file with the order of this layer's MLP channels."""
-        return self._work.channel_order(self.layer)
-
-    def key_ranks(self) -> list[float]:
-        ranks: list[float] = effective_rank(torch.linalg.eigvalsh(self.mean("k_gram"))).tolist()
-        return ranks
+    grams: PairGrams
+    bands: list[Band]
 
 
-def attention_effect(v_gram: torch.Tensor, head_outputs: torch.Tensor, output_gram: torch.Tensor) -> torch.Tensor:
-    """Return the largest effect of a unit of score variance on the residual stream, per KV head `[K]`.
+@dataclass(frozen=True)
+class Slots:
+    """The RoPE slots of one layer's heads: the source pair of each slot's frequency, fractional between two pairs."""
 
-    To first order a score error δ moves head i's output by `Cov_attention(δ, v)`, so by Cauchy-Schwarz its
-    square is at most `Var(δ) · Var_attention(v W_o,i)`, and the variance of the values under the attention
-    weights is `tr W_o,iᵀ (E[v vᵀ] − E[o_i o_iᵀ]) W_o,i`. The mean over the group's heads.
-    """
-    kv_heads = len(v_gram)
-    spread = v_gram.double().repeat_interleave(len(head_outputs) // kv_heads, 0) - head_outputs
-    effect = (spread * output_gram).sum((-1, -2)).clamp_min(0)
-    return effect.view(kv_heads, -1).mean(1)
+    pairs: list[float]
+    start: Start | None = None
 
 
-def describe_ranks(ov: JointDecomposition, key_ranks: list[float], channel_rank: float) -> Json:
-    """Return effective ranks and damping of one layer, for the manifest."""
-    return {
-        "effective_rank": {"qk": key_ranks, "ov": ov.effective_rank.tolist(), "mlp": channel_rank},
-        "floored_eigenvalues": {"ov": ov.floored.tolist()},
-    }
+Table = dict[int, Slots]  # of one layer, by head size
 
 
-class Method(ABC):
+@dataclass(frozen=True)
+class AttentionError:
+    """Relative squared error of the stream on validation samples, with the closed form's maps and with refined ones."""
+
+    closed_form: float
+    refined: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One layer's losses, and at the head sizes where attention was measured, its error."""
+
+    losses: Curves
+    measured: dict[int, AttentionError] = field(default_factory=dict)
+
+
+L = TypeVar("L", bound=LayerAnalysis)
+
+
+@dataclass(frozen=True)
+class Analysis(Generic[L]):
+    """What does not depend on the budget: an entry per layer in each list."""
+
+    layers: list[L]
+    tables: list[Table]
+    predictions: list[Prediction]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One layer's tensors (see `projections.py`), the error of its attention, and the damping of its refits."""
+
+    tensors: Tensors
+    attention_error: AttentionError | None = None
+    damping: dict[Component, float] = field(default_factory=dict)
+
+    def describe(self) -> Json:
+        """Return error and damping, for the manifest."""
+        error = self.attention_error
+        return {"attention_error": asdict(error) if error else None, "damping": dict(self.damping)}
+
+
+@dataclass(frozen=True)
+class Method(ABC, Generic[L]):
     """A way to shrink the components.
 
     In the stock shape all layers share the RoPE slots of a head size; in the per-layer shape each has its own.
     """
 
-    layers: list[Any]  # the results of `add_layer`, in order
-
-    def __init__(self, model: Model, settings: SolveSettings) -> None:
-        self.model, self.settings = model, settings
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device for heavy arithmetic: the GPU if there is one."""
-        return choose_machine(self.settings.device, "float32", torch.float32).device
+    model: Model
+    settings: SolveSettings
+    machine: Machine  # its device is for heavy arithmetic
 
     @property
     def per_layer(self) -> bool:
@@ -210,54 +128,74 @@ class Method(ABC):
             return sizes(full, settings.mlp_multiple, least=settings.min_mlp)
         return sizes(full, settings.head_multiple, least=settings.min_head)
 
-    @abstractmethod
-    def add_layer(self, inputs: LayerInputs) -> None:
-        """Analyse the next layer."""
+    def smaller_ranks(self) -> list[int]:
+        """Return the sizes of `sizes("qk")` below the full one."""
+        return [rank for rank in self.sizes("qk") if rank < self.model.shape.head_dim]
 
     @abstractmethod
-    def build_slot_tables(self) -> None:
-        """Choose the RoPE slots at every head size, after all layers have been added."""
+    def analyse(self, inputs: LayerInputs) -> L:
+        """Return the analysis of one layer."""
 
-    @abstractmethod
-    def finalize_slots(self, sizes: Sequence[LayerSizes]) -> None:
-        """Make the final choice of RoPE slots, after each layer's sizes have been chosen."""
-
-    @abstractmethod
-    def curves(self, layer: int) -> Curves:
-        """Return the loss of each component at each of its `sizes`."""
-
-    @abstractmethod
-    def rope_slots(self, layer: int, rank: int) -> list[float]:
-        """Return the source pair of each slot's frequency in a head of `rank` dims; fractional between two pairs."""
-
-    def slots_or_pairs(self, layer: int, rank: int) -> list[float]:
-        """Return `rope_slots`, or all pairs if the head keeps its size."""
+    def tables(self, layers: Sequence[L]) -> list[Table]:
+        """Return each layer's slots at every size that its query and key heads may take."""
         full = self.model.shape.head_dim
-        return self.rope_slots(layer, rank) if rank < full else [float(pair) for pair in range(full // 2)]
-
-    def project(self, inputs: LayerInputs, sizes: LayerSizes) -> Tensors:
-        """Return the projections of one layer (see `projections.py`); a component that keeps its size has no entry."""
-        tensors: Tensors = {}
-        if sizes.qk < inputs.shape.head_dim:
-            tensors |= self.project_qk(inputs, sizes.qk)
-        if sizes.ov < inputs.shape.head_dim:
-            tensors |= self.project_ov(inputs, sizes.ov)
-        if sizes.mlp < inputs.shape.intermediate_size:
-            tensors |= self.project_mlp(inputs, sizes.mlp)
-        return tensors or {"unchanged": torch.zeros(0)}
+        whole = Slots([float(pair) for pair in range(full // 2)])
+        smaller = self.smaller_tables(layers) if self.smaller_ranks() else [{} for _ in layers]
+        return [{**table, full: whole} for table in smaller]
 
     @abstractmethod
-    def project_qk(self, inputs: LayerInputs, rank: int) -> Tensors:
+    def smaller_tables(self, layers: Sequence[L]) -> list[Table]:
+        """Return each layer's slots at every size below the full one."""
+
+    @abstractmethod
+    def predict(self, layers: Sequence[L], tables: Sequence[Table], layer: int) -> Prediction:
+        """Return the loss of each component of one layer at each of its `sizes`, from all analyses and tables."""
+
+    def choose_slots(self, analysis: Analysis[L], sizes: Sequence[LayerSizes]) -> list[Slots]:
+        """Return each layer's slots at its chosen sizes."""
+        return [table[size.qk] for table, size in zip(analysis.tables, sizes, strict=True)]
+
+    def project(self, inputs: LayerInputs, layer: L, slots: Slots, sizes: LayerSizes) -> Projection:
+        """Return the projection of one layer; it has no tensors of a component that keeps its size."""
+        parts = []
+        if sizes.qk < inputs.shape.head_dim:
+            parts.append(self.project_qk(layer, slots))
+        if sizes.ov < inputs.shape.head_dim:
+            parts.append(self.project_ov(inputs, layer, sizes.ov))
+        if sizes.mlp < inputs.shape.intermediate_size:
+            parts.append(self.project_mlp(inputs, layer, sizes.mlp))
+        tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+        return Projection(
+            tensors or {"unchanged": torch.zeros(0)},
+            next((part.attention_error for part in parts if part.attention_error), None),
+            {component: damping for part in parts for component, damping in part.damping.items()},
+        )
+
+    @abstractmethod
+    def project_qk(self, layer: L, slots: Slots) -> Projection:
         """Return the projections of q and k of one layer."""
 
     @abstractmethod
-    def project_ov(self, inputs: LayerInputs, rank: int) -> Tensors:
+    def project_ov(self, inputs: LayerInputs, layer: L, rank: int) -> Projection:
         """Return the projections of v and o of one layer."""
 
     @abstractmethod
-    def project_mlp(self, inputs: LayerInputs, width: int) -> Tensors:
+    def project_mlp(self, inputs: LayerInputs, layer: L, width: int) -> Projection:
         """Return the projections of gate, up and down of one layer."""
 
     @abstractmethod
-    def describe(self, layer: int) -> Json:
-        """Return effective ranks, damping and energy (the loss of keeping nothing) of one layer, for the manifest."""
+    def describe(self, layer: L) -> Json:
+        """Return effective ranks and energy (the loss of keeping nothing) of one layer, for the manifest."""
+
+
+def describe_layer(layer: LayerAnalysis, channel_rank: float, qk_energy: float, mlp_energy: float) -> Json:
+    """Return `Method.describe` of one layer."""
+    return {
+        "effective_rank": {"qk": layer.key_ranks, "ov": layer.ov.effective_rank.tolist(), "mlp": channel_rank},
+        "floored_eigenvalues": {"ov": layer.ov.floored.tolist()},
+        "energy": {
+            "qk": qk_energy,
+            "ov": float(layer.ov.values.sum()) * layer.attention_unit,
+            "mlp": mlp_energy,
+        },
+    }

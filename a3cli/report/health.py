@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from a3cli.methods.base import check_statistics
+from a3cli.methods.inputs import check_statistics
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.families import family_of
 from a3cli.settings import Component

@@ -15,7 +15,7 @@ from a3cli.errors import A3Error
 from a3cli.report.inspection import read_source
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.samples import NAMES, merge_samples
-from a3cli.stages.solve import read_calibration
+from a3cli.stages.context import read_calibration
 from a3cli.work.draft import drafting
 from a3cli.work.files import (
     Json,
@@ -29,8 +29,8 @@ from a3cli.work.files import (
     write_tensors,
 )
 from a3cli.work.folder import Work
-from a3cli.work.manifests import Calibration, CalibrationManifest, Ingredient
-from a3cli.work.sealed import differences, versions
+from a3cli.work.manifests import Calibration, CalibrationManifest, Ingredient, finished_manifest
+from a3cli.work.sealed import versions
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def merge(parts: Sequence[Work], target: Work, *, overwrite: bool) -> Calibratio
         calibrations = [read_calibration(work) for work in parts]
         check_alike(parts, calibrations)
         request = merged_request(calibrations)
-        if finished := finished_manifest(target, request, overwrite=overwrite):
+        if finished := finished_merge(target, request, overwrite=overwrite):
             return finished
         source = read_source(parts[0], calibrations[0].request.source.plain()).plain()
         return write_merged(parts, calibrations, source, target, request)
@@ -131,19 +131,21 @@ def merged_request(calibrations: Sequence[Calibration]) -> Json:
     return {**first, "text": text, "text_files": {}, "merged": [each.plain() for each in merged]}
 
 
-def finished_manifest(target: Work, request: Json, *, overwrite: bool) -> CalibrationManifest | None:
+def finished_merge(target: Work, request: Json, *, overwrite: bool) -> CalibrationManifest | None:
     """Return the manifest of the same finished merge, or None. Raises A3Error for another one unless `overwrite`."""
     if overwrite or not (target.calibration_manifest.exists() or target.calibration_progress.exists()):
         return None
-    if target.calibration_manifest.exists():
-        found = CalibrationManifest.read(target.calibration_manifest, "use --overwrite")
-        recorded = found.request.plain()
-        if recorded == request:
-            return found
-        what = f"differs in {differences(recorded, request, 'text')}"
-    else:
-        what = "unfinished"
-    raise A3Error(f"{target.folder} holds another calibration ({what}); use --overwrite or another --into")
+    holder = f"{target.folder} holds another calibration"
+    if not target.calibration_manifest.exists():
+        raise A3Error(f"{holder} (unfinished); use --overwrite or another --into")
+    return finished_manifest(
+        CalibrationManifest,
+        target.calibration_manifest,
+        request,
+        holder=holder,
+        nested="text",
+        otherwise="another --into",
+    )
 
 
 def write_merged(

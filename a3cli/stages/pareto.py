@@ -6,6 +6,7 @@ evaluates in a temporary folder inside the work folder; an existing solution is 
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,21 +14,13 @@ from a3cli.errors import A3Error
 from a3cli.methods import Curves
 from a3cli.models import costs
 from a3cli.models.families import Family, LayerSizes
-from a3cli.models.model import Model, open_calibrated_source
 from a3cli.settings import LOSSES, EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
+from a3cli.stages.context import AGAIN, Run, check_settings, open_run, read_calibration
 from a3cli.stages.evaluate import evaluate
 from a3cli.stages.export import export
-from a3cli.stages.solve import (
-    AGAIN,
-    analyse,
-    check_settings,
-    check_statistics,
-    choose_sizes,
-    describe_result,
-    predicted_loss,
-    read_calibration,
-    write_solution,
-)
+from a3cli.stages.result import describe_result, predicted_loss
+from a3cli.stages.sizes import choose_sizes
+from a3cli.stages.solve import Analysed, analyse, write_solution
 from a3cli.stream.sweep import Progress
 from a3cli.text.identity import as_compared, describe_text, files_now
 from a3cli.text.sources import check_texts
@@ -36,7 +29,8 @@ from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import return_freed_memory
 from a3cli.work.manifests import CalibrationManifest, SourceRecord
-from a3cli.work.sealed import read_if_request_matches, read_undamaged, versions, write_manifest
+from a3cli.work.record import Record
+from a3cli.work.sealed import read_undamaged, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,46 +51,54 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
     Raises A3Error if the statistics are missing, altered or of another source, or if no point can be reached, and
     Interrupted at the end of the layer or point in which `stop` was set off.
     """
-    stop = stop or Stop()
     return_freed_memory()
     check_texts([settings.text] if settings.text else [])
     calibration = read_calibration(work)
     with work.locked():
-        model = open_calibrated_source(work, calibration)
-        check_statistics(work, calibration)
+        run = open_run(settings_of(settings, {}, settings.budgets[0]), work, calibration, progress, stop or Stop())
         points = Points(settings, work, calibration)
-        for name, variant in variants_of(settings, model.family):
+        for name, variant in variants_of(settings, run.model.family):
             if variant["method"] == "best" and calibration.request.mlp_stats == "diagonal":
                 log.info("%s is left out: it needs a3 calibrate --mlp-stats full", name)
-                continue
-            missing = [budget for budget in settings.budgets if not points.has(name, budget)]
-            if not missing:
-                continue
-            log.info("error curves: %s", name)
-            base = settings_of(settings, variant, settings.budgets[0])
-            check_settings(base)
-            method, curves = analyse(base, model, work, calibration, progress, stop)
-            for budget in missing:
-                stop.before(f"{name} at {budget:g}", AGAIN)
-                chosen = settings_of(settings, variant, budget)
-                found = {"variant": name, **point(chosen, model, calibration, curves)}
-                if settings.text and "error" not in found:
-                    with making_scratch(work.scratch):
-                        borrowed = work.borrowed_by(work.scratch / "work")
-                        write_solution(chosen, borrowed, calibration, method, curves, progress, stop)
-                        measured = measure(chosen, settings.text, borrowed, work.scratch / "export")
-                    points.note_text(measured)
-                    found["measured"] = {key: measured[key] for key in MEASURED}
-                points.add(found)
+            else:
+                add_variant(settings, run, points, name, variant)
         if all("error" in each for each in points.found):
             raise A3Error(points.found[0]["error"])
+        found = points.found
         points.forget()
     return {
-        "model": model.source.name,
+        "model": run.model.source.name,
         "calibration": calibration.sha256,
         "sensitivity": settings.sensitivity,
-        "points": points.found,
+        "points": found,
     }
+
+
+def add_variant(settings: ParetoSettings, run: Run, points: "Points", name: str, variant: Json) -> None:
+    """Compute the missing points of one variant, all from one analysis."""
+    runs = [replace(run, settings=settings_of(settings, variant, budget)) for budget in settings.budgets]
+    missing = [each for each in runs if not points.has(name, each.settings)]
+    if not missing:
+        return
+    log.info("error curves: %s", name)
+    check_settings(missing[0].settings)
+    analysed = analyse(missing[0])
+    for each in missing:
+        run.stop.before(f"{name} at {each.settings.budget:g}", AGAIN)
+        found = {"variant": name, **point(each, analysed.curves)}
+        if settings.text and "error" not in found:
+            measured = measure_in_scratch(each, analysed, settings.text)
+            points.note_text(measured)
+            found["measured"] = {key: measured[key] for key in MEASURED}
+        points.add(found)
+
+
+def measure_in_scratch(run: Run, analysed: Analysed, text: TextSettings) -> Json:
+    """Write and export the solution in a temporary folder and return its evaluation."""
+    with making_scratch(run.work.scratch):
+        borrowed = replace(run, work=run.work.borrowed_by(run.work.scratch / "work"))
+        write_solution(borrowed, analysed)
+        return measure(borrowed.settings, text, borrowed.work, run.work.scratch / "export")
 
 
 def variants_of(settings: ParetoSettings, family: Family) -> Iterator[tuple[str, Json]]:
@@ -112,44 +114,51 @@ def variants_of(settings: ParetoSettings, family: Family) -> Iterator[tuple[str,
 
 
 class Points:
-    """The finished points, in a file of the work folder, since measuring one point can take long."""
+    """The finished points, in a file of the work folder, since measuring one point can take long.
+
+    An evaluation says which files of the text it has read; later points must have read the same.
+    """
 
     def __init__(self, settings: ParetoSettings, work: Work, calibration: CalibrationManifest) -> None:
-        self._file = work.points
         self._settings, self._calibration = settings, calibration.sha256
-        begun = read_undamaged(self._file)
-        self._read: Json | None = begun.get("text_read") if begun else None
-        read = self._read
-        files = files_now(settings.text, read["files"], whole=read["whole"]) if settings.text and read else {}
-        known = read_if_request_matches(self._file, self._request(files))
-        self.found: list[Json] = known["points"] if known else []
-        if known is None:
-            self._read = None
+        begun = read_undamaged(work.points)
+        read = begun["request"].get("text_read") if begun else None
+        if read and settings.text:
+            read = {**read, "files": files_now(settings.text, read["files"], whole=read["whole"])}
+        self._record = Record(work.points, self._request(read))
+        if not self._record.resume():
+            self._record.request = self._request(None)
 
-    def _request(self, files: Json) -> Json:
-        """Return everything that points depend on; `files` were read of the text."""
-        text = self._settings.text and as_compared(describe_text(self._settings.text), files)
+    def _request(self, read: Json | None) -> Json:
+        """Return everything that points depend on, with what was read of the text."""
+        text = self._settings.text and as_compared(describe_text(self._settings.text), read["files"] if read else {})
         return {
             "settings": {**self._settings.model_dump(mode="json"), "text": text},
-            "text_files": files,
+            "text_read": read,
             "calibration": self._calibration,
             "versions": versions(),
         }
 
-    def has(self, variant: str, budget: float) -> bool:
-        return any((each["variant"], each["budget_asked"]) == (variant, budget) for each in self.found)
+    @property
+    def found(self) -> list[Json]:
+        return list(self._record.steps.values())
+
+    def has(self, variant: str, settings: SolveSettings) -> bool:
+        return step_name(variant, settings.budget) in self._record.steps
 
     def add(self, point: Json) -> None:
-        self.found.append(point)
-        request = self._request(self._read["files"] if self._read else {})
-        write_manifest(self._file, {"request": request, "text_read": self._read, "points": self.found})
+        self._record.finish(step_name(point["variant"], point["budget_asked"]), **point)
 
     def note_text(self, measured: Json) -> None:
-        """Record which files an evaluation has read; later points must have read the same."""
-        self._read = {"files": measured["text_files"], "whole": measured["text_read"]["whole"]}
+        """Record which files an evaluation has read."""
+        self._record.request = self._request({"files": measured["text_files"], "whole": measured["text_read"]["whole"]})
 
     def forget(self) -> None:
-        self._file.unlink(missing_ok=True)
+        self._record.forget()
+
+
+def step_name(variant: str, budget: float | None) -> str:
+    return f"{variant} at {budget}"
 
 
 def settings_of(settings: ParetoSettings, variant: Json, budget: float) -> SolveSettings:
@@ -159,17 +168,17 @@ def settings_of(settings: ParetoSettings, variant: Json, budget: float) -> Solve
     )
 
 
-def point(settings: SolveSettings, model: Model, calibration: CalibrationManifest, curves: list[Curves]) -> Json:
+def point(run: Run, curves: list[Curves]) -> Json:
     """Return sizes, costs and predicted loss at one budget."""
     try:
-        sizes = choose_sizes(settings, model.shape, curves)
+        sizes = choose_sizes(run.settings, run.model.shape, curves)
     except A3Error as error:
-        return {"budget_asked": settings.budget, "error": str(error)}
+        return {"budget_asked": run.settings.budget, "error": str(error)}
     wanted = ("budget_asked", "budget_reached", "parameters", "bytes", "kv_bytes_per_token", "sizes")
-    described = describe_result(model, settings, calibration, sizes)
+    described = describe_result(run, sizes)
     return {
         **{key: described[key] for key in wanted},
-        "decoder_weights_left": costs.linear_weights(model.shape, sizes),
+        "decoder_weights_left": costs.linear_weights(run.model.shape, sizes),
         "predicted_loss": sum(predicted_loss(curves, sizes).values()),
         "mean_sizes": mean_sizes(sizes),
     }

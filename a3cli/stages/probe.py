@@ -13,24 +13,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.methods import Curves, LayerInputs, Method
+from a3cli.methods import Analysis, Curves, Method
 from a3cli.settings import COMPONENTS, Component
+from a3cli.solvers.moments import Tensors
+from a3cli.stages.context import AGAIN, Run
 from a3cli.stream.batches import Batching, Calls, embed_all, layer_step, stream
 from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates, TwoFiles
 from a3cli.stream.smaller import Cut, SmallerDecoder
-from a3cli.stream.sweep import Progress
 from a3cli.work.files import Json, check_space, hash_file, read_tensors
-from a3cli.work.folder import Work
-from a3cli.work.interrupt import Stop
-from a3cli.work.machine import choose_machine
-from a3cli.work.manifests import CalibrationManifest
-from a3cli.work.sealed import read_if_request_matches, read_manifest, versions, write_manifest
+from a3cli.work.record import Record, computed_once
+from a3cli.work.sealed import versions
 
 log = logging.getLogger(__name__)
 
@@ -49,27 +47,21 @@ class Probe(NamedTuple):
 Measured = list[dict[Component, dict[int, float]]]
 
 
-def probe(
-    method: Method, curves: list[Curves], work: Work, calibration: CalibrationManifest, progress: Progress, stop: Stop
-) -> Measured:
+def probe(run: Run, method: Method[Any], analysis: Analysis[Any]) -> Measured:
     """Return KL at the probed sizes of every layer and component, reused from the work folder if measured before."""
-    settings = method.settings
-    request = describe_request(method, calibration)
-    finished = work.probes / f"{settings.method}-{settings.shape}.json"
-    if finished.is_file():
-        found = read_manifest(finished, "remove it")
-        if found["request"] == request:
-            clear(work.probes)  # if an earlier process was killed right before that
-            return from_json(found["layers"])
-    probes = plan_probes(curves, settings.probe_points)
+    settings, folder = run.settings, run.work.probes
+    probes = plan_probes([prediction.losses for prediction in analysis.predictions], settings.probe_points)
     if not probes:
-        return [{} for _ in curves]
-    log.info("probing %d cuts on %d blocks", len(probes), settings.probe_blocks)
-    run = _Run(method, work, probes, request)
-    measured = run.measure(progress, stop)
-    write_manifest(finished, {"request": request, "tokens": run.blocks.numel(), "layers": to_json(measured)})
-    clear(work.probes)
-    return measured
+        return [{} for _ in analysis.predictions]
+
+    def measure() -> Json:
+        log.info("probing %d cuts on %d blocks", len(probes), settings.probe_blocks)
+        sweep = _Sweep(run, method, analysis, probes)
+        return {"layers": to_json(sweep.measure()), "tokens": sweep.blocks.numel()}
+
+    found = computed_once(folder / f"{settings.method}-{settings.shape}.json", describe_request(run), measure)
+    clear(folder)  # the sweep's files, also if an earlier process was killed right before that
+    return from_json(found["layers"])
 
 
 def clear(probes: Path) -> None:
@@ -78,71 +70,71 @@ def clear(probes: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-class _Run:
+class _Sweep:
     """One branching sweep. Stream 0 is the source's; stream i + 1 belongs to probe i."""
 
-    def __init__(self, method: Method, work: Work, probes: list[Probe], request: Json) -> None:
-        settings, model = method.settings, method.model
-        self.machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
-        self.method, self.work, self.probes = method, work, probes
+    def __init__(self, run: Run, method: Method[Any], analysis: Analysis[Any], probes: list[Probe]) -> None:
+        self.run, self.method, self.analysis, self.probes = run, method, analysis, probes
+        self.model, self.machine, self.folder = run.model, run.machine, run.work.probes
+        self.blocks = read_tensors(run.work.tokens, "run a3 calibrate --overwrite")["tokens"][
+            : run.settings.probe_blocks
+        ]
+        self.batch_size = run.settings.batch_size
+        self.layers = run.layers
         # Streams have one dtype, and a sweep stays on one kind of device.
-        self.request = {**request, **self.machine.describe()}
-        self.blocks = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"][: settings.probe_blocks]
-        self.batch_size = settings.batch_size
-        self.progress_file = work.probes / PROGRESS
-        self.layers = model.shape.layers
+        self.record = Record(self.folder / PROGRESS, {**describe_request(run), "machine": run.machine.describe()})
 
-    def measure(self, progress: Progress, stop: Stop) -> Measured:
+    def measure(self) -> Measured:
         """Run the rest of the sweep and compare its outputs. Raises A3Error if a file is damaged or the disk full."""
         first = self._begin()
-        decoder = Decoder(self.method.model, self.machine)
-        cuts = SmallerDecoder(self.method.model, self.machine, [self._cut(each) for each in self.probes])
+        decoder = Decoder(self.model, self.machine)
+        cuts = SmallerDecoder(self.model, self.machine, [self._cut(each) for each in self.probes])
         target = self._streams(0) if first == 0 else None
         calls = [embed_all(each, self.blocks, self.batch_size, target) for each in (decoder, cuts)]
         for layer in range(first, self.layers):
-            stop.before(f"probing layer {layer + 1} of {self.layers}", "rerun the same command to resume")
+            self.run.stop.before(f"probing layer {layer + 1} of {self.layers}", AGAIN)
             self._pass(layer, decoder, cuts, calls)
-            streams = hash_file(self._streams(layer + 1).path)
-            write_manifest(self.progress_file, {"request": self.request, "layer": layer + 1, "streams": streams})
+            self.record.finish(f"layer {layer}", streams=hash_file(self._streams(layer + 1).path))
             tokens = self.blocks.numel()
-            progress(layer=layer, layers=self.layers, tokens=tokens, total_tokens=tokens)
+            self.run.progress(layer=layer, layers=self.layers, tokens=tokens, total_tokens=tokens)
         return self._compare(decoder)
 
     def _begin(self) -> int:
         """Return the layer to resume at; 0 with empty streams if there is no unfinished sweep with this request."""
-        found = read_if_request_matches(self.progress_file, self.request)
-        if found:
-            streams = self._streams(found["layer"]).path
-            if streams.is_file() and hash_file(streams) == found["streams"]:
-                done = int(found["layer"])
+        if self.record.resume():
+            done, last = len(self.record.steps), list(self.record.steps.values())[-1]
+            streams = self._streams(done).path
+            if streams.is_file() and hash_file(streams) == last["streams"]:
                 if done < self.layers:
                     log.info("resuming at layer %d of %d", done + 1, self.layers)
                 return done
             log.warning("%s has changed since it was written; probing starts again", streams)
-        self.work.probes.mkdir(exist_ok=True)
-        clear(self.work.probes)
-        check_space(self.work.folder, 2 * self._streams(0).bytes, "probing")
+            self.record.forget()
+        self.folder.mkdir(exist_ok=True)
+        clear(self.folder)
+        check_space(self.run.work.folder, 2 * self._streams(0).bytes, "probing")
         self._streams(0).create()
         return 0
 
     def _streams(self, layer: int) -> HiddenStates:
         """Return the file with the input of a layer: all streams, one after another."""
         blocks, length = self.blocks.shape
-        shape = ((1 + len(self.probes)) * blocks, length, self.method.model.shape.hidden_size)
-        return TwoFiles(self.work.probes, "streams", shape, self.machine.dtype).input_of(layer)
+        shape = ((1 + len(self.probes)) * blocks, length, self.model.shape.hidden_size)
+        return TwoFiles(self.folder, "streams", shape, self.machine.dtype).input_of(layer)
 
     def _stream(self, layer: int, stream: int) -> HiddenStates:
         """Return the place of one stream in the input of a layer."""
         return replace(self._streams(layer), first=stream * len(self.blocks))
 
     def _cut(self, each: Probe) -> Cut:
-        full = self.method.model.shape.sizes[each.layer]
+        layer, full = self.analysis.layers[each.layer], self.model.shape.sizes[each.layer]
         sizes = replace(full, **{each.component: each.size})
-        slots = self.method.slots_or_pairs(each.layer, sizes.qk)
-        return Cut(each.layer, sizes, slots, lambda: self.method.project(self._inputs(each.layer), sizes))
+        slots = self.analysis.tables[each.layer][sizes.qk]
 
-    def _inputs(self, layer: int) -> LayerInputs:
-        return LayerInputs(self.method.model, self.work, layer)
+        def solution() -> Tensors:
+            return self.method.project(self.run.inputs(each.layer), layer, slots, sizes).tensors
+
+        return Cut(each.layer, sizes, slots.pairs, solution)
 
     @torch.inference_mode()
     def _pass(self, layer: int, decoder: Decoder, cuts: SmallerDecoder, calls: list[Calls]) -> None:
@@ -182,13 +174,13 @@ class _Run:
         return measured
 
 
-def describe_request(method: Method, calibration: CalibrationManifest) -> Json:
+def describe_request(run: Run) -> Json:
     """Return everything that the measurements depend on; not the budget."""
     sizes = ("components", "head_multiple", "mlp_multiple", "min_head", "min_mlp")
     wanted = ("method", "shape", "context", "eigenvalue_floor", "ridge", "probe_blocks", "probe_points", "dtype")
-    settings = method.settings.model_dump(mode="json")
+    settings = run.settings.model_dump(mode="json")
     chosen = {key: settings[key] for key in (*sizes, *wanted)}
-    return {**chosen, "calibration": calibration.sha256, "versions": versions()}
+    return {**chosen, "calibration": run.calibration.sha256, "versions": versions()}
 
 
 def plan_probes(curves: list[Curves], points: int) -> list[Probe]:

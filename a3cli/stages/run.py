@@ -15,10 +15,11 @@ from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.settings.options import command_words
 from a3cli.stages.calibrate import calibrate
+from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate
 from a3cli.stages.export import export
 from a3cli.stages.recipe import Recipe
-from a3cli.stages.solve import check_settings, solve
+from a3cli.stages.solve import solve
 from a3cli.stages.verify import verify
 from a3cli.stream.sweep import Progress
 from a3cli.text.identity import as_compared, describe_text, files_now

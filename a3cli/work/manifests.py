@@ -6,7 +6,7 @@ closed: an unknown field makes a manifest invalid.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
@@ -14,7 +14,7 @@ from typing_extensions import Self
 from a3cli.errors import A3Error
 from a3cli.settings import SolveSettings, TextSettings
 from a3cli.work.files import Json, hash_json, read_json, write_json
-from a3cli.work.sealed import unaltered, versions
+from a3cli.work.sealed import check_request, unaltered, versions
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of JSON content
 FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
@@ -281,6 +281,16 @@ class SolutionManifest(Solution, Sealed):
     """solution/manifest.json"""
 
     layers: list[FileHash] = Field(min_length=1, description="hash of each layer's projections")
+
+
+M = TypeVar("M", CalibrationManifest, SolutionManifest)
+
+
+def finished_manifest(kind: type[M], file: Path, request: Json, *, holder: str, nested: str, otherwise: str) -> M:
+    """Return the manifest of a finished stage. Raises A3Error, as `check_request` does, if it has another request."""
+    found = kind.read(file, "use --overwrite")
+    check_request(found.request.plain(), request, holder=holder, nested=nested, otherwise=otherwise)
+    return found
 
 
 class SourceRecord(Sealed):

@@ -52,6 +52,17 @@ def read_undamaged(path: Path) -> Json | None:
     return None
 
 
+def check_request(recorded: Json, request: Json, *, holder: str, nested: str, otherwise: str) -> None:
+    """Raise A3Error if finished work was recorded for another request.
+
+    The error starts with `holder`, names the entries that differ, those of the `nested` settings one by one, and offers
+    `otherwise` beside --overwrite.
+    """
+    if recorded != request:
+        differing = differences(recorded, request, nested)
+        raise A3Error(f"{holder} (differs in {differing}); use --overwrite or {otherwise}")
+
+
 def differences(old: Json, new: Json, settings: str) -> str:
     """Return the names of differing entries of two requests; those of nested `settings` are listed one by one."""
     one, other = ({**request, **request[settings], settings: None} for request in (old, new))

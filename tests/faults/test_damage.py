@@ -200,7 +200,7 @@ PROBE = (*QUICK, "--sensitivity", "probe", "--probe-points", 2, "--probe-blocks"
 DRAFT = "work/.solution.a3-partial"
 HALFWAY = {
     "probing": Halfway(
-        PROBE, ("work/probes/progress.json", "work/probes/streams-1.bin"), "a3cli.stages.probe._Run._pass"
+        PROBE, ("work/probes/progress.json", "work/probes/streams-1.bin"), "a3cli.stages.probe._Sweep._pass"
     ),
     "probed": Halfway(PROBE, ("work/probes/best-stock.json", "work/channels/layer-000.json")),
     "correcting": Halfway(

@@ -515,7 +515,7 @@ def test_rope_that_no_theta_expresses_is_refused(rope, a3, checkpoint, text_file
 @pytest.mark.parametrize("allowed", [0.0, 1e3])
 def test_evenly_spaced_slots_are_taken_if_they_cost_little(allowed, a3, checkpoint, text_file, tmp_path, monkeypatch):
     """A changed theta loads in more runtimes than longrope factors."""
-    monkeypatch.setattr("a3cli.methods.best.AFFINE_COST", allowed)
+    monkeypatch.setattr("a3cli.methods.slots.AFFINE_COST", allowed)
     options = ("--attention-budget", 0.25, "--components", "qk,ov", "--head-multiple", 2)
     out = run_chain(a3, checkpoint("llama-gqa"), text_file, tmp_path, *options)
     config = json.loads((out / "config.json").read_text())

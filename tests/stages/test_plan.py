@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import NemotronConfig
 
-from a3cli.methods import best
+from a3cli.methods import refits
 from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.config import read_shape
@@ -335,7 +335,7 @@ def test_no_such_model(a3, tmp_path, monkeypatch):
 def test_rounds_counted_are_those_run():
     """costs.py imports no solver, so it has its own copy of the limits of their loops."""
     assert costs.ROUNDS == slots.ROUNDS
-    assert (costs.VALUE_ROUNDS, costs.VALUE_STEPS) == (best.VALUE_ROUNDS, ov.REFINEMENT_STEPS)
+    assert (costs.VALUE_ROUNDS, costs.VALUE_STEPS) == (refits.VALUE_ROUNDS, ov.REFINEMENT_STEPS)
     assert costs.GAUSS_NEWTON_STEPS == sequential.ITERATIONS
     assert SolveSettings.model_fields["refit_rounds"].default == REFIT_ROUNDS
 

@@ -75,7 +75,7 @@ def test_probes_equal_the_zeroed_stock_model(a3, calibrated, name):
     solved = a3("solve", *options, *ROUNDING, *PROBE, "--work", work, "--json")
     assert solved.code == 0, solved.stderr
     blocks = load_file(work / "calibration" / "tokens.safetensors")["tokens"][:3]
-    layers = json.loads((work / "probes" / "paper-per-layer.json").read_text())["layers"]
+    layers = json.loads((work / "probes" / "paper-per-layer.json").read_text())["result"]["layers"]
     for layer, found in enumerate(layers):
         assert {c: each["size"] for c, each in found.items()} == {"qk": [4, 12], "ov": [4, 12], "mlp": [16, 80]}
         statistics = load_file(work / "calibration" / f"layer-{layer:03d}.safetensors")
@@ -91,7 +91,7 @@ def test_probes_equal_the_zeroed_stock_model(a3, calibrated, name):
 def test_smaller_sizes_hurt_more_and_full_ones_not_at_all(a3, calibrated):
     _, work = calibrated("llama-gqa")
     solved = a3("solve", "--budget", 0.2, *ROUNDING, *PROBE, "--work", work, "--json").json
-    for found in json.loads((work / "probes" / "best-stock.json").read_text())["layers"]:
+    for found in json.loads((work / "probes" / "best-stock.json").read_text())["result"]["layers"]:
         for losses in (each["kl"] for each in found.values()):
             assert losses == sorted(losses, reverse=True)
             assert losses[-1] >= 0

@@ -136,9 +136,9 @@ def test_solve_and_export_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_
         return processes.spread(work, items, count)
 
     assert a3("run", recipe, "--work", tmp_path / "w", "--out", tmp_path / "o").code == 0
-    for section in ("solve", "export"):
+    for section, module in (("solve", "context"), ("export", "export")):
         edit(recipe, section, num_processes=3)
-        monkeypatch.setattr(f"a3cli.stages.{section}.spread", spread)
+        monkeypatch.setattr(f"a3cli.stages.{module}.spread", spread)
     assert a3("run", recipe).code == 0
     assert set(counts) == {3}
     assert snapshot(tmp_path / "o") == snapshot(tmp_path / "recipes" / "model")
@@ -333,8 +333,8 @@ def test_all_that_ship_are_known():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_recipes_that_ship(name):
+    from a3cli.stages.context import check_settings
     from a3cli.stages.recipe import read_recipe
-    from a3cli.stages.solve import check_settings
 
     path = ROOT / "configs" / f"{name}.yaml"
     recipe = read_recipe(path)

@@ -18,8 +18,10 @@ import torch
 
 from a3cli.cli.progress import SweepProgress
 from a3cli.errors import Interrupted
+from a3cli.methods import analysis
 from a3cli.methods.best import Best
-from a3cli.stages import solve as solve_module
+from a3cli.methods.inputs import LayerInputs
+from a3cli.stages.sizes import choose_sizes
 from a3cli.work.interrupt import Stop, stopping
 from a3cli.work.machine import Machine
 from a3cli.work.sealed import versions
@@ -159,7 +161,7 @@ def test_solve_goes_on_at_every_step(rounds, a3, calibrated, monkeypatch):
         "projecting layer 2": "one-shot-000",
         "correcting": "refit-000",
     }
-    monkeypatch.setattr(Best, "_find_order", only_once(Best._find_order))
+    monkeypatch.setattr(analysis, "find_order", only_once(analysis.find_order))
     monkeypatch.setattr(Best, "project", only_once(Best.project))
     for step, made in steps.items():
         cut_short(a3, monkeypatch, (*solve, "--overwrite"), step)
@@ -174,7 +176,7 @@ def test_the_order_of_channels_is_found_once(a3, calibrated, monkeypatch):
     assert a3(*solve, 0.2).code == 0
     whole = contents(calibrated)
     with monkeypatch.context() as patch:
-        patch.setattr(Best, "_find_order", lambda *_: pytest.fail("found again"))
+        patch.setattr(analysis, "find_order", lambda *_: pytest.fail("found again"))
         assert a3(*solve, 0.3, "--shape", "per-layer").code == 0
     file = calibrated / "channels" / "layer-001.json"
     file.write_text(file.read_text().replace("1", "2", 1))
@@ -188,10 +190,11 @@ def only_once(step):
     """Fail where a layer is done that was done before."""
     done = set()
 
-    def guarded(self, inputs, *rest):
-        assert inputs.layer not in done
-        done.add(inputs.layer)
-        return step(self, inputs, *rest)
+    def guarded(*args):
+        layer = next(each.layer for each in args if isinstance(each, LayerInputs))
+        assert layer not in done
+        done.add(layer)
+        return step(*args)
 
     return guarded
 
@@ -224,22 +227,21 @@ def test_other_sizes_or_another_type_begin_anew(a3, calibrated, monkeypatch):
     """The same command on another machine, where curves come out a little different or `auto` is something else."""
     solve = ("solve", "--budget", 0.2, *SIZES, "--sequential", "--batch-size", 2, "--overwrite")
     solve += ("--num-processes", 1, "--work", calibrated)
-    choose = solve_module.choose_sizes
 
     def wider(*args):
-        return [replace(size, mlp=size.mlp + 8) for size in choose(*args)]
+        return [replace(size, mlp=size.mlp + 8) for size in choose_sizes(*args)]
 
     def in_float64(*_args):
         return Machine(torch.device("cpu"), torch.float64)
 
-    for name, there in (("choose_sizes", wider), ("choose_machine", in_float64)):
+    for name, there in (("solve.choose_sizes", wider), ("context.choose_machine", in_float64)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"a3cli.stages.solve.{name}", there)
+            patch.setattr(f"a3cli.stages.{name}", there)
             assert a3(*solve).code == 0
             whole = contents(calibrated)
         cut_short(a3, monkeypatch, solve, "correcting layer 2 of 2")
         with monkeypatch.context() as patch:
-            patch.setattr(f"a3cli.stages.solve.{name}", there)
+            patch.setattr(f"a3cli.stages.{name}", there)
             assert a3(*solve).code == 0
             assert contents(calibrated) == whole
 

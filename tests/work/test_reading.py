@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from a3cli.stages import export, merge, solve
+from a3cli.stages import correction, export, merge
 from a3cli.stream.hidden import StatesOnDisk
 from a3cli.work.draft import Draft
 from tests.conftest import SHORT, SOLVE, refused, snapshot
@@ -78,7 +78,7 @@ def test_what_the_sequential_correction_reads(name, a3, work, monkeypatch, tmp_p
         "one-shot": work / ".solution.a3-partial" / "one-shot-001.safetensors",
         "streams": work / ".solution.a3-partial" / "streams",
     }
-    plain = solve.refit_layers
+    plain = correction.refit_layers
 
     def refit_layers(*arguments):
         if name != "streams":
@@ -90,7 +90,7 @@ def test_what_the_sequential_correction_reads(name, a3, work, monkeypatch, tmp_p
             for file in files[name].iterdir():
                 truncate(file)
 
-    monkeypatch.setattr(solve, "refit_layers", refit_layers)
+    monkeypatch.setattr(correction, "refit_layers", refit_layers)
     monkeypatch.setattr("a3cli.cli.progress.SweepProgress.__call__", lambda _, **at: report(**at))
     outcome = a3(*SOLVE, "--method", "paper", "--sequential", "--overwrite", "--quiet", "--work", work)
     read_error(outcome, files[name], "run a3 calibrate --overwrite" if name == "tokens" else "rerun the same command")

@@ -1,0 +1,160 @@
+"""What a method reads of one layer: its statistics and its weights, on demand."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+from a3cli.errors import A3Error
+from a3cli.models.model import Model
+from a3cli.solvers.linalg import effective_rank
+from a3cli.solvers.moments import LARGE, Tensors, gram_blocks, unpack_upper
+from a3cli.solvers.ov import output_gram_of
+from a3cli.solvers.samples import NAMES
+from a3cli.work.files import Json, open_tensors, read_named
+from a3cli.work.folder import Work
+from a3cli.work.manifests import CalibrationManifest
+
+REMEDY = "run a3 calibrate --overwrite"
+# Component of each statistic, for messages.
+COMPONENT_OF = {
+    **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance", "sample_q", "sample_k"), "QK"),
+    **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "attention_residual"), "OV"),
+    **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "mlp_residual"), "MLP"),
+}
+
+
+def check_statistics(value: torch.Tensor, name: str, layer: int) -> None:
+    """Check that a value is finite. Raises A3Error naming layer, component and sum."""
+    if not torch.isfinite(value).all():
+        place = f"layer {layer}, {COMPONENT_OF[name]}" if name in COMPONENT_OF else f"layer {layer}"
+        raise A3Error(f"{place}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
+
+
+class LayerInputs:
+    """Statistics (means over tokens) and weights of one layer, read on demand.
+
+    Raises A3Error for statistics that are missing or not finite.
+    """
+
+    def __init__(self, model: Model, work: Work, layer: int) -> None:
+        self.shape, self.layer = model.shape, layer
+        self._model, self._path, self._work = model, work.statistics(layer), work
+
+    def check(self) -> None:
+        """Check all small sums, also unused ones; the large ones are checked when they are read."""
+        with open_tensors(self._path, REMEDY) as file:
+            for name in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
+                if name not in LARGE:
+                    check_statistics(file.get_tensor(name), name, self.layer)
+
+    def mean(self, name: str) -> torch.Tensor:
+        """Return one sum of `moments.py` over the token count, as stored: the large ones are packed triangles."""
+        with open_tensors(self._path, REMEDY) as file:
+            if name not in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
+                raise A3Error(
+                    f"layer {self.layer}: the statistics have no {name}; run a3 calibrate --overwrite "
+                    "--mlp-stats full, or use --method paper"
+                )
+            value: torch.Tensor = file.get_tensor(name)
+            value = value / file.get_tensor("tokens").to(value.dtype)
+        check_statistics(value, name, self.layer)
+        return value
+
+    def samples(self) -> Tensors:
+        """Return the attention samples, with the names of `samples.py`."""
+        if (samples := read_named(self._path, NAMES, REMEDY)) is None:
+            raise A3Error(f"layer {self.layer}: the statistics have no attention samples; run a3 calibrate --overwrite")
+        return samples
+
+    def opened_again(self) -> "Callable[[], LayerInputs]":
+        """Return a function that opens the same inputs without the tensors read so far."""
+        return partial(LayerInputs, self._model, self._work, self.layer)
+
+    @cached_property
+    def o_gram(self) -> torch.Tensor:
+        """Return `E[o oᵀ]` `[Hh, Hh]` over all heads, float64."""
+        return unpack_upper(self.mean("o_gram"), self.shape.heads * self.shape.head_dim).double()
+
+    @cached_property
+    def head_outputs(self) -> torch.Tensor:
+        """Return `E[o_i o_iᵀ]` `[H, h, h]` of each head."""
+        return gram_blocks(self.o_gram, self.shape.heads)
+
+    def mlp_gram(self) -> torch.Tensor:
+        """Return `E[x xᵀ]` `[I, I]` float64, by far the largest tensor here: computed at each call, not kept."""
+        return unpack_upper(self.mean("mlp_gram").double(), self.shape.intermediate_size)
+
+    @cached_property
+    def mlp_mean(self) -> torch.Tensor:
+        """Return `E[x]` `[I]`."""
+        return self.mean("x_sum")
+
+    @cached_property
+    def output_weight(self) -> torch.Tensor:
+        """Return `W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
+        weight = self._model.source.read(self._model.family.tensor(self.layer, "o"))
+        return weight.view(len(weight), self.shape.heads, self.shape.head_dim).permute(1, 2, 0)
+
+    @cached_property
+    def output_gram(self) -> torch.Tensor:
+        """Return `W_o,i W_o,iᵀ` `[H, h, h]`."""
+        return output_gram_of(self.output_weight)
+
+    @cached_property
+    def down(self) -> torch.Tensor:
+        """Return the down projection `[d, I]`."""
+        return self._model.source.read(self._model.family.tensor(self.layer, "down"))
+
+    @cached_property
+    def down_bias(self) -> torch.Tensor:
+        """Return the down projection's bias `[d]`, for models whose MLP has biases."""
+        return self._model.source.read(self._model.family.tensor(self.layer, "down", "bias"))
+
+    @cached_property
+    def attention_unit(self) -> float:
+        """Return the factor from squared errors of the attention output to relative ones of the stream."""
+        return self.shape.residual_multiplier**2 / self.mean("attention_residual").item()
+
+    @cached_property
+    def mlp_unit(self) -> float:
+        return self.shape.residual_multiplier**2 / self.mean("mlp_residual").item()
+
+    def score_unit(self, attained: float) -> torch.Tensor:
+        """Return the factors `[K]` from squared scores (before scaling) to relative errors of the stream.
+
+        attained is the share of the bound in `attention_effect` that score errors reach: errors independent of the
+        values reach Σ a² of the attention weights a; docs/experiments.md has measurements.
+        """
+        effect = attained * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
+        scale: float = self._model.rope.attention_factor**2 * self.shape.softmax_scale
+        return effect * (self.attention_unit * scale**2)
+
+    @property
+    def origin(self) -> Json:
+        """Return the hashes of this layer's statistics and weights."""
+        calibration = CalibrationManifest.read(self._work.calibration_manifest, REMEDY)
+        return {"statistics": calibration.layers[self.layer], "source": calibration.request.source.plain()}
+
+    @property
+    def channels_file(self) -> Path:
+        """Return the path of the file with the order of this layer's MLP channels."""
+        return self._work.channel_order(self.layer)
+
+    def key_ranks(self) -> list[float]:
+        ranks: list[float] = effective_rank(torch.linalg.eigvalsh(self.mean("k_gram"))).tolist()
+        return ranks
+
+
+def attention_effect(v_gram: torch.Tensor, head_outputs: torch.Tensor, output_gram: torch.Tensor) -> torch.Tensor:
+    """Return the largest effect of a unit of score variance on the residual stream, per KV head `[K]`.
+
+    To first order a score error δ moves head i's output by `Cov_attention(δ, v)`, so by Cauchy-Schwarz its
+    square is at most `Var(δ) · Var_attention(v W_o,i)`, and the variance of the values under the attention
+    weights is `tr W_o,iᵀ (E[v vᵀ] − E[o_i o_iᵀ]) W_o,i`. The mean over the group's heads.
+    """
+    kv_heads = len(v_gram)
+    spread = v_gram.double().repeat_interleave(len(head_outputs) // kv_heads, 0) - head_outputs
+    effect = (spread * output_gram).sum((-1, -2)).clamp_min(0)
+    return effect.view(kv_heads, -1).mean(1)

@@ -1,0 +1,127 @@
+"""What solve, probe and pareto share: the context of a run, and the checks before any work."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from a3cli.errors import A3Error
+from a3cli.methods import METHODS, LayerInputs, Method
+from a3cli.models import costs
+from a3cli.models.model import Model, open_calibrated_source
+from a3cli.settings import SolveSettings
+from a3cli.stream.sweep import Progress
+from a3cli.work.files import check_hashes
+from a3cli.work.folder import Work
+from a3cli.work.interrupt import Stop
+from a3cli.work.machine import Machine, choose_machine, load_linear_algebra
+from a3cli.work.manifests import CalibrationManifest
+from a3cli.work.processes import spread
+
+T = TypeVar("T")
+
+AGAIN = "rerun the same command to resume"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a command on a finished calibration."""
+
+    settings: SolveSettings
+    model: Model
+    work: Work
+    calibration: CalibrationManifest
+    machine: Machine
+    progress: Progress
+    stop: Stop
+
+    @property
+    def layers(self) -> int:
+        return self.model.shape.layers
+
+    @property
+    def context(self) -> int:
+        """Return the length of the longest text to serve, in tokens."""
+        return self.settings.context or self.model.rope.context
+
+    def method(self) -> Method[Any]:
+        return METHODS[self.settings.method](self.model, self.settings, self.machine)
+
+    def inputs(self, layer: int) -> LayerInputs:
+        return LayerInputs(self.model, self.work, layer)
+
+    def for_each_layer(self, compute: Callable[[int], T]) -> list[T]:
+        """Return the result of `compute` for every layer; small layers are computed in parallel."""
+        if not costs.side_by_side(self.model.shape):
+            return [compute(layer) for layer in range(self.layers)]
+        load_linear_algebra(self.machine.device)
+        return list(spread(compute, range(self.layers), self.settings.num_processes or os.cpu_count() or 1))
+
+
+def open_run(
+    settings: SolveSettings, work: Work, calibration: CalibrationManifest, progress: Progress, stop: Stop
+) -> Run:
+    """Open the calibration's source. Raises A3Error if it or the statistics have changed."""
+    model = open_calibrated_source(work, calibration)
+    check_statistics(work, calibration)
+    machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
+    return Run(settings, model, work, calibration, machine, progress, stop)
+
+
+def read_calibration(work: Work) -> CalibrationManifest:
+    if not work.calibration_manifest.is_file():
+        raise A3Error(f"{work.folder} has no finished calibration; run a3 calibrate first (--work names the folder)")
+    return CalibrationManifest.read(work.calibration_manifest, "run a3 calibrate --overwrite")
+
+
+def check_statistics(work: Work, calibration: CalibrationManifest) -> None:
+    """Check the hashes of the calibration's files. Raises A3Error."""
+    files = {work.statistics(layer): expected for layer, expected in enumerate(calibration.layers)}
+    check_hashes({work.tokens: calibration.tokens_hash, **files}, "run a3 calibrate --overwrite")
+
+
+def check_settings_of_model(settings: SolveSettings, model: Model) -> None:
+    """Raise A3Error for settings that this model does not allow."""
+    if settings.context is not None and settings.context > model.rope.context:
+        raise A3Error(
+            f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
+        )
+    if settings.rope_form in ("theta", "linear") and model.rope.kind in ("yarn", "longrope"):
+        raise A3Error(
+            f"--rope-form {settings.rope_form}: {model.source.name} has RoPE type {model.rope.kind}, which a changed "
+            "theta cannot express for smaller heads; use --rope-form auto, or --components mlp to keep heads whole"
+        )
+    allowed = model.family.compressible(settings.shape)
+    if refused := [component for component in settings.components if component not in allowed]:
+        raise A3Error(
+            f"--components {','.join(settings.components)}: a3 cannot compress {' and '.join(refused)} of model_type "
+            f"{model.family.model_type!r} with --shape {settings.shape}; use --components {','.join(allowed)}"
+        )
+
+
+def check_settings(settings: SolveSettings) -> None:
+    """Check that settings do not contradict each other. Raises A3Error naming all problems."""
+    problems = []
+    if settings.budget is None and settings.attention_budget is None and settings.mlp_budget is None:
+        problems.append("no budget: give --budget (or --attention-budget and --mlp-budget)")
+    if None not in (settings.budget, settings.attention_budget, settings.mlp_budget):
+        problems.append("--budget, --attention-budget and --mlp-budget contradict each other: give two at most")
+    attention = {"qk", "ov"} & set(settings.components)
+    if len(attention) == 1 and settings.shape == "stock":
+        problems.append(
+            f"--components {','.join(settings.components)}: the stock shape has one head size for QK and OV, "
+            "so both are cut or neither: name both, or mlp alone, or use --shape per-layer"
+        )
+    if settings.attention_budget and not attention:
+        problems.append("--attention-budget needs qk and ov among --components")
+    if settings.mlp_budget and "mlp" not in settings.components:
+        problems.append("--mlp-budget needs mlp among --components")
+    if settings.rope_form != "auto" and (settings.method, settings.shape) != ("best", "stock"):
+        problems.append(
+            f"--rope-form {settings.rope_form} needs --method best and --shape stock: the paper's method keeps the "
+            "pairs that it selects, and a per-layer export holds its slots itself"
+        )
+    if settings.head_multiple % 2 and attention:
+        problems.append(f"--head-multiple {settings.head_multiple}: RoPE rotates pairs of dims, so it must be even")
+    if problems:
+        raise A3Error("bad settings: " + "; ".join(problems))
