@@ -15,7 +15,7 @@ from a3cli.work.files import Json, drop_leftovers, replacing
 from a3cli.work.folder import Work
 from a3cli.work.machine import Machine
 from a3cli.work.manifests import CalibrationManifest
-from a3cli.work.sealed import differences, read_manifest, read_undamaged, write_manifest
+from a3cli.work.sealed import check_request, read_manifest, read_undamaged, write_manifest
 
 
 def describe_request(
@@ -87,13 +87,10 @@ def finished_manifest(
         return None
     found = read_manifest(path, "use --overwrite")
     recorded, wanted = comparable(found["request"]), comparable(request)
-    if recorded != wanted:
-        if recorded["text"]["dataset"] != wanted["text"]["dataset"]:
-            check_on_hub(settings.text)
-        raise A3Error(
-            f"{path} belongs to a calibration with other settings (differs in "
-            f"{differences(recorded, wanted, 'text')}); use --overwrite or another --work"
-        )
+    if recorded["text"]["dataset"] != wanted["text"]["dataset"]:
+        check_on_hub(settings.text)
+    holder = f"{path} belongs to a calibration with other settings"
+    check_request(recorded, wanted, holder=holder, nested="text", otherwise="another --work")
     if path != work.calibration_manifest:
         return None
     return CalibrationManifest.parse(found, path, "use --overwrite")

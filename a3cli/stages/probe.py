@@ -9,12 +9,11 @@ take 2 · (1 + probes) times the hidden states of the probe's blocks. Resumable 
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 from a3cli.errors import A3Error
@@ -213,17 +212,7 @@ def weigh_curve(predicted: dict[int, float], measured: dict[int, float]) -> dict
     negligible = 1e-9 * max(predicted.values()) or 1.0  # a loss that is only rounding has no meaningful ratio
     places = sorted(measured)
     ratios = [max(measured[place], 0.0) / max(predicted[place], negligible) for place in places]
-    return {size: loss * interpolate(size, places, ratios) for size, loss in predicted.items()}
-
-
-def interpolate(x: float, places: Sequence[float], values: Sequence[float]) -> float:
-    """Interpolate linearly between the points, constant beyond them."""
-    if x <= places[0]:
-        return values[0]
-    for (x0, y0), (x1, y1) in pairwise(zip(places, values, strict=True)):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return values[-1]
+    return {size: loss * float(numpy.interp(size, places, ratios)) for size, loss in predicted.items()}
 
 
 def to_json(measured: Measured) -> list[Json]:

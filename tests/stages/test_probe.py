@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from a3cli.solvers.qk import keep_pairs, score_pairs
 from a3cli.stages import probe as module
-from a3cli.stages.probe import interpolate, plan_probes, weigh_curve
+from a3cli.stages.probe import plan_probes, weigh_curve
 from tests.conftest import as_slots, mlp_linears, turning_pairs
 from tests.stages.test_bad_input import flip
 
@@ -181,5 +181,6 @@ def test_weighed_curve_meets_the_measurements():
     assert max(dead.values()) == 0.0
 
 
-def test_interpolation():
-    assert [interpolate(x, [2, 4], [1.0, 3.0]) for x in (1, 2, 3, 4, 9)] == [1.0, 1.0, 2.0, 3.0, 3.0]
+def test_ratios_are_interpolated_and_constant_beyond_the_measurements():
+    flat = dict.fromkeys((1, 2, 3, 4, 9), 1.0)
+    assert weigh_curve(flat, {2: 1.0, 4: 3.0}) == {1: 1.0, 2: 1.0, 3: 2.0, 4: 3.0, 9: 3.0}
