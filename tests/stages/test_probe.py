@@ -105,7 +105,7 @@ def test_measured_once_and_reused_by_every_later_budget(a3, calibrated, monkeypa
     assert a3("solve", "--budget", 0.2, *ROUNDING, *PROBE, "--work", work).code == 0
     kept = sorted(path.name for path in (work / "probes").iterdir())
     assert kept == ["best-stock.json"]
-    monkeypatch.setattr(module, "_Run", None)  # measuring again would fail
+    monkeypatch.setattr(module, "_Sweep", None)  # measuring again would fail
     other = a3("solve", "--budget", 0.3, *ROUNDING, *PROBE, "--work", work, "--overwrite")
     assert other.code == 0, other.stderr
     monkeypatch.undo()
