@@ -31,7 +31,7 @@ from transformers import (
 from a3cli.methods.attention import Effort
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
-from tests.checkers import forked
+from tests.helpers.checkers import forked
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

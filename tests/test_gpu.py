@@ -18,8 +18,7 @@ from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.model import describe
 from tests.conftest import build_tokenizer, refused
-from tests.stages.test_calibrate import calibration_files
-from tests.work.test_processes import assert_close
+from tests.helpers.statistics import assert_close, calibration_files
 
 pytestmark = pytest.mark.gpu
 

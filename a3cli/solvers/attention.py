@@ -123,8 +123,7 @@ class AttentionProblem:
         best, lowest = Refined(query, key, before, before), math.inf
         if (unit := self.loss(query, key, slots)) == 0:
             return best
-        turns = self._turns(slots)
-        widen = [whitening(self.queries), whitening(self.keys)]
+        widen, turns = [whitening(self.queries), whitening(self.keys)], self._turns(slots)
         start = balanced(*(torch.linalg.solve(w, x.to(w)) for w, x in zip(widen, (query, key), strict=True)))
         variables = [torch.view_as_real(x.to(torch.complex64).contiguous()).clone().requires_grad_() for x in start]
         optimizer = _lbfgs(variables, iterations)

@@ -16,11 +16,9 @@ import pytest
 
 import a3cli
 from tests.conftest import ROOT, but
+from tests.helpers.commands import COMMANDS, RECIPE, chain, commands_of
 
 pytestmark = pytest.mark.usefixtures("hasty")
-
-STAGES = ("calibrate", "solve", "pareto", "export", "eval")
-COMMANDS = (*STAGES, "verify", "plan", "run", "stats merge", "inspect", "report")
 
 
 def test_help_and_version_import_nothing_heavy():
@@ -36,15 +34,6 @@ def test_every_option_has_help(command, a3, command_line):
         if parameter.name != "help":
             assert parameter.help, f"{command}: {parameter.name}"
     assert a3(*command.split(), "--help").code == 0
-
-
-def commands_of(group, prefix=""):
-    """All commands by their full names, those of groups within the group too."""
-    found = {}
-    for name, command in group.commands.items():
-        inner = commands_of(command, f"{prefix}{name} ") if hasattr(command, "commands") else {prefix + name: command}
-        found |= inner
-    return found
 
 
 def test_version(a3):
@@ -83,33 +72,6 @@ def test_work_folder_from_the_environment(a3, checkpoint, text_file, tmp_path, m
     monkeypatch.setenv("A3_WORK", str(tmp_path / "elsewhere"))
     assert a3("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, "--samples", 2, "--seq-len", 32).code == 0
     assert (tmp_path / "elsewhere" / "calibration" / "manifest.json").is_file()
-
-
-def chain(source, text_file, folder) -> dict[str, tuple]:
-    """Each command once, in an order in which they work."""
-    text, work = ("--dataset", text_file, "--samples", 2, "--seq-len", 32), ("--work", folder / "work")
-    sizes, out = ("--head-multiple", 2, "--mlp-multiple", 8), folder / "out"
-    return {
-        "calibrate": (source, *text, *work),
-        "solve": ("--budget", 0.2, "--method", "paper", *sizes, *work),
-        "pareto": ("--budgets", "0.2", *sizes, *work),
-        "export": (out, *work),
-        "eval": (out, "--against", source, *text, "--fail-if", "kl < 0"),
-        "verify": (out, *work),
-        "inspect": (out,),
-        "report": (out, "--html", folder / "report.html"),
-        "plan": (source, "--seq-len", 32, "--head-multiple", 2, "--mlp-multiple", 8),
-        "stats merge": (folder / "work", folder / "more", "--into", folder / "merged"),
-        "run": (folder / "recipe.yaml",),
-    }
-
-
-RECIPE = """
-work: {folder}/recipe-work
-out: {folder}/recipe-out
-calibrate: {{model: {source}, text: {{dataset: {text}, samples: 2, seq_len: 32}}}}
-solve: {{budget: 0.2, method: paper, head_multiple: 2, mlp_multiple: 8}}
-"""
 
 
 def test_results_go_to_stdout_and_all_else_to_stderr(a3, checkpoint, text_file, tmp_path):

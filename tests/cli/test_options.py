@@ -16,7 +16,7 @@ from a3cli.settings import (
     VerifySettings,
 )
 from a3cli.settings.options import PANELS, option_of
-from tests.cli.test_cli import COMMANDS, commands_of
+from tests.helpers.commands import COMMANDS, commands_of
 
 LONGEST_HELP = 60  # characters
 # Each command with as little as it takes, and the settings that it then has.

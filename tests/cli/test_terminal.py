@@ -17,9 +17,9 @@ from rich.table import Table
 
 from a3cli.cli.console import break_lines
 from a3cli.cli.tables import arrange
-from tests.cli.test_cli import COMMANDS, RECIPE, chain, commands_of
 from tests.conftest import SHORT, SOLVE
-from tests.terminals import Shown, Terminal, run_all
+from tests.helpers.commands import COMMANDS, RECIPE, chain, commands_of
+from tests.helpers.terminals import Shown, Terminal, run_all
 
 XTERM = "xterm-256color"
 TERMINALS = [Terminal(XTERM, 80, 24), Terminal(XTERM, 200, 50), Terminal("dumb", 80, 24)]

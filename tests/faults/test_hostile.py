@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import SHORT, SOLVE, refused, snapshot
-from tests.faults import forks
+from tests.helpers import forks
 
 TELL_TALE = "from pathlib import Path\nPath({!r}).touch()\n"
 

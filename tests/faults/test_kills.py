@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import snapshot
-from tests.faults import forks
+from tests.helpers import forks
 
 TEXT = ("--samples", 8, "--seq-len", 64, "--batch-size", 2)
 SOLVE = ("solve", "--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2, "--sequential")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SHORT
-from tests.faults import forks
+from tests.helpers import forks
 
 SECONDS, MEMORY = 10, 1 << 30
 SOME = settings(

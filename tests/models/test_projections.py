@@ -6,7 +6,7 @@ import torch
 from a3cli.models import projections
 from a3cli.models.families import LayerSizes, ModelShape
 from a3cli.models.projections import apply_projection, pieces
-from tests.stages.test_per_layer import random_solution
+from tests.helpers.solutions import random_solution
 
 SHAPE = ModelShape(hidden_size=48, layers=1, heads=4, kv_heads=2, head_dim=16, intermediate_size=96)
 

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from a3cli.report.manifest import SCHEMA_ID, schema
 from a3cli.report.names import public_dataset, public_request
 from tests.conftest import ROOT, refused, snapshot
-from tests.report.test_report import EVALUATION
+from tests.helpers.evaluation import EVALUATION
 
 pytestmark = pytest.mark.usefixtures("hasty")
 

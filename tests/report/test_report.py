@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, refused
+from tests.helpers.evaluation import EVALUATION
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -20,10 +21,6 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 SECTIONS = ("summary", "warnings", "changes", "measured", "curves", "map", "rope", "distance", "layers", "provenance")
-EVALUATION = {
-    "model": "out", "dataset": "held/out.txt", "seq_len": 64, "blocks": 2, "tokens": 128, "perplexity": 12.5,
-    "source_perplexity": 10.0, "perplexity_increase": 2.5, "kl": 0.0321, "top1_agreement": 0.875,
-}  # fmt: skip
 
 
 class Page(HTMLParser):

@@ -21,7 +21,7 @@ from a3cli.solvers.qk import solve_qk
 from a3cli.solvers.rope import Band, Distances, as_pairs, band_costs, best_bands, frequency_at, real_map
 from a3cli.solvers.slots import SlotProblem, head_statistics, score_error
 from a3cli.work.manifests import Sizes, Solution
-from tests.literal import random_attention
+from tests.helpers.literal import random_attention
 
 FLOOR = 1e-13
 H, TURNING = 8, 2  # dims 0 to 3 turn, 4 to 7 are passed through

@@ -5,7 +5,7 @@ import torch
 
 from a3cli.solvers.rope import Band, Distances, as_pairs, band_maps, pair_grams, real_map
 from a3cli.solvers.slots import SlotProblem, head_statistics, score_error
-from tests.literal import random_attention
+from tests.helpers.literal import random_attention
 
 FLOOR = 1e-13
 PAIRS = torch.tensor([1.0, 0.4, 0.1, 0.02], dtype=torch.float64)

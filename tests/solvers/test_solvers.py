@@ -13,7 +13,7 @@ from a3cli.solvers.linalg import decompose_jointly, effective_rank, root_and_inv
 from a3cli.solvers.mlp import keep_channels, score_channels
 from a3cli.solvers.ov import output_gram_of, solve_ov
 from a3cli.solvers.qk import keep_pairs, score_pairs, solve_qk
-from tests.literal import Attention, random_attention, square_root, truncate
+from tests.helpers.literal import Attention, random_attention, square_root, truncate
 
 FLOOR = 1e-14
 KINDS = [(heads, kv, bias) for heads, kv in ((4, 4), (6, 2), (4, 1)) for bias in (False, True)]

@@ -21,7 +21,7 @@ from a3cli.solvers.rope import (
     real_map,
     sharing_cost,
 )
-from tests.literal import random_attention
+from tests.helpers.literal import random_attention
 
 FLOOR = 1e-14
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import SHORT, SOLVE, Outcome, build_tokenizer, but, refused, snapshot
+from tests.helpers.damage import flip
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -349,12 +350,6 @@ def test_source_replaced_after_calibration(a3, work, source, checkpoint, tmp_pat
     assert snapshot(tmp_path) == before
     shutil.rmtree(source)
     refused(a3("export", tmp_path / "out", "--work", work), str(source), "calibrate")
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def edit(path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.solvers.moments import LayerMoments, gram_blocks, pack_upper, unpack_upper
 from tests.conftest import MODELS, mlp_linears
+from tests.helpers.statistics import calibration_files
 
 SETTINGS = ("--samples", 6, "--seq-len", 80, "--batch-size", 4)
 
@@ -142,10 +143,6 @@ def test_each_weight_is_read_once(a3, checkpoint, text_file, tmp_path, monkeypat
     assert set(reads) == {
         name for name in Checkpoint(folder).tensors if name not in ("lm_head.weight", "model.norm.weight")
     }
-
-
-def calibration_files(work):
-    return {path.name: path.read_bytes() for path in (work / "calibration").iterdir()}
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.solvers.samples import NAMES
-from tests.conftest import but, reseal
-from tests.stages.test_bad_input import refused, snapshot
+from tests.conftest import but, refused, reseal, snapshot
 
 pytestmark = pytest.mark.usefixtures("hasty")
 

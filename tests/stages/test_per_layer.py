@@ -27,6 +27,7 @@ from a3cli.work.files import Json, hash_file, write_tensors
 from a3cli.work.folder import Work
 from a3cli.work.sealed import versions, write_manifest
 from tests.conftest import MODELS, VOCABULARY, as_slots, build_model, build_tokenizer, mlp_linears
+from tests.helpers.solutions import random_solution
 
 LENGTH = 120  # beyond the longrope source's original context
 # Three layers: everything smaller, QK < OV; QK and MLP kept, OV < QK; only QK smaller.
@@ -34,28 +35,6 @@ SIZES = [LayerSizes(10, 14, 64), LayerSizes(16, 6, 96), LayerSizes(6, 16, 96)]
 WHOLE = [float(pair) for pair in range(8)]
 SLOTS = [[0.0, 1.3, 2.5, 4.0, 6.8], WHOLE, [0.0, 2.0, 6.7]]  # bfloat16 has no 1.3
 FULL = [LayerSizes(16, 16, 96)] * 3
-
-
-def random_solution(name: str, sizes: LayerSizes, slots: list[float], *, method: str) -> dict[str, torch.Tensor]:
-    """Tensors of `projections.py` for one layer; a component that keeps its size has none."""
-    kv_heads, heads = (4 if "mha" in name else 2), 4
-    solution = {}
-    if sizes.qk < 16 and method == "paper":
-        solution["pairs"] = torch.tensor([int(slot) for slot in slots])
-    elif sizes.qk < 16:
-        solution["query_map"] = torch.randn(kv_heads, 16, sizes.qk, dtype=torch.float64) / 4
-        solution["key_map"] = torch.randn(kv_heads, 16, sizes.qk, dtype=torch.float64) / 2
-    if sizes.ov < 16:
-        solution["value_map"] = torch.randn(kv_heads, 16, sizes.ov, dtype=torch.float64) / 4
-        if method == "paper":
-            solution["output_map"] = torch.randn(kv_heads, sizes.ov, 16, dtype=torch.float64) / 4
-        else:
-            solution["output_weight"] = torch.randn(48, heads * sizes.ov) / 4
-    if sizes.mlp < 96:
-        solution["channels"] = torch.randperm(96)[: sizes.mlp].sort().values
-        if method == "best":
-            solution["down_weight"] = torch.randn(48, sizes.mlp) / 8
-    return solution or {"unchanged": torch.zeros(0)}
 
 
 NO_HASH = "blake3:" + 64 * "0"

@@ -23,8 +23,7 @@ from a3cli.solvers import ov, slots
 from a3cli.stages import rates
 from a3cli.stages.estimates import GREEDY_STEP, REFIT_ROUNDS, torch_build
 from a3cli.stream import sequential
-from tests.conftest import MODELS
-from tests.stages.test_bad_input import refused
+from tests.conftest import MODELS, refused
 
 LLAMA_8B = {
     "model_type": "llama",

@@ -15,7 +15,7 @@ from a3cli.solvers.qk import keep_pairs, score_pairs
 from a3cli.stages import probe as module
 from a3cli.stages.probe import plan_probes, weigh_curve
 from tests.conftest import as_slots, mlp_linears, turning_pairs
-from tests.stages.test_bad_input import flip
+from tests.helpers.damage import flip
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -143,7 +143,7 @@ def test_goes_on_at_the_layer_where_it_stopped(damage, again, a3, calibrated, mo
     assert a3(*options, "--work", undisturbed).code == 0
 
     passed = []
-    original = module._Run._pass
+    original = module._Sweep._pass
 
     def stop_in_layer_1(self, layer, *args):
         passed.append(layer)
@@ -151,7 +151,7 @@ def test_goes_on_at_the_layer_where_it_stopped(damage, again, a3, calibrated, mo
             raise KeyboardInterrupt
         return original(self, layer, *args)
 
-    monkeypatch.setattr(module._Run, "_pass", stop_in_layer_1)
+    monkeypatch.setattr(module._Sweep, "_pass", stop_in_layer_1)
     assert a3(*options, "--work", work).code == 3
     if damage:
         damage(work / "probes" / "streams-1.bin")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, but, refused, snapshot
-from tests.work.test_processes import assert_close
+from tests.helpers.statistics import assert_close
 
 
 @pytest.fixture

@@ -18,10 +18,8 @@ from a3cli.stream.hidden import StatesInMemory, checksums
 from a3cli.stream.memory import choose_batch_size
 from a3cli.work import machine
 from a3cli.work.machine import Machine
-from tests.conftest import but, snapshot
-from tests.stages.test_bad_input import refused
-from tests.stages.test_calibrate import calibration_files
-from tests.work.test_processes import assert_close
+from tests.conftest import but, refused, snapshot
+from tests.helpers.statistics import assert_close, calibration_files
 
 pytestmark = pytest.mark.usefixtures("hasty")
 

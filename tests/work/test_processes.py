@@ -10,14 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from a3cli.errors import A3Error
 from a3cli.work.interrupt import stopping
@@ -32,8 +31,8 @@ from a3cli.work.processes import (
     raise_first,
 )
 from tests.conftest import ROOT, but, refused
-from tests.faults import forks
-from tests.stages.test_calibrate import calibration_files
+from tests.helpers import forks
+from tests.helpers.statistics import assert_close, calibration_files
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -87,22 +86,6 @@ def run(count: int, folder: Path, *arguments: object, sabotage: Callable[[int], 
     codes = [int(process.exitcode or 0) for process in processes]
     files = [errors / str(rank) for rank in range(count)]
     return Ended(codes, [file.read_text("utf-8") if file.exists() else "" for file in files])
-
-
-def statistics(work: Path) -> list[dict[str, torch.Tensor]]:
-    return [load_file(path) for path in sorted((work / "calibration").glob("layer-*.safetensors"))]
-
-
-def assert_close(works: Sequence[Path]) -> None:
-    """The same statistics, up to the order in which float32 was added up; samples may be rounded the other way."""
-    first, *others = map(statistics, works)
-    for other in others:
-        for expected, found in zip(first, other, strict=True):
-            assert expected.keys() == found.keys()
-            for name, value in expected.items():
-                assert found[name].dtype == value.dtype
-                difference = (found[name].double() - value.double()).norm() / value.double().norm()
-                assert difference < (1e-3 if value.dtype == torch.bfloat16 else 1e-6), name
 
 
 @pytest.mark.parametrize(("samples", "counts"), [(5, (2, 3)), (2, (3,))])

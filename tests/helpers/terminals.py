@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.faults.forks import CONTEXT
+from tests.helpers.forks import CONTEXT
 
 END = "\x1e"  # what the child prints after each command, with its exit code between two of them
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[=>78]")
@@ -90,8 +90,8 @@ def _run_all(commands: list[list[str]], folder: str, term: str, output: str) -> 
 
     from a3cli.cli import app as cli
     from a3cli.stages import verify
-    from tests.checkers import forked_here
     from tests.conftest import make_hasty
+    from tests.helpers.checkers import forked_here
 
     make_hasty(pytest.MonkeyPatch())
     verify.running = forked_here

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.faults.forks import CONTEXT
+from tests.helpers.forks import CONTEXT
 
 
 @contextmanager

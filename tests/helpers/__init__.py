@@ -1,0 +1,1 @@
+"""What several test modules share, beside the fixtures of conftest.py."""

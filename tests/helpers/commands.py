@@ -1,0 +1,40 @@
+"""Every command of the command line, and an order in which all work."""
+
+STAGES = ("calibrate", "solve", "pareto", "export", "eval")
+COMMANDS = (*STAGES, "verify", "plan", "run", "stats merge", "inspect", "report")
+
+
+RECIPE = """
+work: {folder}/recipe-work
+out: {folder}/recipe-out
+calibrate: {{model: {source}, text: {{dataset: {text}, samples: 2, seq_len: 32}}}}
+solve: {{budget: 0.2, method: paper, head_multiple: 2, mlp_multiple: 8}}
+"""
+
+
+def commands_of(group, prefix=""):
+    """All commands by their full names, those of groups within the group too."""
+    found = {}
+    for name, command in group.commands.items():
+        inner = commands_of(command, f"{prefix}{name} ") if hasattr(command, "commands") else {prefix + name: command}
+        found |= inner
+    return found
+
+
+def chain(source, text_file, folder) -> dict[str, tuple]:
+    """Each command once, in an order in which they work."""
+    text, work = ("--dataset", text_file, "--samples", 2, "--seq-len", 32), ("--work", folder / "work")
+    sizes, out = ("--head-multiple", 2, "--mlp-multiple", 8), folder / "out"
+    return {
+        "calibrate": (source, *text, *work),
+        "solve": ("--budget", 0.2, "--method", "paper", *sizes, *work),
+        "pareto": ("--budgets", "0.2", *sizes, *work),
+        "export": (out, *work),
+        "eval": (out, "--against", source, *text, "--fail-if", "kl < 0"),
+        "verify": (out, *work),
+        "inspect": (out,),
+        "report": (out, "--html", folder / "report.html"),
+        "plan": (source, "--seq-len", 32, "--head-multiple", 2, "--mlp-multiple", 8),
+        "stats merge": (folder / "work", folder / "more", "--into", folder / "merged"),
+        "run": (folder / "recipe.yaml",),
+    }
