@@ -18,15 +18,18 @@ UNTRIED: Loads = "untried"
 IGNORES_HEAD_DIM = {
     "llama": ("CTranslate2",),
     "qwen2": ("vLLM", "llama.cpp", "MLX", "CTranslate2"),
-    "starcoder2": ("vLLM", "llama.cpp"),
+    "starcoder2": ("llama.cpp",),
 }
-RUN_WITH_SMALLER_HEADS = ("llama", "mistral")  # model types with which the other runtimes were tried
+# Model types with which smaller heads were tried: under vLLM, and under the other runtimes.
+TRIED_UNDER_VLLM = ("llama", "mistral", "granite", "starcoder2", "nemotron")
+TRIED = ("llama", "mistral")
 _THROUGH_BACKEND: tuple[Loads, str] = (YES, "with --model-impl transformers --trust-remote-code")
 # Whether vLLM's Transformers backend loads per-layer exports, by model type.
 VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
     "llama": _THROUGH_BACKEND,
     "mistral": _THROUGH_BACKEND,
     "qwen2": _THROUGH_BACKEND,
+    "granite": _THROUGH_BACKEND,
     "starcoder2": (NO, "its Transformers backend stops with an error for starcoder2"),
     "nemotron": (NO, "its Transformers backend continues a prompt with wrong tokens for nemotron"),
 }
@@ -101,7 +104,7 @@ def _judge_one(runtime: str, rule: Callable[[Export], tuple[Loads, str]], export
         )
     if not export.per_layer and not export.smaller_heads:
         return Verdict(runtime, YES, "as it loads the source: heads and RoPE are the source's")
-    if not export.per_layer and export.model_type not in RUN_WITH_SMALLER_HEADS:
+    if not export.per_layer and export.model_type not in (TRIED_UNDER_VLLM if runtime == "vLLM" else TRIED):
         return Verdict(runtime, UNTRIED, f"not tried with {export.model_type} and smaller heads")
     if not export.per_layer and export.rope == "llama3" and runtime != "vLLM":
         return Verdict(runtime, UNTRIED, "not tried with RoPE type llama3 and smaller heads")
@@ -124,6 +127,8 @@ def _transformers_4(export: Export) -> tuple[Loads, str]:
 def _vllm(export: Export) -> tuple[Loads, str]:
     if export.per_layer:
         return VLLM_PER_LAYER.get(export.model_type, (UNTRIED, f"not tried with {export.model_type} per-layer"))
+    if export.model_type == "nemotron" and export.rope != "default":
+        return UNTRIED, f"not tried with nemotron and RoPE type {export.rope}"
     notes = ["advertises a longer context: multiplies it by the RoPE factor"] if export.rope == "linear" else []
     if export.head_dim not in VLLM_CPU_HEADS:
         notes.append(f"not on a CPU, where it refuses head size {export.head_dim}; use --head-multiple 16")
