@@ -74,6 +74,7 @@ def test_work_folder_from_the_environment(a3, checkpoint, text_file, tmp_path, m
     assert (tmp_path / "elsewhere" / "calibration" / "manifest.json").is_file()
 
 
+@pytest.mark.usefixtures("hasty")
 def test_results_go_to_stdout_and_all_else_to_stderr(a3, checkpoint, text_file, tmp_path):
     """As JSON and quietly, stderr is silent; for people neither stream has colours or bars off a terminal."""
     source = checkpoint("llama-gqa")

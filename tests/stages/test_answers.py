@@ -76,8 +76,8 @@ def test_only_what_does_not_fit_is_streamed(a3, checkpoint, text_file, monkeypat
     assert "layer by layer" in outcome.stderr
 
 
-def test_tasks_need_the_whole_model(a3, checkpoint, no_memory):
-    pytest.importorskip("lm_eval")
+def test_tasks_need_the_whole_model(a3, checkpoint, no_memory, monkeypatch):
+    monkeypatch.setattr("a3cli.stages.evaluate.open_tasks", lambda settings: object())
     refused(a3("eval", checkpoint("llama-gqa"), "--tasks", "arc_easy"), "--tasks needs the whole model", "GB")
 
 
