@@ -1,4 +1,4 @@
-"""The environment of all tests, set before any library reads it at import: no network, no chatter."""
+"""Set the environment of all tests before any library reads it at import: no network, no progress output."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Fixtures: one table of tiny random models, text and tokenizer to go with them, the real CLI in-process."""
+"""Fixtures: a table of tiny random models with text and a tokenizer, and the real CLI, run in-process."""
 
 import json
 import os
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 VOCABULARY = 260
 CONTEXT = 256
-TEXT_LENGTH = 30_000  # characters, about as many tokens
+TEXT_LENGTH = 30_000  # characters, and about as many tokens
 SHORT = ("--samples", 3, "--seq-len", 32)
 SOLVE = ("solve", "--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2)
 
@@ -63,7 +63,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
-# name → (config class, model class, what differs from the common sizes)
+# name → (config class, model class, differences from the common sizes)
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama-mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
     "llama-gqa": (LlamaConfig, LlamaForCausalLM, {}),
@@ -120,7 +120,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
-    """A tiny random model of the table, float32, with weights large enough that attention is far from uniform."""
+    """Return a tiny random float32 model of the table, with weights large enough that attention is far from uniform."""
     config_class, model_class, changes = MODELS[name]
     config = config_class(
         **{
@@ -154,7 +154,7 @@ def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:
-    """The linear layers of a decoder layer's MLP by role."""
+    """Return the linear layers of a decoder layer's MLP by role."""
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     if hasattr(layer.mlp, "c_fc"):
         names = {"up": "c_fc", "down": "c_proj"}
@@ -162,25 +162,25 @@ def mlp_linears(layer: Any) -> dict[str, Any]:
 
 
 def turning_pairs(config: Any) -> int:
-    """How many pairs of a head stock transformers turns."""
+    """Return how many pairs of a head stock transformers rotates."""
     return int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
 
 
 def as_slots(x: torch.Tensor, turning: int) -> torch.Tensor:
-    """A head `[..., 2n]` as complex pairs `[..., n]`: those that turn first, each kind halved."""
+    """Convert a head `[..., 2n]` to complex pairs `[..., n]`: rotated pairs first, each kind in split halves."""
     parts = x[..., : 2 * turning], x[..., 2 * turning :]
     return torch.cat([torch.complex(*part.chunk(2, -1)) for part in parts], -1)
 
 
 def slot_dims(size: int, turning: int, chosen: list[int]) -> list[int]:
-    """Dims of some pairs of a full head, in the order in which a head of these pairs alone has them."""
+    """Return the dims of some pairs of a full head, in the order that a head with only these pairs has."""
     places = as_slots(torch.arange(float(size)), turning)[chosen]
     kinds = [places[[c < turning for c in chosen]], places[[c >= turning for c in chosen]]]
     return [int(dim) for kind in kinds for part in (kind.real, kind.imag) for dim in part]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, nearly one token a byte: every text is enough text."""
+    """Return a byte-level tokenizer: nearly one token per byte, so that any text is long enough."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -194,9 +194,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(autouse=True, scope="session")
 def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let transformers copy the code that it runs into one temporary folder, not into the user's own cache.
+    """Make transformers copy the code that it runs to one temporary folder instead of the user's cache.
 
-    One folder for all tests of a process: files import one another through a package, which Python finds only once.
+    All tests of a process share it: the files import one another as a package, which Python locates only once.
     """
     with pytest.MonkeyPatch.context() as patch:
         cache = str(tmp_path_factory.mktemp("modules"))
@@ -207,14 +207,14 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def forked_checker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the checking process of `a3 verify`; tests marked `own_checker` start one, as users do."""
+    """Fork the checking process of `a3 verify`; tests marked `own_checker` start a new process, as users do."""
     if "own_checker" not in request.keywords:
         monkeypatch.setattr("a3cli.stages.verify.running", forked)
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibration text that stays the same whatever is changed in the code: the demo's."""
+    """Return the path of the demo's calibration text, which stays the same whatever is changed in the code."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     shipped = ROOT / "demo" / "text" / "calibration.txt"
     path.write_text(shipped.read_text("utf-8")[:TEXT_LENGTH], "utf-8")
@@ -223,7 +223,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Save a model of the table with tokenizer, once for each distinct request. Don't write to the folder."""
+    """Save a model of the table with its tokenizer, once for each distinct request. Do not write to the folder."""
     made: dict[str, Path] = {}
 
     def make(name: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
@@ -252,7 +252,7 @@ class Outcome:
 
 @pytest.fixture(scope="session")
 def command_line() -> Any:
-    """The parser, which a process of its own builds once."""
+    """Return the parser, built once per process."""
     import typer
 
     from a3cli.cli.app import app
@@ -264,7 +264,7 @@ def command_line() -> Any:
 def a3(
     command_line: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Outcome]:
-    """Run the real command line in this process: arguments in, exit code and output back."""
+    """Run the real command line in this process and return its exit code and output."""
     from a3cli.cli import app as cli
 
     monkeypatch.setattr(cli, "app", command_line)
@@ -285,7 +285,7 @@ def a3(
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps of refining query and key maps, for tests of what holds after any number of them."""
+    """Limit the refinement of query and key maps to a few steps, for tests of properties that hold after any number."""
     make_hasty(monkeypatch)
 
 
@@ -295,14 +295,14 @@ def make_hasty(patch: pytest.MonkeyPatch) -> None:
 
 
 def but(arguments: tuple[object, ...], *changed: object) -> tuple[object, ...]:
-    """Arguments with other values for some options, `"--name", value` in pairs: none may be given twice."""
+    """Return arguments with other values for some options, given as pairs `"--name", value`; none may occur twice."""
     names = changed[::2]
     dropped = {i + k for i, each in enumerate(arguments) if each in names for k in (0, 1)}
     return (*(each for i, each in enumerate(arguments) if i not in dropped), *changed)
 
 
 def refused(outcome, *words: str) -> None:
-    """Exit code 2, one line on stderr that has the words, nothing on stdout."""
+    """Check for exit code 2, one line on stderr that contains the words, and nothing on stdout."""
     assert outcome.code == 2, outcome
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("error: ")
@@ -312,7 +312,7 @@ def refused(outcome, *words: str) -> None:
 
 
 def put_in_statistics(work: Path, name: str, value: float) -> None:
-    """Into layer 1 of a calibration, with the hashes in order, as if the sweep had written it."""
+    """Write a value into layer 1 of a calibration and update the hashes, as if the sweep had written it."""
     path = work / "calibration" / "layer-001.safetensors"
     sums = load_file(path)
     sums[name].view(-1)[-1] = value
@@ -321,7 +321,7 @@ def put_in_statistics(work: Path, name: str, value: float) -> None:
 
 
 def reseal(statistics: Path) -> None:
-    """Let the calibration's manifest name the second layer's file as it is now: damage that no hash shows."""
+    """Update the hash of the second layer's file in the calibration's manifest, so that no hash shows the damage."""
     manifest_file = statistics.parent / "manifest.json"
     manifest = read_json(manifest_file)
     manifest["layers"][1] = hash_file(statistics)
@@ -330,7 +330,7 @@ def reseal(statistics: Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder below; the lock is an empty file that stays."""
+    """Return every file and folder below a folder, except the lock, an empty file that stays."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -340,7 +340,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture(scope="session")
 def prepared(checkpoint, text_file, tmp_path_factory) -> Path:
-    """`source`, sharded, and its finished calibration and solution in `work`. Don't write to the folder."""
+    """Return a folder with `source`, sharded, and its calibration and solution in `work`. Do not write there."""
     from a3cli.settings import CalibrateSettings, SolveSettings, make_settings
     from a3cli.stages.calibrate import calibrate
     from a3cli.stages.solve import solve
@@ -358,13 +358,13 @@ def prepared(checkpoint, text_file, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def source(prepared, tmp_path) -> Path:
-    """A copy of the checkpoint, to be damaged."""
+    """Return a copy of the checkpoint that a test may damage."""
     return Path(shutil.copytree(prepared / "source", tmp_path / "source"))
 
 
 @pytest.fixture
 def work(a3, prepared, source, text_file, tmp_path) -> Path:
-    """A copy of the work folder, which has been told that its source was moved to `source`."""
+    """Return a copy of the work folder whose source was moved to `source`."""
     folder = Path(shutil.copytree(prepared / "work", tmp_path / "work"))
     assert a3("calibrate", source, "--dataset", text_file, *SHORT, "--work", folder).code == 0
     return folder

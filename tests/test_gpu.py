@@ -1,7 +1,7 @@
-"""What is computed on a CUDA device, beside the same on the CPU. Skipped where there is none.
+"""Compare computations on a CUDA device with those on the CPU. Skipped without a GPU.
 
-In float32 and without TF32 both differ by rounding alone. Where there is a GPU `make test` runs all other tests there
-too: `--device auto` takes it.
+In float32 without TF32 the two differ only by rounding. With a GPU, `make test` runs all other tests there too,
+since `--device auto` chooses it.
 """
 
 import os
@@ -29,7 +29,7 @@ DEVICES = ("cpu", "cuda")
 
 @pytest.fixture
 def calibrated(a3, checkpoint, text_file, tmp_path):
-    """Work folders of one model, calibrated in float32 on either device."""
+    """Return work folders of one model, calibrated in float32 on each device."""
 
     def make(name: str, **options: object) -> dict[str, Path]:
         works = {device: tmp_path / device for device in DEVICES}
@@ -59,7 +59,7 @@ def test_the_same_statistics(name, calibrated):
     ids=["paper", "best", "per-layer", "probe", "sequential"],
 )
 def test_the_same_solution(options, a3, calibrated, checkpoint, text_file, tmp_path):
-    """The same sizes, nearly the same loss, and a checkpoint as far from its source."""
+    """The sizes are equal, the loss nearly so, and the checkpoint is equally far from its source."""
     source, work = checkpoint("llama-gqa", num_hidden_layers=3), calibrated("llama-gqa", num_hidden_layers=3)["cpu"]
     solved, kl = [], []
     for device in DEVICES:
@@ -77,7 +77,7 @@ def test_the_same_solution(options, a3, calibrated, checkpoint, text_file, tmp_p
     for part, loss in solved[0]["predicted_loss"].items():
         close = 1e-2 if part == "qk" else 1e-5  # query and key maps are refined in float32, step by step
         assert solved[1]["predicted_loss"][part] == pytest.approx(loss, rel=close), part
-    assert kl[0] == pytest.approx(kl[1], rel=2e-2)  # and signs of the sequential correction are random
+    assert kl[0] == pytest.approx(kl[1], rel=2e-2)  # and the signs of the sequential correction are random
 
 
 def test_the_same_figures(a3, calibrated, checkpoint, text_file, tmp_path):
@@ -114,7 +114,7 @@ def test_hidden_states_off_the_disk(where, a3, checkpoint, text_file, tmp_path):
 
 
 def test_half_precision_is_summed_as_on_the_cpu(a3, checkpoint, text_file, tmp_path):
-    """bfloat16 activations differ between devices, their sums not by more than that."""
+    """bfloat16 activations differ between devices; their sums differ by no more than that."""
     folder = checkpoint("llama-gqa", dtype=torch.bfloat16, num_hidden_layers=1)
     command = ("calibrate", folder, "--dataset", text_file, *TEXT, "--dtype", "bfloat16", "--work")
     for device in DEVICES:
@@ -125,7 +125,7 @@ def test_half_precision_is_summed_as_on_the_cpu(a3, checkpoint, text_file, tmp_p
 
 
 def test_real_memory_that_runs_out_halves_the_batch(a3, checkpoint, text_file, tmp_path):
-    """The device seems to have 80 GB, of which this process may take little."""
+    """The device reports 80 GB, of which this process may use little."""
     folder = checkpoint("llama-gqa")
     shape = describe(Checkpoint(folder)).shape
     text = ("--dataset", text_file, "--samples", 512, "--seq-len", 256, "--device", "cuda")
@@ -145,7 +145,7 @@ def test_real_memory_that_runs_out_halves_the_batch(a3, checkpoint, text_file, t
 
 @pytest.mark.parametrize("mlp_stats", ["full", "diagonal"])
 def test_memory_is_as_planned(mlp_stats, a3, text_file, tmp_path):
-    """Two layers of 1 B's shape: what PyTorch had allocated at its peak, beside `a3 plan`."""
+    """For two layers of the 1B shape, compare PyTorch's peak allocation with `a3 plan`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -173,7 +173,7 @@ def test_memory_is_as_planned(mlp_stats, a3, text_file, tmp_path):
 
 
 def test_a_launcher_with_one_gpu(a3, checkpoint, text_file, tmp_path):
-    """`accelerate launch` of one process is no different; of more processes than GPUs it says so."""
+    """`accelerate launch` with one process changes nothing; with more processes than GPUs it fails with an error."""
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--device", "cuda", "--quiet")
     assert a3(*command, "--work", tmp_path / "alone").code == 0
     launch = ("-m", "accelerate.commands.launch", "--num_processes", 1, "-m", "a3cli", *command)
@@ -187,7 +187,7 @@ def test_a_launcher_with_one_gpu(a3, checkpoint, text_file, tmp_path):
 
 
 def test_the_per_layer_shape(a3, calibrated, tmp_path):
-    """In bfloat16 as near to float64 as rounding; with a cache, with a static one, and compiled."""
+    """Its bfloat16 outputs match float64 within rounding: with a cache, with a static one, and compiled."""
     work = calibrated("llama-gqa", num_hidden_layers=3)["cuda"]
     assert a3("solve", *SIZES, "--shape", "per-layer", "--work", work).code == 0
     assert a3("export", tmp_path / "out", "--work", work).code == 0

@@ -1,4 +1,4 @@
-"""The model that ships and its text: disjoint lists, a model that knows Python, and the demo's road."""
+"""The shipped model and its text: disjoint lists, a model that knows Python, and the demo's steps."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def test_text_lists_are_disjoint_and_complete(demo_text):
 
 
 def test_a_quarter_less_still_knows_python(a3, demo_text, tmp_path):
-    """What the tiny recipe makes, on the recipe's own text and on some blocks of the modules that training left out."""
+    """Measure the tiny recipe's result on the recipe's own text and on blocks of modules excluded from training."""
     figures = json.loads((MODEL / "training.json").read_text())
     demo_text.main(tmp_path)
     where = ("--work", tmp_path / "work", "--out", tmp_path / "out", "--json")

@@ -31,7 +31,7 @@ def logits(model, tokens):
 
 @torch.no_grad()
 def inputs_of(model, role, layer, tokens):
-    """What a linear layer reads, float64 `[tokens, in]`."""
+    """Return the input of a linear layer, float64 `[tokens, in]`."""
     seen = []
     hook = linear(model.model.layers[layer], role).register_forward_pre_hook(lambda m, a: seen.append(a[0].double()))
     model(tokens, use_cache=False)
@@ -151,7 +151,7 @@ def test_modegpt_values_lose_the_tail_of_the_joint_decomposition(calibration):
 
 
 def maps_of(layer, shape, head):
-    """`W_v [W_o,1 … W_o,g]` of one KV head, `[d, g d]`."""
+    """Return `W_v [W_o,1 … W_o,g]` of one KV head, `[d, g d]`."""
     h, g = shape.head_dim, shape.group
     W_v = weight_of(layer, "v")[head * h : (head + 1) * h].T
     W_o = weight_of(layer, "o")
@@ -169,7 +169,7 @@ def test_modegpt_at_full_rank_is_the_identity(calibration, tokens):
 
 
 def loop_scores(name, model, calibration, index):
-    """Scores of pairs `[K][h/2]`, value dims `[K][h]` and channels `[I]`, one structure at a time."""
+    """Return the scores of pairs `[K][h/2]`, value dims `[K][h]` and channels `[I]`, one structure at a time."""
     shape, layer = calibration.shape, model.model.layers[index]
     h, g, K = shape.head_dim, shape.group, shape.kv_heads
     W = {role: weight_of(layer, role) for role in ROLES}
@@ -234,7 +234,7 @@ def test_exactly_the_lowest_scores_are_dropped(name, calibration):
 
 
 def test_scores(calibration):
-    """Up to a factor, since the plain ones are sums over tokens where the others are means."""
+    """Scores agree up to a factor: some of the literal ones are sums over tokens where the others are means."""
     layer, grams, shape = calibration.model.model.layers[1], calibration.grams[1], calibration.shape
     ours = {
         "modegpt": (baselines.cr_scores(layer, grams, shape),),
@@ -248,7 +248,7 @@ def test_scores(calibration):
 
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_what_a_smaller_checkpoint_would_store(name, calibration):
-    """Nonzero weights of the simulated model are those counted."""
+    """The counted parameters are the nonzero weights of the simulated model."""
     result = BASELINES[name](calibration, 0.25)
     nonzero = sum(int((linear(layer, role).weight != 0).sum()) for layer in result.model.model.layers for role in ROLES)
     assert nonzero == result.stored
@@ -264,7 +264,7 @@ def test_mlp_only_leaves_attention_alone(calibration):
 
 @torch.no_grad()
 def streams_of(model, tokens):
-    """The residual stream before each norm, in order, float64 `[tokens, d]`."""
+    """Return the residual stream before each norm, in order, float64 `[tokens, d]`."""
     seen = []
     hooks = [
         norm.register_forward_pre_hook(lambda m, a: seen.append(a[0].double().flatten(0, 1)))
@@ -290,12 +290,12 @@ def test_slicegpt_deletes_the_tail_of_the_pca(calibration):
     sliced = streams_of(baselines.slice_to(calibration, kept), calibration.tokens)
     dense = streams_of(calibration.model, calibration.tokens)
     assert_tail_deleted(dense[0], sliced[0], kept)
-    # Behind the first attention: what it computes from the sliced embedding, less the tail of that.
+    # After the first attention: its output for the sliced embedding, minus the tail of that output.
     assert_tail_deleted(fused_first_attention(calibration, sliced[0]), sliced[1], kept)
 
 
 def assert_tail_deleted(before, after, kept):
-    """In units of the norm's output, what is missing is the tail of that output's singular values."""
+    """Check that what is missing, in units of the norm's output, is the tail of that output's singular values."""
     size = before.square().mean(1, keepdim=True).add(1e-6).sqrt()
     tail = torch.linalg.svdvals(before / size)[kept:].square().sum()
     torch.testing.assert_close(((before - after) / size).square().sum(), tail, rtol=1e-3, atol=0)
@@ -303,7 +303,7 @@ def assert_tail_deleted(before, after, kept):
 
 @torch.no_grad()
 def fused_first_attention(calibration, stream):
-    """`x + attention(norm(x))` of the source's first layer."""
+    """Return `x + attention(norm(x))` of the source's first layer."""
     model = calibration.model
     seen = []
     layer = model.model.layers[0]

@@ -1,4 +1,4 @@
-"""The benchmarks at small scale: they run, their tables are complete, and answers agree with the paper's formulas."""
+"""The benchmarks at small scale: they run, their tables are complete, and their answers match the paper's formulas."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ COMPONENTS = ("QK", "OV", "QK + OV", "QK with RoPE", "QK with RoPE + OV")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
-    """Exit code and output."""
+    """Run the benchmark and return its exit code and output."""
     monkeypatch.setattr("sys.argv", [str(BENCHMARK), "--scale", "small", "--repeats", "3", *options])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(BENCHMARK), run_name="__main__")

@@ -1,4 +1,4 @@
-"""The long-range benchmark's task, its counting and its verdicts, on predictors made by hand."""
+"""The long-range benchmark's task, counts and verdicts, with predictors written by hand."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from tests.conftest import ROOT, build_model
 
 @pytest.fixture(scope="module")
 def long_range():
-    """The benchmark as a module; it finds the task in `scripts`."""
+    """Return the benchmark as a module; it imports the task from `scripts`."""
     return imported("long_range", ROOT / "benchmarks")
 
 
@@ -68,7 +68,7 @@ def test_text_and_tokens_are_the_same(task, tmp_path):
 
 
 def test_the_sketch_looks_where_it_should(task):
-    """Untrained: one head looks one token back, the next one more than elsewhere at what came after the key."""
+    """Without training, the first head attends to the previous token, the second to the token after the queried key."""
     train = imported("train_recall_model", ROOT / "scripts")
     torch.manual_seed(0)
     model = train.LlamaForCausalLM(train.CONFIG)
@@ -83,7 +83,7 @@ def test_the_sketch_looks_where_it_should(task):
 
 
 def oracle(task, *, reach):
-    """Logits of a predictor that finds keys at most `reach` tokens back, and gives all successors of a filler alike."""
+    """Return a predictor that finds keys up to `reach` tokens back and rates all successors of a filler equally."""
 
     def predict(tokens, *, use_cache):
         logits = torch.zeros(*tokens.shape, len(task.WORDS))
@@ -111,7 +111,7 @@ def test_accuracy_by_distance_of_an_oracle(task):
     assert list(accuracy) == [4, 8, 16, 32, 64, 128]
     assert sum(asked for _, asked in accuracy.values()) == len(batch.queries)
     assert all(right == (asked if low < 64 else 0) for low, (right, asked) in accuracy.items())
-    assert filler_loss == pytest.approx(math.log(task.SUCCESSORS), abs=0.4)  # the walk's first token is anyone's guess
+    assert filler_loss == pytest.approx(math.log(task.SUCCESSORS), abs=0.4)  # the first token cannot be predicted
 
 
 def test_bucket_borders(task):
@@ -122,7 +122,7 @@ def test_bucket_borders(task):
 def test_verdict_on_recall_heeds_chance(long_range):
     distances = torch.full((1000,), 100)
     paper, best = torch.ones(1000, dtype=torch.bool), torch.ones(1000, dtype=torch.bool)
-    best[:9] = False  # 9 queries lost, none gained: three times √9 is not exceeded
+    best[:9] = False  # 9 queries lost, none gained: not more than three times √9
     assert long_range.worse_than_first([("paper", paper), ("best", best)], distances, "") == []
     best[:20] = False
     lines = long_range.worse_than_first([("paper", paper), ("best", best)], distances, "--budget 0.1")

@@ -1,4 +1,4 @@
-"""The quality benchmark at small scale: every method on the same blocks, resumable, one table."""
+"""The quality benchmark at small scale: it uses the same blocks for every method, resumes, and prints one table."""
 
 import json
 from dataclasses import replace
@@ -41,7 +41,7 @@ def test_every_method_is_measured_once(bench, monkeypatch):
             assert cell[text]["predicted_tokens"] == 3 * 63
             assert cell[text]["kl"] > 0
 
-    # What is in the file is not measured again; a further seed repeats only what depends on the text.
+    # Cells in the file are not measured again; another seed repeats only the methods that depend on the text.
     monkeypatch.setattr(quality.SeedRun, "compress", lambda *_: pytest.fail("measured again"))
     again = quality.Cells(bench.plan.results)
     assert again.all == results.all

@@ -1,4 +1,4 @@
-"""The command line itself: help that answers at once, every command documented, exit codes."""
+"""The command line: fast help, documentation of every command, and exit codes."""
 
 import errno
 import importlib.metadata
@@ -45,7 +45,7 @@ def test_unknown_option_is_exit_code_two(a3):
 
 
 def test_readme_uses_only_options_that_exist(command_line):
-    """Every `a3 …` line of README and docs parses: its command exists and knows its options."""
+    """Every `a3 …` line of the README and the docs parses: its command and its options exist."""
     commands = commands_of(command_line)
     text = "\n".join(path.read_text("utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
     lines = re.findall(r"^\$? ?a3 (.+)$", text, re.M)
@@ -57,7 +57,7 @@ def test_readme_uses_only_options_that_exist(command_line):
 
 
 def test_readme_road(a3, checkpoint, text_file, tmp_path, monkeypatch):
-    """The README's four commands in order, with a small model and local text in place of the hub's."""
+    """Run the README's four commands in order, with a small model and local text instead of those from the Hub."""
     monkeypatch.chdir(tmp_path)
     source = checkpoint("llama-gqa", hidden_size=64, intermediate_size=256)
     assert a3("calibrate", source, "--dataset", text_file, "--samples", 4, "--seq-len", 64).code == 0
@@ -76,7 +76,7 @@ def test_work_folder_from_the_environment(a3, checkpoint, text_file, tmp_path, m
 
 @pytest.mark.usefixtures("hasty")
 def test_results_go_to_stdout_and_all_else_to_stderr(a3, checkpoint, text_file, tmp_path):
-    """As JSON and quietly, stderr is silent; for people neither stream has colours or bars off a terminal."""
+    """With --json --quiet, stderr is empty; otherwise, off a terminal, neither stream has colours or bars."""
     source = checkpoint("llama-gqa")
     commands = chain(source, text_file, tmp_path)
     assert set(commands) == set(COMMANDS)
@@ -104,7 +104,7 @@ STAGE_OF |= {"inspect": "a3cli.report.inspection.describe", "report": "a3cli.rep
 @pytest.mark.parametrize("bug", [ZeroDivisionError("of ours"), EOFError(), OSError(errno.EIO, "Input/output error")])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_bug_has_an_exit_code_of_its_own(command, bug, a3, tmp_path, monkeypatch):
-    """Neither 1, which says that a gate failed, nor 3, after which a pipeline runs the command again."""
+    """The code differs from 1, which means a failed gate, and 3, after which a pipeline reruns the command."""
 
     def failing(*arguments, **options):
         raise bug
@@ -132,7 +132,7 @@ def test_a_bug_before_any_command_has_that_exit_code(a3, monkeypatch):
 
 @pytest.fixture
 def a_minute_a_step(monkeypatch):
-    """A clock that is one minute later whenever a stage asks whether its next step may begin."""
+    """Install a clock that advances by one minute whenever a stage asks whether its next step may start."""
     minutes = count()
     monkeypatch.setattr("a3cli.work.interrupt.time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
 
@@ -158,7 +158,7 @@ def test_a_time_limit_stops_between_steps_and_the_same_command_goes_on(command, 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - {"calibrate"}))
 def test_only_calibrate_is_started_in_several_processes(command, a3, tmp_path, monkeypatch):
-    """By `accelerate launch`: each of the others refuses in all processes, and says so in the first."""
+    """With `accelerate launch`, every other command fails in all processes and prints the error in the first."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
@@ -171,13 +171,13 @@ def test_only_calibrate_is_started_in_several_processes(command, a3, tmp_path, m
 
 
 def on_terminal(*arguments: str, **environment: str) -> str:
-    """What a command prints on a terminal."""
+    """Return what a command prints on a terminal."""
     master, slave = pty.openpty()
     env = {**os.environ, "TERM": "xterm-256color", **environment}
     process = subprocess.Popen([sys.executable, "-m", "a3cli", *arguments], stdout=slave, stderr=slave, env=env)
     os.close(slave)
     shown = b""
-    with suppress(OSError):  # its end, on Linux
+    with suppress(OSError):  # raised at the terminal's end on Linux
         while part := os.read(master, 1 << 16):
             shown += part
     os.close(master)

@@ -1,4 +1,4 @@
-"""What is printed is what was meant: names without markup, emoji or control characters, JSON without NaN."""
+"""Printed text is plain: names without markup, emoji or control characters, and JSON without NaN."""
 
 import json
 import logging

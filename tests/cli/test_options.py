@@ -1,4 +1,4 @@
-"""Options come from the settings: short help, choices and panels, and the defaults that `--help` shows are theirs."""
+"""Options come from the settings: short help, choices and panels, and the defaults that `--help` shows."""
 
 import re
 from contextlib import suppress
@@ -19,7 +19,7 @@ from a3cli.settings.options import PANELS, option_of
 from tests.helpers.commands import COMMANDS, commands_of
 
 LONGEST_HELP = 60  # characters
-# Each command with as little as it takes, and the settings that it then has.
+# Each command with its required arguments only, and the expected settings.
 DEFAULTS = {
     "calibrate": (("model",), CalibrateSettings(model="model", text={"dataset": "wikitext2"})),
     "solve": ((), SolveSettings()),
@@ -73,7 +73,7 @@ def test_help_of_every_option_is_short(command, command_line):
 
 @pytest.mark.parametrize("command", DEFAULTS)
 def test_defaults_in_help_are_those_of_the_settings(command, settings_of, help_of):
-    """Given as they are shown, they change nothing; and each default that is a value is shown."""
+    """Passing the displayed defaults explicitly changes nothing, and every default that is a value is displayed."""
     arguments, expected = DEFAULTS[command]
     shown = {
         name: found[1] for name, row in help_of(command).items() if (found := re.search(r"\[default: (.+)\]", row))
@@ -107,7 +107,7 @@ def test_a_list_of_names_is_one_option_and_other_lists_are_repeated(settings_of)
     found = settings_of("eval", "m", "--tasks", " a, b,", "--fail-if", "kl > 1", "--fail-if", "ppl_increase > 5%")
     assert found.tasks == ("a", "b")
     assert [gate.text for gate in found.fail_if] == ["kl > 1", "ppl_increase > 5%"]
-    assert found.texts == ()  # tasks are measured instead of the default data set
+    assert found.texts == ()  # with tasks, the default data set is not measured
 
 
 def test_each_text_of_an_evaluation_has_its_own_names_and_shares_the_rest(settings_of):

@@ -1,4 +1,4 @@
-"""Every command on terminals of several sizes: it works, and shows its whole result, no figure and no word cut."""
+"""Every command on terminals of several sizes: it works and shows its whole result, with no figure or word cut."""
 
 import json
 import re
@@ -31,7 +31,7 @@ TIMES = re.compile(r"layer \d+ of \d+: .* left|[\d,.]+ tokens/s|\d+(,\d+)+\.\d{4
 
 @pytest.fixture(scope="module")
 def commands() -> dict[str, tuple[object, ...]]:
-    """What is run, by name, in this order; all files have names relative to the current folder."""
+    """Return the commands by name, in the order in which they run; file names are relative to the current folder."""
     text = f"{LONG}/text.txt"
     plain = {name: (*name.split(), *words) for name, words in chain("source", text, Path()).items()}
     more = ("calibrate", "source", "--dataset", text, *SHORT, "--seed", 1, "--work", "more")
@@ -50,7 +50,7 @@ def commands() -> dict[str, tuple[object, ...]]:
 
 @pytest.fixture(scope="module")
 def shown(commands, checkpoint, text_file, tmp_path_factory):
-    """What each command shows on a terminal, run once for each; without one, what it prints to a file."""
+    """Run each command once per terminal and return what it shows; without a terminal, what it prints to a file."""
     known: dict[Terminal | None, dict[str, Shown]] = {}
 
     def show(terminal: Terminal | None) -> dict[str, Shown]:
@@ -69,7 +69,7 @@ def shown(commands, checkpoint, text_file, tmp_path_factory):
 
 
 def whole_words(text: str) -> Counter[str]:
-    """What is between spaces and the lines of a table, but for times."""
+    """Count the words between spaces and table lines, except times."""
     return Counter(FRAME.sub(" ", TIMES.sub("", text)).split())
 
 
@@ -90,7 +90,7 @@ def test_every_command_shows_its_whole_result(terminal, shown, commands):
             continue
         assert not whole_words(plain[name].text) - whole_words(found.text), (name, found.text)
         for line in found.lines:
-            # A line that names a file runs on, so that the name can be copied; so does an error.
+            # Lines with a file name and error lines may exceed the width, so that the name can be copied.
             assert cell_len(line) <= terminal.columns or LONG in line or line.startswith("error: "), (name, line)
 
 
@@ -101,7 +101,7 @@ def test_a_sweep_has_a_bar_where_it_can_be_drawn(terminal, shown):
         bar = re.search(r"layer 2 of 2 ━+ [\d,]+ tokens/s 0:00:00 left 0:00:00", found.text)
         assert bool(bar) is (terminal.name != "dumb"), found.text
         assert ("\x1b" in found.raw) is (terminal.name != "dumb")
-    assert "left" not in shown(terminal)["pareto"].text  # nothing is swept
+    assert "left" not in shown(terminal)["pareto"].text  # no sweep is running
 
 
 @on_terminals
@@ -124,7 +124,7 @@ TEXTS = st.lists(WORDS, max_size=4).map(" ".join)
 
 @st.composite
 def tables(draw) -> Table:
-    """Some columns of text, then some of figures, with headings and cells of any length."""
+    """Draw a table: columns of text, then columns of figures, with headings and cells of any length."""
     of_text, of_figures = draw(st.integers(1, 3)), draw(st.integers(0, 6))
     table = Table(*(draw(TEXTS) for _ in range(of_text + of_figures)))
     for column in table.columns[of_text:]:

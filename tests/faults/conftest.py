@@ -1,4 +1,4 @@
-"""Tiny matrices: a second thread would only wait."""
+"""Limit torch to one thread: the matrices are tiny, and a second thread would only wait."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Every file of the work folder and of the source damaged, one at a time: refused by name, never a wrong result."""
+"""Damage every file of the work folder and of the source, one at a time: an error names it; no result is wrong."""
 
 import json
 import os
@@ -46,7 +46,7 @@ CARRIED = ["generation_config.json", "README.md"]
 MANIFEST, TOKENS = "calibration/manifest.json", "calibration/tokens.safetensors"
 STATISTICS = ["calibration/layer-000.safetensors", "calibration/layer-001.safetensors"]
 SOLUTION = ["solution/manifest.json", "solution/layer-000.safetensors", "solution/layer-001.safetensors"]
-# Which files each command refuses when they are damaged. What it does not read cannot change its result.
+# The files that each command rejects when they are damaged. A file that it does not read cannot change its result.
 READS = {
     "export": [*(f"source/{n}" for n in WEIGHTS + TOKENIZER + CARRIED), *(f"work/{n}" for n in (MANIFEST, *SOLUTION))],
     "solve": [*(f"source/{n}" for n in WEIGHTS), *(f"work/{n}" for n in (MANIFEST, TOKENS, *STATISTICS))],
@@ -59,9 +59,9 @@ FILES = sorted({name for names in READS.values() for name in names})
 
 @pytest.fixture(scope="module")
 def whole(checkpoint, text_file, tmp_path_factory) -> Path:
-    """`source`, `work` up to a solution, `out`, and `more`, another calibration; in `other` the same of another model.
+    """Return a folder with `source`, `work` up to a solution, `out`, and another calibration in `more`.
 
-    Both models have the same shapes.
+    `other` has the same of another model with the same shapes.
     """
     from a3cli.settings import CalibrateSettings, ExportSettings, SolveSettings, make_settings
     from a3cli.stages.calibrate import calibrate
@@ -86,7 +86,7 @@ def whole(checkpoint, text_file, tmp_path_factory) -> Path:
         settings = make_settings(CalibrateSettings, model=str(source), text=text)
         calibrate(settings, work, overwrite=False, progress=lambda **at: None)
         settings = make_settings(SolveSettings, budget=0.25, mlp_multiple=8, head_multiple=2)
-        with pytest.MonkeyPatch.context() as patch:  # as the tests that solve again
+        with pytest.MonkeyPatch.context() as patch:  # the tests that solve again do the same
             make_hasty(patch)
             solve(settings, work, overwrite=False, progress=lambda **at: None)
         export(place / "out", ExportSettings(), work)
@@ -98,19 +98,19 @@ def whole(checkpoint, text_file, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(whole, a3, text_file, tmp_path, monkeypatch) -> dict[str, tuple[object, ...]]:
-    """Copies of `source` and `work` in the current folder, and the commands to run there again."""
+    """Copy `source` and `work` to the current folder; return the commands to run there again."""
     for part in ("source", "work"):
         shutil.copytree(whole / part, tmp_path / part)
     monkeypatch.chdir(tmp_path)
     calibrate = ("calibrate", "source", "--dataset", text_file, *SHORT, "--work", "work")
-    assert a3(*calibrate).code == 0  # tells the work folder where its source is now
+    assert a3(*calibrate).code == 0  # records the new place of the source in the work folder
     return {"export": ("export", "out", "--work", "work"), "solve": (*SOLVE, "--overwrite", "--work", "work")} | {
         "calibrate": calibrate
     }
 
 
 def exported(folder: Path) -> dict[str, object]:
-    """All files of an export, but for the place of its source."""
+    """Return all files of an export, without the path of its source."""
     files: dict[str, object] = dict(snapshot(folder))
     manifest = json.loads((folder / "a3_manifest.json").read_text())
     manifest["source"].pop("model")
@@ -139,7 +139,7 @@ def test_damaged(name, damage, whole, here, a3, tmp_path):
 
 @pytest.mark.parametrize("damage", DAMAGES[:3], ids=lambda damage: damage.__name__)
 def test_damaged_index(damage, whole, here, a3, tmp_path):
-    """Only its file names count."""
+    """Only the file names in it matter."""
     damage(tmp_path / "source" / "model.safetensors.index.json", Path())
     outcome = a3(*here["export"])
     if outcome.code:
@@ -170,7 +170,7 @@ def test_damaged_under_way(name, damage, whole, a3, text_file, tmp_path, monkeyp
         assert a3(*commands[0]).code == 3
     damage(Path("work/calibration", name), Path("other/calibration", name))
     before = snapshot(tmp_path)
-    if name.startswith("hidden"):  # can be made again
+    if name.startswith("hidden"):  # can be recomputed
         outcome = a3(*commands[0])
         assert outcome.code == 0
         assert f"{name} has changed since it was written" in outcome.stderr
@@ -187,10 +187,10 @@ def test_damaged_under_way(name, damage, whole, a3, text_file, tmp_path, monkeyp
 
 @dataclass(frozen=True)
 class Halfway:
-    """A command that is given twice: the first time it ends, or is cut short at its second call of `cut_at`."""
+    """A command that runs twice: its first run completes, or is interrupted at its second call of `cut_at`."""
 
     command: tuple[object, ...]
-    files: tuple[str, ...]  # that it finds the second time
+    files: tuple[str, ...]  # files that the second run finds
     cut_at: str | None = None
 
 
@@ -225,7 +225,7 @@ HALFWAY = {
 
 
 def begin(place: Path, here: Path, number: int, text_file: Path) -> None:
-    """The work folder of `place` with its calibration and solution, and a recipe."""
+    """Create `here` with a copy of the work folder in `place`, and a recipe for it."""
     shutil.rmtree(here, ignore_errors=True)
     shutil.copytree(place / "work", here / "work")
     text = {"dataset": str(text_file), "samples": 3, "seq_len": 32, "seed": number}
@@ -240,7 +240,7 @@ def begin(place: Path, here: Path, number: int, text_file: Path) -> None:
 
 
 def made(outcome, here: Path) -> tuple[str, dict[str, bytes | None]]:
-    """What a command said and what is there, but for a speed that was measured."""
+    """Return a command's output and files, without measured speeds."""
     files = snapshot(here)
     files.pop("work/evaluation.json", None)
     return re.sub(r'"tokens_per_second": [^,]*', "", outcome.stdout), files
@@ -248,15 +248,15 @@ def made(outcome, here: Path) -> tuple[str, dict[str, bytes | None]]:
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory) -> tuple[Path, dict[str, object]]:
-    """Where what the commands left is kept, and what an undisturbed one makes, by name: for those that were run."""
+    """Return a folder for what the commands leave, and the expected results by name, for the commands that have run."""
     return tmp_path_factory.mktemp("left"), {}
 
 
 @pytest.fixture
 def halfway(name, left, whole, a3, text_file, monkeypatch):
-    """The current folder as the first command left it, the other model's, and what an undisturbed one makes.
+    """Return the current folder as the first run left it, the other model's, and the result of an undisturbed run.
 
-    The folder is the same for all: an evaluation knows the place of its export.
+    The folder is the same for all commands, since an evaluation records the path of its export.
     """
     folder, undisturbed = left
     here, step = folder / "here", HALFWAY[name]
@@ -296,7 +296,7 @@ def cut_short(step: Halfway, a3, monkeypatch) -> None:
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, step in HALFWAY.items() for file in step.files])
 def test_damaged_halfway(name, file, damage, halfway, a3):
-    """Refused by name, or made again with a warning that names it; what is of another request is as if it were not."""
+    """The file is rejected by name, or recomputed with a warning; a file of another request counts as absent."""
     here, other, undisturbed = halfway
     damage(here / file, other / file)
     before = snapshot(here)
@@ -313,7 +313,7 @@ CALIBRATED = ["work/source.json", *(f"work/{name}" for name in (MANIFEST, TOKENS
 SOURCE = [f"source/{name}" for name in (*WEIGHTS, *TOKENIZER)]
 EXPORTED = ["out/config.json", "out/a3_manifest.json"]
 DESCRIBED = [*SOURCE, *CALIBRATED, "work/solution/manifest.json"]
-# Commands that only look, or make something new elsewhere, and what they read.
+# Commands that only read, or that write something new elsewhere, and the files that they read.
 LOOKING: dict[str, tuple[tuple[object, ...], list[str]]] = {
     "inspect": (("inspect", "work"), DESCRIBED),
     "inspect export": (("inspect", "out"), EXPORTED),
@@ -335,7 +335,7 @@ LOOKING: dict[str, tuple[tuple[object, ...], list[str]]] = {
 
 @pytest.fixture
 def there(here, whole, tmp_path, monkeypatch) -> Path:
-    """As `here`, with the export, a second calibration in `more`, and of the checks of the export's files the first."""
+    """Extend `here` with the export, a second calibration in `more`, and only the first check of the export's files."""
     from a3cli.stages import checker
 
     def look_at_files(request, folder):
@@ -350,13 +350,13 @@ def there(here, whole, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("name", sorted({name for _, names in LOOKING.values() for name in names}))
 def test_damaged_and_looked_at(name, whole, there, a3):
-    """Refused by name; of a damaged export `a3 verify` says the same as a failed check."""
+    """The file is rejected by name; for a damaged export `a3 verify` reports the same as a failed check."""
     path = there / name
     undamaged = path.read_bytes()
     for damage in DAMAGES:
         damage(path, whole / "other" / name)
         before = snapshot(there)
-        # Another model's manifest is whole in itself: named is what does not fit it.
+        # Another model's manifest is valid in itself: the error names a file that does not match it.
         named = "" if damage is replace and "manifest" in name else path.name
         for command, names in LOOKING.values():
             if name not in names:
@@ -375,7 +375,7 @@ def test_damaged_and_looked_at(name, whole, there, a3):
 
 @pytest.mark.parametrize("looking", LOOKING)
 def test_damaged_and_not_looked_at(looking, whole, there, a3):
-    """What a command does not read cannot change what it says and makes."""
+    """A file that a command does not read changes neither its output nor its result."""
     command, names = LOOKING[looking]
 
     def say() -> tuple[object, ...]:
@@ -393,7 +393,7 @@ def test_damaged_and_not_looked_at(looking, whole, there, a3):
 
 
 def flip_between_samples(path: Path) -> None:
-    """In the middle of the first gap between two sampled places."""
+    """Flip a byte in the middle of the first gap between two sampled places."""
     from a3cli.models.checkpoint import FINGERPRINT_BYTES, FINGERPRINT_SAMPLES
 
     spacing = (path.stat().st_size - FINGERPRINT_BYTES) / (FINGERPRINT_SAMPLES - 1)
@@ -420,7 +420,7 @@ def test_a_large_source_is_sampled_except_with_full_check(full, checkpoint, a3, 
     if full:
         refused(a3("export", "out", "--work", "work", *check), "model.safetensors")
         refused(a3("calibrate", "source", *text, *check), "model.safetensors")
-    assert a3("export", "out", "--work", "work").code == 0  # sampled: it goes unnoticed, as docs/trust.md says
+    assert a3("export", "out", "--work", "work").code == 0  # sampled hashes miss it, as docs/trust.md says
 
 
 def test_a_source_of_up_to_a_gigabyte_is_hashed_wholly(checkpoint, a3, text_file, tmp_path, monkeypatch):

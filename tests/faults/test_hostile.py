@@ -1,4 +1,4 @@
-"""Input that means harm: paths and links out of the folder, code, bombs; and what our own files look like."""
+"""Hostile input: paths and links that leave the folder, code, decompression bombs; and permissions of our own files."""
 
 import json
 import os
@@ -56,12 +56,12 @@ def test_the_hubs_cache_links_to_its_blobs(source, text_file, a3, tmp_path):
 
 def test_a_pipe_in_place_of_a_file(source, text_file, a3, tmp_path):
     (source / "config.json").unlink()
-    os.mkfifo(source / "config.json")  # reading it would wait for ever
+    os.mkfifo(source / "config.json")  # reading it would block forever
     refused(a3(*calibrate(source, text_file, tmp_path / "work")), "config.json", "not a regular file")
 
 
 def test_code_that_comes_with_a_model_does_not_run(source, text_file, a3, tmp_path, monkeypatch):
-    """Neither the model's nor the tokenizer's, in no stage, unless it is asked for."""
+    """No stage runs the model's or the tokenizer's code without --trust-remote-code."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     told = tmp_path / "told"
     for name, classes in (
@@ -87,7 +87,7 @@ def test_code_that_comes_with_a_model_does_not_run(source, text_file, a3, tmp_pa
     assert a3("inspect", tmp_path / "work").code in (0, 2)
     assert not told.exists()
     a3(*calibrate(source, text_file, tmp_path / "trusted", "--trust-remote-code"))
-    assert told.exists()  # it is there to be run
+    assert told.exists()  # the code does run if asked for
 
 
 def test_an_unknown_model_with_code_is_refused_before_it_runs(source, text_file, a3, tmp_path):
@@ -101,7 +101,7 @@ def test_an_unknown_model_with_code_is_refused_before_it_runs(source, text_file,
 
 @pytest.mark.parametrize("shape", [pytest.param("one cell", marks=pytest.mark.slow), "many rows"])
 def test_a_bomb_as_parquet(shape, source, a3, tmp_path):
-    """Half a megabyte that unpacks to half a gigabyte: refused before it is unpacked."""
+    """A file of half a megabyte that unpacks to half a gigabyte is rejected before it is unpacked."""
     cells = ["\0" * (1 << 28)] if shape == "one cell" else ["\0" * (1 << 16)] * (1 << 12)
     table = pa.table({"text": pa.array(cells)})
     pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=False, row_group_size=1 << 12)
@@ -115,7 +115,7 @@ def test_a_bomb_as_parquet(shape, source, a3, tmp_path):
 
 
 def test_a_dictionary_bomb_as_parquet(source, a3, tmp_path):
-    """A cell of a megabyte that a million rows refer to."""
+    """A million rows refer to one cell of a megabyte."""
     cells = pa.DictionaryArray.from_arrays(pa.array([0] * 1_000_000, pa.int32()), pa.array(["x" * (1 << 20)]))
     pq.write_table(pa.table({"text": cells}), tmp_path / "bomb.parquet", compression="zstd")
     (tmp_path / "run").mkdir()
@@ -138,7 +138,7 @@ def test_permissions_are_those_of_any_file(work, a3, tmp_path):
 
 
 def test_links_in_the_way_of_what_is_written(work, source, text_file, a3, tmp_path):
-    """A file that is written takes a link's place; what the link points to stays as it is."""
+    """A written file replaces a link; the link's target is not changed."""
     precious = tmp_path / "precious"
     precious.write_text("mine")
     folder = tmp_path / "mine"

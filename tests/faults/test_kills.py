@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of each stage: nothing half-made looks made, and the rerun ends with the same bytes."""
+"""SIGKILL at random moments of each stage: unfinished work never looks finished, and a rerun gives the same bytes."""
 
 import random
 import shutil
@@ -24,7 +24,7 @@ MADE = {
 
 @dataclass(frozen=True)
 class Step:
-    """A stage's command, the folder before and after it, and how long it takes undisturbed."""
+    """A stage's command, the folder before and after it, and its undisturbed run time."""
 
     command: tuple[object, ...]
     before: Path
@@ -41,7 +41,7 @@ def road(checkpoint, text_file, tmp_path_factory) -> dict[str, Step]:
         "export": ("export", "out", "--max-shard-size", "100KB", "--work", "work", "--quiet"),
         "export --overwrite": ("export", "out", "--max-shard-size", "70KB", "--overwrite", "--work", "work", "--quiet"),
     }
-    forks.run(("--version",), tmp_path_factory.mktemp("imports"))  # which take long: before the clock starts
+    forks.run(("--version",), tmp_path_factory.mktemp("imports"))  # does the slow imports before the clock starts
     steps = {}
     before = tmp_path_factory.mktemp("undisturbed")
     for stage, command in commands.items():
@@ -69,8 +69,8 @@ def test_killed_at_random_moments(stage, kills, road, tmp_path):
         died += forks.kill_after(moments.uniform(0, step.seconds), step.command, folder) != 0
         found = content(folder)
         if "export" not in stage:
-            assert not (folder / MADE[stage]).exists() or after.items() <= found.items()  # leftovers go last
-        elif (folder / "out").exists():  # the new one, all of it, or the one that was there
+            assert not (folder / MADE[stage]).exists() or after.items() <= found.items()  # leftovers are removed last
+        elif (folder / "out").exists():  # the complete new folder, or the previous one
             out = {name: data for name, data in found.items() if name.startswith("out")}
             assert out.items() <= after.items() or out.items() <= before.items()
         else:
@@ -79,4 +79,4 @@ def test_killed_at_random_moments(stage, kills, road, tmp_path):
         again = forks.run(step.command, folder)
         assert again.code == 0, again.stderr
         assert content(folder) == after
-    assert died >= max(1, kills // 10)  # the rest came too late: how long a run takes differs
+    assert died >= max(1, kills // 10)  # the others were killed too late, since run times vary

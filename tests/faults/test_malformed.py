@@ -1,4 +1,4 @@
-"""Malformed input made by hypothesis, each in a forked process with a limit of time and memory: a line, or success."""
+"""Malformed input by hypothesis, each in a forked process with time and memory limits: one error line, or success."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ absurd = st.one_of(
 
 @st.composite
 def mutated(draw: Any, value: dict[str, Any]) -> dict[str, Any]:
-    """One to three keys of an object, or of objects in it, gone or with another value."""
+    """Draw an object with one to three keys, of it or of nested objects, removed or changed."""
     changed = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, 3))):
         place = changed
@@ -59,7 +59,7 @@ def mutated(draw: Any, value: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def model(checkpoint, tmp_path_factory) -> Path:
-    """A single-file checkpoint, to be copied."""
+    """Return a single-file checkpoint; tests copy it."""
     return Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path_factory.mktemp("model") / "source"))
 
 
@@ -69,14 +69,14 @@ def place(tmp_path_factory) -> Path:
 
 
 def check(place: Path, source: Path, text: Path, *, command: str = "calibrate") -> None:
-    """Run the command, and see that it ends well."""
+    """Run the command and check its outcome."""
     work = ("--work", "work") if command == "calibrate" else ()
     read = ("--dataset", text, *SHORT) if command != "plan" else ()
     check_command((command, source, *read, "--quiet", *work), empty(place / "run"))
 
 
 def check_command(arguments: tuple[object, ...], run: Path, *, seconds: float = SECONDS) -> None:
-    """In `run`, which has nothing else in it than before if the command fails."""
+    """Run a command in `run` and check its outcome; a failed command must leave nothing new there."""
     before = {path.name for path in run.iterdir()}
     outcome = forks.run(arguments, run, seconds=seconds, memory=MEMORY)
     assert outcome.memory < MEMORY, outcome
@@ -86,7 +86,7 @@ def check_command(arguments: tuple[object, ...], run: Path, *, seconds: float = 
 
 
 def check_outcome(outcome: Any, *, failed_checks: bool = False) -> None:
-    """Success without a word on stderr, or one line there; beside failed checks there are results."""
+    """Check for success with an empty stderr, or for one line there; with failed checks, results must exist too."""
     assert outcome.code in ((0, 1, 2) if failed_checks else (0, 2)), outcome
     if outcome.code:
         (line,) = outcome.stderr.splitlines()
@@ -109,7 +109,7 @@ def copy(model: Path, place: Path) -> Path:
 
 
 def repeated(test: Any) -> Any:
-    """A few examples by default, many in the slow run."""
+    """Run a few examples by default, many in the slow run."""
     return pytest.mark.parametrize("amount", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])(
         test
     )
@@ -147,7 +147,7 @@ ABSURD = {
 @pytest.mark.parametrize("command", ["calibrate", "eval", "plan"])
 @pytest.mark.parametrize("name", ABSURD)
 def test_absurd_sizes(name, command, model, place, text_file):
-    """Nothing of such a size is made before it is compared with the weights that are there."""
+    """The sizes are compared with the weights before anything of such a size is allocated."""
     source = copy(model, place)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | ABSURD[name]))
@@ -156,14 +156,14 @@ def test_absurd_sizes(name, command, model, place, text_file):
 
 @st.composite
 def headers(draw: Any, header: dict[str, Any], size: int) -> bytes:
-    """The header of a safetensors file with offsets, shapes or types that do not fit, or with no sense at all."""
+    """Draw the header of a safetensors file with wrong offsets, shapes or types, or without any sense."""
     kind = draw(st.sampled_from(["entry", "entry", "entry", "length", "bytes", "nested", "swap"]))
     if kind == "bytes":
         return draw(st.binary(max_size=64))
     changed = json.loads(json.dumps(header))
     names = sorted(set(changed) - {"__metadata__"})
     one, other = draw(st.sampled_from(names)), draw(st.sampled_from(names))
-    if kind == "swap":  # two tensors at one place
+    if kind == "swap":  # two tensors with the same offsets
         changed[one]["data_offsets"] = changed[other]["data_offsets"]
     elif kind == "entry":
         numbers = st.sampled_from([0, 1, -1, size, size + 1, 2**31, 2**62, 2**64, 10**30])
@@ -182,7 +182,7 @@ def headers(draw: Any, header: dict[str, Any], size: int) -> bytes:
 
 
 def split_header(path: Path) -> tuple[dict[str, Any], bytes]:
-    """A safetensors file's header and its data."""
+    """Return the header and the data of a safetensors file."""
     whole = path.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     return json.loads(whole[8 : 8 + length]), whole[8 + length :]
@@ -267,7 +267,7 @@ def test_recipes(amount, model, place, text_file):
 
 @pytest.fixture(scope="module")
 def finished(model, text_file, tmp_path_factory) -> Path:
-    """`source`, `work` up to a solution, and `out`."""
+    """Return a folder with `source`, `work` up to a solution, and `out`."""
     from a3cli.settings import CalibrateSettings, ExportSettings, SolveSettings, make_settings
     from a3cli.stages.calibrate import calibrate
     from a3cli.stages.export import export
@@ -287,7 +287,7 @@ def finished(model, text_file, tmp_path_factory) -> Path:
 
 @st.composite
 def malformed(draw: Any, files: list[Path]) -> tuple[Path, bytes]:
-    """One of the files, and what it is to begin with: JSON with other values, or another header."""
+    """Draw one of the files and its new beginning: JSON with other values, or another header."""
     path = draw(st.sampled_from(files))
     if path.suffix == ".json":
         return path, json.dumps(draw(mutated(json.loads(path.read_text())))).encode()
@@ -301,7 +301,7 @@ def rest_of(path: Path) -> bytes:
 
 @repeated
 def test_inspected(amount, finished, place):
-    """An export, and a work folder whose source is malformed."""
+    """Inspect an export and a work folder whose source is malformed."""
     out, source = finished / "out", finished / "source"
     files = [*(out / n for n in ("config.json", "a3_manifest.json")), source / "config.json", *source.glob("model*")]
 
@@ -322,7 +322,7 @@ def test_inspected(amount, finished, place):
 
 @pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "apart"])
 def test_verified(apart, finished, place, a3, monkeypatch):
-    """By default without the process of its own, whose start takes seconds; some of its checks are made here."""
+    """Skip the checker process, whose start takes seconds, by default; run some of its checks here."""
     source, work = finished / "out", finished / "work"
     if not apart:
         monkeypatch.setattr("a3cli.stages.verify.run_checker", looking_at_files)
@@ -344,7 +344,7 @@ def test_verified(apart, finished, place, a3, monkeypatch):
 
 
 def looking_at_files(request: dict[str, Any], folder: Path) -> list[dict[str, str]]:
-    """The checks that come before the model is loaded. Their tracebacks go where that process's stderr goes."""
+    """Run the checks that precede loading the model. Their tracebacks go to stderr, as in the checker process."""
     from a3cli.stages import checker
 
     export, found = checker.Export(request), []

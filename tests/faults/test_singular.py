@@ -1,4 +1,4 @@
-"""Singular statistics are solved, finite, and their damping reported; a NaN is refused with its place."""
+"""Singular statistics have a finite solution with its damping reported; a NaN is rejected with its place."""
 
 import json
 import shutil
@@ -31,13 +31,13 @@ def kill_channels(layer) -> None:
 
 
 def kill_all(layer) -> None:
-    """A layer that does nothing."""
+    """Zero all weights of a layer."""
     for projection in (layer.mlp.up_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
         projection.weight[:] = 0
 
 
 def nothing(layer) -> None:
-    """The statistics are singular because there are fewer tokens than dimensions."""
+    """Change nothing: the statistics are singular because there are fewer tokens than dimensions."""
 
 
 @pytest.fixture(params=[duplicate_channels, kill_channels, kill_all, nothing], ids=lambda change: change.__name__)
@@ -88,7 +88,7 @@ def test_singular_statistics_are_solved(options, singular, a3, tmp_path):
     ids=["duplicate_channels", "nothing"],
 )
 def test_damping_is_raised_where_statistics_are_singular(singular, raised, a3):
-    """And nowhere else: with no ridge, all of it is what a refit could not do without."""
+    """Damping is raised only there; without a ridge, all of it is the minimum that a refit needs."""
     budgets = ("--attention-budget", 0.25, "--mlp-budget", 0.25)
     outcome = a3("solve", *budgets, *ROUNDING, "--ridge", 0, "--work", singular, "--json")
     found = a3("inspect", singular, "--json").json["layers"]

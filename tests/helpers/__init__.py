@@ -1,1 +1,1 @@
-"""What several test modules share, beside the fixtures of conftest.py."""
+"""Helpers that several test modules share; fixtures are in conftest.py."""

@@ -1,6 +1,6 @@
-"""The checking process of `a3 verify`, forked from one that has done the imports: the same code, seconds faster.
+"""Fork the checking process of `a3 verify` from one that has done the imports: the same code, seconds faster.
 
-Only the standard library is imported here: each fork reads this file again.
+This module imports only the standard library, since each fork imports it again.
 """
 
 import os
@@ -17,7 +17,7 @@ from tests.helpers.forks import CONTEXT
 
 @contextmanager
 def forked(command: list[str], environment: dict[str, str], stderr: int) -> Iterator[Any]:
-    """Run `python SCRIPT REQUEST`, as `a3cli.stages.verify.running` does; all of its output is there at once."""
+    """Run `python SCRIPT REQUEST` like `a3cli.stages.verify.running`, but yield all of its output at once."""
     process = CONTEXT.Process(target=_check, args=(command, environment), daemon=True)
     process.start()
     process.join()
@@ -26,7 +26,7 @@ def forked(command: list[str], environment: dict[str, str], stderr: int) -> Iter
 
 @contextmanager
 def forked_here(command: list[str], environment: dict[str, str], stderr: int) -> Iterator[Any]:
-    """The same, forked from this process, which must compute on one thread."""
+    """Do the same in a fork of this process, which must compute on one thread."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,4 @@
-"""Every command of the command line, and an order in which all work."""
+"""Every command of the command line, and an order in which all of them work."""
 
 STAGES = ("calibrate", "solve", "pareto", "export", "eval")
 COMMANDS = (*STAGES, "verify", "plan", "run", "stats merge", "inspect", "report")
@@ -13,7 +13,7 @@ solve: {{budget: 0.2, method: paper, head_multiple: 2, mlp_multiple: 8}}
 
 
 def commands_of(group, prefix=""):
-    """All commands by their full names, those of groups within the group too."""
+    """Return all commands by their full names, including those of groups."""
     found = {}
     for name, command in group.commands.items():
         inner = commands_of(command, f"{prefix}{name} ") if hasattr(command, "commands") else {prefix + name: command}
@@ -22,7 +22,7 @@ def commands_of(group, prefix=""):
 
 
 def chain(source, text_file, folder) -> dict[str, tuple]:
-    """Each command once, in an order in which they work."""
+    """Return one call of each command, in an order in which they work."""
     text, work = ("--dataset", text_file, "--samples", 2, "--seq-len", 32), ("--work", folder / "work")
     sizes, out = ("--head-multiple", 2, "--mlp-multiple", 8), folder / "out"
     return {

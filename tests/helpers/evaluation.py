@@ -1,4 +1,4 @@
-"""Figures as `a3 eval --json` prints them."""
+"""Example figures in the form that `a3 eval --json` prints."""
 
 EVALUATION = {
     "model": "out", "dataset": "held/out.txt", "seq_len": 64, "blocks": 2, "tokens": 128, "perplexity": 12.5,

@@ -1,6 +1,6 @@
-"""The command line in processes of its own, forked from one that has done the imports: it may be killed or limited.
+"""Run the command line in processes forked from one that has done the imports; they may be killed or limited.
 
-Only the standard library is imported here: each fork reads this file again.
+This module imports only the standard library, since each fork imports it again.
 """
 
 import multiprocessing
@@ -20,14 +20,14 @@ PRELOADED = [
     "transformers.models.llama.tokenization_llama", "transformers.generation", "datasets",
 ]  # fmt: skip
 OUTPUTS = (".stdout", ".stderr", ".peak")
-# For all tests: what is preloaded can be said once only, before the first fork.
+# Shared by all tests: the modules to preload can be set only once, before the first fork.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """`code` is negative after a signal, None after `seconds` without an end; `memory` is the peak in bytes."""
+    """How a process ended: `code` is negative after a signal, None after a timeout; `memory` is the peak in bytes."""
 
     code: int | None
     stdout: str
@@ -36,7 +36,7 @@ class Ended:
 
 
 def start(arguments: tuple[object, ...], folder: Path, *, memory: int | None = None) -> BaseProcess:
-    """Run `a3 …` in `folder`, which takes its output; returns once it is about to begin."""
+    """Start `a3 …` in `folder`, where its output is written; return when it is about to run."""
     ready, begun = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_run, args=([str(a) for a in arguments], str(folder), memory, begun), daemon=True)
     process.start()
@@ -46,7 +46,7 @@ def start(arguments: tuple[object, ...], folder: Path, *, memory: int | None = N
 
 
 def run(arguments: tuple[object, ...], folder: Path, *, seconds: float = 120, memory: int | None = None) -> Ended:
-    """The same to its end. `memory` is how many bytes it may map beyond what the imports did."""
+    """Run `a3 …` to its end. `memory` limits the bytes that it may map in addition to those of the imports."""
     process = start(arguments, folder, memory=memory)
     process.join(seconds)
     code = process.exitcode
@@ -60,7 +60,7 @@ def run(arguments: tuple[object, ...], folder: Path, *, seconds: float = 120, me
 
 
 def kill_after(delay: float, arguments: tuple[object, ...], folder: Path) -> int:
-    """SIGKILL some seconds after the command began; returns the exit code (0 if it was done before)."""
+    """Send SIGKILL `delay` seconds after the command began; return its exit code (0 if it had finished)."""
     process = start(arguments, folder)
     time.sleep(delay)
     process.kill()

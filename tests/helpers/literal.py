@@ -1,7 +1,7 @@
-"""The paper's formulas as it prints them: d × d autocorrelations, their square roots, SVDs of d × d matrices.
+"""The paper's formulas as printed: d × d autocorrelations, their square roots, and SVDs of d × d matrices.
 
-Slow and straightforward on purpose: what the head-space solvers must equal. Row-vector convention: a token
-`x` `[d]` gives the query `x W`; a bias is a further row of `W` met by a constant 1 in `x`.
+They are slow and straightforward on purpose: the head-space solvers must equal them. Vectors are rows: a token
+`x` `[d]` gives the query `x W`; a bias is an additional row of `W` for a constant 1 in `x`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ def square_root(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def truncate(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """The best rank-r approximation, by SVD."""
+    """Return the best rank-r approximation, by SVD."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
@@ -39,12 +39,12 @@ class Attention:
         return len(self.w_q) // len(self.w_k)
 
     def gram(self, weights: torch.Tensor) -> torch.Tensor:
-        """`E[y yᵀ]` `[heads, h, h]` of `y = x W`."""
+        """Return `E[y yᵀ]` `[heads, h, h]` of `y = x W`."""
         y = torch.einsum("nd,ahd->anh", self.x, weights.mT)
         return y.mT @ y / len(self.x)
 
     def output_gram(self) -> torch.Tensor:
-        """`E[o_i o_iᵀ]` `[H, h, h]` of what each head feeds to the output projection."""
+        """Return `E[o_i o_iᵀ]` `[H, h, h]` of each head's input to the output projection."""
         o = self.mixed @ self.w_v.repeat_interleave(self.group, 0)
         return o.mT @ o / len(self.x)
 

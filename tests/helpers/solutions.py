@@ -1,4 +1,4 @@
-"""Made-up solutions."""
+"""Random solutions."""
 
 import torch
 
@@ -6,7 +6,7 @@ from a3cli.models.families import LayerSizes
 
 
 def random_solution(name: str, sizes: LayerSizes, slots: list[float], *, method: str) -> dict[str, torch.Tensor]:
-    """Tensors of `projections.py` for one layer; a component that keeps its size has none."""
+    """Return the tensors of `projections.py` for one layer; a component that keeps its size has none."""
     kv_heads, heads = (4 if "mha" in name else 2), 4
     solution = {}
     if sizes.qk < 16 and method == "paper":

@@ -1,4 +1,4 @@
-"""The files of a calibration, compared."""
+"""Compare the files of calibrations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ def statistics(work: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def assert_close(works: Sequence[Path]) -> None:
-    """The same statistics, up to the order in which float32 was added up; samples may be rounded the other way."""
+    """Check that statistics are equal up to the order of float32 sums; samples may be rounded differently."""
     first, *others = map(statistics, works)
     for other in others:
         for expected, found in zip(first, other, strict=True):

@@ -1,6 +1,6 @@
-"""The command line on a pseudo-terminal, several commands one after another in one process forked from a clean one.
+"""Run commands on a pseudo-terminal, one after another, in one process forked from a clean one.
 
-Only the standard library is imported here: each fork reads this file again.
+This module imports only the standard library, since each fork imports it again.
 """
 
 import fcntl
@@ -17,13 +17,13 @@ from pathlib import Path
 
 from tests.helpers.forks import CONTEXT
 
-END = "\x1e"  # what the child prints after each command, with its exit code between two of them
+END = "\x1e"  # the child prints it after each command, with the exit code between two of them
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[=>78]")
 
 
 @dataclass(frozen=True)
 class Terminal:
-    """`TERM` and the size that programs are told; a dumb terminal is 80 columns wide for rich, whatever it says."""
+    """`TERM` and the reported size; rich takes a dumb terminal for 80 columns wide, whatever the size."""
 
     name: str
     columns: int
@@ -32,24 +32,24 @@ class Terminal:
 
 @dataclass(frozen=True)
 class Shown:
-    """What one command sent to the terminal, and its exit code."""
+    """The output of one command on the terminal, and its exit code."""
 
     code: int
     raw: str
 
     @property
     def text(self) -> str:
-        """Without colours and cursor movements."""
+        """Return the output without colours and cursor movements."""
         return ESCAPES.sub("", self.raw)
 
     @property
     def lines(self) -> list[str]:
-        """Lines as they were printed, whatever the terminal does with long ones; each state of a bar is one."""
+        """Return the lines as printed, before the terminal wraps them; each state of a bar is one line."""
         return [line for line in re.split(r"[\r\n]+", self.text) if line]
 
 
 def run_all(commands: Sequence[Sequence[object]], folder: Path, terminal: Terminal | None) -> list[Shown]:
-    """What each `a3 …` shows when it is run in `folder` on a terminal; without one it prints to a file."""
+    """Run each `a3 …` in `folder` and return its terminal output; without a terminal, its output to a file."""
     words = [[str(word) for word in command] for command in commands]
     printed = on_terminal(words, folder, terminal) if terminal else to_file(words, folder)
     pieces = printed.decode().split(END)
@@ -61,7 +61,7 @@ def on_terminal(commands: list[list[str]], folder: Path, terminal: Terminal) -> 
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", terminal.rows, terminal.columns, 0, 0))
     process = start(commands, folder, terminal.name, os.ttyname(slave))
     printed = b""
-    while master in wait([master, process.sentinel]):  # until the process has ended and all is read
+    while master in wait([master, process.sentinel]):  # until the process has ended and everything is read
         printed += os.read(master, 1 << 16)
     process.join()
     os.close(slave)
@@ -97,7 +97,7 @@ def _run_all(commands: list[list[str]], folder: str, term: str, output: str) -> 
     verify.running = forked_here
     torch.set_num_threads(1)
     os.chdir(folder)
-    # Python looks first in the folder of the tests' own process, where code that this one loads is not.
+    # Python otherwise looks for this code in the folder of the tests' own process.
     dynamic_module_utils.HF_MODULES_CACHE = f"{folder}/.modules"
     sys.path.insert(0, dynamic_module_utils.HF_MODULES_CACHE)
     for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):

@@ -1,4 +1,4 @@
-"""Shards written and checked: bytes copied or made, values that overflow a sum."""
+"""Writing and checking shards: copied and computed bytes, and values whose sum overflows."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def stored_rows(info: TensorInfo) -> list[torch.Tensor]:
 
 
 def test_stored_tensors_are_copied_and_made_ones_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("a3cli.models.checkpoint.COPIED_AT_ONCE", 1000)  # several pieces a tensor
+    monkeypatch.setattr("a3cli.models.checkpoint.COPIED_AT_ONCE", 1000)  # several pieces per tensor
     tensors = {f"t{i}": torch.randn(40, 30 + i, dtype=torch.float32) for i in range(4)}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(3, 0), "long": torch.randn(1000)}
     save_file(tensors, tmp_path / "source.safetensors")

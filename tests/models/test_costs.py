@@ -1,4 +1,4 @@
-"""What is counted as a cost, against formulas written out."""
+"""Counted costs match formulas written out here."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ MHA = ModelShape(hidden_size=96, layers=3, heads=6, kv_heads=6, head_dim=32, int
 
 
 def paper_flops_per_token(shape: ModelShape, length: int) -> int:
-    """The paper's `8BLHD + 4BL²AD + BL²A + 6BLIH` of all layers, for one of the B·L tokens."""
+    """Return the paper's `8BLHD + 4BL²AD + BL²A + 6BLIH` over all layers, for one of the B·L tokens."""
     width, heads, head = shape.hidden_size, shape.heads, shape.head_dim
     of_layer = 8 * width * heads * head + 4 * length * heads * head + length * heads
     return shape.layers * (of_layer + 6 * shape.intermediate_size * width)

@@ -1,4 +1,4 @@
-"""Families as data: every definition is found by its model type, and names map to roles and back."""
+"""Families as data: each definition is found by its model type, and names map to roles and back."""
 
 from dataclasses import replace
 

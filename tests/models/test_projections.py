@@ -1,4 +1,4 @@
-"""Weights made smaller some rows at a time are those made smaller at once."""
+"""Weights projected a few rows at a time equal weights projected at once."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_what_no_solution_touches_is_not_copied():
 
 
 def test_products_of_half_precision_are_rounded_to_it_once():
-    """Computed in float32 they are what float64 gives, but for ties that its own rounding may turn."""
+    """Computed in float32 they equal the rounded float64 result, except for ties."""
     weight = torch.randn(64, 48, dtype=torch.bfloat16)
     solution = random_solution("gqa", LayerSizes(12, 12, 96), [], method="best")
     ours = apply_projection(weight, "q", solution, SHAPE, fold_scale=True).to(torch.bfloat16)

@@ -14,7 +14,7 @@ from a3cli.models.rope import affine_parameters, evenly_spaced, kept_rope_config
 from tests.conftest import DEFAULT, LINEAR, LLAMA3, LONGROPE, YARN
 
 AFFINE = [[0, 1, 2], [0, 2, 4, 6], [1, 3, 5], [5, 6, 7], [4], [0, 3]]
-# Without the factor by which longrope scales attention.
+# Without the attention factor of longrope.
 PLAIN_LONGROPE = LONGROPE | {"attention_factor": 1.0}
 SCATTERED = [[0, 1, 3], [1, 2, 6, 7], [0, 1, 2, 4, 7]]
 
@@ -30,7 +30,7 @@ def config(rope: dict, head_dim: int = 16) -> LlamaConfig:
 
 
 def half(rope: dict, *, factor: float = 0.5, head_dim: int = 32) -> NemotronConfig:
-    """Of a head of 32 dims, 8 pairs turn and 8 are passed through."""
+    """Return a configuration that rotates half of each head: 8 pairs of a head of 32 dims, and 8 unrotated ones."""
     return NemotronConfig(
         hidden_size=64,
         num_attention_heads=4,
@@ -47,7 +47,7 @@ def partial_tables(written: NemotronConfig, length: int) -> tuple[torch.Tensor, 
 
 
 def tables(written: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin `[length, head_dim/2]` of the stock rotary module."""
+    """Return cos and sin `[length, head_dim/2]` of the stock rotary module."""
     rotary = LlamaRotaryEmbedding(written)
     cos, sin = rotary(torch.zeros(1, dtype=torch.float64), torch.arange(length)[None])
     half = cos.shape[-1] // 2
@@ -67,7 +67,7 @@ def test_kept_pairs_turn_as_in_the_source(rope, linear_factor, pairs, length):
     ):
         written = config({"rope_type": "default", **spelling}, head_dim=2 * len(pairs))
         for ours, theirs in zip(tables(written, length), tables(source, length), strict=True):
-            # float32 frequencies: an error of 1e-7 a radian, times the position
+            # frequencies are float32: an error of 1e-7 per radian, times the position
             torch.testing.assert_close(ours, theirs[:, pairs], rtol=0, atol=2e-4)
 
 
@@ -76,7 +76,7 @@ def test_kept_pairs_turn_as_in_the_source(rope, linear_factor, pairs, length):
 @pytest.mark.parametrize("pairs", [[], *AFFINE, *SCATTERED], ids=str)
 @pytest.mark.parametrize("rope", [DEFAULT, LINEAR, LLAMA3, PLAIN_LONGROPE], ids=lambda rope: rope["rope_type"])
 def test_kept_pairs_of_heads_that_turn_in_part(rope, pairs, still, length):
-    """Stock Nemotron turns as many dims as there are slots that turn, and these as in the source."""
+    """Stock Nemotron rotates as many dims as there are rotated slots, with the frequencies of the source."""
     if not pairs and not still:
         return
     source = half(rope)
@@ -92,7 +92,7 @@ def test_kept_pairs_of_heads_that_turn_in_part(rope, pairs, still, length):
 
 
 def test_evenly_spaced_slots_of_heads_that_turn_in_part_begin_with_pair_0():
-    """So that they need no scaling, of which the Nemotron of 4.57 knows nothing."""
+    """Then they need no scaling, which Nemotron in transformers 4.57 does not support."""
     rope = read_rope(half(DEFAULT))
     lines = evenly_spaced(rope, [1.0, 2.0, 4.5, 8.0, 8.0])
     assert len(lines) == 2
@@ -111,7 +111,7 @@ def test_scaled_attention_is_refused_where_part_of_a_head_is_passed_through():
 @pytest.mark.parametrize("pairs", AFFINE, ids=str)
 @pytest.mark.parametrize("rope", [DEFAULT, LINEAR], ids=lambda rope: rope["rope_type"])
 def test_evenly_spaced_pairs_need_no_longrope(rope, pairs):
-    """A linear factor of its own is written only where it was asked for."""
+    """A linear factor is written only if requested."""
     own, asked = (
         kept_rope_config(read_rope(config(rope)), pairs, linear_factor=allowed)["rope_parameters"]
         for allowed in (False, True)
@@ -122,7 +122,7 @@ def test_evenly_spaced_pairs_need_no_longrope(rope, pairs):
 
 
 def test_longrope_has_mscale_only_where_attention_is_scaled():
-    """transformers warns of these keys at every load."""
+    """transformers warns about these keys at every load."""
     plain = kept_rope_config(read_rope(config(DEFAULT)), [0, 1, 3])["rope_parameters"]
     assert plain["attention_factor"] == 1.0
     assert not plain.keys() & {"short_mscale", "long_mscale"}
@@ -138,7 +138,7 @@ def test_llama3_scaling_composes_only_from_the_first_pair():
 
 
 def test_llama3_scaling_composes_at_whole_pairs_only():
-    """Between two pairs it is not what interpolation makes of them."""
+    """Between two pairs, the scaled frequency differs from the interpolated one."""
     rope = read_rope(config(LLAMA3))
     assert affine_parameters(rope, [0.0, 1.5, 3.0]) is None
     assert evenly_spaced(rope, [0.0, 1.5, 3.2]) == [[0.0, 2.0, 4.0], [0.0, 3.0, 6.0]]
@@ -147,7 +147,7 @@ def test_llama3_scaling_composes_at_whole_pairs_only():
 
 @pytest.mark.parametrize("count", range(2, 8))
 def test_evenly_spaced_slots_may_span_all_pairs(count):
-    """Whatever rounding makes of the last one."""
+    """This holds despite rounding of the last one."""
     last = len(read_rope(config(DEFAULT)).short) - 1
     lines = evenly_spaced(read_rope(config(DEFAULT)), [0.0] * (count - 1) + [1.0])
     assert lines[-1][0] == 0
@@ -181,7 +181,7 @@ def test_all_pairs_of_a_default_rope_stay_default():
 
 
 def test_longrope_switches_where_4_57_looks_for_it():
-    """4.57 reads the original context at the top level only, and would switch at the whole context without it."""
+    """4.57 reads the original context at the top level only; without it, 4.57 would switch at the whole context."""
     for rope, original in ((LONGROPE, 64), (DEFAULT, 256)):
         assert kept_rope_config(read_rope(config(rope)), [0, 1, 3])["original_max_position_embeddings"] == original
 

@@ -1,4 +1,4 @@
-"""Sources that are not what they seem: refused with names and values where a guess could be wrong, or read rightly."""
+"""Inconsistent sources: rejected with names and values where a guess could be wrong, or else read correctly."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @pytest.fixture
 def copied(checkpoint, tmp_path) -> Callable[..., Path]:
-    """A checkpoint of the table in a folder of its own, with other entries in config.json and other tensors."""
+    """Return a function that copies a checkpoint of the table, with changed config.json entries and tensors."""
 
     def copy(
         name: str, *, config: dict[str, Any] | None = None, tensors: Callable | None = None, **options: Any
@@ -60,7 +60,7 @@ def calibrate(source: object, text_file: Path, work: Path, *options: object) -> 
 
 @pytest.fixture
 def refuses(a3, text_file, tmp_path) -> Callable[..., None]:
-    """That a3 plan and a3 calibrate both refuse a folder in these words, and leave nothing behind."""
+    """Return a check that a3 plan and a3 calibrate both reject a folder with these words and leave nothing behind."""
 
     def check(source: Path, *words: str) -> None:
         before = snapshot(tmp_path)
@@ -73,9 +73,9 @@ def refuses(a3, text_file, tmp_path) -> Callable[..., None]:
 
 @pytest.fixture
 def chain(a3, text_file, tmp_path, monkeypatch) -> Callable[..., Path]:
-    """All stages from a source to a verified export, each ending well; the export's folder.
+    """Return a function that runs all stages from a source to a verified export and returns the export's folder.
 
-    The script of a3 verify runs in this process: starting one takes longer than all the rest.
+    The checker of a3 verify runs in this process: starting another one takes longer than all the rest.
     """
 
     def run_checker(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -137,7 +137,7 @@ def test_a_single_file_beside_shards_with_other_tensors(change, refuses, a3, sou
 
 
 def test_an_index_whose_shards_are_gone(refuses, source):
-    """Nobody can load it, so only its names are compared."""
+    """No library can load it, so only its tensor names are compared."""
     save_file(merged(source), source / SINGLE)
     for shard in source.glob("model-*"):
         shard.unlink()
@@ -173,7 +173,7 @@ def test_content_is_compared_to_the_last_byte(tmp_path, monkeypatch):
     assert not same_content(infos["one"], read_header(tmp_path / "other")["one"])
 
 
-# Tensors that are not those of the class
+# Tensors that the class does not have
 
 
 def without(*parts: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -231,7 +231,7 @@ def test_a_tied_embedding_that_is_stored_twice_and_differs(change, refuses, copi
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_has_the_tensors_of_its_class(name, checkpoint):
-    """Its own names and shapes are what is expected, to the last one."""
+    """The family's names and shapes match those of the class exactly."""
     source = Checkpoint(checkpoint(name))
     model = describe(source)
     stored = {name: info.shape for name, info in model.source.tensors.items()}
@@ -244,7 +244,7 @@ def test_every_family_has_the_tensors_of_its_class(name, checkpoint):
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "starcoder2-gqa", "qwen2-gqa"])
 def test_a_checkpoint_of_the_base_model(name, a3, chain, checkpoint, text_file, tmp_path):
-    """As `AutoModel` saves it: the same export as of the whole model, prefix included."""
+    """A checkpoint saved by `AutoModel` gives the same export as the whole model, prefix included."""
     whole = checkpoint(name, tie_word_embeddings=True)
     base = Path(shutil.copytree(whole, tmp_path / "base"))
     AutoModel.from_pretrained(whole).save_pretrained(base)
@@ -272,7 +272,7 @@ def test_a_tensor_stored_with_and_without_prefix(refuses, copied):
     refuses(folder, "1 tensor is stored with and without model. (norm.weight)")
 
 
-# RoPE said twice
+# RoPE given twice
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_our_own_exports_say_it_twice_alike(name, shape, a3, checkpoint, text_fi
         assert found["weights"] == {"checked": "tensors", "reason": None}
 
 
-# Files that are no part of the model
+# Files that do not belong to the model
 
 
 def test_stale_files_are_not_carried(chain, copied):
@@ -355,12 +355,12 @@ def test_an_adapter(weights, refuses, a3, copied, text_file):
     refused(a3("eval", source, "--dataset", text_file, "--samples", 1), "adapter_config.json", "merge the adapter")
 
 
-# Links out of the folder
+# Links that leave the folder
 
 
 @pytest.fixture
 def linked(checkpoint, tmp_path) -> Path:
-    """A folder of symbolic links to a store beside it."""
+    """Return a folder of symbolic links to a store beside it."""
     store = Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path / "store"))
     folder = tmp_path / "linked"
     folder.mkdir()
@@ -391,7 +391,7 @@ def test_every_stage_knows_that_links_were_allowed(a3, chain, linked, text_file,
         (linked / path.name).unlink()
         shutil.copyfile(path, linked / path.name)
     statistics = snapshot(work / "calibration")
-    assert a3(*calibrate(linked, text_file, work)).code == 0  # the files themselves: same request, same statistics
+    assert a3(*calibrate(linked, text_file, work)).code == 0  # the regular files: same request, same statistics
     assert snapshot(work / "calibration") == statistics
     source = work / "source.json"
     assert json.loads(source.read_text())["follow_symlinks"] is False
@@ -417,11 +417,11 @@ def test_links_in_a_recipe(a3, linked, text_file, tmp_path):
     assert outcome.json["eval"]["against"] == str(linked)
 
 
-# The hub's cache
+# The Hub's cache
 
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-watched: list[Path] = []  # while a test puts a folder here, what is done to files below it goes to `done`
+watched: list[Path] = []  # if a test puts a folder here, operations on files below it are recorded in `done`
 done: list[tuple[object, ...]] = []
 
 
@@ -433,7 +433,7 @@ def watch(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def into_cache(source: Path, cache: Path, commit: str = "0" * 40) -> None:
-    """The hub cache's layout, with blobs that may not be written to."""
+    """Copy a source to the Hub cache's layout, with read-only blobs."""
     home = cache / "models--o--n"
     for folder in (home / "blobs", home / "snapshots" / commit, home / "refs"):
         folder.mkdir(parents=True)
@@ -446,7 +446,7 @@ def into_cache(source: Path, cache: Path, commit: str = "0" * 40) -> None:
 
 
 def inodes(folder: Path) -> dict[str, object]:
-    """What would change if a file were written to, replaced or linked to."""
+    """Return what changes if a file is written to, replaced or linked to."""
     found = {}
     for path in sorted(folder.rglob("*")):
         at = path.lstat()
@@ -457,7 +457,7 @@ def inodes(folder: Path) -> dict[str, object]:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """A hub cache of our own."""
+    """Return a temporary Hub cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -469,7 +469,7 @@ def test_the_hubs_cache_is_only_read(a3, chain, checkpoint, cache, text_file):
     watched.append(cache)
     try:
         (cache / "models--o--n" / "refs" / "main").open("r+").close()
-        assert done.pop()[0] == "open"  # the hook sees
+        assert done.pop()[0] == "open"  # the hook works
         out = chain("o/n")
         text = ("--dataset", text_file, "--samples", 1, "--seq-len", 32)
         assert a3("eval", out, "--against", "o/n", *text).code == 0
@@ -483,14 +483,14 @@ def test_the_hubs_cache_is_only_read(a3, chain, checkpoint, cache, text_file):
         assert path.stat().st_nlink == 1
 
 
-# The hub
+# The Hub
 
 
 COMMIT = "1" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub with one repository, `o/n`, on this machine: its files, and what was asked for: (method, file, range)."""
+    """A local Hub with one repository, `o/n`: its files, and the requests as (method, file, range)."""
 
     daemon_threads = True
 
@@ -553,7 +553,7 @@ class HubRequest(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(cache, monkeypatch) -> Iterator[Callable[..., Hub]]:
-    """Put a folder's files on a hub of our own, beside further ones."""
+    """Serve a folder's files from the local Hub, with further ones."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.hf_api import api
@@ -607,7 +607,7 @@ def test_only_weights_that_are_read_are_downloaded(size, a3, hub, checkpoint, te
 
 
 def test_both_sets_of_weights_of_a_repository_are_compared(a3, hub, source, text_file, tmp_path):
-    """transformers would take the single file, so it may not be left out."""
+    """transformers would load the single file, so it must be compared too."""
     save_file(merged(source), source / SINGLE)
     edit_tensors(source / SINGLE, lambda tensors: {**tensors, NORM: tensors[NORM] * 2})
     hub(source)
@@ -680,7 +680,7 @@ def test_a_plan_refuses_an_adapter_on_the_hub(a3, hub, checkpoint):
 
 
 def test_a_plan_of_a_folder_without_weights(a3, source):
-    """Of an index alone the names are checked, of config.json alone nothing; of some shards all must be there."""
+    """With only an index the names are checked, with only config.json nothing; with any shard, all must exist."""
     shards = sorted(source.glob("model-*"))
     shards[0].rename(source / "elsewhere")
     refused(a3("plan", source, *PLANNED), "model-00001-of-00007.safetensors is missing")

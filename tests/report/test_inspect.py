@@ -1,4 +1,4 @@
-"""`a3 inspect`: what it says of a work folder at every stage and of an export, and its warnings."""
+"""`a3 inspect`: its output for a work folder at every stage and for an export, and its warnings."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_what_it_says_is_what_the_files_hold(a3, work, tmp_path):
 
 
 def test_energy_of_nothing_kept_bounds_every_curve(a3, work):
-    """The loss of keeping nothing is at least that of keeping something, in every method."""
+    """In every method, keeping nothing loses at least as much as keeping something."""
     for method in ("best", "paper"):
         options = ("--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8, "--method", method, "--overwrite")
         solution = a3("solve", *options, "--work", work, "--json").json

@@ -1,4 +1,4 @@
-"""a3_manifest.json against its published schema, the card that is made from it, and reproducible exports."""
+"""a3_manifest.json matches its published schema, the card is made from it, and exports are reproducible."""
 
 import copy
 import json
@@ -43,14 +43,14 @@ def test_the_published_schema_is_the_one_that_a3_reads_by():
 def test_exports_are_valid_and_mutations_are_not(out):
     manifest = json.loads((out / "a3_manifest.json").read_text())
     VALIDATOR.validate(manifest)
-    for layer in manifest["solution"]["per_layer"]:  # fewer numbers to look at, for speed
+    for layer in manifest["solution"]["per_layer"]:  # fewer numbers, for speed
         layer["curves"] = {name: {"size": [8], "loss": [0.0]} for name in layer["curves"]}
     VALIDATOR.validate(manifest)
     assert [path for path, changed in mutations(manifest) if VALIDATOR.is_valid(changed)] == []
 
 
 def mutations(manifest):
-    """Each object of the manifest with a field more; each required field missing, of another type, or absurd."""
+    """Yield manifests with a field added to each object, or a required field removed, of another type, or absurd."""
     for path in paths(manifest):
         for damage in ("gone", "type", "extra", "absurd"):
             changed = copy.deepcopy(manifest)
@@ -70,12 +70,12 @@ def mutations(manifest):
 
 
 def may_be_gone(path):
-    """Settings have defaults, files any name, and a shape or method its own fields."""
+    """Return whether the schema allows this entry to be missing."""
     inside = {"settings", "text", "damping", *OPEN} & {name for name in path[:-1] if isinstance(name, str)}
     return bool(inside) or path[-1] in ("head_dim", "intermediate_size", "in_full")
 
 
-OPEN = {"files", "shards", "tokenizer", "text_files"}  # any file names; their hashes are checked
+OPEN = {"files", "shards", "tokenizer", "text_files"}  # any file name is allowed; the hashes are checked
 
 
 def paths(value, before=()):
@@ -110,7 +110,7 @@ def test_the_card_says_how_it_was_made(a3, work, source, text_file, tmp_path):
     (tmp_path / "eval.json").write_text(json.dumps(EVALUATION))
     refused(
         a3("export", tmp_path / "out", "--work", work), "README.md", "a3 calibrate"
-    )  # it came after the calibration
+    )  # it was added after the calibration
     shutil.copy(source / "README.md", tmp_path / "card")
     record(a3, work, source, text_file)
     options = ("--eval", tmp_path / "eval.json", "--max-shard-size", "100KB")
@@ -128,7 +128,7 @@ def test_the_card_says_how_it_was_made(a3, work, source, text_file, tmp_path):
     VALIDATOR.validate(manifest)
     assert manifest["measured"][0]["kl"] == EVALUATION["kl"]
     assert manifest["calibration"]["request"]["text"]["dataset"] == "text.txt"
-    for name in ("README.md", "a3_manifest.json"):  # nobody else has these folders
+    for name in ("README.md", "a3_manifest.json"):  # only these contain the paths of the folders
         assert "/" + str(tmp_path).split("/")[1] + "/" not in (tmp_path / "out" / name).read_text("utf-8"), name
 
 
@@ -157,7 +157,7 @@ def test_a_folder_that_looks_like_a_hub_id(tmp_path, monkeypatch):
 
 
 def record(a3, work, source, text_file):
-    """Run the same calibration again: it takes the small files as they are now."""
+    """Run the same calibration again, which records the small files as they are now."""
     text = ("--dataset", text_file, "--samples", 3, "--seq-len", 32)
     assert a3("calibrate", source, *text, "--work", work).code == 0
 

@@ -1,4 +1,4 @@
-"""The commands on a model card give the same export again, whatever options it was made with."""
+"""The commands on a model card reproduce the export, whatever its options."""
 
 import json
 import re
@@ -35,7 +35,7 @@ from tests.conftest import snapshot
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
-# Settings that a card's commands leave out, each with the reason why no byte of the weights depends on it.
+# Settings that a card's commands omit, each with the reason why the bytes of the weights do not depend on it.
 UNSAID: dict[type[Settings], dict[str, str]] = {
     TextSettings: {},
     CalibrateSettings: {
@@ -52,9 +52,9 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
         "evaluations": "figures of the export itself, in README.md and a3_manifest.json alone",
     },
 }
-# Settings with an option of another name, or without one of their own.
+# Settings whose option has another name, or that have no option of their own.
 OTHER_OPTION = {"model": "model", "evaluations": "--eval"}
-# Options that are no settings: they say where, how long and how loud.
+# Options that are not settings: paths, time limits and verbosity.
 NO_SETTING = {"--work", "--overwrite", "--max-minutes", "--json", "--quiet", "out"}
 STAGES: dict[str, type[Settings]] = {"calibrate": CalibrateSettings, "solve": SolveSettings, "export": ExportSettings}
 
@@ -76,7 +76,7 @@ CALIBRATE = {
     "model": FILES,
     "revision": st.none() | st.from_regex("[0-9a-f]{40}", fullmatch=True),
     "text": st.builds(TextSettings, **TEXT),
-    "device": st.sampled_from(["cpu", "cuda"]),  # as chosen, whatever was asked for
+    "device": st.sampled_from(["cpu", "cuda"]),  # the device that was chosen, also by `auto`
     "dtype": DTYPES,
     "batch_size": st.none() | COUNTS,
     "mlp_stats": st.sampled_from(["full", "diagonal"]),
@@ -114,7 +114,7 @@ TRIED = {TextSettings: TEXT, CalibrateSettings: CALIBRATE, SolveSettings: SOLVE,
 
 @pytest.mark.parametrize("kind", TRIED, ids=lambda kind: kind.__name__)
 def test_every_setting_is_tried_or_cannot_change_a_byte(kind):
-    """A new setting fails here: let the card's commands say it, or give the reason why they need not."""
+    """This fails for a new setting: add it to the card's commands, or give the reason why they may omit it."""
     assert not TRIED[kind].keys() & UNSAID[kind].keys()
     assert TRIED[kind].keys() | UNSAID[kind].keys() == kind.model_fields.keys()
 
@@ -131,12 +131,12 @@ def test_every_setting_has_an_option(stage, command_line):
 
 
 class Parsed(Exception):
-    """Ends a command once its settings are there."""
+    """Ends a command once its settings have been built."""
 
 
 @pytest.fixture(scope="module")
 def settings_of(command_line):
-    """What the real command line makes of a line of a card: the settings of a stage."""
+    """Return a function that parses a line of a card with the real command line into the settings of a stage."""
 
     def parse(line: str) -> Any:
         made: list[Settings] = []
@@ -156,11 +156,11 @@ def settings_of(command_line):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Settings, and the manifest that a calibration with them writes on some machine."""
+    """Settings, and the manifest of a calibration with them on some machine."""
 
     settings: CalibrateSettings
     manifest: dict[str, Any]
-    expected: CalibrateSettings  # with what `auto` came to, and the data set's public name
+    expected: CalibrateSettings  # with the values that `auto` resolved to, and the data set's public name
 
 
 @st.composite
@@ -182,7 +182,7 @@ def calibrations(draw, checkpoint, **same: Any) -> Calibrated:
 
 
 def named(settings: CalibrateSettings) -> CalibrateSettings:
-    """A name that begins like an option has its folder before it."""
+    """Prefix a name that begins like an option with its folder."""
     return settings.model_copy(update={"model": f"./{settings.model}" if settings.model[0] == "-" else settings.model})
 
 
@@ -201,7 +201,7 @@ def test_calibrate_commands_have_every_setting(data, opened, settings_of):
 
 @given(data=st.data())
 def test_merged_calibrations_have_a_command_each(data, opened, settings_of):
-    """What all must have in common is the first one's; text, batches, processes and device are their own."""
+    """Shared settings are those of the first one; text, batch size, processes and device are each one's own."""
     first = data.draw(calibrations(opened))
     own = ("text", "batch_size", "device", "num_processes")
     same = {name: getattr(first.settings, name) for name in CALIBRATE if name not in own}
@@ -226,7 +226,7 @@ def test_export_command_has_every_setting(settings_of, settings):
 
 
 def test_layers_that_were_divided_in_different_ways_are_mentioned(opened):
-    """After a calibration that ran out of memory, or went on with another number of processes."""
+    """This happens after a calibration that ran out of memory, or that resumed with another number of processes."""
     settings = CalibrateSettings(model="source", text={"dataset": "text.txt"})
     made_with = [MadeWith(processes=1, batch_size=size) for size in (8, 4, 4)]
     request = describe_request(settings, opened, Machine(torch.device("cpu"), torch.float32))
@@ -235,7 +235,7 @@ def test_layers_that_were_divided_in_different_ways_are_mentioned(opened):
     assert "--batch-size 4" in line
 
 
-# Options that change bytes, and some that must not and that the commands therefore leave out.
+# Options that change bytes, and some that must not and that the commands omit.
 UNUSUAL = {
     "sequential": (
         ("--seed", 3, "--samples", 4, "--batch-size", 2, "--dtype", "bfloat16", "--full-check", "--devices", "cpu,cpu",
@@ -260,7 +260,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_the_commands_of_a_card_give_the_same_bytes(name, a3, checkpoint, text_file, tmp_path, monkeypatch):
-    """Each file of the export; of a3_manifest.json not the batch size that was asked for, if it was `auto`."""
+    """Compare every file of the export; in a3_manifest.json, ignore the requested batch size if it was `auto`."""
     calibrating, solving, exporting = UNUSUAL[name]
     begin(tmp_path / "here", checkpoint, text_file, monkeypatch)
     assert a3("calibrate", "source", "--dataset", "text.txt", "--seq-len", 32, *calibrating).code == 0
@@ -275,7 +275,7 @@ def test_the_commands_of_a_card_give_the_same_bytes(name, a3, checkpoint, text_f
         manifests = [json.loads(files.pop("a3_manifest.json")) for files in (ours, theirs)]
         asked = [manifest["calibration"]["request"].pop("batch_size") for manifest in manifests]
         assert asked == ["auto", 3]
-        for manifest in manifests:  # hashes over manifests that have the batch size in them
+        for manifest in manifests:  # hashes of manifests that contain the batch size
             for part in (manifest, manifest["calibration"], manifest["solution"]):
                 del part["sha256"]
             del manifest["solution"]["request"]["calibration"]
@@ -284,7 +284,7 @@ def test_the_commands_of_a_card_give_the_same_bytes(name, a3, checkpoint, text_f
 
 
 def begin(folder: Path, checkpoint, text_file, monkeypatch) -> None:
-    """A fresh folder with the source and the text, and no work folder, becomes the current one."""
+    """Create a fresh current folder with the source and the text, and without a work folder."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     shutil.copytree(checkpoint("llama-gqa"), "source")
@@ -301,7 +301,6 @@ def follow(a3, card: str) -> None:
 
 
 def test_the_commands_of_a_merged_calibration_give_the_same_bytes(a3, checkpoint, text_file, tmp_path, monkeypatch):
-    """The parts were calibrated with batches of different sizes."""
     begin(tmp_path / "here", checkpoint, text_file, monkeypatch)
     text = ("--samples", 4, "--seq-len", 32)
     assert a3("calibrate", "source", "--dataset", "text.txt", *text, "--batch-size", 2, "--work", "one").code == 0

@@ -1,4 +1,4 @@
-"""`a3 report`: the page's content, and that a browser renders it without the network."""
+"""`a3 report`: the content of the page, and that a browser renders it without the network."""
 
 import json
 import re
@@ -24,7 +24,7 @@ SECTIONS = ("summary", "warnings", "changes", "measured", "curves", "map", "rope
 
 
 class Page(HTMLParser):
-    """Ids, text, and whatever could reach out of the page."""
+    """Ids, text, and everything that could access the network."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_several_data_sets_and_gates(a3, out, tmp_path):
 
 
 def test_figures_of_the_export_itself(a3, work, evaluation, tmp_path):
-    """Those that a3 export was given, unless a3 report is given others."""
+    """The report shows the figures given to a3 export, unless a3 report is given others."""
     assert a3("export", tmp_path / "out", "--eval", evaluation, "--work", work).code == 0
     assert a3("report", tmp_path / "out", "--html", tmp_path / "r.html").code == 0
     found = Page((tmp_path / "r.html").read_text("utf-8"))
@@ -132,7 +132,7 @@ def test_figures_of_the_export_itself(a3, work, evaluation, tmp_path):
 
 
 def test_figures_of_a_recipes_work_folder(a3, work, source, text_file, tmp_path):
-    """As long as they are of the solution that is there."""
+    """The report shows them as long as they belong to the current solution."""
     text = {"dataset": str(text_file), "samples": 2, "seq_len": 32}
     recipe = {
         "work": str(work),
@@ -189,7 +189,7 @@ def test_bad_places_and_evaluations(a3, work, tmp_path):
 
 
 def test_the_template_is_in_the_wheel(tmp_path):
-    """As `pip wheel` builds it, without the network."""
+    """The wheel is built by `pip wheel`, without the network."""
     command = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path / 'wheel')!r})"
     tree = tmp_path / "tree"
     tree.mkdir()

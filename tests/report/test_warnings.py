@@ -1,4 +1,4 @@
-"""Warnings of scores that are far off at distances which calibration did not see, wherever a solution is shown."""
+"""Warnings of large score errors at distances that calibration did not cover, wherever a solution is shown."""
 
 import json
 
@@ -13,7 +13,7 @@ DISTANCES = [0, 1, 2, 4, 8, 16, 32, 63]
 
 
 def solution(*layers, length=16):
-    """What a manifest says of layers with these errors at DISTANCES; the mean is that of the first."""
+    """Return a manifest's entry for layers with these errors at DISTANCES; its mean is that of the first one."""
     errors = [ByDistance(distance=DISTANCES, relative=relative) for relative in layers]
     return Solution.model_construct(
         prefill_flops_per_token=Flops(before=1, after=1, seq_len=length),
@@ -25,9 +25,9 @@ def solution(*layers, length=16):
 def test_the_error_beyond_the_calibrated_length_is_judged():
     small, large = LARGE_SCORE_ERROR, LARGE_SCORE_ERROR + 0.01
     assert solution_warnings(solution([small] * 8)) == []
-    assert solution_warnings(solution([large] * 5 + [small] * 3)) == []  # at the distances of a block
+    assert solution_warnings(solution([large] * 5 + [small] * 3)) == []  # a large error within the length of a block
     assert solution_warnings(solution([small] * 5 + [large] + [small] * 2))
-    assert solution_warnings(solution([1.0] * 8, length=64)) == []  # calibrated as long as the context
+    assert solution_warnings(solution([1.0] * 8, length=64)) == []  # the calibration blocks are as long as the context
     assert solution_warnings(solution([1.0] * 8, length=63))
 
 
@@ -46,7 +46,7 @@ def test_solve_inspect_report_and_card_warn_alike(options, a3, work, tmp_path):
     solved = a3(*solve, "--json").json
     said = solved.pop("warnings")
     manifest = (work / "solution" / "manifest.json").read_bytes()
-    assert json.loads(manifest) == solved  # the warning is no part of it
+    assert json.loads(manifest) == solved  # the warning is not stored in it
     assert len(said) == (0 if options else 1)
     shown = a3(*solve)
     assert (work / "solution" / "manifest.json").read_bytes() == manifest

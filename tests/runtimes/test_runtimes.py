@@ -1,4 +1,4 @@
-"""The rules that say which runtime loads an export: one row for each, and every place speaks from them."""
+"""The rules for which runtime loads an export: one row per runtime, and every place prints the same."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Maps refined on sampled attention: the loss is the literal one, nothing finds better maps, and it is what happens."""
+"""Maps refined on sampled attention: the loss is literal, no optimiser beats it, and it is the measured error."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ H, GROUP, LENGTH, BLOCKS, WINDOW = 8, 2, 12, 3, 5
 
 
 def sampled(*, window=LENGTH, rank=H, seed=0):
-    """Random queries and keys of a few dims, values that a query must tell apart, and every second query."""
+    """Return a head of random queries and keys of `rank` dims, every second query sampled, and its output weights."""
     torch.manual_seed(seed)
     rows = torch.arange(1, LENGTH, 2)
     mix = torch.randn(rank, H)
@@ -45,14 +45,14 @@ def start(seed=1):
 
 
 def rotated(x, place, frequencies):
-    """One vector `[2n]`, pairs `(p, p + n)`, by the rotation matrices of RoPE."""
+    """Return one vector `[2n]` with pairs `(p, p + n)`, rotated by the rotation matrices of RoPE."""
     first, second = x.chunk(2)
     cos, sin = (place * frequencies).cos(), (place * frequencies).sin()
     return torch.cat([first * cos - second * sin, first * sin + second * cos])
 
 
 def literal_loss(head, output, query, key, slots=SLOTS):
-    """One query, head and key after another, in real numbers: the small head's own attention against the full one's."""
+    """Return the difference of the small head's and the full head's attention, one query, head and key at a time."""
     loss, maps = 0.0, [real_map(m[None])[0] for m in (query, key)]
     for block in range(BLOCKS):
         for row in range(head.queries.shape[1]):
@@ -100,7 +100,7 @@ def test_whole_heads_lose_nothing():
 
 
 def adam(problem, maps, steps=1000, rate=0.01):
-    """The loss that a generic optimiser reaches from these maps."""
+    """Return the loss that a generic optimiser reaches from these maps."""
     variables = [torch.view_as_real(x.to(torch.complex64)).clone().requires_grad_() for x in maps]
     optimizer, turns = torch.optim.Adam(variables, lr=rate), problem._turns(SLOTS)
     for _ in range(steps):
@@ -112,7 +112,7 @@ def adam(problem, maps, steps=1000, rate=0.01):
 
 
 def test_no_optimiser_finds_better_maps():
-    """From the same place, near which a minimum lies, and from where we ended."""
+    """Start from the same maps, near a minimum, and from our result."""
     problem = AttentionProblem(sampled()[0])
     near = [torch.eye(4, dtype=torch.complex128)[:, [0, 2]] + 0.2 * x for x in start()]
     found = problem.refine(*near, SLOTS, judge=problem, iterations=150, penalty=None)
@@ -125,7 +125,7 @@ def test_no_optimiser_finds_better_maps():
 
 
 def test_what_fits_in_smaller_heads_is_found():
-    """Queries and keys of two pairs alone lose nothing in heads of two slots that turn like them."""
+    """Queries and keys of only two pairs lose nothing in heads of two slots with the same frequencies."""
     head, _ = sampled()
     keep = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
     head = replace(head, queries=head.queries * keep, keys=head.keys * keep)
@@ -159,14 +159,14 @@ def test_the_closed_form_stands_where_numbers_overflow():
 
 
 def some_blocks(head, chosen):
-    """The same heads on some of their blocks."""
+    """Return the problem for some blocks of the same heads."""
     parts = ("queries", "keys", "values", "seen")
     return AttentionProblem(replace(head, **{name: getattr(head, name)[chosen] for name in parts}))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_other_samples_tell_when_to_stop(seed, monkeypatch):
-    """Of two blocks a long fit learns what is true of them alone; judged by others it ends no worse than it began."""
+    """A long fit to two blocks overfits them; with validation on others, the result is no worse than the start."""
     monkeypatch.setattr("tests.solvers.test_attention.BLOCKS", 402)
     head, _ = sampled(seed=seed)
     fitted, judge, text = (some_blocks(head, slice(*part)) for part in ((0, 2), (2, 102), (102, 402)))
@@ -181,7 +181,7 @@ def test_other_samples_tell_when_to_stop(seed, monkeypatch):
 
 
 def named(blocks, rows=8):
-    """Samples of one dim that say which block, and which query, they are from."""
+    """Return samples of one dim that encode their block and query."""
     place = torch.arange(blocks)[:, None, None]
     keys = {name: place.expand(-1, 16, 1).float() for name in ("sample_k", "sample_v")}
     queries = (100 * place + torch.arange(rows)[:, None]).float()
@@ -223,7 +223,7 @@ def test_distances_beyond():
     assert (found.delta.min(), found.delta.max()) == (512, 4095)
     assert found.weight.sum().item() == pytest.approx(1)
     near = found.weight[found.delta < 1024].sum().item()
-    assert near == pytest.approx(1 / 3, abs=0.01)  # one octave of three
+    assert near == pytest.approx(1 / 3, abs=0.01)  # one octave out of three
     assert distances_beyond(512, 512) is None
 
 
@@ -248,7 +248,7 @@ def test_queries_that_are_kept(length, kept):
     "name", ["llama-gqa-bias", "mistral-gqa", "qwen2-window", "starcoder2-window", "nemotron-gqa", "granite-gqa"]
 )
 def test_samples_are_the_models_own(name, a3, checkpoint, text_file, tmp_path):
-    """What q, k and v put out, rounded; and the keys that a query sees are those that it attends to."""
+    """Samples are the rounded outputs of q, k and v; each query's visible keys are those that it attends to."""
     from transformers import AutoModelForCausalLM
 
     folder = checkpoint(name)
@@ -276,7 +276,7 @@ def test_samples_are_the_models_own(name, a3, checkpoint, text_file, tmp_path):
 
 
 def test_merged_samples_are_of_all():
-    """As many blocks as one calibration keeps, from each part."""
+    """The merged samples have as many blocks as one calibration keeps, taken from each part."""
     parts = [{name: torch.full((40, 1024, 2), float(i)) for name in NAMES} for i in range(2)]
     merged = merge_samples(parts)
     assert all(len(value) == 32 for value in merged.values())
@@ -287,7 +287,7 @@ def test_merged_samples_are_of_all():
     "name", ["llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"]
 )
 def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tmp_path):
-    """The first layer's attention, its queries and keys alone cut, in source and export, on what judges."""
+    """Compare the first layer's attention in source and export on the validation blocks; only QK is cut."""
     from transformers import AutoModelForCausalLM
 
     folder, work, out = checkpoint(name), ("--work", tmp_path / "work"), tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Gauss-Newton steps equal dense least squares on the literal Jacobian."""
+"""Gauss-Newton steps equal dense least squares with the literal Jacobian."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def plain(z: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def problem():
-    """An MLP of 5 channels on 6 inputs and 4 outputs, 300 tokens in two batches, float64; two layers read its input."""
+    """Return an MLP of 5 channels, 6 inputs and 4 outputs, and 300 tokens in two batches; two layers read its input."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_damping_shortens_the_step(problem):
 
 
 def test_dead_channels_do_not_move(problem):
-    """A channel that nothing reads has no derivative: its row stays finite and still."""
+    """A channel that no output reads has no derivative: its row stays finite and unchanged."""
     _, weights, biases, x, target = problem
     down = torch.zeros(4, 5, dtype=torch.float64)
     down[:, :4] = 1.0

@@ -1,4 +1,4 @@
-"""Heads of which RoPE turns only some dims: real scores, and the theorem without RoPE for what is passed through."""
+"""Heads with partial RoPE: real scores, and the theorem without RoPE for the unrotated dims."""
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ from a3cli.work.manifests import Sizes, Solution
 from tests.helpers.literal import random_attention
 
 FLOOR = 1e-13
-H, TURNING = 8, 2  # dims 0 to 3 turn, 4 to 7 are passed through
+H, TURNING = 8, 2  # dims 0 to 3 are rotated, 4 to 7 are not
 PAIRS = torch.tensor([1.0, 0.1], dtype=torch.float64)
 WHOLE = torch.tensor([1.0, 0.1, 0.0, 0.0], dtype=torch.float64)
-SLOTS = torch.tensor([0.6, 0.0], dtype=torch.float64)  # one that turns, one that does not
+SLOTS = torch.tensor([0.6, 0.0], dtype=torch.float64)  # one rotated slot, one unrotated
 DISTANCES = Distances(torch.arange(12, dtype=torch.float64), torch.linspace(1, 0.1, 12, dtype=torch.float64) / 6.6)
 BANDS = [Band(0, 2, 1, 0.22), Band(2, 4, 1, 2.0)]
 KINDS = [(4, 4, False), (6, 2, True)]
@@ -49,7 +49,7 @@ def start(a, bands=BANDS, *, turning=PAIRS):
 
 
 def turned(x, frequencies, places):
-    """Stock partial RoPE: `[..., h]`, dims `(p, p + r/2)` of the first r."""
+    """Apply stock partial RoPE: `[..., h]`, pairs `(p, p + r/2)` of the first r dims."""
     n = len(frequencies)
     first, second, still = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     cos, sin = (places * frequencies).cos(), (places * frequencies).sin()
@@ -58,12 +58,12 @@ def turned(x, frequencies, places):
 
 
 def small(x, maps):
-    """Slots `[..., S]` of heads, as complex numbers."""
+    """Return the slots `[..., S]` of heads, as complex numbers."""
     return x.to(maps) @ maps.conj()
 
 
 def literal_loss(a, query, key, *, slots=SLOTS, turning=PAIRS, centring=0.0):
-    """Squared error of real scores `[K]` over all tokens and distances, less what is constant over keys."""
+    """Return the squared error of real scores `[K]` over all tokens and distances, minus what is constant over keys."""
     losses = []
     for k in range(len(a.w_k)):
         keys, loss = a.x @ a.w_k[k], 0.0
@@ -81,7 +81,7 @@ def literal_loss(a, query, key, *, slots=SLOTS, turning=PAIRS, centring=0.0):
 
 @pytest.mark.parametrize("turning", [0, 1, 3, 4])
 def test_pairs_are_where_stock_rotation_has_them(turning):
-    """Turned as complex pairs, what is passed through as pairs that stand still: the scores of stock partial RoPE."""
+    """Rotated complex pairs and unrotated pairs together give the scores of stock partial RoPE."""
     frequencies = torch.rand(turning, dtype=torch.float64)
     still = torch.zeros(4 - turning, dtype=torch.float64)
     q, k = torch.randn(2, 5, 8, dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_loss_is_twice_the_literal_one(heads, kv_heads, bias, centring):
 def test_it_is_never_worse_than_bands(heads, kv_heads, bias):
     a = random_attention(heads, kv_heads, bias=bias, d=H)
     key = start(a)
-    query = torch.zeros_like(key).requires_grad_()  # the best for these keys: the loss is quadratic
+    query = torch.zeros_like(key).requires_grad_()  # the best queries for these keys: the loss is quadratic
     step = torch.optim.LBFGS([query], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
@@ -139,7 +139,7 @@ def test_it_is_never_worse_than_bands(heads, kv_heads, bias):
 
 
 def lowest(a, places, **options):
-    """The literal loss that L-BFGS reaches from each of these maps."""
+    """Return the lowest literal loss that L-BFGS reaches from these maps."""
     best = float("inf")
     for place in places:
         maps = [part.clone().requires_grad_() for part in place]
@@ -157,7 +157,7 @@ def lowest(a, places, **options):
 
 
 def around(maps):
-    """The maps themselves, and a random place near them."""
+    """Return the maps themselves, and random ones near them."""
     yield maps.query, maps.key
     noise = torch.randn(2, *maps.key.shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(1))
     yield maps.query + 0.3 * noise[0], maps.key + 0.3 * noise[1]
@@ -172,7 +172,7 @@ def test_no_optimiser_finds_better_maps():
 @kinds
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_without_rotation_it_is_the_theorem(heads, kv_heads, bias, rank):
-    """Two real dims a slot: the tail of the real decomposition, which complex maps of pairs do not reach."""
+    """With two real dims per slot, the loss is the tail of the real decomposition, which complex maps do not reach."""
     a = random_attention(heads, kv_heads, bias=bias)
     still = torch.zeros(0, dtype=torch.float64)
     key = start(a, [Band(0, 4, rank, 0.0)], turning=still)
@@ -188,7 +188,7 @@ def test_without_rotation_it_is_the_theorem(heads, kv_heads, bias, rank):
 
 
 def real_loss(a, k, query_map, key_map):
-    """Squared error of the scores of one KV head's group without RoPE, for real maps `[h, r]`."""
+    """Return the squared score error of one KV head's group without RoPE, for real maps `[h, r]`."""
     keys, loss = a.x @ a.w_k[k], 0.0
     for i in range(k * a.group, (k + 1) * a.group):
         queries = a.x @ a.w_q[i]
@@ -205,7 +205,7 @@ def test_no_optimiser_beats_the_theorem():
 
 @kinds
 def test_bands_never_hold_both(heads, kv_heads, bias):
-    """All that is passed through is one band, whose cost is the theorem's, in the unit of complex scores."""
+    """All unrotated dims form one band, whose cost is the theorem's, in the unit of complex scores."""
     a = random_attention(heads, kv_heads, bias=bias)
     grams = partial_grams(*sums(a), DISTANCES.constancy(PAIRS), centring=0.0, floor=FLOOR)
     units = torch.rand(kv_heads, dtype=torch.float64)
@@ -232,7 +232,7 @@ def test_all_slots_lose_nothing():
 @kinds
 @pytest.mark.parametrize("distance", [0, 3, 11])
 def test_predicted_score_error_is_the_measured_one(heads, kv_heads, bias, distance):
-    """Stock partial RoPE on real vectors of the smaller head, every query against every key at one distance."""
+    """Apply stock partial RoPE to real vectors of the smaller head, for every query and key at one distance."""
     a = random_attention(heads, kv_heads, bias=bias)
     maps = problem(a).solve(start(a))
     columns = [real_columns(part) for part in (maps.query, maps.key)]
@@ -252,7 +252,7 @@ def test_predicted_score_error_is_the_measured_one(heads, kv_heads, bias, distan
 
 
 def test_attention_is_the_literal_one():
-    """One query and key after another, of real vectors that stock partial RoPE turns."""
+    """Compute it for one query and key at a time, with real vectors and stock partial RoPE."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):

@@ -1,4 +1,4 @@
-"""Slots that mix every pair: the loss is the literal one, each half-step is its minimum, and bands are only a start."""
+"""Slots that mix every pair: the loss is the literal one, each half-step is its minimum, and bands give the start."""
 
 import pytest
 import torch
@@ -24,14 +24,14 @@ def problem(a, *, slots=SLOTS, centring=0.0, pairs=PAIRS, distances=DISTANCES):
 
 
 def start(a):
-    """Two bands of two pairs, one slot each."""
+    """Return the query and key maps of two bands of two pairs, with one slot each."""
     flat = torch.ones(4, 4, dtype=torch.float64)
     grams = pair_grams(a.gram(a.w_q), a.gram(a.w_k), (a.x @ a.w_k).mean(1), flat, centring=0.0)
     return band_maps(grams, [Band(0, 2, 1, 0.5), Band(2, 4, 1, 2.5)], floor=FLOOR)
 
 
 def literal_loss(a, query, key, *, centring=0.0, slots=SLOTS):
-    """Squared error of the complex scores `[K]` over all tokens and distances, less what is constant over keys."""
+    """Return the squared error of complex scores `[K]` over all tokens and distances, less the part common to keys."""
     losses = []
     for k in range(len(a.w_k)):
         keys, loss = as_pairs(a.x @ a.w_k[k]), 0.0
@@ -62,7 +62,7 @@ def test_loss_is_the_literal_one(heads, kv_heads, bias, centring):
 @kinds
 @pytest.mark.parametrize("centring", [0.0, 0.95])
 def test_each_half_step_is_a_minimum(heads, kv_heads, bias, centring):
-    """The gradient of the literal loss vanishes, for queries given the keys and for keys given the queries."""
+    """The gradient of the literal loss vanishes for queries given the keys, and for keys given the queries."""
     a = random_attention(heads, kv_heads, bias=bias)
     steps = problem(a, centring=centring)
     query = steps._best_query(start(a)[1])
@@ -84,7 +84,7 @@ def test_slots_are_never_worse_than_bands(heads, kv_heads, bias):
 
 
 def test_no_optimiser_finds_better_maps():
-    """Adam on the literal loss, from where the alternation ended and from a random place."""
+    """Run Adam on the literal loss, from the alternation's result and from random maps."""
     a = random_attention(2, 1, bias=False)
     maps = problem(a).solve(start(a)[1])
     best = float("inf")
@@ -108,7 +108,7 @@ def test_no_optimiser_finds_better_maps():
 
 @kinds
 def test_without_rotation_it_is_the_theorem(heads, kv_heads, bias):
-    """One frequency everywhere: the loss is the tail of the joint decomposition."""
+    """With one frequency, the loss is the tail of the joint decomposition."""
     a = random_attention(heads, kv_heads, bias=bias)
     still = torch.zeros(4, dtype=torch.float64)
     flat = torch.ones(4, 4, dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_dead_heads_stay_finite():
 @kinds
 @pytest.mark.parametrize("distance", [0, 3, 11])
 def test_predicted_score_error_is_the_measured_one(heads, kv_heads, bias, distance):
-    """Stock RoPE on real vectors, every query against every key at one distance."""
+    """Apply stock RoPE to real vectors, for every query and key at one distance."""
     a = random_attention(heads, kv_heads, bias=bias)
     maps = problem(a).solve(start(a)[1])
     query_map, key_map = real_map(maps.query), real_map(maps.key)

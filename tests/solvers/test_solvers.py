@@ -1,4 +1,4 @@
-"""The mathematics: equal to the paper's literal formulas, optimal, and as wrong as predicted, not more."""
+"""The solvers equal the paper's literal formulas, are optimal, and have exactly the predicted error."""
 
 import itertools
 import random
@@ -45,7 +45,7 @@ def test_qk_equals_the_literal_formula(heads, kv_heads, bias):
 
 @kinds
 def test_ov_equals_the_literal_formula(heads, kv_heads, bias):
-    """MHA with each head's own attention-weighted autocorrelation, GQA with the unweighted one, as in the paper."""
+    """For MHA each head has its own attention-weighted autocorrelation; for GQA it is unweighted, as in the paper."""
     a, rank = random_attention(heads, kv_heads, bias=bias), 5
     ours = solve_ov(a.output_gram() if a.group == 1 else a.gram(a.w_v), output_gram_of(a.w_o), floor=FLOOR)
     for k in range(kv_heads):
@@ -60,7 +60,7 @@ def test_ov_equals_the_literal_formula(heads, kv_heads, bias):
 
 @kinds
 def test_pair_selection_equals_the_literal_formula(heads, kv_heads, bias):
-    """The paper's CUR score: products of column norms of R^½W, both dims of a pair, summed over the group."""
+    """The paper's CUR score is the product of column norms of R^½W, for both dims of a pair, summed over the group."""
     a = random_attention(heads, kv_heads, bias=bias)
     root = square_root(a.autocorrelation())
     scores = score_pairs(a.gram(a.w_q), a.gram(a.w_k))
@@ -85,7 +85,7 @@ def test_channel_selection_equals_the_literal_formula():
 
 @kinds
 def test_qk_error_is_the_predicted_tail(heads, kv_heads, bias):
-    """Σ_i E|q_iᵀk − q̃_iᵀk̃|² over all pairs of query and key tokens, summed up token by token."""
+    """Compare with Σ_i E|q_iᵀk − q̃_iᵀk̃|² over all pairs of query and key tokens, summed token by token."""
     a = random_attention(heads, kv_heads, bias=bias)
     ours = solved_qk(a)
     curves = tail_sums(ours.values)
@@ -112,7 +112,7 @@ def test_ov_error_is_the_predicted_tail(bias):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1)])
 def test_no_optimiser_beats_the_qk_solution(heads, kv_heads):
-    """L-BFGS over free rank-r maps, from random starts and from our solution, ends no lower and close by."""
+    """L-BFGS over free rank-r maps, from random starts and from our solution, ends no lower, and close to it."""
     a, rank = random_attention(heads, kv_heads, bias=True, d=10, h=6), 3
     ours = solved_qk(a)
     q_gram, k_gram = a.gram(a.w_q)[: a.group], a.gram(a.w_k)[0]
@@ -143,7 +143,7 @@ def test_no_optimiser_beats_the_qk_solution(heads, kv_heads):
 
 
 def test_best_channels_without_cross_terms_are_kept():
-    """With uncorrelated channels the score is the exact loss, so no other choice of channels is better."""
+    """For uncorrelated channels the score is the exact loss, so no other choice of channels is better."""
     generator = torch.Generator().manual_seed(1)
     energy = torch.rand(8, generator=generator, dtype=torch.float64)
     down = torch.randn(5, 8, generator=generator, dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_effective_rank(spectrum, expected):
 
 @st.composite
 def items(draw):
-    """Up to four components whose fullest size may itself remove something; removals share no or some divisor."""
+    """Draw up to four components whose full size may itself remove weights; removals may share a divisor."""
     unit = draw(st.sampled_from([1, 6, 64]))
     steps, losses = st.integers(1, 40), st.floats(0, 9)
     made = []
@@ -243,7 +243,7 @@ def test_allocation_in_coarse_steps_never_removes_too_little():
 
 
 def test_allocation_in_coarse_steps_finds_the_only_choice():
-    """Rounded down, all removals together fall short of what they remove."""
+    """Rounded down, all removals together are less than the needed amount."""
     items = [[Choice(1, 0, 0.0), Choice(0, 10**7 + i, 1.0)] for i in range(40)]
     assert allocate(items, sum(item[1].removed for item in items)) == [item[1] for item in items]
 

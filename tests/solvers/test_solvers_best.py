@@ -1,4 +1,4 @@
-"""Beyond the paper: bands, refits, greedy selection. Exact where they must be, optimal, never worse than plain."""
+"""Beyond the paper: bands, refits and greedy selection are exact where expected, optimal, never worse than plain."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def uniform(length):
 
 
 def rotate(x, positions, frequencies):
-    """Stock RoPE of `[n, h]` at positions `[n]`, written out."""
+    """Apply stock RoPE to `[n, h]` at positions `[n]`, written out."""
     angle = positions[:, None] * frequencies
     first, second = x.chunk(2, -1)
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
@@ -56,7 +56,7 @@ def test_complex_gram_is_that_of_the_pairs():
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_full_rank_bands_leave_every_rotated_score_unchanged(heads, kv_heads):
     a = random_attention(heads, kv_heads, bias=True)
-    shared = torch.tensor([0.9, 0.9, 0.2, 0.2], dtype=torch.float64)  # two bands that really turn alike
+    shared = torch.tensor([0.9, 0.9, 0.2, 0.2], dtype=torch.float64)  # two bands whose pairs really share a frequency
     bands = [Band(0, 2, 2, 0), Band(2, 4, 2, 2)]
     query_map, key_map = solve_bands(grams_of(a), bands, floor=FLOOR)
     positions = torch.arange(len(a.x), dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_full_rank_bands_leave_every_rotated_score_unchanged(heads, kv_heads):
 
 
 def test_truncation_loss_is_the_predicted_tail():
-    """The squared error of the complex scores, over all pairs of query and key tokens."""
+    """Compare with the squared error of complex scores over all pairs of query and key tokens."""
     a = random_attention(3, 1, bias=False)
     grams = grams_of(a)
     bands = [Band(0, 4, 2, 0)]
@@ -98,7 +98,7 @@ def test_one_pair_a_band_is_the_papers_selection():
 
 
 def test_equal_frequencies_give_the_theorem_without_rope():
-    """One band that is free to take everything: complex rank r loses no more than real rank-2r of shared structure."""
+    """With one band of everything, complex rank r loses no more than real rank 2r of shared structure."""
     a = random_attention(4, 2, bias=False)
     same = torch.full((4,), 0.3, dtype=torch.float64)
     distances = uniform(16)
@@ -108,7 +108,7 @@ def test_equal_frequencies_give_the_theorem_without_rope():
 
 
 def test_bands_are_the_best_partition():
-    """Against every partition of the pairs in consecutive bands with every choice of ranks."""
+    """Compare with every partition of the pairs into consecutive bands and every choice of ranks."""
     a = random_attention(4, 2, bias=False)
     frequencies = torch.tensor([1.0, 0.6, 0.3, 0.1], dtype=torch.float64)
     delta = torch.arange(12, dtype=torch.float64)
@@ -138,9 +138,9 @@ def test_sharing_cost_is_the_measured_error():
 
 
 def test_centring_never_raises_the_loss_of_a_constant_key():
-    """Keys that are all the same mean nothing to the softmax: with full centring they cost nothing to drop."""
+    """A key that never changes has no effect on the softmax: with full centring, dropping it costs nothing."""
     a = random_attention(2, 1, bias=True)
-    a.w_k[:, :-1] = 0  # only the bias is left: a constant key
+    a.w_k[:, :-1] = 0  # only the bias remains: a constant key
     grams = grams_of(a, centring=1.0)
     assert grams.keys.abs().max() < 1e-12
     assert grams.energy.max() > 0
@@ -260,7 +260,7 @@ def test_dead_and_duplicate_channels_are_taken_last_and_stay_finite():
 
 @pytest.mark.parametrize("block", [1, 4, 16])
 def test_fewer_tokens_than_channels(block):
-    """Statistics of 40 tokens for 200 channels, accumulated in float32 and with one dominating channel."""
+    """Use statistics of 40 tokens for 200 channels, accumulated in float32, with one dominating channel."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 200, generator=generator) * torch.linspace(0.01, 1, 200)
     x[:, 7] *= 1e3
@@ -272,7 +272,7 @@ def test_fewer_tokens_than_channels(block):
 
 
 def test_bands_of_one_frequency_never_beat_the_real_theorem_by_mistake():
-    """The complex maps are a subset of real ones: at equal head size their loss cannot be below the real optimum."""
+    """Complex maps are a subset of real ones: at equal head size their loss cannot be below the real optimum."""
     a = random_attention(2, 1, bias=False)
     real = tail_sums(solve_qk(a.gram(a.w_q), a.gram(a.w_k), floor=FLOOR).values)[0]
     query_map, key_map = solve_bands(grams_of(a), [Band(0, 4, 2, 0.0)], floor=FLOOR)

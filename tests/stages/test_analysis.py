@@ -1,4 +1,4 @@
-"""An analysis is a value: it serves any number of budgets, in any order, and each gets the same bytes."""
+"""An analysis is immutable: it serves any number of budgets in any order, with the same bytes for each."""
 
 from dataclasses import replace
 from pathlib import Path

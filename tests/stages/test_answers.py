@@ -12,13 +12,13 @@ FIGURES = ("perplexity", "source_perplexity", "kl", "top1_agreement")
 
 @pytest.fixture
 def no_memory(monkeypatch):
-    """No weights fit; hidden states do."""
+    """Make weights appear too large for memory; hidden states still fit."""
     monkeypatch.setattr(answers, "available_memory", lambda machine, settings: 0)
 
 
 @pytest.fixture
 def held(monkeypatch):
-    """Indices of the layers whose weights are in memory, noted whenever one is loaded."""
+    """Return the recorded number of layers whose weights are in memory, noted whenever one is loaded."""
     now, seen = [], []
     plain = Decoder.load
 
@@ -33,7 +33,7 @@ def held(monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_streamed_model_has_the_same_figures(name, a3, checkpoint, text_file, tmp_path, held, monkeypatch):
-    """With a shorter block at the end, and a batch that is not full."""
+    """Include a shorter block at the end, and an incomplete batch."""
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text("utf-8")[:330], "utf-8")
     command = ("eval", checkpoint(name, seed=1), "--against", checkpoint(name), "--dataset", text, "--seq-len", 64)
@@ -62,7 +62,7 @@ def test_a_per_layer_export_is_streamed_by_its_own_code(a3, work, source, text_f
 
 
 def test_only_what_does_not_fit_is_streamed(a3, checkpoint, text_file, monkeypatch):
-    """Room for the model, and not for its source beside it."""
+    """There is room for the model, but not for its source too."""
     folder, opened = checkpoint("llama-gqa"), []
     bytes_of_one = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     monkeypatch.setattr(answers, "available_memory", lambda machine, settings: 3 * bytes_of_one // 2)

@@ -1,4 +1,4 @@
-"""Bad input: one line that says what and where, exit code 2, and nothing left behind."""
+"""Bad input: one line that says what failed and where, exit code 2, and nothing left behind."""
 
 import json
 import os
@@ -276,7 +276,7 @@ BAD_SETTINGS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
 def test_bad_settings_leave_everything_as_it_was(name, a3, work, tmp_path, monkeypatch):
-    """Even the solution that --overwrite would have replaced."""
+    """Even the solution that --overwrite would have replaced stays."""
     command, words = BAD_SETTINGS[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("A3_WORK", str(work))
@@ -409,7 +409,7 @@ def test_no_disk_space_is_seen_before_work_begins(a3, work, source, text_file, t
 
 @contextmanager
 def no_file_larger(size: int) -> Iterator[None]:
-    """The kernel refuses to write beyond `size` bytes, as it does on a full disk."""
+    """Limit the size of files to `size` bytes: the kernel rejects larger ones, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -449,7 +449,7 @@ def test_a_disk_that_fills_up_in_a_later_stage(command, size, a3, work, tmp_path
 
 @pytest.mark.parametrize("command", [("calibrate", "source", *SHORT), ("export", "out")])
 def test_a_disk_that_fills_up_under_a_real_process(command, work, text_file, tmp_path):
-    """Nothing else is on stderr either: no library speaks, no traceback."""
+    """stderr has only this error: no library output and no traceback."""
     text = ("--dataset", text_file, "--work", "new") if command[0] == "calibrate" else ("--work", work)
     before = snapshot(tmp_path)
     ended = subprocess.run(
@@ -465,7 +465,7 @@ def test_a_disk_that_fills_up_under_a_real_process(command, work, text_file, tmp
 
 
 def test_an_unfinished_calibration_outlives_every_failure(a3, source, text_file, tmp_path, monkeypatch):
-    """Interrupted in its last layer, then refused in several ways, it still goes on there."""
+    """After an interruption in its last layer and several errors, it still resumes there."""
     from a3cli.cli.progress import SweepProgress
 
     command = ("calibrate", source, "--dataset", text_file, *SHORT, "--quiet", "--work", tmp_path / "work")
@@ -584,7 +584,7 @@ def test_eval_against_another_vocabulary(a3, checkpoint, text_file):
 
 
 def test_a_failure_late_keeps_the_layers_before(a3, source, text_file, tmp_path):
-    """NaN in the last layer: the first one's statistics stay, and are not mixed with those of other weights."""
+    """With a NaN in the last layer, the first one's statistics stay, and are not mixed with those of other weights."""
     intact = {path: path.read_bytes() for path in shards(source)}
     late = DOWN.replace("0", "1")
     edit_tensor(late, with_nan)(source)

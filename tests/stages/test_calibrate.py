@@ -1,4 +1,4 @@
-"""The sweep against an ordinary forward with hooks on the whole model, and resuming it at any moment."""
+"""The sweep equals an ordinary forward pass with hooks on the whole model, and resumes at any point."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ SETTINGS = ("--samples", 6, "--seq-len", 80, "--batch-size", 4)
 
 @torch.inference_mode()
 def hooked_sums(folder, blocks):
-    """Gram matrices of one plain forward over all blocks, in float64, by layer."""
+    """Return each layer's Gram matrices from one plain forward over all blocks, in float64."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -45,7 +45,7 @@ def hooked_sums(folder, blocks):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_file, tmp_path, monkeypatch):
-    """With the MLP in pieces, the last of a batch smaller than the others."""
+    """Run the MLP in pieces, with a smaller batch at the end."""
     monkeypatch.setattr("a3cli.stream.hooks.MLP_TOKENS", 150)
     folder, pieces, add_mlp = checkpoint(name), [], LayerMoments.add_mlp
 
@@ -173,7 +173,7 @@ def test_interrupted_in_a_layer_it_goes_on_there_with_the_same_bytes(
 
 
 def test_killed_it_goes_on_with_the_same_bytes(a3, checkpoint, text_file, tmp_path):
-    """SIGKILL of a real process once its first layer is on disk."""
+    """Send SIGKILL to a real process once its first layer is on disk."""
     folder = checkpoint("llama-gqa", num_hidden_layers=24)
     arguments = [str(part) for part in ("calibrate", folder, "--dataset", text_file, "--samples", 8, "--seq-len", 80)]
     work = tmp_path / "cut"

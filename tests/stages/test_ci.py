@@ -1,4 +1,4 @@
-"""docs/ci.md: its shell block runs as it stands, its workflow uses commands that exist, exit codes are what it says."""
+"""docs/ci.md: its shell block runs as printed, its workflow's commands exist, and the exit codes are correct."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def block(language: str) -> str:
 
 @pytest.fixture
 def environment(tmp_path):
-    """The demo model, its text, and an `a3` on the path."""
+    """Return an environment with the demo model, its text, and an `a3` on the path."""
     subprocess.run([sys.executable, ROOT / "scripts" / "demo_text.py", tmp_path / "text"], check=True)
     command = tmp_path / "bin" / "a3"
     command.parent.mkdir()
@@ -68,7 +68,7 @@ def test_the_shell_example_runs_as_it_stands(environment, tmp_path):
 
 @pytest.mark.parametrize(("codes", "expected"), [([3, 3, 0], 0), ([3, 70], 70), ([2], 2)])
 def test_the_shell_example_goes_on_after_code_3_only(codes, expected, tmp_path):
-    """With an `a3` whose calibrate ends with these codes in turn; all its other commands succeed."""
+    """Run it with an `a3` whose calibrate returns these codes in turn and whose other commands succeed."""
     command = tmp_path / "a3"
     (tmp_path / "codes").write_text("\n".join(map(str, codes)) + "\n")
     command.write_text(
@@ -95,7 +95,7 @@ def test_every_command_of_the_page_exists_with_its_options(command_line):
 
 
 def test_the_workflow_keeps_what_a_failed_job_has_done():
-    """`actions/cache` alone saves nothing of a job that ended with code 3, and nothing twice under one key."""
+    """`actions/cache` alone saves nothing of a job that ended with code 3, and never saves a key twice."""
     (job,) = yaml.safe_load(block("yaml"))["jobs"].values()
     uses = {step["uses"].partition("@")[0]: step for step in job["steps"] if "uses" in step}
     assert "actions/cache" not in uses

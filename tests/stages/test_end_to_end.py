@@ -1,6 +1,6 @@
-"""The main job through the real command line, reopened with stock transformers, compared with a reference.
+"""Compress through the real command line, load with stock transformers, and compare with a reference.
 
-The references are the full-size source with the same solution applied in place, the rest zeroed, written down here
+Each reference is the full-size source with the same solution applied in place and the rest zeroed. It is written here
 independently of the package's export.
 """
 
@@ -37,7 +37,7 @@ LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def run_chain(a3, source: Path, text: Path, folder: Path, *solve_options: object, export_options: tuple = ()) -> Path:
-    """calibrate, solve, export; the exported folder. The work folder is `folder/work`."""
+    """Run calibrate, solve and export, and return the exported folder. The work folder is `folder/work`."""
     work, out = folder / "work", folder / "out"
     for command in (
         ("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 80, "--batch-size", 4),
@@ -50,7 +50,7 @@ def run_chain(a3, source: Path, text: Path, folder: Path, *solve_options: object
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """Stock transformers, no remote code; every weight of the folder is used and none is missing."""
+    """Load a folder with stock transformers and without remote code; check that no weight is unused or missing."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=options.pop("dtype", torch.float32), output_loading_info=True, **options
     )
@@ -67,7 +67,7 @@ def logits(model: Any, length: int = LENGTH) -> torch.Tensor:
 
 @torch.no_grad()
 def zeroed_reference(source: Path, work: Path) -> Any:
-    """The source with dropped pairs and channels zeroed and the OV projector put into W_v."""
+    """Return the source with dropped pairs and channels zeroed and the OV projector applied to W_v."""
     model = load(source)
     for index, layer in enumerate(model.model.layers):
         solution = load_file(work / "solution" / f"layer-{index:03d}.safetensors")
@@ -92,7 +92,7 @@ def zeroed_reference(source: Path, work: Path) -> Any:
 
 @torch.no_grad()
 def banded_reference(source: Path, work: Path) -> Any:
-    """The full-size source with each slot in a pair of its own, turning as the manifest says, and the rest zero."""
+    """Return the full-size source with each slot in its own pair, with the manifest's frequency, and the rest zero."""
     model = load(source)
     size, slots = model.config.head_dim, json.loads((work / "solution" / "manifest.json").read_text())["rope_slots"]
     turning = turning_pairs(model.config)
@@ -117,11 +117,11 @@ def banded_reference(source: Path, work: Path) -> Any:
 
 
 class Turning(torch.nn.Module):
-    """In place of a stock rotary module: the first pairs turn like the given, possibly fractional, source pairs."""
+    """Replace a stock rotary module: the first pairs rotate like the given, possibly fractional, source pairs."""
 
     def __init__(self, rotary: Any, slots: list[float], length: int) -> None:
         super().__init__()
-        rotary(torch.zeros(1), torch.arange(length)[None])  # longrope takes the table for this length
+        rotary(torch.zeros(1), torch.arange(length)[None])  # longrope chooses the table for this length
         logs = rotary.inv_freq.double().log().tolist()
         below = [min(int(slot), len(logs) - 2) for slot in slots]
         turned = [logs[b] + (slot - b) * (logs[b + 1] - logs[b]) for slot, b in zip(slots, below, strict=True)]
@@ -151,7 +151,7 @@ def test_export_equals_the_full_size_reference(name, method, reference, a3, chec
     small = load(out)
     expected = logits(reference(source, tmp_path / "work"))
     assert_same_logits(logits(small), expected, 2e-4)
-    # A change of size that did nothing would pass the line above if nothing had been dropped.
+    # A compression without effect would pass the line above if nothing had been dropped.
     assert (expected - logits(load(source))).norm() / expected.norm() > 1e-2
 
 
@@ -164,7 +164,7 @@ def test_export_equals_the_full_size_reference(name, method, reference, a3, chec
     ],
 )
 def test_a_configuration_without_head_dim(name, options, a3, checkpoint, text_file, tmp_path):
-    """As Qwen2's is: hidden size over heads. The same model comes out as of a configuration that says it."""
+    """Like Qwen2, it has hidden size over heads; the export equals that of a configuration with head_dim."""
     said, unsaid = checkpoint(name, hidden_size=64), tmp_path / "source"
     shutil.copytree(said, unsaid)
     config = json.loads((unsaid / "config.json").read_text())
@@ -240,7 +240,7 @@ def test_down_projection_with_a_bias_is_a_regression_with_intercept(name, a3, ch
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias", "starcoder2-gqa", "starcoder2-window"])
 @torch.no_grad()
 def test_predicted_mlp_loss_is_the_measured_one(name, a3, checkpoint, text_file, tmp_path):
-    """What the first layer's MLP puts out in source and export, of which nothing else was cut."""
+    """Compare the first layer's MLP output in source and export; nothing else was cut."""
     source, work, out = checkpoint(name), tmp_path / "work", tmp_path / "out"
     a3("calibrate", source, "--dataset", text_file, "--samples", 8, "--seq-len", 60, "--work", work)
     cut = ("--mlp-budget", 0.8, "--components", "mlp", "--mlp-multiple", 8)
@@ -270,7 +270,7 @@ def test_attention_only_leaves_the_mlp_bit_identical(a3, checkpoint, text_file, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_sources_are_rounded_once(dtype, a3, checkpoint, text_file, tmp_path):
-    """Each exported weight is the rounding of what the same solution gives in float32."""
+    """Each exported weight is the rounded result of the same solution in float32."""
     source = checkpoint("llama-gqa", dtype=dtype)
     out = run_chain(a3, source, text_file, tmp_path, "--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
     wide = tmp_path / "wide"
@@ -384,7 +384,7 @@ def test_a_finished_stage_run_again_is_a_no_op(a3, checkpoint, text_file, tmp_pa
 
 
 def test_weights_that_an_export_could_not_stand_for_are_refused(a3, checkpoint, text_file, tmp_path):
-    """Too large for the dtype asked for; not finite where calibration does not look. Nothing is left."""
+    """They overflow the requested dtype, or are not finite where calibration does not check. Nothing is left behind."""
     source = Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path / "source"))
     work, out, file = tmp_path / "work", tmp_path / "out", source / "model.safetensors"
     weights = load_file(file)
@@ -414,7 +414,7 @@ def test_weights_that_an_export_could_not_stand_for_are_refused(a3, checkpoint, 
 @pytest.mark.parametrize("method", ["paper", "best"])
 @pytest.mark.parametrize("sequential", [False, True])
 def test_disk_that_a_solution_takes_is_what_was_asked_for(method, sequential, a3, checkpoint, text_file, tmp_path):
-    """Before it begins; the files' headers apart. Of a sequential one, what stays is half at most."""
+    """The space requested at the start is the tensors' size; a sequential solution keeps at most half of it."""
     source, work = checkpoint("llama-gqa"), tmp_path / "work"
     asked: list[int] = []
     text = ("--dataset", text_file, "--samples", 4, "--seq-len", 64)
@@ -456,7 +456,7 @@ def test_no_size_is_below_the_least(method, a3, checkpoint, text_file, tmp_path)
     assert "--min-mlp" in refused.stderr
 
 
-# In these config.json leaves to the model's context what transformers scales by.
+# This configuration takes the scaling from the model's context.
 YARN_BY_CONTEXT = {key: value for key, value in YARN.items() if key != "original_max_position_embeddings"}
 LONGROPE_BY_CONTEXT = {key: value for key, value in LONGROPE.items() if key != "factor"}
 ROPES = (DEFAULT, LINEAR, LLAMA3, YARN, YARN_BY_CONTEXT, LONGROPE, LONGROPE_BY_CONTEXT)
@@ -474,7 +474,7 @@ def test_a_lower_context_changes_nothing_within_it(rope, shape, a3, checkpoint, 
 @pytest.mark.parametrize("form", ["theta", "linear", "longrope"])
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-linear", "llama-llama3", "nemotron-gqa", "granite-gqa"])
 def test_rope_has_the_form_that_was_asked_for(form, name, a3, checkpoint, text_file, tmp_path):
-    """Evenly spaced slots are part of the solution, so the export is exact, and what is predicted is of them."""
+    """Evenly spaced slots are part of the solution, so the export is exact, and the predictions include them."""
     options = ("--attention-budget", 0.25, "--components", "qk,ov", "--head-multiple", 2, "--rope-form", form)
     out = run_chain(a3, checkpoint(name), text_file, tmp_path, *options)
     config, slots = (json.loads((out / name).read_text()) for name in ("config.json", "a3_manifest.json"))

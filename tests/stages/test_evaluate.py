@@ -1,4 +1,4 @@
-"""Perplexity, KL and agreement against a plain computation of the same."""
+"""Perplexity, KL and agreement equal a plain computation of them."""
 
 import math
 
@@ -10,7 +10,7 @@ from tests.conftest import build_tokenizer
 
 @torch.inference_mode()
 def plain(folder, text, seq_len):
-    """Per-token log-probabilities `[predicted, vocabulary]` and targets, one block after another."""
+    """Return per-token log-probabilities `[predicted, vocabulary]` and targets, one block at a time."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -24,7 +24,7 @@ def plain(folder, text, seq_len):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("length", [330, 321, 320])  # a tail of ten tokens, of one, and none
+@pytest.mark.parametrize("length", [330, 321, 320])  # a tail of ten tokens, of one, and no tail
 def test_measures_equal_a_plain_computation(length, batch_size, a3, checkpoint, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(chr(33 + i * i % 90) for i in range(length)))

@@ -1,4 +1,4 @@
-"""What a family's definition allows: components that may be compressed, and tensors that are carried."""
+"""A family's definition determines which components may be compressed and which tensors are carried."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def test_carried_tensors_are_copied(limited, a3, source, text_file, tmp_path):
 
 @pytest.mark.parametrize("method", ["best", "paper"])
 def test_a_softmax_scale_of_the_config_is_not_folded_into_queries(method, a3, checkpoint, text_file, tmp_path):
-    """Each of Granite's smaller query heads: with the scale folded in, its weights would be shrunk too."""
+    """Test it on Granite's smaller query heads: with the scale folded in, the query weights would be scaled as well."""
     source, work, out = checkpoint("granite-gqa"), ("--work", tmp_path / "work"), tmp_path / "out"
     for command in (
         ("calibrate", source, "--dataset", text_file, *SHORT, *work),

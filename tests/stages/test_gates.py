@@ -1,4 +1,4 @@
-"""Quality gates of `a3 eval`: what they accept, what they judge, intervals, several data sets, JUnit, tasks."""
+"""Quality gates of `a3 eval`: syntax, verdicts, intervals, several data sets, JUnit, tasks."""
 
 import importlib.util
 import json
@@ -133,7 +133,7 @@ def test_intervals_are_the_literal_bootstrap_of_blocks():
 
 
 def test_intervals_cover_what_they_should():
-    """Of 200 samples of 30 blocks, about 95 % of the intervals hold the true mean."""
+    """About 95 % of the intervals of 200 samples of 30 blocks contain the true mean."""
     generator = torch.Generator().manual_seed(0)
     held = 0
     for trial in range(200):
@@ -162,7 +162,7 @@ def test_junit_holds_names_that_xml_cannot(tmp_path):
 
 @pytest.fixture
 def own_tasks(tmp_path):
-    """A folder with one multiple-choice task on a local file, in the harness's own format."""
+    """Return a folder with one multiple-choice task on a local file, in the harness's own format."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [{"question": f"def f{i}(x):", "choices": [" return", "£££", "@@"], "answer": 0} for i in range(10)]
@@ -191,7 +191,7 @@ class NoTasks:
 
 
 def literal_accuracy(folder, rows) -> float:
-    """The choice with the largest likelihood, by hand."""
+    """Return the accuracy of choosing the likeliest choice, computed literally."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -218,7 +218,7 @@ def test_tasks_of_the_harness_run_offline(a3, checkpoint, own_tasks, tmp_path, m
     command = ("eval", model, "--against", source, "--tasks", "own_task", "--tasks-path", own_tasks)
     outcome = a3(*command, "--junit", tmp_path / "r.xml", "--json")
     assert outcome.code == 0, outcome.stderr
-    assert outcome.stderr.count("\n") == 2, outcome.stderr  # a line a model, and no bars
+    assert outcome.stderr.count("\n") == 2, outcome.stderr  # one line per model, and no bars
     assert outcome.json["datasets"] == []
     rows = [json.loads(line) for line in (own_tasks / "rows.jsonl").read_text().splitlines()]
     for which, folder in (("model", model), ("against", source)):
@@ -228,7 +228,7 @@ def test_tasks_of_the_harness_run_offline(a3, checkpoint, own_tasks, tmp_path, m
     assert ElementTree.parse(tmp_path / "r.xml").getroot().find("testsuite/testcase").get("name") == "own_task"
     shown = a3("eval", model, "--tasks", "own_task", "--tasks-path", own_tasks, "--task-limit", 3)
     assert re.search(r"own_task *│ *documents *│ *3 │", shown.stdout), shown
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", NoTasks)  # listing the harness's own takes ten seconds
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", NoTasks)  # listing the harness's tasks takes ten seconds
     unknown = a3("eval", model, "--tasks", "own_task,no_such_task", "--tasks-path", own_tasks)
     assert unknown.code == 2
     assert "own_task, no_such_task" in unknown.stderr

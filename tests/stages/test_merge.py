@@ -1,4 +1,4 @@
-"""Merged statistics are those of all the text at once; what does not belong together is refused."""
+"""Merged statistics equal those of all the text at once; incompatible calibrations are rejected."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def calibrate(a3, source, text, work, *options) -> Path:
 
 @pytest.fixture(scope="module")
 def made(checkpoint, text_file, tmp_path_factory) -> list[Path]:
-    """Two calibrations of the same model on blocks from different places. Don't write to them."""
+    """Return two calibrations of the same model on blocks from different places. Don't write to them."""
     from a3cli.settings import CalibrateSettings, make_settings
     from a3cli.stages.calibrate import calibrate
     from a3cli.work.folder import Work
@@ -56,7 +56,7 @@ def test_merged_halves_are_the_whole(a3, halves, checkpoint, text_file, tmp_path
         ours, theirs = load_file(tmp_path / "merged" / name), load_file(tmp_path / "whole" / name)
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            close = 1e-3 if value.dtype == torch.bfloat16 else 1e-6  # samples may be rounded the other way
+            close = 1e-3 if value.dtype == torch.bfloat16 else 1e-6  # samples may be rounded differently
             assert (ours[key] - value).double().norm() <= close * value.double().norm(), key
     assert torch.equal(load_file(tmp_path / "merged" / "calibration" / "tokens.safetensors")["tokens"], blocks)
     assert merged["blocks"] == [12, 40]

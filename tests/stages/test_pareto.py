@@ -1,4 +1,4 @@
-"""Many budgets from one calibration: what `a3 solve` chooses and `a3 eval` measures, and nothing left behind."""
+"""Many budgets from one calibration: `a3 solve`'s choices, `a3 eval`'s figures, and nothing left behind."""
 
 import shutil
 

@@ -1,7 +1,7 @@
-"""The per-layer shape: hand-made solutions with other sizes in each layer, exported and loaded with their own code.
+"""The per-layer shape: random solutions with different sizes in each layer, exported and loaded with their own code.
 
-The reference is the source with attention and MLP written out in complex float64 arithmetic, independently of both the
-package and transformers.
+The reference is the source with attention and MLP written out in complex float64 arithmetic, independently of both
+the package and transformers.
 """
 
 import json
@@ -30,10 +30,10 @@ from tests.conftest import MODELS, VOCABULARY, as_slots, build_model, build_toke
 from tests.helpers.solutions import random_solution
 
 LENGTH = 120  # beyond the longrope source's original context
-# Three layers: everything smaller, QK < OV; QK and MLP kept, OV < QK; only QK smaller.
+# Three layers: all smaller with QK < OV; full QK and MLP with OV < QK; only QK smaller.
 SIZES = [LayerSizes(10, 14, 64), LayerSizes(16, 6, 96), LayerSizes(6, 16, 96)]
 WHOLE = [float(pair) for pair in range(8)]
-SLOTS = [[0.0, 1.3, 2.5, 4.0, 6.8], WHOLE, [0.0, 2.0, 6.7]]  # bfloat16 has no 1.3
+SLOTS = [[0.0, 1.3, 2.5, 4.0, 6.8], WHOLE, [0.0, 2.0, 6.7]]  # bfloat16 cannot represent 1.3
 FULL = [LayerSizes(16, 16, 96)] * 3
 
 
@@ -52,7 +52,7 @@ LAYER = {  # figures that export only copies
 
 
 def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[list[float]], solutions: list) -> Work:
-    """A work folder as calibrate and solve leave it, as far as export looks at it."""
+    """Write a work folder as calibrate and solve leave it, with the parts that export reads."""
     work = Work(folder)
     work.calibration.mkdir(parents=True)
     work.solution.mkdir()
@@ -124,7 +124,7 @@ def save(model: Any, folder: Path) -> Path:
 
 
 def exported(folder: Path, source: Path, sizes: list, slots: list, solutions: list, **settings: Any) -> Path:
-    """The solutions exported; the work folder is `folder/work`."""
+    """Export the solutions and return the folder; the work folder is `folder/work`."""
     work = make_work(folder / "work", source, sizes, slots, solutions)
     export(folder / "out", ExportSettings(**settings), work)
     return folder / "out"
@@ -140,12 +140,12 @@ def random_export(name: str, folder: Path, *, method: str = "best", seed: int = 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A per-layer export of a model with every bias. Don't write to the folder."""
+    """Return a per-layer export of a model with every bias. Don't write to the folder."""
     return random_export("llama-gqa-bias", tmp_path_factory.mktemp("small"))
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """With the code of the folder; every weight is used and none is missing."""
+    """Load a folder with its own code; check that no weight is unused or missing."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=options.pop("dtype", torch.float32),
@@ -173,7 +173,7 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 class LiteralAttention(torch.nn.Module):
-    """One layer's attention head by head, each slot a complex number that turns."""
+    """One layer's attention, head by head; each slot is a complex number that RoPE rotates."""
 
     def __init__(self, stock: Any, rotary: Any, solution: dict[str, torch.Tensor], slots: list[float]) -> None:
         super().__init__()
@@ -182,12 +182,12 @@ class LiteralAttention(torch.nn.Module):
 
     def frequency(self, slot: float) -> float:
         low, share = int(slot), slot % 1
-        if slot >= len(self.inv_freq):  # passed through
+        if slot >= len(self.inv_freq):  # unrotated
             return 0.0
         return self.inv_freq[low] if share == 0 else self.inv_freq[low] ** (1 - share) * self.inv_freq[low + 1] ** share
 
     def slots_of(self, x: torch.Tensor, name: str, kv_head: int) -> torch.Tensor:
-        """`[T, 16]` → complex `[T, slots]`, not yet turned."""
+        """Convert `[T, 16]` to complex `[T, slots]`, before rotation."""
         if "pairs" in self.solution:
             return as_slots(x, len(self.inv_freq))[:, self.solution["pairs"]]
         mixed = x @ self.solution[f"{name}_map"][kv_head] if f"{name}_map" in self.solution else x
@@ -206,7 +206,7 @@ class LiteralAttention(torch.nn.Module):
         )
         scale = getattr(stock.config, "attention_multiplier", 1 / 4)
         seen = time[:, None] >= time
-        # Types whose layers differ in their window keep it in the layer.
+        # In model types whose layers have different windows, each layer stores its own.
         if window := getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)):
             seen &= time[:, None] - time < window
         q, k, v = (layer(row).view(length, -1, 16) for layer in (stock.q_proj, stock.k_proj, stock.v_proj))
@@ -229,9 +229,9 @@ class LiteralAttention(torch.nn.Module):
 
 @torch.no_grad()
 def literal_logits(folder: Path) -> torch.Tensor:
-    """What the source in `folder` must answer with the solution in `folder/work`, in float64."""
+    """Return the expected logits of the source in `folder` with the solution in `folder/work`, in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32).eval()
-    model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None])  # longrope takes the table for this length
+    model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None])  # longrope chooses the table for this length
     slots = json.loads((folder / "work" / "solution" / "manifest.json").read_text())["rope_slots"]
     for index, layer in enumerate(model.model.layers):
         solution = load_file(folder / "work" / "solution" / f"layer-{index:03d}.safetensors")
@@ -250,7 +250,7 @@ def test_export_equals_the_literal_reference(name, method, tmp_path):
     model = load(random_export(name, tmp_path, method=method))
     expected = literal_logits(tmp_path)
     assert distance(logits(model), expected) < 2e-5
-    # Solutions that change nothing would pass the line above.
+    # A solution without effect would pass the line above.
     assert distance(logits(load(tmp_path / "source", trust_remote_code=False)), expected) > 1e-2
 
 
@@ -258,7 +258,7 @@ def test_export_equals_the_literal_reference(name, method, tmp_path):
 def test_full_sizes_are_bit_for_bit_the_source(name, tmp_path):
     source = save(build_model(name, num_hidden_layers=3), tmp_path / "source")
     out = exported(tmp_path, source, FULL, [WHOLE] * 3, [{"unchanged": torch.zeros(0)}] * 3)
-    for length in (LENGTH, 40):  # either side of the longrope source's switch
+    for length in (LENGTH, 40):  # below and above the longrope source's switch
         assert torch.equal(logits(load(out), length), logits(load(source, trust_remote_code=False), length))
 
 
@@ -277,7 +277,7 @@ def test_training_drops_what_the_source_drops(tmp_path):
 
 @torch.no_grad()
 def test_what_is_zero_can_be_dropped_exactly(tmp_path):
-    """A source with zero pairs, value dims and channels that differ by layer loses nothing."""
+    """A source whose zero pairs, value dims and channels differ by layer loses nothing."""
     model = build_model("llama-gqa", num_hidden_layers=3)
     solutions, slots = [], []
     for layer, size in zip(model.model.layers, SIZES, strict=True):
@@ -304,14 +304,14 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):
     model = load(random_export(name, tmp_path), attn_implementation=implementation)
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
-    # Beyond Mistral's window; not across the longrope switch, where the keys in any cache are those of the other table.
+    # Longer than Mistral's window, but not across the longrope switch: cached keys would come from the other table.
     prompt = {"input_ids": tokens(40), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
     cached, plain = (model.generate(**prompt, use_cache=use, **options) for use in (True, False))
     assert cached.tolist() == plain.tolist()
 
 
 def call_attention(model: Any, length: int, **more: Any) -> torch.Tensor:
-    """The first layer's attention of some hidden states at the first positions."""
+    """Return the first layer's attention output for some hidden states at the first positions."""
     hidden = torch.randn(1, length, 48, generator=torch.Generator().manual_seed(3))
     embeddings = model.model.rotary_emb(hidden, torch.arange(length)[None])
     with torch.inference_mode():
@@ -335,7 +335,7 @@ def test_attention_stops_where_a_cache_is_in_use_and_none_arrives(more, small):
 
 
 def test_generation_stops_where_the_cache_does_not_reach_attention(small, monkeypatch):
-    """As after a renaming that hides it: never go on with tokens computed as if nothing came before them."""
+    """This could happen after a renaming: it must not generate tokens as if nothing preceded them."""
     model = load(small)
     attention = type(model.model.layers[0].self_attn)
     forward = attention.forward
@@ -350,7 +350,7 @@ def test_generation_stops_where_the_cache_does_not_reach_attention(small, monkey
 
 
 def test_vllm_is_given_heads_of_the_full_size(small, monkeypatch):
-    """Its attention is called with heads of config.head_dim and returns those of a token in one dimension."""
+    """vLLM's attention is called with heads of config.head_dim and returns a token's heads in one dimension."""
     fused = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def kernel(module: Any, *heads: torch.Tensor, **options: Any) -> Any:
@@ -367,7 +367,7 @@ def test_vllm_is_given_heads_of_the_full_size(small, monkeypatch):
 
 @torch.inference_mode()
 def test_the_decoder_loads_alone(small):
-    """As vLLM's Transformers backend builds it, from `auto_map`."""
+    """vLLM's Transformers backend builds it from `auto_map`."""
     decoder = AutoModel.from_pretrained(small, dtype=torch.float32, trust_remote_code=True).eval()
     whole = load(small)
     assert type(decoder).__name__ == "A3LlamaModel"
@@ -386,7 +386,7 @@ def test_attention_kernels_agree_and_can_be_switched(small):
 
 
 def test_fused_kernels_are_given_heads_of_one_size(small, monkeypatch):
-    """Stands in for the kernels that cannot run here, like flash attention."""
+    """The test replaces kernels that cannot run here, such as flash attention."""
     fused, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
 
     def kernel(module: Any, *heads: torch.Tensor, **options: Any) -> Any:
@@ -452,7 +452,7 @@ def test_every_weight_gets_a_gradient(small):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
-        # The softmax ignores what is the same for all keys.
+        # The softmax ignores terms that are the same for all keys.
         assert parameter.grad.any() or name.endswith("k_proj.bias"), name
 
 
@@ -468,7 +468,7 @@ def test_saved_and_loaded_again(small, tmp_path):
 
 
 def test_config_is_read_by_transformers_itself(small):
-    """No code of ours: the sizes of each layer, and no size for all where they differ."""
+    """It reads the sizes of each layer without our code; there is no common size where they differ."""
     config = AutoConfig.from_pretrained(small)
     assert type(config).__name__ == "LlamaConfig"
     found = [LayerSizes(own.qk_head_dim, own.v_head_dim, own.intermediate_size) for own in config.per_layer_config]
@@ -514,7 +514,7 @@ def test_card_and_manifest_say_how_to_load(small, capsys):
 
 
 def keep_mlp(config: Json) -> None:
-    """Only attention differs by layer: the MLP width is no longer what stops a stock class."""
+    """Keep the full MLP: attention alone differs by layer, so the MLP width no longer excludes a stock class."""
     for layer in config["per_layer_config"].values():
         layer["intermediate_size"] = config["intermediate_size"]
 

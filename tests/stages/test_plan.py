@@ -1,4 +1,4 @@
-"""`a3 plan` against what calibrate, solve and export then do; how it checks weights is in `test_sources.py`."""
+"""`a3 plan` predicts what calibrate, solve and export do; its checks of weights are tested in `test_sources.py`."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ LLAMA_8B = {
 
 @pytest.fixture
 def config(tmp_path):
-    """Write a config.json and nothing else; the folder."""
+    """Write only a config.json and return the folder."""
 
     def write(**changes) -> Path:
         folder = tmp_path / "model"
@@ -60,7 +60,7 @@ def runtimes(found: dict) -> dict:
 
 def test_llama_8b(a3, config):
     found = a3("plan", config(), "--json").json
-    assert found["parameters"]["before"] == 8_030_261_248  # as its card says
+    assert found["parameters"]["before"] == 8_030_261_248  # the figure on its model card
     assert found["kv_bytes_per_token"]["before"] == 131_072
     assert found["head_size"]["after"] == 96
     assert found["mlp_width"]["after"] == 10_752
@@ -78,13 +78,13 @@ STARCODER2_3B = {
     "num_attention_heads": 24,
     "num_key_value_heads": 2,
     "vocab_size": 49152,
-    "tie_word_embeddings": None,  # on the hub it does not say so
+    "tie_word_embeddings": None,  # omitted on the Hub
     "use_bias": None,
 }
 
 
 def test_what_a_starcoder2_does_not_say(a3, config):
-    """Embeddings are tied, every linear layer has a bias; an MLP without a gate has two weights a channel."""
+    """Embeddings are tied, every linear layer has a bias, and an ungated MLP has two weights per channel."""
     found = a3("plan", config(**STARCODER2_3B), "--json").json
     d, width, kv = 3072, 12288, 2 * 128
     linear, biases, norms = 2 * d * (d + kv) + 2 * width * d, 2 * d + 2 * kv + width + d, 4 * d
@@ -99,7 +99,7 @@ def test_what_a_starcoder2_does_not_say(a3, config):
 
 @pytest.mark.parametrize("name", ["nemotron-gqa", "nemotron-mha-bias"])
 def test_a_head_that_turns_in_part(name, a3, checkpoint):
-    """Norms have biases; the shape is read of either spelling."""
+    """Norms have biases; either spelling of the config entries is accepted."""
     found = a3("plan", checkpoint(name), "--head-multiple", 2, "--mlp-multiple", 8, "--seq-len", 64, "--json").json
     assert found["parameters"]["before"] == Checkpoint(checkpoint(name)).parameters()
     assert runtimes(found)["transformers 5"]["loads"] == "yes"
@@ -115,7 +115,7 @@ def test_a_head_that_turns_in_part(name, a3, checkpoint):
     ],
 )
 def test_how_much_of_a_head_turns(said, passed):
-    """As transformers reads it."""
+    """The rotated share equals that of transformers."""
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 1}
     theirs = NemotronConfig(**sizes, **copy.deepcopy(said))
     plain = SimpleNamespace(**sizes, model_type="nemotron", **said)
@@ -129,7 +129,7 @@ def test_what_is_no_number_of_pairs_is_refused(factor, a3, config):
 
 
 def test_in_a_few_seconds(checkpoint):
-    """Of a processor's time, in a process of its own: 5 s where nothing else runs, most of it imports."""
+    """Measure CPU time of a separate process: 5 s on an idle machine, most of it imports."""
     sizes = ("--seq-len", "64", "--head-multiple", "2", "--mlp-multiple", "8")
     command = [sys.executable, "-m", "a3cli", "plan", str(checkpoint("llama-gqa")), *sizes, "--json"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -141,7 +141,7 @@ def test_in_a_few_seconds(checkpoint):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sizes_are_those_of_the_checkpoint(name, a3, checkpoint):
-    """The configuration as JSON gives the same shape as transformers' own class, and every tensor is counted."""
+    """The JSON configuration gives the same shape as transformers' own class, and every tensor is counted."""
     folder = checkpoint(name)
     found = a3("plan", folder, "--head-multiple", 2, "--mlp-multiple", 8, "--seq-len", 64, "--json").json
     source = Checkpoint(folder)
@@ -170,7 +170,7 @@ def test_disk_is_what_calibration_takes(a3, checkpoint, text_file, tmp_path):
 
 
 def test_calibration_flops_are_those_of_a_forward_and_the_products(checkpoint):
-    """Counted by torch, whose counter does not see the Gram matrices: they are added up in place."""
+    """torch counts them; its counter omits the Gram matrices, which are added up in place."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM
 
@@ -192,7 +192,7 @@ def test_calibration_flops_are_those_of_a_forward_and_the_products(checkpoint):
     shape = model.shape
     assert plain == 128 * costs.prefill_flops_per_token(shape, shape.sizes[:1], 64)
     in_place = 128 * (2 * (64 + 2 * 32) * 16 + 64**2 + 96**2)
-    sampled = 2 * 2 * 8 * 64 * 4 * 16  # attention by distance: 8 queries a block
+    sampled = 2 * 2 * 8 * 64 * 4 * 16  # attention by distance: 8 queries per block
     assert hooked + in_place - sampled == pytest.approx(
         128 * costs.calibration_flops_per_token(shape, 64, full_mlp=True), rel=0.01
     )
@@ -225,7 +225,7 @@ def test_what_was_stated_or_measured_counts(a3, config, monkeypatch, tmp_path):
     early, late = (a3("plan", config(), "--start-seconds", start, "--json").json["seconds"] for start in (1, 4))
     assert all(fast[stage] < slow[stage] for stage in slow)
     assert all(early[stage] <= late[stage] - 3 for stage in late)
-    exec(rates.NEEDED, {})  # here at no cost
+    exec(rates.NEEDED, {})  # the imports work; repeating them here costs nothing
     monkeypatch.setattr(rates, "NEEDED", "import time; time.sleep(0.1)")
     measured = a3("plan", config(), "--measure", "--tflops", 3, "--json").json["machine"]
     assert measured["rates_are"] == {"start": "measured", "disk": "measured", "compute": "stated", "solve": "measured"}
@@ -249,13 +249,13 @@ LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers
 
 
 def test_a_gpu_selects_channels_one_after_another_and_solves_no_heads(a3, config):
-    """As measured on an H200: a layer of this shape took 10.5 s, at 62 TFLOP/s, and nearly all of it were steps."""
+    """On an H200, a layer of this shape took 10.5 s at 62 TFLOP/s, nearly all of it for sequential selection steps."""
     on_gpu = ("--devices", "cuda", "--disk-gbps", 1e6, "--json")
     solving = {
         rate: a3("plan", config(**LLAMA_70B), *on_gpu, "--solve-tflops", rate).json["seconds"] for rate in (62, 1e6)
     }
     assert solving[1e6]["solve --method best"] > 80 * 28672 * GREEDY_STEP
-    assert solving[62]["solve --method best"] / 80 == pytest.approx(10.5, rel=0.4)  # and slots, files, hashes
+    assert solving[62]["solve --method best"] / 80 == pytest.approx(10.5, rel=0.4)  # plus slots, files and hashes
     assert solving[62]["solve --method paper"] == solving[1e6]["solve --method paper"]
 
 
@@ -292,7 +292,7 @@ def test_of_a_hub_id_only_the_configuration_is_downloaded(a3, config, monkeypatc
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     found = a3("plan", "owner/name", "--revision", "v2", "--json").json
     assert found["model"] == "owner/name"
-    assert found["weights"]["checked"] == "nothing"  # the hub is not asked either: HF_HUB_OFFLINE
+    assert found["weights"]["checked"] == "nothing"  # HF_HUB_OFFLINE also prevents requests to the Hub
     assert "headers could not be read" in found["weights"]["reason"]
     assert asked == [("owner/name", "v2", ["config.json", "model.safetensors.index.json", "adapter_config.json"])]
 
@@ -332,7 +332,7 @@ def test_no_such_model(a3, tmp_path, monkeypatch):
 
 
 def test_rounds_counted_are_those_run():
-    """costs.py imports no solver, so it has its own copy of the limits of their loops."""
+    """costs.py imports no solver, so it has its own copy of their loop limits."""
     assert costs.ROUNDS == slots.ROUNDS
     assert (costs.VALUE_ROUNDS, costs.VALUE_STEPS) == (refits.VALUE_ROUNDS, ov.REFINEMENT_STEPS)
     assert costs.GAUSS_NEWTON_STEPS == sequential.ITERATIONS

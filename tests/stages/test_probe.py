@@ -1,4 +1,4 @@
-"""Probes measure what zeroing one component of one layer does to the whole model, once, and survive a kill."""
+"""Probes measure the effect of zeroing one component of one layer on the whole model, once, and survive a kill."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def divergence(source: Any, other: Any, blocks: torch.Tensor) -> float:
 
 
 def zero_channels(model: Any, layer: int, statistics: dict[str, torch.Tensor], width: int) -> None:
-    """The paper's choice of channels, written out on the stock model."""
+    """Zero the channels that the paper's method drops, written out on the stock model."""
     down = mlp_linears(model.model.layers[layer])["down"].weight
     score = statistics["mlp_energy"] * down.double().square().sum(0)
     down[:, score.argsort(descending=True)[width:]] = 0
@@ -109,11 +109,11 @@ def test_measured_once_and_reused_by_every_later_budget(a3, calibrated, monkeypa
     other = a3("solve", "--budget", 0.3, *ROUNDING, *PROBE, "--work", work, "--overwrite")
     assert other.code == 0, other.stderr
     monkeypatch.undo()
-    more = (*PROBE[:-1], 3)  # another question is another measurement
+    more = (*PROBE[:-1], 3)  # other probe settings need another measurement
     assert a3("solve", "--budget", 0.3, *ROUNDING, *more, "--work", work, "--overwrite").code == 0
     finished = work / "probes" / "best-stock.json"
     assert json.loads(finished.read_text())["request"]["probe_points"] == 3
-    monkeypatch.setattr(module, "versions", lambda: {"a3cli": "0.0"})  # predicted curves may be others
+    monkeypatch.setattr(module, "versions", lambda: {"a3cli": "0.0"})  # the predicted curves may differ
     assert a3("solve", "--budget", 0.3, *ROUNDING, *more, "--work", work, "--overwrite").code == 0
     assert json.loads(finished.read_text())["request"]["versions"] == {"a3cli": "0.0"}
 
@@ -135,7 +135,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "again"), [(None, [1]), (truncate, [0, 1]), (flip, [0, 1]), (Path.unlink, [0, 1])])
 def test_goes_on_at_the_layer_where_it_stopped(damage, again, a3, calibrated, monkeypatch, tmp_path):
-    """Or begins anew where what it would go on with has changed since it was written."""
+    """If a file that it needs has changed since it was written, it starts again from the beginning."""
     _, work = calibrated("llama-gqa")
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(work, undisturbed)

@@ -1,4 +1,4 @@
-"""Recipes: all stages from one file, resumed where they stopped; every problem of a file in one line."""
+"""Recipes: all stages from one file, resumable; all problems of a file in one line."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def recipe(checkpoint, text_file, tmp_path) -> Path:
         "out": "model",
         "calibrate": {"model": str(checkpoint("llama-gqa")), "text": text, "batch_size": 2},
         "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8},
-        "verify": False,  # a process of its own, which takes seconds
+        "verify": False,  # it runs in another process, which takes seconds
         "eval": {"against": str(checkpoint("llama-gqa")), "text": {**text, "samples": 2}},
     }
     path = folder / "small.yaml"
@@ -47,7 +47,7 @@ def test_a_recipe_runs_all_stages_and_then_nothing(a3, recipe, tmp_path, monkeyp
     assert list(first) == ["calibrate", "solve", "export", "eval"]
     assert first["solve"]["budget_reached"] >= 0.25
     assert first["eval"]["perplexity"] > 1
-    work, out = tmp_path / "work", tmp_path / "recipes" / "model"  # both from the recipe's folder
+    work, out = tmp_path / "work", tmp_path / "recipes" / "model"  # both relative to the recipe's folder
     manifest = json.loads((out / "a3_manifest.json").read_text())
     assert manifest["solution"]["sha256"] == first["solve"]["sha256"]
     before = times(work, out)
@@ -65,7 +65,7 @@ def verifying(recipe: Path) -> None:
 
 def test_a_run_verifies_its_export_once(a3, recipe, monkeypatch):
     verifying(recipe)
-    edit(recipe, "solve", shape="per-layer")  # whose code may run, since it is what a3 ships
+    edit(recipe, "solve", shape="per-layer")  # its code may run, since a3 ships it
     edit(recipe, "eval", trust_remote_code=True)
     first = a3("run", recipe, "--json").json
     assert list(first) == ["calibrate", "solve", "export", "verify", "eval"]
@@ -76,7 +76,7 @@ def test_a_run_verifies_its_export_once(a3, recipe, monkeypatch):
     asked = []
     monkeypatch.setattr("a3cli.stages.run.verify", lambda out, *_: asked.append(out) or first["verify"])
     assert a3("run", recipe, "--json").json == first
-    assert asked == [recipe.parent / "model"]  # since another transformers may read it in another way
+    assert asked == [recipe.parent / "model"]  # another version of transformers may load it differently
     without = a3("run", recipe, "--no-verify", "--json").json
     assert "verify" not in without
 
@@ -86,7 +86,7 @@ def test_an_export_that_fails_verify_fails_the_run_and_is_not_evaluated(a3, reci
     failed = {"name": "generate", "outcome": "failed", "detail": "with a cache token 3 is 7, without one 9"}
     result = {"model": "model", "passed": False, "checks": [failed], "versions": {}}
     monkeypatch.setattr("a3cli.stages.run.verify", lambda *_: result)
-    for _ in range(2):  # a failure is not kept
+    for _ in range(2):  # a failure is not stored
         outcome = a3("run", recipe, "--json")
         assert outcome.code == 1
         assert "generate (with a cache token 3 is 7" in outcome.stderr.splitlines()[-1]
@@ -145,7 +145,7 @@ def test_solve_and_export_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_
 
 
 def test_a_recipe_tells_several_processes_all_that_it_says(a3, recipe, tmp_path, monkeypatch):
-    """The command that they get asks for the very calibration that was made here, alone."""
+    """The processes get a command that requests exactly the calibration that was made here by one process."""
     launched = []
     monkeypatch.setattr("a3cli.stages.run.launch", lambda count, arguments: launched.append((count, arguments)))
     changes = {"num_processes": 3, "dtype": "bfloat16", "mlp_stats": "full", "full_check": True, "batch_size": 4}
@@ -162,7 +162,7 @@ def test_a_recipe_tells_several_processes_all_that_it_says(a3, recipe, tmp_path,
 
 @pytest.mark.slow
 def test_calibrate_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_path):
-    """Nothing but the result is on stdout, and what is there is not made again."""
+    """stdout has only the result, and finished work is not repeated."""
     assert a3("run", recipe, "--work", tmp_path / "alone", "--out", tmp_path / "o").code == 0
     edit(recipe, "calibrate", num_processes=2)
     command = [sys.executable, "-m", "a3cli", "run", recipe, "--json", "--quiet"]
@@ -189,7 +189,7 @@ def test_stopped_in_a_stage_it_goes_on_there(stage, a3, recipe, tmp_path, monkey
     done = times(tmp_path / "work" / "calibration")
     assert done
     with monkeypatch.context() as patch:
-        patch.setattr("a3cli.stages.calibrate.Sweep", stop)  # is not needed again
+        patch.setattr("a3cli.stages.calibrate.Sweep", stop)  # not needed again
         assert a3("run", recipe).code == 0
     assert times(tmp_path / "work" / "calibration") == done
 
@@ -226,7 +226,7 @@ def flipped(content: bytes) -> bytes:
     ],
 )
 def test_a_damaged_export_is_made_again(name, damage, a3, recipe, tmp_path):
-    """The same bytes again, and a line that names the file."""
+    """The new export has the same bytes, and a line names the damaged file."""
     first = a3("run", recipe, "--json").json
     out = tmp_path / "recipes" / "model"
     before = snapshot(out)
@@ -239,7 +239,7 @@ def test_a_damaged_export_is_made_again(name, damage, a3, recipe, tmp_path):
 
 
 def test_a_failed_gate_fails_the_run(a3, recipe):
-    """Said with which and by how much, by the run that measures and by one that finds it measured."""
+    """The failed gate and the distance from its limit are reported by the run that measures and by later runs."""
     edit(recipe, "eval", fail_if=["kl > 0", "top1_agreement < 0"])
     for arguments in ((), ("--json",)):
         outcome = a3("run", recipe, *arguments)
@@ -343,7 +343,7 @@ def test_recipes_that_ship(name):
     assert recipe.evaluation.model == str(recipe.out)
     assert recipe.calibrate.model == recipe.evaluation.against == SHIPPED[name]
     assert recipe.calibrate.batch_size is None  # auto
-    for line in path.read_text().splitlines():  # every setting that is given says what it is
+    for line in path.read_text().splitlines():  # every given setting describes itself
         documented = "#" in line or line.endswith(":") or line.startswith(("work", "out")) or not line
         assert documented or line.split(":")[0].strip() in LATER, line
 

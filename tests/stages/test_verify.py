@@ -1,4 +1,4 @@
-"""`a3 verify`: what passes, and that each kind of damage is found by the check that is there for it."""
+"""`a3 verify`: valid exports pass, and each kind of damage is found by the check for it."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ CPU = Machine(torch.device("cpu"), torch.float32)
 
 
 def make_export(a3, source: Path, text: Path, folder: Path, *options: object) -> Path:
-    """`folder/out`, with its work folder `folder/work`."""
+    """Return `folder/out`, exported from the work folder `folder/work`."""
     work, out = folder / "work", folder / "out"
     for command in (
         ("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 80, "--batch-size", 6),
@@ -58,7 +58,7 @@ def make_export(a3, source: Path, text: Path, folder: Path, *options: object) ->
 
 @pytest.fixture
 def export(a3, checkpoint, text_file, tmp_path_factory, request) -> Path:
-    """A stock export in several shards and its work folder, made once, copied by who damages it."""
+    """Return a stock export in several shards with its work folder, built once; tests copy it before they damage it."""
     made = getattr(request.config, "_verify_export", None)
     if made is None:
         folder = tmp_path_factory.mktemp("verify")
@@ -77,7 +77,7 @@ def outcomes(result: dict[str, Any]) -> dict[str, str]:
 
 
 def reseal(folder: Path) -> None:
-    """Hashes of the files as they are now: damage that no hash shows."""
+    """Update the hashes to the current files, so that no hash shows the damage."""
     manifest = json.loads((folder / "a3_manifest.json").read_text())
     manifest["files"] = {name: hash_file(folder / name) for name in manifest["files"] if (folder / name).exists()}
     write_manifest(folder / "a3_manifest.json", {key: value for key, value in manifest.items() if key != "sha256"})
@@ -99,7 +99,7 @@ def test_a_good_export_passes_through_the_command_line(a3, export, tmp_path):
 
 @pytest.mark.own_checker
 def test_a_damaged_export_fails_through_the_command_line(a3, out, tmp_path):
-    """A NaN that no hash shows, no card, and no work folder: exit code 1, all in one table."""
+    """A NaN without a wrong hash, no card, no work folder: exit code 1, with all failures in one table."""
     edit_tensor("model.norm.weight", lambda t: t.fill_(float("nan")))(out)
     (out / "README.md").unlink()
     outcome = a3("verify", out, "--work", tmp_path / "none", "--require-reference", "--junit", tmp_path / "r.xml")
@@ -154,7 +154,7 @@ def test_the_checking_process_knows_nothing_of_a3():
 
 @pytest.mark.own_checker
 def test_the_checking_process_has_the_packages_of_this_one_and_not_the_folder_of_a3(tmp_path, monkeypatch):
-    """PYTHONPATH is heeded, as where torch is there; modules beside the script, as a3's inspect.py, are not seen."""
+    """PYTHONPATH is respected, since it may provide torch; modules beside the script, like a3's inspect.py, are not."""
     for place, name in (("beside", "inspect.py"), ("packages", "only_here.py"), ("run", "unused")):
         (tmp_path / place).mkdir()
         (tmp_path / place / name).write_text("")
@@ -172,7 +172,7 @@ print(json.dumps({"name": "files", "outcome": "passed", "detail": inspect.__file
 
 @pytest.mark.own_checker
 def test_a_checking_process_that_dies_is_a_failure(export, tmp_path, monkeypatch):
-    """As when the system kills it for memory: what it did not come to is failed, not forgotten."""
+    """If the system kills it for memory, the checks that did not run count as failed."""
     dying = tmp_path / "dying.py"
     dying.write_text(
         """import json, os, signal\nprint(json.dumps({"name": "files", "outcome": "passed", "detail": ""}), flush=True)
@@ -202,7 +202,7 @@ def test_what_is_no_export_is_refused(damage, a3, out, tmp_path):
 
 @pytest.fixture
 def no_checker(monkeypatch):
-    """The process without a3 left out."""
+    """Skip the checks that run in the process without a3."""
     monkeypatch.setattr("a3cli.stages.verify.run_checker", lambda request, folder: [])
 
 
@@ -247,7 +247,7 @@ def test_a_manifest_that_names_no_solution_fails_the_reference(a3, out, export, 
 
 @pytest.mark.parametrize(
     "family", ["llama", "qwen2", "starcoder2"]
-)  # the second lists its layers' kinds as soon as it is read
+)  # the second lists its layers' types as soon as it is read
 def test_an_absurd_config_fails_at_once(family, a3, out, tmp_path):
     edit_config(model_type=family, num_hidden_layers=200_000_000, layer_types=None, vocab_size=2**64)(out)
     outcome = a3("verify", out, "--work", tmp_path / "none", "--json")
@@ -258,7 +258,7 @@ def test_an_absurd_config_fails_at_once(family, a3, out, tmp_path):
     assert "num_hidden_layers is above 10,000, vocab_size is above" in outcome.json["checks"][0]["detail"]
 
 
-# What the checks of `checker.py` find, called in this process: one way to be wrong after the other.
+# Findings of the checks in `checker.py`, called in this process: one kind of damage at a time.
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
@@ -299,7 +299,7 @@ def break_index(folder: Path) -> None:
 
 
 K = "model.layers.1.self_attn.k_proj.weight"
-# check → damages, each with words of the finding
+# check → damages, each with words of its message
 DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("files", lambda f: flip(sorted(f.glob("*.safetensors"))[1]), "hash differs"),
     ("files", lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -336,7 +336,7 @@ def opened(folder: Path, tmp_path: Path, *, code: Any = None) -> checker.Export:
     request = {"tokens": tmp_path / "tokens", "logits": tmp_path / "logits", "device": "cpu", "dtype": "float32"}
     try:
         shapes = expected_shapes(config)[1]
-    except Exception:  # a configuration that is damaged on purpose
+    except Exception:  # the configuration may be damaged on purpose
         shapes = {}
     return checker.Export({**request, "folder": folder, "code": code, "shapes": shapes, "carried": (), "tie": 1e-6})
 
@@ -347,7 +347,7 @@ def test_each_damage_is_found_by_its_check(number, out, tmp_path):
     check = checker.CHECKS[name][0]
     assert checker.attempt(check, opened(out, tmp_path))[0] == "passed"
     damage(out)
-    if name == "load" and (out / "model-x.safetensors").exists():  # a folder that the index says nothing of
+    if name == "load" and (out / "model-x.safetensors").exists():  # a folder that the index does not mention
         path = out / "model.safetensors.index.json"
         index = json.loads(path.read_text())
         index["weight_map"]["surplus"] = "model-x.safetensors"
@@ -358,7 +358,7 @@ def test_each_damage_is_found_by_its_check(number, out, tmp_path):
 
 
 def test_values_that_change_on_loading_are_found(out, tmp_path, monkeypatch):
-    """A loader that ignores what it cannot use, as GPT-2 ignores head_dim, still must not pass."""
+    """A loader that ignores what it cannot use, as GPT-2 ignores head_dim, must still fail."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained
@@ -376,7 +376,7 @@ def test_values_that_change_on_loading_are_found(out, tmp_path, monkeypatch):
 
 
 def test_a_cache_that_answers_otherwise_is_found(out, tmp_path):
-    """A rotary module that forgets where it is: right for a whole text, wrong for the next token."""
+    """This rotary module ignores positions: it is right for a whole text and wrong for the next token."""
     export = opened(out, tmp_path)
     checker.check_load(export)
     assert checker.attempt(checker.check_generate, export)[0] == "passed"
@@ -388,12 +388,12 @@ def test_a_cache_that_answers_otherwise_is_found(out, tmp_path):
     assert "with a cache token" in detail
 
 
-# The reference.
+# The reference
 
 
 @pytest.fixture
 def origin(export, tmp_path, checkpoint) -> tuple[Path, Path]:
-    """Copies, to be damaged, of the work folder that the export was made from and of its source."""
+    """Return copies of the export's work folder and its source that a test may damage."""
     work = Path(shutil.copytree(export.parent / "work", tmp_path / "work"))
     source = Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path / "source"))
     recorded = json.loads((work / "source.json").read_text())
@@ -437,7 +437,7 @@ def test_reference_agrees_within_rounding_and_notices_more(name, method, dtype, 
     found = judge(logits(out, tokens), exact, rounded)
     assert found["outcome"] == "passed", found
     assert found["rounding"] < (2e-5 if dtype == torch.float32 else 3e-2)
-    # The scale that is folded into queries, forgotten; one head's values in the place of another's.
+    # Without the scale folded into queries; with the values of one head in place of another's.
     for tensor, wrong in (
         ("model.layers.0.self_attn.q_proj.weight", lambda t: t * (16 / 10) ** 0.5),
         ("model.layers.1.self_attn.v_proj.weight", lambda t: t.roll(10, 0)),
@@ -452,7 +452,7 @@ def test_reference_agrees_within_rounding_and_notices_more(name, method, dtype, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_exports_are_about_as_far_from_the_reference_as_rounding(name, dtype, a3, checkpoint, text_file, tmp_path):
-    """What the margin of three rests on; docs/ci.md has the range."""
+    """The limit of three times the rounding rests on this; docs/ci.md has the range."""
     out = make_export(a3, checkpoint(name, dtype=dtype), text_file, tmp_path, "--method", "paper")
     for options in ((), ("--shape", "per-layer"), ("--sequential",), ("--method", "paper")):
         work = ("--work", tmp_path / "work")
@@ -497,7 +497,7 @@ def test_only_the_very_solution_is_a_reference(a3, export, tmp_path):
     ],
 )
 def test_a_damaged_work_folder_or_source_fails(name, damage, a3, export, origin, no_checker):
-    """All but a solution whose manifest is gone: that is none."""
+    """All of them fail except a solution without manifest, which counts as no solution."""
     work, source = origin
     path = source / name if name == "model.safetensors" else work / name
     damage(path)

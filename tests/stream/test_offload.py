@@ -1,4 +1,4 @@
-"""Where things lie while a sweep runs: hidden states, weights ahead of time, several devices, batches that fit."""
+"""Memory during a sweep: hidden states, prefetched weights, several devices, batch sizes that fit."""
 
 import gc
 import os
@@ -34,14 +34,14 @@ def command(checkpoint, text_file) -> tuple[object, ...]:
 
 @pytest.fixture
 def whole(a3, command, tmp_path) -> Path:
-    """An undisturbed calibration."""
+    """Return the work folder of an undisturbed calibration."""
     assert a3(*command, tmp_path / "whole").code == 0
     return tmp_path / "whole"
 
 
 @pytest.fixture
 def cut(a3, command, tmp_path, monkeypatch) -> Path:
-    """One that was interrupted in its fourth layer."""
+    """Return the work folder of a calibration that was interrupted in its fourth layer."""
     return interrupt(a3, monkeypatch, 3, *command, tmp_path / "cut")
 
 
@@ -60,7 +60,7 @@ def interrupt(a3, monkeypatch, layer: int, *command: object) -> Path:
 
 
 def finished_alike(a3, command, cut: Path, whole: Path, *options: object) -> str:
-    """It goes on to the same bytes; returns what it said."""
+    """Check that a calibration resumes and gives the same bytes; return its stderr."""
     kept = (cut / "calibration" / "layer-002.safetensors").stat().st_mtime_ns
     outcome = a3(*command[:-1], *options, "--work", cut)
     assert outcome.code == 0, outcome
@@ -81,7 +81,7 @@ def test_damaged_hidden_states_are_made_again(damage, a3, command, whole, cut):
 
 
 def test_hidden_states_truncated_under_way(a3, command, whole, tmp_path, monkeypatch):
-    """The layer in flight is lost, and one line says what to do."""
+    """The layer in progress is lost, and one line says what to do."""
     plain = sweep.run_layer
     work = tmp_path / "cut"
 
@@ -104,7 +104,7 @@ def test_check_sums_know_every_bit_and_place(width, dtype):
     expected = checksums(blocks)
     assert len(set(expected)) == 3
     for start in range(3):
-        assert checksums(blocks[start:]) == expected[start:]  # whichever batch a block is in
+        assert checksums(blocks[start:]) == expected[start:]  # whatever batch a block is in
     bits = blocks[1].clone().view(torch.uint8)
     found = set()
     for place in range(bits.numel()):
@@ -135,7 +135,7 @@ def test_hidden_states_of_which_nothing_is_recorded_are_made_again(a3, command, 
 
 
 def test_batches_on_a_device_are_not_pinned(monkeypatch):
-    """The meta device stands in for a GPU, whose memory cannot be pinned either."""
+    """The meta device replaces a GPU, whose memory cannot be pinned either."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     states = StatesInMemory((5, 4, 8), torch.float32, torch.device("meta"))
     batches = list(read_batches([states], Batching(5, 2, in_background=True)))
@@ -160,14 +160,14 @@ def test_in_memory_the_same_bytes_and_no_files(where, a3, command, whole, tmp_pa
 
 @pytest.mark.parametrize("devices", ["cpu,cpu", "cpu,cpu,cpu"])
 def test_consecutive_layers_on_several_devices(devices, a3, command, whole, cut, tmp_path):
-    """The same bytes, also when two layers a pass do not divide evenly, and when it goes on with other devices."""
+    """The bytes are equal, even for two layers per pass with a remainder, and after resuming with other devices."""
     assert a3(*command, tmp_path / "several", "--devices", devices).code == 0
     assert calibration_files(tmp_path / "several") == calibration_files(whole)
     finished_alike(a3, command, cut, whole, "--devices", devices)
 
 
 def test_killed_between_two_layers_of_a_pass(a3, command, whole, tmp_path, monkeypatch):
-    """The first of two layers that were run together is finished, the second is not."""
+    """Of two layers that ran together, the first is finished and the second is not."""
     from a3cli.stages import calibrate
 
     plain = calibrate.write_hashed
@@ -184,7 +184,7 @@ def test_killed_between_two_layers_of_a_pass(a3, command, whole, tmp_path, monke
 
 
 def test_killed_before_the_manifest(a3, command, whole, tmp_path, monkeypatch):
-    """All layers are done: nothing is run again, wherever the hidden states were."""
+    """All layers are finished, so nothing is rerun, wherever the hidden states were."""
     from a3cli.stages import calibrate
 
     options = (*command[:-1], "--hidden-states", "memory", "--work", tmp_path / "cut")
@@ -209,7 +209,7 @@ def test_bad_devices(a3, command, tmp_path, monkeypatch):
 
 
 def test_threads_of_a_device_with_memory_of_its_own(a3, command, whole, tmp_path, monkeypatch):
-    """Reading ahead, writing behind and fetching weights in the background give the same bytes, and the same errors."""
+    """Prefetching, background writes and fetching weights in a thread give the same bytes, and the same errors."""
     monkeypatch.setattr(Machine, "copies", True)
     for where in ("disk", "memory", "device"):
         assert a3(*command, tmp_path / where, "--hidden-states", where).code == 0
@@ -233,7 +233,7 @@ def running_out_above(limit: int, plain):
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_batches_are_halved_until_they_fit(where, a3, command, whole, tmp_path, monkeypatch):
-    """And a run that goes on later takes the batch that did."""
+    """A run that resumes later uses the batch size that fitted."""
     auto = (*but(command[:-1], "--batch-size", "auto"), "--hidden-states", where, "--work", tmp_path / "auto")
     monkeypatch.setattr(sweep, "run_layer", running_out_above(2, sweep.run_layer))
     outcome = a3(*auto, "--json")
@@ -247,7 +247,7 @@ def test_batches_are_halved_until_they_fit(where, a3, command, whole, tmp_path, 
 
 
 def test_what_filled_the_memory_is_free_for_the_next_attempt(a3, command, tmp_path, monkeypatch):
-    """Without waiting for the garbage collector, whatever it is that holds the error."""
+    """The memory is freed without the garbage collector, whatever references the error."""
     plain, failed = sweep.run_layer, []
 
     def run_layer(layer, batch, arguments):
@@ -284,7 +284,7 @@ def test_a_batch_that_cannot_even_be_embedded_is_halved(a3, command, whole, tmp_
 
 
 def test_batch_is_halved_in_the_middle_and_kept(a3, command, whole, tmp_path, monkeypatch):
-    """Memory that runs out late: finished layers stay as they are, and so does the smaller batch."""
+    """If memory runs out late, finished layers stay as they are, and the smaller batch size is kept."""
     plain = sweep.run_layer
     calls = []
 
@@ -320,7 +320,7 @@ def test_a_batch_that_was_asked_for_is_not_changed(a3, command, tmp_path, monkey
 
 
 def test_hidden_states_in_memory_leave_less_for_the_layer(a3, command, tmp_path, monkeypatch):
-    """Both fit alone, and not together."""
+    """Each fits alone, but not both together."""
     monkeypatch.setattr("a3cli.stages.calibrate.free_memory", lambda device: 50_000)
     options = (*command[:-1], "--hidden-states", "memory", "--work")
     assert a3(*options, tmp_path / "w").code == 0
@@ -357,7 +357,7 @@ LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672)
 
 
 def test_batch_from_the_memory_that_is_free(monkeypatch):
-    """Llama-3.1-70B in bfloat16: a layer of 1.7 GB, statistics of 5.3 GB, and what is left is for blocks."""
+    """For Llama-3.1-70B in bfloat16, a layer takes 1.7 GB and its statistics 5.3 GB; the rest is for blocks."""
     assert layer_bytes(LLAMA_70B, 2) == pytest.approx(1.71e9, rel=0.01)
     assert moment_bytes(LLAMA_70B, full_mlp=True) == pytest.approx(4 * 28672**2 + 2 * 28672**2, rel=0.1)
     monkeypatch.setattr(Machine, "free_memory", lambda self: 80 * 10**9)
@@ -375,9 +375,9 @@ def test_batch_from_the_memory_that_is_free(monkeypatch):
 @pytest.mark.parametrize("tokens", [700, 7000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sums_of_half_precision_are_exact_to_float32(dtype, tokens, monkeypatch):
-    """More tokens than a piece, wider than a few rows of a triangle, two batches; against float64.
+    """Use more tokens than a piece, more columns than a few rows of a triangle, and two batches; compare with float64.
 
-    The larger batches as on a GPU, which takes them whole.
+    Larger batches are summed whole, as on a GPU.
     """
     monkeypatch.setattr(LayerMoments, "_on_cpu", tokens < 1000)
     generator = torch.Generator().manual_seed(0)

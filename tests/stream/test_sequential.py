@@ -22,7 +22,7 @@ OPTIONS = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
 
 
 def chain(a3, source: Path, text: Path, folder: Path, *options: object, rounds: int = 0) -> dict[str, Path]:
-    """Exports of one calibration, one-shot and corrected."""
+    """Return the exports of one calibration, one-shot and corrected."""
     work = folder / "work"
     calibrated = a3("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 60, "--work", work)
     assert calibrated.code == 0, calibrated
@@ -46,7 +46,7 @@ def load(folder: Path) -> Any:
 
 @torch.no_grad()
 def activations(model: Any, blocks: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Per layer, flattened over tokens: its input and output, the stream after attention, the linear layers' inputs."""
+    """Return per layer, over all tokens: input, output, stream after attention, and the linear layers' inputs."""
     seen: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
 
     def keep(layer: int, name: str):
@@ -99,7 +99,7 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
             target = target if now.bias is None else target - now.bias.detach().double()
             expected = ridge_regression(s[role], target, was.weight.detach())
             difference = (now.weight - expected).norm() / expected.norm()
-            assert difference < 1e-3, role  # of float32 activations and a badly conditioned Gram matrix
+            assert difference < 1e-3, role  # from float32 activations and an ill-conditioned Gram matrix
     drift = {
         kind: (activations(model, blocks)[-1]["output"] - full[-1]["output"]).norm()
         for kind, model in (("one-shot", one_shot), ("corrected", corrected))
@@ -120,7 +120,7 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
     ],
 )
 def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
-    """What the first layer's MLP misses of its target falls when gate and up may move."""
+    """The error of the first layer's MLP relative to its target falls when gate and up may change."""
     source, missed = checkpoint(name), {}
     outs = chain(a3, source, text_file, tmp_path, *OPTIONS)
     work = ("--work", tmp_path / "work")
@@ -138,7 +138,7 @@ def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
 
 
 class Products(TorchDispatchMode):
-    """Counts the FLOPs of matrix products; torch's own counter knows neither `addmm_` nor attention on a CPU."""
+    """Count the FLOPs of matrix products; torch's own counter supports neither `addmm_` nor attention on a CPU."""
 
     flops = 0
 
@@ -178,7 +178,7 @@ def test_nothing_removed_stays_as_it_is(a3, checkpoint, text_file, tmp_path):
 
 
 def test_per_layer_solution_keeps_to_its_budget(a3, checkpoint, text_file, tmp_path):
-    """Every layer its own sizes; never less removed than asked, never a step of the largest kind more."""
+    """Sizes differ by layer; at least the budget is removed, and at most one step of the largest kind more."""
     source, work = checkpoint("llama-gqa"), tmp_path / "work"
     assert a3("calibrate", source, "--dataset", text_file, "--samples", 6, "--seq-len", 60, "--work", work).code == 0
     solved = a3("solve", *OPTIONS, "--shape", "per-layer", "--work", work, "--json").json

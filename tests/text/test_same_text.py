@@ -1,4 +1,4 @@
-"""Which text a calibration, an evaluation or a sweep over budgets has read, and when another is of the same text."""
+"""Which text a calibration, an evaluation or a sweep over budgets has read, and when another one has the same text."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("hasty")
 
 @pytest.fixture
 def untouchable(monkeypatch):
-    """Call it, and from then on no text may be read."""
+    """Return a function that makes any later reading of text fail."""
 
     def refuse(*arguments):
         raise AssertionError("text was read again")
@@ -27,7 +27,7 @@ def untouchable(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, text_file):
-    """Three files, the first of which is enough for SHORT (a pool of 768 tokens), though not for one piece of text."""
+    """Return a folder of three files. The first suffices for SHORT (a pool of 768 tokens), not for a piece of text."""
     path = tmp_path / "texts"
     path.mkdir()
     content = text_file.read_text("utf-8")
@@ -97,13 +97,13 @@ def test_only_what_was_read_of_a_folder_counts(a3, checkpoint, folder, tmp_path,
     (folder / "d.jsonl").unlink()
     (folder / "z.jsonl").write_text("added")
     assert a3(*command, "--dataset", folder).json == first
-    assert a3(*command, "--dataset", folder, "--text-field", "body").json == first  # it has no effect on b.txt
+    assert a3(*command, "--dataset", folder, "--text-field", "body").json == first  # the option has no effect on b.txt
     (folder / "a.txt").write_text("comes before")
     refused(a3(*command, "--dataset", folder), "(differs in text_files (a.txt, b.txt))")
 
 
 def test_what_ended_a_data_set_counts(a3, checkpoint, folder, tmp_path):
-    """All of it was read, and there was no more: a further file would be read too."""
+    """The whole data set was read, so another file would be read too."""
     command = ("calibrate", checkpoint("llama-gqa"), *SHORT, "--work", tmp_path / "work")
     ended = a3(*command, "--dataset", folder)
     assert f"dataset {folder}: skipped 2 of 4 rows without text" in ended.stderr.splitlines()
@@ -136,7 +136,7 @@ def test_card_and_inspect_name_what_was_read(a3, checkpoint, folder, tmp_path, m
 
 
 def test_a_typo_is_no_other_data_set(a3, work, source, text_file, tmp_path, monkeypatch):
-    """On a folder with a finished calibration, what matters most is said first."""
+    """In a folder with a finished calibration, a missing data set is reported before a different request."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 

@@ -31,7 +31,7 @@ def tokens_of(string: str) -> list[int]:
 @settings(max_examples=60, deadline=None)
 def test_blocks_are_disjoint_runs_of_the_stream(tmp_path_factory, extra, samples, seq_len, seed):
     path = tmp_path_factory.mktemp("t") / "t.txt"
-    # 256 different characters in a row: a run is known by its first token
+    # 256 different characters in a row: the first token identifies a run
     stream = "".join(chr(0x100 + i) for i in range(0, (samples * seq_len + extra + 1) // 2 * 1))
     path.write_text(stream, "utf-8")
     all_tokens = tokens_of(stream)
@@ -48,7 +48,7 @@ def test_blocks_are_disjoint_runs_of_the_stream(tmp_path_factory, extra, samples
 
 
 def test_every_placement_is_reached(tmp_path):
-    """Two blocks of 3 in 8 tokens have 6 placements; over seeds each of them comes up."""
+    """Two blocks of 3 in 8 tokens have 6 placements; over many seeds each of them occurs."""
     path = tmp_path / "t.txt"
     path.write_text("abcdefgh")
     placements = {
@@ -131,7 +131,7 @@ def test_one_bos_at_the_very_beginning(tmp_path):
     stream = list(token_stream(WithBos(), text_settings(path), purpose="calibrate"))
     assert stream[0] == 1
     assert 1 not in stream[1:]
-    assert len(stream) > 2  # pieces of about a MiB
+    assert len(stream) > 2  # pieces of about one MiB
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_one_bos_at_the_very_beginning(tmp_path):
     ],
 )
 def test_hub_sets_are_streamed_and_read_no_further_than_needed(monkeypatch, dataset, purpose, expected):
-    """What is asked of `datasets`, and that rows beyond the pool are never pulled."""
+    """Check the arguments to `datasets`, and that rows beyond the pool are never read."""
     import datasets
 
     asked, pulled = [], []
@@ -168,7 +168,7 @@ def test_hub_sets_are_streamed_and_read_no_further_than_needed(monkeypatch, data
     else:
         evaluation_blocks(TOKENIZER, wanted)
     assert asked == [expected]
-    assert len(pulled) <= 12  # one piece of a MiB
+    assert len(pulled) <= 12  # one piece of one MiB
 
 
 CHATS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -181,7 +181,7 @@ def chat_tokenizer():
 
 
 def read_all(tokenizer, path, **options):
-    """The whole text, and what was read."""
+    """Return the whole text, and the record of what was read."""
     read = TextRead()
     stream = list(token_stream(tokenizer, text_settings(path, **options), purpose="calibrate", read=read))
     return tokenizer.decode(stream), read
@@ -204,7 +204,7 @@ def test_a_set_without_any_text_is_an_error(tmp_path):
 
 
 def test_empty_lines_of_wikitext_stay_as_the_papers_have_them(monkeypatch):
-    """Its rows are lines: without the empty ones perplexities would not compare with published ones."""
+    """Its rows are lines: without the empty ones, perplexities could not be compared with published ones."""
     import datasets
 
     lines = [{"text": line} for line in ("", " = A = \n", "", "word\n", None)]
@@ -270,7 +270,7 @@ def test_chat_needs_messages_and_a_template(tmp_path):
         ("t.txt", {"split": "train"}, "--split"),
         ("t.jsonl", {"split": "train"}, "--split"),
         ("t.jsonl", {"chat": True, "text_field": "x"}, None),
-        ("", {"chat": True, "text_field": "x"}, None),  # the folder of both
+        ("", {"chat": True, "text_field": "x"}, None),  # the folder of both formats
         ("owner/name", {"split": "train"}, None),
         ("wikitext2:some", {"split": "train"}, None),
     ],
@@ -284,7 +284,7 @@ def test_options_without_effect_are_refused(tmp_path, name, options, said):
         return check_texts([asked])
     with pytest.raises(A3Error, match=f"{said} .*leave out {said}"):
         check_texts([asked])
-    check_texts([asked, text_settings("owner/name", **options)])  # of use for the other one
+    check_texts([asked, text_settings("owner/name", **options)])  # the options apply to the other data set
     return None
 
 
@@ -314,7 +314,7 @@ def test_only_files_that_are_opened_are_recorded(tmp_path, monkeypatch):
 
 
 def test_what_would_be_read_again(tmp_path, monkeypatch):
-    """Changes to what was not read do not matter, unless reading ended because there was no more."""
+    """Changes to text that was not read do not matter, unless reading stopped at the end of the data."""
     three_files(tmp_path)
 
     def now(*, whole=False):

@@ -1,4 +1,4 @@
-"""A file system that is really full: a tmpfs in a namespace of its own, which grows until each stage has ended.
+"""A file system that is really full: a tmpfs in its own namespace, enlarged until each stage has finished.
 
 This file is also the script that runs in the namespace.
 """
@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import ROOT, SOLVE, snapshot
 
 NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
-STEP = 24 << 10  # bytes that are added after each failure
+STEP = 24 << 10  # bytes added after each failure
 STAGES = {
     "calibrate": ("calibrate", "../source", "--dataset", "../text.txt", "--samples", 4, "--seq-len", 40),
     "solve": (*SOLVE, "--num-processes", 1),
@@ -29,7 +29,7 @@ COMMON = ("--work", "work", "--quiet")
 
 
 def command_line(*arguments: object) -> tuple[int, str]:
-    """The command in this process: exit code, and what it says of an error."""
+    """Run the command in this process; return its exit code and its error."""
     from a3cli.cli.app import main
 
     sys.argv = ["a3", *map(str, arguments)]
@@ -56,7 +56,7 @@ def whole_files() -> dict[str, int]:
 
 
 def run_until_done(*command: object) -> list[dict[str, Any]]:
-    """Of each run that found the disk full: exit code, what it said, and the tensor files that are there now."""
+    """Return, for each run that found the disk full: exit code, error, and the tensor files that exist now."""
     failed: list[dict[str, Any]] = []
     size = bytes_used()
     while True:
@@ -69,11 +69,11 @@ def run_until_done(*command: object) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """All stages in the folder `full`, then a copy of what they made where the test can see it."""
+    """Run all stages in the folder `full`, then copy their files to where the test can see them."""
     os.chdir("full")
     mount(f"size={STEP}")
-    os.chdir(Path.cwd())  # into what was mounted
-    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # others take it after the look
+    os.chdir(Path.cwd())  # into the mounted file system
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # hides the full disk from the check
     failed = {stage: run_until_done(*command, *COMMON) for stage, command in STAGES.items()}
     shutil.copytree(".", "../copy")
     Path("../failed.json").write_text(json.dumps(failed))
@@ -100,7 +100,7 @@ def test_each_stage_goes_on_when_there_is_room_again(a3, checkpoint, text_file, 
 
 
 def check_failures(failed: list[dict[str, Any]], place: str) -> None:
-    """Each in one line that says where; the next run leaves alone what was finished, all but the file in flight."""
+    """Each error is one line that names the place; the next run keeps finished files, all but the one in progress."""
     assert len(failed) > 3
     for each in failed:
         assert each["code"] == 2, each

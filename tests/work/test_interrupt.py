@@ -1,4 +1,4 @@
-"""Stopping between steps: a time limit or a signal ends the step in progress, and the same command goes on."""
+"""Stopping between steps: after a time limit or a signal the current step finishes, and the same command resumes."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def long_source(checkpoint) -> Path:
 
 
 def interrupted(outcome, *words: str) -> None:
-    """Exit code 3, and a last line on stderr that has the words; nothing on stdout."""
+    """Check for exit code 3 and a last line on stderr that contains the words, with nothing on stdout."""
     assert outcome.code == 3, outcome
     line = outcome.stderr.splitlines()[-1]
     assert line.startswith("error: ")
@@ -81,7 +81,7 @@ def test_a_signal_ends_the_layer_and_the_command_goes_on(number, a3, long_source
     assert signal.getsignal(number) == before
     assert (tmp_path / "cut" / "calibration" / "layer-001.safetensors").is_file()
     assert not (tmp_path / "cut" / "calibration" / "layer-002.safetensors").exists()
-    for leftover in (".layer-002.safetensors.partial", ".tmpgFi74E"):  # as a kill leaves them, ours and the library's
+    for leftover in (".layer-002.safetensors.partial", ".tmpgFi74E"):  # our temporary file, and safetensors'
         (tmp_path / "cut" / "calibration" / leftover).write_bytes(b"half")
     assert a3(*command, tmp_path / "cut").code == 0
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
@@ -102,7 +102,7 @@ def test_a_time_limit_stops_after_each_layer_until_all_is_done(overwrite, a3, lo
     assert a3(*command, tmp_path / "whole").code == 0
     for layer in (2, 3):
         interrupted(a3(*command, tmp_path / "cut", "--max-minutes", 0), "--max-minutes 0", f"layer {layer} of 3")
-    assert a3(*command, tmp_path / "cut", "--max-minutes", 0).code == 0  # nothing comes after the last layer
+    assert a3(*command, tmp_path / "cut", "--max-minutes", 0).code == 0  # nothing follows the last layer
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -150,7 +150,7 @@ def test_nothing_is_left_of_what_did_nothing(a3, calibrated):
 
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_solve_goes_on_at_every_step(rounds, a3, calibrated, monkeypatch):
-    """Analysis, projections and the sequential sweep, each cut short: the same bytes as in one go."""
+    """Analysis, projections and the sequential sweep are each interrupted; the bytes equal those of one run."""
     solve = ("solve", "--budget", 0.2, *SIZES, "--sequential", "--refit-rounds", rounds, "--batch-size", 2)
     solve += ("--num-processes", 1, "--work", calibrated)
     assert a3(*solve).code == 0
@@ -171,7 +171,7 @@ def test_solve_goes_on_at_every_step(rounds, a3, calibrated, monkeypatch):
 
 
 def test_the_order_of_channels_is_found_once(a3, calibrated, monkeypatch):
-    """Another budget and shape take it as it is; a damaged file is made again."""
+    """Another budget and shape reuse the order as it is; a damaged file is computed again."""
     solve = ("solve", *SIZES, "--work", calibrated, "--overwrite", "--budget")
     assert a3(*solve, 0.2).code == 0
     whole = contents(calibrated)
@@ -187,7 +187,7 @@ def test_the_order_of_channels_is_found_once(a3, calibrated, monkeypatch):
 
 
 def only_once(step):
-    """Fail where a layer is done that was done before."""
+    """Fail if a layer is computed twice."""
     done = set()
 
     def guarded(*args):
@@ -224,7 +224,7 @@ def test_another_request_begins_anew(a3, calibrated, monkeypatch):
 
 
 def test_other_sizes_or_another_type_begin_anew(a3, calibrated, monkeypatch):
-    """The same command on another machine, where curves come out a little different or `auto` is something else."""
+    """This may happen on another machine, where curves differ slightly or `auto` chooses another dtype."""
     solve = ("solve", "--budget", 0.2, *SIZES, "--sequential", "--batch-size", 2, "--overwrite")
     solve += ("--num-processes", 1, "--work", calibrated)
 
@@ -281,7 +281,7 @@ def test_export_goes_on_at_the_weight_file(a3, calibrated, tmp_path, monkeypatch
 
 
 def test_a_full_disk_keeps_what_is_finished(a3, calibrated, tmp_path, monkeypatch):
-    """In the middle of solve and of export: a line that says so, and the same bytes once there is room again."""
+    """In the middle of solve and export, one line reports it; with free space again, the bytes are the same."""
     solve = ("solve", "--budget", 0.2, *SIZES, "--num-processes", 1, "--work", calibrated)
     export = ("export", tmp_path / "out", "--work", calibrated, "--max-shard-size", "40KB", "--num-processes", 1)
     assert a3(*solve).code == 0
@@ -316,7 +316,7 @@ def test_a_full_disk_keeps_what_is_finished(a3, calibrated, tmp_path, monkeypatc
         assert "No space left" in outcome.stderr
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1))
-            outcome = a3(*command)  # seen before it goes on: what is there stays all the same
+            outcome = a3(*command)  # the check fails before resuming, and the finished files stay
         assert outcome.code == 2
         assert "no disk space" in outcome.stderr
         assert (draft / finished).is_file()
@@ -347,12 +347,12 @@ def cut_short(a3, monkeypatch, command: tuple[object, ...], step: str) -> None:
 
 
 def stop_at(step: str):
-    """A signal that comes while the step before this one is at work."""
+    """Return a `Stop.before` that receives a signal during the step before this one."""
     plain = Stop.before
 
     def before(self, name, then):
         if name.startswith(step):
-            self.signal = signal.SIGTERM  # as its handler does; here from any thread
+            self.signal = signal.SIGTERM  # like its handler, but from any thread
         plain(self, name, then)
 
     return before
@@ -390,7 +390,7 @@ def test_bad_time_limits_are_refused(a3, tmp_path):
 
 @pytest.mark.slow
 def test_a_terminated_process_ends_its_layer_with_exit_code_three(checkpoint, text_file, tmp_path):
-    """A real process and a real SIGTERM, wherever it is."""
+    """Send a real SIGTERM to a real process at any moment."""
     source = checkpoint("llama-gqa", num_hidden_layers=12)
     arguments = ["calibrate", str(source), "--dataset", str(text_file), "--samples", "24", "--seq-len", "160"]
     process = subprocess.Popen(

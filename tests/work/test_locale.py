@@ -1,4 +1,4 @@
-"""Names with umlauts in a locale without any: the commands, the processes that they start, and what they print."""
+"""Names with umlauts in an ASCII locale: the commands, the processes that they start, and their output."""
 
 import io
 import json
@@ -19,7 +19,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @pytest.fixture
 def place(prepared, text_file, tmp_path) -> Path:
-    """A folder with the source, its work folder and text."""
+    """Return a folder with the source, its work folder and text."""
     folder = tmp_path / "Größen"
     shutil.copytree(prepared / "source", folder / "source")
     shutil.copytree(prepared / "work", folder / "work")
@@ -37,7 +37,7 @@ def in_ascii(*arguments: object, program: tuple[str, ...] = ("-m", "a3cli"), **e
 
 
 def test_calibrate_in_an_ascii_locale(place):
-    """The tokenizer's library is one that takes UTF-8 names alone."""
+    """The tokenizers library accepts only UTF-8 names."""
     work = ("--work", place / "work")
     calibrated = in_ascii("calibrate", place / "source", "--dataset", place / "Sätze.txt", *SHORT, *work, "--overwrite")
     assert calibrated.returncode == 0, calibrated.stderr

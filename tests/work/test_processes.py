@@ -1,4 +1,4 @@
-"""Several processes: the same statistics, one error for all, nothing lost when one is killed."""
+"""Several processes: the same statistics, one error for all, and nothing lost when one is killed."""
 
 import json
 import os
@@ -46,7 +46,7 @@ class Ended:
 
 
 def command_line(rank: int, environment: dict[str, str], arguments: list[str], sabotage: Callable[[int], None]) -> None:
-    """One process of several, as a launcher starts it."""
+    """Run one of several processes, as a launcher starts it."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     from a3cli.cli.app import main
@@ -59,11 +59,11 @@ def command_line(rank: int, environment: dict[str, str], arguments: list[str], s
 
 
 def nothing(rank: int) -> None:
-    """All goes well."""
+    """Cause no failure."""
 
 
 def run(count: int, folder: Path, *arguments: object, sabotage: Callable[[int], None] = nothing) -> Ended:
-    """The command in `count` processes: exit codes, and each one's error, by rank."""
+    """Run the command in `count` processes; return exit codes, and each one's error, by rank."""
     errors = folder / f"errors-{time.monotonic_ns()}"
     errors.mkdir()
     with socket.socket() as free:
@@ -90,7 +90,7 @@ def run(count: int, folder: Path, *arguments: object, sabotage: Callable[[int], 
 
 @pytest.mark.parametrize(("samples", "counts"), [(5, (2, 3)), (2, (3,))])
 def test_the_same_statistics_from_any_number_of_processes(samples, counts, a3, checkpoint, text_file, tmp_path):
-    """Five blocks divide evenly among neither two nor three; of two blocks one of three processes has none."""
+    """Five blocks are not divisible by two or three; with two blocks, one of three processes has none."""
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *but(TEXT, "--samples", samples), "--work")
     assert a3(*command, tmp_path / "1").code == 0
     for count in counts:
@@ -110,7 +110,7 @@ def sampling_the_last_block(rank: int) -> None:
 
 
 def test_samples_that_the_first_process_has_none_of(a3, checkpoint, text_file, tmp_path, monkeypatch):
-    """As with long blocks, of which few are kept whole."""
+    """This happens with long blocks, of which few are kept whole."""
     monkeypatch.setattr("a3cli.solvers.samples.sampled_blocks", last_block)
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work")
     assert a3(*command, tmp_path / "1").code == 0
@@ -119,7 +119,7 @@ def test_samples_that_the_first_process_has_none_of(a3, checkpoint, text_file, t
 
 
 def killed_in_the_second_layer(rank: int, victim: int = 1) -> None:
-    """A process dies by SIGKILL when half of its share of layer 1 is done: it has two blocks, one a batch."""
+    """Kill a process by SIGKILL halfway through its share of layer 1: two blocks, one per batch."""
     from a3cli.stream import sweep
 
     plain, calls = sweep.run_layer, []
@@ -138,7 +138,7 @@ def test_killed_in_a_layer_it_goes_on_there_with_any_number(a3, checkpoint, text
     command = ("calibrate", folder, "--dataset", text_file, *but(TEXT, "--batch-size", 1), "--work")
     assert run(2, tmp_path, *command, tmp_path / "whole").codes == [0, 0]
     assert a3(*command, tmp_path / "alone").code == 0
-    for count, victim in ((2, 0), (2, 1), (1, 1), (3, 1)):  # 0 is the one that writes
+    for count, victim in ((2, 0), (2, 1), (1, 1), (3, 1)):  # process 0 writes the files
         work = tmp_path / f"cut-{count}-{victim}"
         ended = run(2, tmp_path, *command, work, sabotage=partial(killed_in_the_second_layer, victim=victim))
         assert ended.codes[victim] == -signal.SIGKILL
@@ -164,7 +164,7 @@ def test_a_time_limit_stops_all_of_them(checkpoint, text_file, tmp_path):
 
 
 def full_disk(rank: int) -> None:
-    """Process 1 alone cannot write a file of the hidden states' size."""
+    """Make process 1 alone fail to write a file of the hidden states' size."""
     if rank == 1:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
@@ -205,14 +205,14 @@ def test_the_lock_counts_for_all_of_a_run(checkpoint, text_file, tmp_path):
 
 
 def waiting_in_the_second_layer(rank: int, begun: Path) -> None:
-    """The process says that it is there, and stays."""
+    """Report that the process has reached layer 1, then wait there."""
     from a3cli.stream import sweep
 
     plain, calls = sweep.run_layer, []
 
     def run_layer(*arguments):
         calls.append(None)
-        if len(calls) == 4:  # five blocks, two a batch
+        if len(calls) == 4:  # five blocks, two per batch
             begun.touch()
             time.sleep(600)
         return plain(*arguments)
@@ -272,7 +272,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.slow
 def test_num_processes_starts_them_and_says_what_became_of_them(checkpoint, text_file, tmp_path):
-    """The real command: one of its processes is killed, and the same command goes on."""
+    """Use the real command: one of its processes is killed, and the same command resumes."""
     folder = checkpoint("llama-gqa", num_hidden_layers=20)
     arguments = ("calibrate", folder, "--dataset", text_file, "--samples", 64, "--seq-len", 128, "--quiet")
     command = [
@@ -291,7 +291,7 @@ def test_num_processes_starts_them_and_says_what_became_of_them(checkpoint, text
     while not (tmp_path / "w/calibration/layer-001.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     survivor, killed = children(first)
-    os.kill(survivor, signal.SIGSTOP)  # so that the launcher's SIGTERM is the first that it hears of it
+    os.kill(survivor, signal.SIGSTOP)  # so that the launcher's SIGTERM is the first signal that it handles
     os.kill(killed, signal.SIGKILL)
     time.sleep(2)
     os.kill(survivor, signal.SIGCONT)
@@ -307,7 +307,7 @@ def test_num_processes_starts_them_and_says_what_became_of_them(checkpoint, text
 
 @pytest.mark.slow
 def test_num_processes_ends_with_the_code_of_a_bug(checkpoint, text_file, tmp_path):
-    """The real command, with a fault in one of the processes that it starts."""
+    """Use the real command, with a bug in one of the processes that it starts."""
     fault = (
         "import os\nif os.environ.get('RANK') == '1':\n    from a3cli.stream import sweep\n    sweep.run_layer = None\n"
     )
@@ -327,7 +327,7 @@ def test_num_processes_ends_with_the_code_of_a_bug(checkpoint, text_file, tmp_pa
 
 
 def accelerate_launch(*arguments: object) -> list[str]:
-    """What the real launcher's processes print."""
+    """Return the output of the real launcher's processes."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -337,7 +337,7 @@ def accelerate_launch(*arguments: object) -> list[str]:
 
 @pytest.mark.slow
 def test_accelerate_launches_one_process_or_two_on_a_cpu(a3, checkpoint, text_file, tmp_path):
-    """Without a GPU too, several take --multi_gpu."""
+    """Without a GPU, several processes need --multi_gpu too."""
     command = ("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *TEXT, "--work")
     launched = {
         1: ("--cpu", "--num_processes", 1),
@@ -386,7 +386,7 @@ def test_solve_and_export_give_the_same_bytes_from_any_number(method, a3, checkp
             (3, "process 1 was killed (SIGKILL); rerun the same command to resume"),
         ),
         ({0: -15, 1: -9}, {}, (3, "process 1 was killed (SIGKILL)")),
-        ({0: 2, 1: -6}, {0: "no text"}, (2, "no text")),  # one that aborts when the others have gone
+        ({0: 2, 1: -6}, {0: "no text"}, (2, "no text")),  # process 1 aborts after its peers have ended
         ({0: 3, 1: -15}, {0: "interrupted"}, (3, "interrupted")),
         ({0: 1, 1: 2}, {1: "no text"}, (2, "no text")),
         ({0: -9, 1: -9}, {}, (3, "process 0 was killed (SIGKILL) and process 1 was killed (SIGKILL);")),
@@ -406,14 +406,14 @@ def test_of_several_failures_the_cause_is_told(codes, said, expected, tmp_path):
     [
         ({0: 3, 1: 70}, {}),
         ({0: 70, 1: 70}, {}),
-        ({0: 3, 1: 1}, {}),  # before it could say anything: Python itself failed
+        ({0: 3, 1: 1}, {}),  # before any message was written: Python itself failed
         ({0: 3, 1: 70}, {0: "lost another process"}),
         ({0: -15, 1: 70}, {0: "interrupted"}),
-        ({0: -9, 1: 70}, {}),  # by the launcher, which waits for no long layer
+        ({0: -9, 1: 70}, {}),  # killed by the launcher, which does not wait for a long layer
     ],
 )
 def test_a_bug_keeps_its_exit_code(codes, said, tmp_path):
-    """Code 3 would say that the same command goes on, again and again, and 1 that a gate failed."""
+    """Code 3 would make a pipeline rerun the command forever, and code 1 would mean a failed gate."""
     for rank, message in said.items():
         (tmp_path / str(rank)).write_text(message)
     with pytest.raises(SystemExit) as stop:
@@ -423,14 +423,14 @@ def test_a_bug_keeps_its_exit_code(codes, said, tmp_path):
 
 @pytest.mark.parametrize(("rank", "local", "speaks"), [(0, 0, True), (1, 1, False), (8, 0, True), (9, 1, False)])
 def test_on_each_machine_one_process_speaks(rank, local, speaks, monkeypatch):
-    """Under a launcher that is not ours: two machines, of eight processes each."""
+    """Simulate another launcher: two machines with eight processes each."""
     for name, value in {"WORLD_SIZE": 16, "RANK": rank, "LOCAL_RANK": local}.items():
         monkeypatch.setenv(name, str(value))
     assert hand_over("no text") != speaks
 
 
 def test_launching_leaves_signals_as_they_were(monkeypatch):
-    """What handles them then belongs to the stage that comes next."""
+    """Their handlers then belong to the next stage."""
     monkeypatch.setattr(sys, "executable", "/bin/true")
     with stopping() as stop:
         before = [signal.getsignal(number) for number in ELASTIC_HANDLES]
@@ -453,7 +453,7 @@ def test_memory_that_one_of_them_lacks_makes_all_batches_smaller(victim, a3, che
 
 
 def short_of_memory(rank: int, victim: int) -> None:
-    """One process alone has no room for two blocks."""
+    """Make one process alone run out of memory with two blocks."""
     from a3cli.stream import sweep
 
     plain = sweep.run_layer
@@ -492,7 +492,7 @@ def test_results_come_in_order_while_a_few_more_are_made():
 
     with one_core_each(2) as threads:
         results = ahead(threads, jobs(), 3)
-        assert next(results) is True  # the fourth was made while the first waited
+        assert next(results) is True  # the fourth was computed while the first waited
         assert asked == [0, 1, 2, 3]
         assert [next(results) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
         with pytest.raises(A3Error, match="the eighth"):

@@ -1,4 +1,4 @@
-"""A file that cannot be read is named, with what to do; the file that was being written meanwhile is not blamed."""
+"""An unreadable file is named, with a remedy; the file that was being written at the time is not blamed."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def remove(path: Path) -> None:
 
 
 def tie_to_itself(path: Path) -> None:
-    """Whoever opens it meets an OSError."""
+    """Make opening the file raise an OSError."""
     path.unlink()
     path.symlink_to(path.name)
 
@@ -34,7 +34,7 @@ DAMAGES = [truncate, remove, tie_to_itself]
 
 @pytest.fixture
 def while_writing(monkeypatch):
-    """Have something happen after all checks, when a folder begins to be written."""
+    """Return a function that schedules an action for after all checks, when a folder begins to be written."""
 
     def arrange(happen: Callable[[], None]) -> None:
         plain = Draft.check_space
@@ -64,7 +64,7 @@ def test_statistics_while_a_solution_is_written(damage, a3, work, while_writing)
     while_writing(lambda: damage(statistics))
     read_error(a3(*command), statistics, "run a3 calibrate --overwrite")
     assert snapshot(work / "solution") == before
-    assert (work / ".solution.a3-partial" / "layer-000.safetensors").is_file()  # a layer that is done stays
+    assert (work / ".solution.a3-partial" / "layer-000.safetensors").is_file()  # a finished layer stays
     statistics.unlink(missing_ok=True)
     statistics.write_bytes(kept)
     assert a3(*command).code == 0
@@ -148,7 +148,7 @@ def test_statistics_while_they_are_merged(name, damage, a3, prepared, text_file,
 
 
 def test_hidden_states_of_a_calibration(a3, prepared, text_file, monkeypatch, tmp_path):
-    """Between two layers the file of the second one's input becomes unreadable."""
+    """The input of the second layer becomes unreadable between the two layers."""
     states = tmp_path / "work" / "calibration" / "hidden-001.bin"
     plain = StatesOnDisk.keep
 

@@ -20,13 +20,13 @@ pieces = st.lists(st.integers(0, 5) | st.integers(0, 3 * PART) | st.sampled_from
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    """A small file is written in several parts and synced several times."""
+    """Write even a small file in several parts, with several syncs."""
     monkeypatch.setattr(writer, "WRITTEN_AT_ONCE", PART)
     monkeypatch.setattr(writer, "SYNCED_AT_ONCE", PART)
 
 
 def write(path: Path, sizes: list[int]) -> None:
-    """Write pieces of these sizes; the file's content and hash are those of the pieces."""
+    """Write pieces of these sizes and check the file's content and hash."""
     wanted = [os.urandom(size) for size in sizes]
     with HashingWriter(path) as file:
         for piece in wanted:
@@ -46,7 +46,7 @@ def open_files() -> int:
 
 
 def test_a_full_disk(tmp_path):
-    """The error is raised, and nothing is left open or running."""
+    """The error is raised, and no file stays open and no thread keeps running."""
     full = os.open("/dev/full", os.O_WRONLY)
     open_before, running = open_files(), threading.active_count()
 
@@ -59,7 +59,7 @@ def test_a_full_disk(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         write_much()
     assert open_files() == open_before
-    assert threading.active_count() <= running  # those of other tests may end meanwhile
+    assert threading.active_count() <= running  # threads of other tests may end meanwhile
     os.close(full)
 
 
