@@ -21,7 +21,7 @@ Sensitivity = Literal["residual", "probe"]
 # How config.json of a stock export describes RoPE of smaller heads; a3cli/runtimes says which runtime loads what.
 RopeForm = Literal["auto", "theta", "linear", "longrope"]
 DEFAULT_DATASET = "wikitext2"
-# What predicted losses are, by how they were brought to one unit.
+# The meaning of predicted losses, by how they were converted to a common unit.
 LOSSES: dict[Sensitivity, str] = {
     "residual": "squared error relative to the residual stream",
     "probe": "KL(source ‖ compressed) as probed, nats a token",
@@ -30,7 +30,7 @@ BUDGET_HELP = "Fraction of the decoder's linear weights to remove."
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, MACHINE]
 
-# Settings of more than one stage.
+# Settings of several stages.
 Revision = Annotated[str | None, HOW, Field(description="Branch, tag or commit of a Hub id.")]
 RemoteCode = Annotated[bool, HOW, Field(description="Run code that comes with the model.")]
 FollowSymlinks = Annotated[bool, HOW, Field(description="Follow symbolic links out of the model's folder.")]
@@ -69,7 +69,7 @@ class TextSettings(Settings):
 
 
 def parse_batch_size(text: Any) -> Any:
-    """A number of blocks, or `auto`: None."""
+    """Return a number of blocks, or None for `auto`."""
     if text == "auto":
         return None
     return int(text) if isinstance(text, str) and text.removeprefix("-").isdecimal() else text
@@ -154,7 +154,7 @@ class SolveSettings(Settings):
 
 
 def parse_size(text: Any) -> Any:
-    """Bytes from '5GB', '500MB', '1.5GiB' or a plain number of bytes."""
+    """Return the bytes of '5GB', '500MB', '1.5GiB' or a plain number of bytes."""
     if not isinstance(text, str):
         return text
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1, "": 1}
@@ -187,7 +187,7 @@ class ExportSettings(Settings):
 
 
 def parse_budgets(text: Any) -> Any:
-    """`0.1:0.5:0.05` (the end included) or `0.1,0.25,0.4`, as decimal numbers."""
+    """Return the decimal numbers of `0.1:0.5:0.05` (the end included) or `0.1,0.25,0.4`."""
     if not isinstance(text, str):
         return text
     try:
@@ -269,7 +269,7 @@ class EvalSettings(Settings):
 
 
 class VerifySettings(Settings):
-    """`dtype` is what both the export and the reference compute in; auto is float32, whatever the weights are."""
+    """The export and the reference compute in `dtype`; auto is float32, whatever the weights are."""
 
     device: Device = "auto"
     dtype: Annotated[DtypeName, MACHINE, Field(description="Dtype to compute in; auto: float32.")] = "auto"
@@ -282,7 +282,7 @@ class VerifySettings(Settings):
 
 
 class PlanSettings(Settings):
-    """What a run would be asked to do, and on what machine; a rate that is not given is assumed or measured."""
+    """The run to plan for, and its machine; a rate that is not given is assumed or measured."""
 
     model: Annotated[str, Field(description="Local folder or Hub id; weights are not downloaded.")]
     revision: Revision = None

@@ -1,4 +1,4 @@
-"""What the command line has to know of a setting beyond its pydantic field, and settings as words of a command."""
+"""Options of the command line beyond the pydantic fields of settings, and settings as words of a command."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

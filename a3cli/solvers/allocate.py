@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-FINEST = 1 << 17  # largest number of steps of the removal; more are rounded down to a coarser unit
+FINEST = 1 << 17  # largest number of steps of the removal; with more, removals are rounded down to a coarser unit
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def allocate(items: Sequence[Sequence[Choice]], needed: int) -> list[Choice]:
     the choice that removes least must also lose least. Among equal losses the smaller removal wins. Raises ValueError
     if all items together cannot remove `needed`.
     """
-    least = [min(choice.removed for choice in item) for item in items]  # removed in any case
+    least = [min(choice.removed for choice in item) for item in items]  # this much is removed in any case
     target = max(0, needed - sum(least))
     extra = [[choice.removed - low for choice in item] for item, low in zip(items, least, strict=True)]
     unit = max(math.gcd(*(removed for item in extra for removed in item)), -(-target // FINEST), 1)
@@ -34,7 +34,7 @@ def allocate(items: Sequence[Sequence[Choice]], needed: int) -> list[Choice]:
     steps = [[removed // unit for removed in item] for item in extra]
     if sum(map(max, extra)) < needed - sum(least):
         raise ValueError("no choice removes enough")
-    if sum(map(max, steps)) < target:  # by rounding: every removal is needed
+    if sum(map(max, steps)) < target:  # because of rounding, every removal is needed
         return [max(item, key=lambda choice: choice.removed) for item in items]
     # One item may exceed the target by its whole removal; exceeding it further never pays.
     loss = torch.full((target + max(map(max, steps)) + 1,), float("inf"), dtype=torch.float64)

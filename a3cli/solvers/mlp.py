@@ -25,8 +25,8 @@ def keep_channels(scores: torch.Tensor, kept: int) -> torch.Tensor:
     return scores.argsort(descending=True, stable=True)[:kept].sort().values
 
 
-# A channel of which less than this share is unexplained counts as explained: statistics are accumulated in float32, and
-# with fewer tokens than channels the rest of the last ones is rounding.
+# A channel whose unexplained share is smaller counts as explained: statistics are accumulated in float32, and with
+# fewer tokens than channels the remainder of the last ones is rounding.
 EXPLAINED = 1e-5
 
 
@@ -81,9 +81,9 @@ def order_channels(
 
 
 class _Left:
-    """The remaining channels: the leading rows (and columns) of `R`, `T = R W` and the rest, in place.
+    """The remaining channels in the leading rows (and columns) of `R` and of `T = R W`, updated in place.
 
-    The last rows move into the gaps of the taken ones, so that every product is as small as possible and no matrix is
+    The last rows move into the gaps of the selected ones, so that products are as small as possible and no matrix is
     copied.
     """
 
@@ -122,7 +122,7 @@ class _Left:
 
 
 def _gains(energy: torch.Tensor, met: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """Return `‖T_j‖² / R_jj`, and 0 for channels that the chosen ones explain, whose rest is rounding."""
+    """Return `‖T_j‖² / R_jj`, or 0 for channels that the selected ones explain, whose remainder is rounding."""
     return torch.where(energy > least, met.clamp_min(0) / energy.clamp_min(least), 0.0)
 
 

@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class AttentionSamples:
-    """One layer's samples in one process; the blocks of other processes are zero, so that the sum over all is complete.
+    """One layer's samples in one process. Blocks of other processes are zero, so that the sum over all is complete.
 
     Calibration has `blocks` blocks of `length` tokens; `device` is the activations' device.
     """
@@ -66,7 +66,7 @@ def first_seen(rows: torch.Tensor, sequence: int, mask: torch.Tensor | None) -> 
 
 
 def merge_samples(parts: list[Tensors]) -> Tensors:
-    """Return as many of several calibrations' samples (blocks of one length) as one of them would keep, evenly."""
+    """Return as many samples as one calibration keeps, taken evenly from several (all with blocks of one length)."""
     joined = {name: torch.cat([part[name] for part in parts]) for name in NAMES}
     kept = sampled_blocks(*joined["sample_k"].shape[:2])
     return {name: value[kept] for name, value in joined.items()}

@@ -19,7 +19,7 @@ from a3cli.solvers.qk import sum_over_group
 from a3cli.solvers.rope import Distances, as_pairs, complex_gram
 
 ROUNDS = 40
-ENOUGH = 1e-3  # stop when a round gains less than this share of the loss
+ENOUGH = 1e-3  # stop when a round lowers the loss by less than this share
 
 
 @dataclass(frozen=True)

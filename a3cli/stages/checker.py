@@ -2,8 +2,8 @@
 
     python checker.py REQUEST.json
 
-Reads the request and prints one JSON object per line for each check: name, outcome (passed, failed, skipped), detail.
-Nothing of a3 is imported, so the checks also hold for users who load the folder with stock transformers.
+It reads the request and prints one JSON object per line for each check: name, outcome (passed, failed, skipped),
+and detail. It imports nothing of a3, so the checks also hold for users who load the folder with stock transformers.
 """
 
 import json
@@ -31,11 +31,11 @@ class Failed(Exception):
 
 
 class Export:
-    """The checked folder and the request."""
+    """The folder to check, and the request."""
 
     def __init__(self, request: Json) -> None:
         self.folder = Path(request["folder"])
-        self.code: Json | None = request["code"]  # hashes by file and auto_map of the code that may run; None: none may
+        self.code: Json | None = request["code"]  # hashes by file and auto_map of the code that may run; None: no code
         self.shapes: dict[str, list[int]] = request["shapes"]
         self.carried: tuple[str, ...] = tuple(request["carried"])  # prefixes of tensors that the class does not know
         self.tokens: torch.Tensor = load_file(request["tokens"])["tokens"]
@@ -63,7 +63,7 @@ class Export:
         return sorted(self.folder.glob("*.safetensors"))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor of every file, one in memory at a time."""
+        """Yield every tensor of every file; only one is in memory at a time."""
         for path in self.weight_files():
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118, a safetensors file is no dictionary

@@ -1,4 +1,4 @@
-"""The loop of every sweep: read a batch of blocks, compute, write it, with reading ahead and writing behind."""
+"""The loop of every sweep: read a batch of blocks, compute, write the result, with prefetching and writes behind."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ Step = Callable[..., Sequence[torch.Tensor]]  # start and a batch of each input 
 
 @dataclass(frozen=True)
 class Batching:
-    """How `blocks` blocks are divided into batches; `in_background` reads and writes them in threads meanwhile."""
+    """The division of `blocks` blocks into batches; with `in_background`, threads read and write them meanwhile."""
 
     blocks: int
     size: int
@@ -74,7 +74,7 @@ def read_batches(inputs: Sequence[Blocks], batching: Batching) -> Iterator[tuple
 
 
 def pinned(batch: torch.Tensor) -> torch.Tensor:
-    """Return a batch in memory that a GPU copies from without waiting; one on a device stays there."""
+    """Return a batch in pinned memory, from which a GPU copies without waiting; a batch on a device stays there."""
     return batch.pin_memory() if batch.device.type == "cpu" and torch.cuda.is_available() else batch
 
 

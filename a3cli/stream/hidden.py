@@ -189,7 +189,7 @@ class StatesOnDisk:
 
 
 class Checked:
-    """Blocks that are written to a file, with their checksums."""
+    """Write blocks to a file and record their checksums."""
 
     def __init__(self, states: HiddenStates) -> None:
         self._states = states

@@ -39,7 +39,7 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
 
 
 class _Listener:
-    """Hooks that add what they see to one layer's moments."""
+    """Hooks that add activations to one layer's moments."""
 
     HEADS: tuple[Role, ...] = ("q", "k", "v")
 

@@ -5,7 +5,7 @@ dims of the full head:
 
     pairs                  rows of the other pairs are zero, RoPE as in the source               (paper), or
     query_map, key_map     slot j is in pair j with the frequency that `rope_slots[j]` says, unrotated slots are among
-                           the dims that RoPE does not rotate, the rest is zero   (best)
+                           the unrotated dims, the rest is zero   (best)
     value_map              the mixed value in the first dims of each head, the rest zero, and so the columns of
                            `output_weight` or `output_map`
     channels               columns of the down projection of the other channels are zero; `gate_weight` and `up_weight`

@@ -28,11 +28,11 @@ from a3cli.stream.hidden import HiddenStates, TwoFiles
 from a3cli.stream.smaller import SmallerDecoder
 from a3cli.stream.sweep import Progress
 
-DRIFT = 0.5  # share of the stream's drift that each refit corrects; 0.5 was better than 0 and 1
-RIDGE = 1e-2  # towards the one-shot weights, relative to the mean diagonal of the activations' Gram matrix
+DRIFT = 0.5  # share of the drift of the residual stream that each refit corrects; 0.5 was better than 0 and 1
+RIDGE = 1e-2  # pulls towards the one-shot weights; relative to the mean diagonal of the activations' Gram matrix
 DAMPING = 1e-3  # of a Gauss-Newton step, relative to the problem's own curvature
-ITERATIONS = 8  # of conjugate gradients per step; a second step gains more than further iterations of the first
-HALVINGS = 3  # of a step that does not lower the error, before it is discarded
+ITERATIONS = 8  # conjugate-gradient iterations per step; a second step gains more than further iterations of the first
+HALVINGS = 3  # how often a step is halved that does not lower the error, before it is discarded
 REFIT_NAMES: dict[Role, str] = {
     "o": "output_weight",
     "gate": "gate_weight",

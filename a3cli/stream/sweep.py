@@ -34,7 +34,7 @@ class Progress(Protocol):
 
 @dataclass
 class Sweep:
-    """One sweep over `blocks` `[N, T]`, of which this process takes its share.
+    """A sweep over this process's share of `blocks` `[N, T]`.
 
     With `adapt`, `batch_size` is halved if a device runs out of memory. `finished(i, sums)` is called in the
     main process, in the order of the layers; the input of layer i is kept until it returns, so a sweep that died in

@@ -1,1 +1,1 @@
-"""One run: its work folder, files, processes, signals and machine."""
+"""The parts of one run: its work folder, files, processes, signals and machine."""

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-HARMLESS = {"\u200c", "\u200d"}  # joiners: some scripts need them, and they are harmless
+HARMLESS = {"\u200c", "\u200d"}  # joiners, which some scripts need
 
 
 def printable(text: str) -> str:

@@ -31,7 +31,7 @@ class Machine:
         return self.device.type != "cpu"
 
     def describe(self) -> dict[str, str]:
-        """Return what rounding depends on, for a request: files of another kind are not resumed."""
+        """Return the properties that rounding depends on, for a request: files with different ones are not resumed."""
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def free_memory(self) -> int:
@@ -127,7 +127,7 @@ def load_linear_algebra(device: torch.device) -> None:
 def return_freed_memory(*, batches: bool = False) -> None:
     """Make glibc return memory of more than 1 MiB to the system as soon as it is freed.
 
-    By default it comes to keep pieces of up to 32 MiB, and the holes that activations leave in its heap exceed a
+    By default glibc comes to keep pieces of up to 32 MiB, and the holes that activations leave in its heap exceed a
     layer's size. The cost is that memory is mapped again each time; torch uses large pages for that if they are enabled
     before its first allocation. With many equal `batches` it pays to keep pieces of up to 16 MiB for the next one.
     """

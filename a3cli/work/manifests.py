@@ -256,7 +256,7 @@ class Solution(Part):
 
 
 class CalibrationManifest(Calibration, Sealed):
-    """calibration/manifest.json"""
+    """The content of calibration/manifest.json."""
 
     layers: list[FileHash] = Field(description="hash of each layer's statistics")
     versions: Versions
@@ -278,7 +278,7 @@ def calibration_content(request: Json, steps: Mapping[str, Json], blocks: Sequen
 
 
 class SolutionManifest(Solution, Sealed):
-    """solution/manifest.json"""
+    """The content of solution/manifest.json."""
 
     layers: list[FileHash] = Field(min_length=1, description="hash of each layer's projections")
 
@@ -294,7 +294,7 @@ def finished_manifest(kind: type[M], file: Path, request: Json, *, holder: str, 
 
 
 class SourceRecord(Sealed):
-    """source.json: which checkpoint was calibrated, and where the later stages find it."""
+    """The content of source.json: which checkpoint was calibrated, and where the later stages find it."""
 
     model: str = Field(description="folder, or Hub id")
     revision: str | None = Field(description="commit on the Hub; null for a folder")

@@ -174,7 +174,7 @@ class Processes:
             for name, (shape, dtype) in sorted(layout.items()):
                 value = sums.pop(name) if name in sums else torch.zeros(shape, dtype=dtype, device=device)
                 for piece in value.view(-1).split(PIECE):
-                    there = piece.to(self._accelerator.device)  # with --devices this is not the layer's device
+                    there = piece.to(self._accelerator.device)  # with --devices this may differ from the layer's device
                     piece.copy_(self._accelerator.reduce(there, reduction="sum"))
                 summed[name] = value
         return summed

@@ -68,7 +68,7 @@ class Record:
 def computed_once(file: Path, request: Json, compute: Callable[[], Json]) -> Json:
     """Return the result in a file if it belongs to this request; otherwise compute it and write the file."""
     found = read_if_request_matches(file, request)
-    if found is not None and "result" in found:  # an earlier version named it otherwise
+    if found is not None and "result" in found:  # an earlier version used another name
         return dict(found["result"])
     result = compute()
     file.parent.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ SYNCED_AT_ONCE = 1 << 28  # bytes
 
 
 class HashingWriter:
-    """A new file. `digest` is the hash of all pieces; on leaving the block they are on the disk.
+    """A new file. `digest` is the hash of all pieces; at the end of the block they are on the disk.
 
     Each piece is hashed in a thread while it is written. Another thread syncs the file meanwhile, so that the disk is
     not idle until the end.

@@ -1,4 +1,4 @@
-"""One file of data for each supported `model_type`."""
+"""The supported families: one file of data for each `model_type`."""
 
 from typing import Any
 

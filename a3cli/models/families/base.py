@@ -1,6 +1,6 @@
-"""The dataclasses that describe a family and a decoder: where each role is, and the sizes that the mathematics needs.
+"""The dataclasses that describe a family and a decoder: the place of each role, and the sizes that the solvers need.
 
-The rest of the package asks for roles (`q`, `down`, …), never for names of modules or tensors.
+The rest of the package uses roles (`q`, `down`, …), never names of modules or tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ LinearShapes = Mapping[Role, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a decoder layer keeps the weight of one role.
+    """The place of one role's weight in a decoder layer.
 
     `module` is a path inside the layer. If the module's weight is fused, `after` names the roles whose rows come
     before this role's, in order; None means that the whole weight belongs to this role.
@@ -26,7 +26,7 @@ class Place:
     after: tuple[Role, ...] | None = None
 
 
-# The names that Llama gave its modules, and most families after it.
+# The module names of Llama and of most later families.
 LLAMA_PLACES: dict[Role, Place] = {
     "q": Place("self_attn.q_proj"),
     "k": Place("self_attn.k_proj"),
@@ -41,10 +41,10 @@ LLAMA_PLACES: dict[Role, Place] = {
 
 @dataclass(frozen=True)
 class Family:
-    """Describe where a model type keeps its parts.
+    """The names and properties of a model type's modules.
 
-    Linear weights are `[out, in]`. RoPE turns the first r dims of a head as pairs `(p, p + r/2)`. The roles q, k, v, o,
-    gate, up and down are the linear weights that a budget counts; `mlp_norm` is the module that reads the residual
+    Linear weights are `[out, in]`. RoPE rotates the first r dims of a head as pairs `(p, p + r/2)`. The roles q, k, v,
+    o, gate, up and down are the linear weights that a budget counts; `mlp_norm` is the module that reads the residual
     stream for the MLP. Without a gate the MLP is `down(act(up(x)))`.
     """
 
@@ -52,10 +52,10 @@ class Family:
     places: dict[Role, Place]
     per_layer_class: str  # in models/shipped/modeling_a3_<model_type>.py
     qkv_bias: bool = False  # q, k and v always have biases, o never, and config.json does not say so
-    use_bias: bool = False  # config.json's use_bias, default true, gives biases to all linear layers
-    rotary_factor: float | None = None  # partial_rotary_factor if config.json does not say it; None: RoPE turns all
-    softmax_scale: str | None = None  # the config entry that holds it; None: it is head_dim ** -0.5
-    residual_multiplier: str | None = None  # the config entry of the factor on what each block adds to the stream
+    use_bias: bool = False  # config.json's use_bias (default true) gives biases to all linear layers
+    rotary_factor: float | None = None  # partial_rotary_factor if config.json omits it; None: RoPE rotates all dims
+    softmax_scale: str | None = None  # the config entry of the softmax scale; None: head_dim ** -0.5
+    residual_multiplier: str | None = None  # the config entry of the factor on each block's output
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
     carried: tuple[str, ...] = ()  # prefixes of tensors that the stock class does not know, copied as they are
@@ -96,7 +96,7 @@ class Family:
         return f"{self.layers}.{layer}."
 
     def find_roles(self, tensor: str) -> tuple[int, tuple[Role, ...], str] | None:
-        """Return the layer, the roles in the order of their rows, and "weight" or "bias"; None without a role."""
+        """Return the layer, the roles in the order of their rows, and "weight" or "bias"; or None without a role."""
         prefix = self.layers + "."
         number, _, rest = tensor.removeprefix(prefix).partition(".")
         if not tensor.startswith(prefix) or not number.isdigit():
@@ -109,7 +109,7 @@ class Family:
     def find_role(self, tensor: str) -> tuple[int, Role, str] | None:
         """Return `find_roles` of a tensor that belongs to one role.
 
-        Raises ValueError for a fused tensor, whose roles must be cut one by one.
+        Raises ValueError for a fused tensor, whose roles must be compressed one by one.
         """
         found = self.find_roles(tensor)
         if found is None:
@@ -122,7 +122,7 @@ class Family:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """What a solution chooses for one layer: dims of a query or key head, dims of a value head, MLP channels."""
+    """The sizes that a solution chooses for a layer: dims of a query or key head and of a value head, MLP channels."""
 
     qk: int
     ov: int
@@ -130,8 +130,8 @@ class LayerSizes:
 
 
 def per_layer_config(sizes: Sequence[LayerSizes], slots: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """config.json's entry that gives each layer its sizes and RoPE slots, as transformers 5 reads it."""
-    digits = len(str(len(sizes) - 1))  # so that the keys are in order in the file
+    """Return config.json's entry that gives each layer its sizes and RoPE slots, as transformers 5 reads it."""
+    digits = len(str(len(sizes) - 1))  # so that the keys of the file are in order
     return {
         str(layer).zfill(digits): {
             "qk_head_dim": size.qk,
@@ -145,7 +145,7 @@ def per_layer_config(sizes: Sequence[LayerSizes], slots: Sequence[Sequence[float
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder: d, L, H, K, h and I of the method, which linear layers it has, and which have biases."""
+    """The sizes of a decoder: d, L, H, K, h and I of the method; which linear layers it has, and which have biases."""
 
     hidden_size: int
     layers: int
@@ -156,13 +156,13 @@ class ModelShape:
     attention_bias: bool = False
     mlp_bias: bool = False
     gated: bool = True
-    passed_dims: int = 0  # of a query or key head, which RoPE does not turn
+    passed_dims: int = 0  # dims of a query or key head that RoPE does not rotate
     fixed_scale: float | None = None  # softmax scale that does not depend on the head size
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
-        """The linear layers that read the MLP's input."""
+        """Return the linear layers that read the MLP's input."""
         return ("gate", "up") if self.gated else ("up",)
 
     @property
@@ -175,17 +175,17 @@ class ModelShape:
 
     @property
     def turning_pairs(self) -> int:
-        """How many pairs RoPE turns."""
+        """Return the number of pairs that RoPE rotates."""
         return (self.head_dim - self.passed_dims) // 2
 
     @property
     def group(self) -> int:
-        """Query heads a KV head, g = H / K."""
+        """Return the number of query heads per KV head, g = H / K."""
         return self.heads // self.kv_heads
 
     @property
     def sizes(self) -> list[LayerSizes]:
-        """The full sizes, layer by layer."""
+        """Return the full sizes of every layer."""
         return [self.full_sizes] * self.layers
 
     @property
@@ -193,7 +193,7 @@ class ModelShape:
         return LayerSizes(self.head_dim, self.head_dim, self.intermediate_size)
 
     def linear_shapes(self, sizes: LayerSizes | None = None) -> dict[Role, tuple[int, int]]:
-        """`[out, in]` of each linear weight of a layer of these sizes, or of a full one."""
+        """Return `[out, in]` of each linear weight of a layer with these sizes; by default the full ones."""
         d, size = self.hidden_size, sizes or self.full_sizes
         return {
             "q": (self.heads * size.qk, d),
@@ -206,9 +206,9 @@ class ModelShape:
 
 
 def pair_dims(pairs: int, turning: int) -> list[int]:
-    """Dims of a head of so many pairs: the first of every pair, then the second of every pair.
+    """Return the dims of a head of `pairs` pairs: the first of every pair, then the second of every pair.
 
-    Where RoPE turns only `turning` pairs, theirs are the first dims; what is passed through is paired likewise.
+    With partial RoPE, the `turning` rotated pairs have the first dims; the unrotated dims are paired likewise.
     """
     still, behind = pairs - turning, 2 * turning
     first = [*range(turning), *range(behind, behind + still)]

@@ -1,4 +1,4 @@
-"""Granite: as Llama, with the softmax scale and factors on embeddings, residuals and logits in config.json."""
+"""Granite: like Llama, with the softmax scale and factors on embeddings, residuals and logits in config.json."""
 
 from a3cli.models.families.base import LLAMA_PLACES, Family
 
