@@ -1,23 +1,24 @@
-"""Published compression formulas on a stock Llama model in memory, to compare a3 with. Own implementations.
+"""Published compression formulas for a stock Llama model in memory, to compare a3 with. Own implementations.
 
-Each takes a `Calibration` (a model in float32 and token blocks) and the fraction of the decoder's linear weights (q, k,
-v, o, gate, up, down) to remove, and returns a modified copy of the model with the number of parameters that a
-checkpoint of it would store in place of those weights. At least the fraction asked for is removed; embeddings, norms
-and output head are counted nowhere. Statistics are those of the unmodified model, except in SliceGPT, which is
-sequential. The copies keep the source's sizes: dropped structures are zeros, two factors are multiplied out, a sliced
-residual stream is a projected one. Logits are those of the smaller model up to float rounding.
+Each function takes a `Calibration` (a model in float32 and token blocks) and the fraction of the decoder's linear
+weights (q, k, v, o, gate, up, down) to remove. It returns a modified copy of the model and the number of parameters
+that a checkpoint of it would store instead of those weights. At least the requested fraction is removed; embeddings,
+norms and output head are not counted. Statistics are those of the unmodified model, except in SliceGPT, which is
+sequential. The copies keep the source's sizes: dropped structures are zeros, two factors are multiplied out, and a
+sliced residual stream is a projected one. Logits are those of the smaller model up to float rounding.
 
-svd               W ≈ U_r Σ_r V_rᵀ; two factors, `r (in + out)` parameters a weight.
-svd_llm           SVD-LLM (arXiv 2403.07378), truncation-aware whitening without its later updates; counted as above.
+svd               W ≈ U_r Σ_r V_rᵀ; two factors, `r (in + out)` parameters per weight.
+svd_llm           SVD-LLM (arXiv 2403.07378), truncation-aware whitening without its later updates; counted like svd.
 modegpt           MoDeGPT (arXiv 2408.09632): Nyström for the MLP, CR for QK, SVD for VO. All layers and modules lose
-                  the same share; its global allocation over layers has a temperature tuned per model and is left out.
-slicegpt          SliceGPT (arXiv 2401.15024), sequential PCA; `k` of `d` directions stay. Counted: what is left of the
-                  weights and two shortcut matrices a layer, `k × k`, the last one `k × d`.
+                  the same share; its global allocation over layers is omitted, since its temperature must be tuned per
+                  model.
+slicegpt          SliceGPT (arXiv 2401.15024), sequential PCA; `k` of `d` directions stay. Counted: the remaining
+                  weights and two shortcut matrices per layer, `k × k`, the last one `k × d`.
 wanda_structured  |W| ‖x‖ (Wanda, arXiv 2306.11695) summed over structures, as Wanda-sp in FLAP (arXiv 2312.11983)
                   does for the output and down projections. Nothing is refit.
 magnitude         The same structures by the norm of their weights.
 
-`modegpt_mlp`, `wanda_mlp` and `magnitude_mlp` take everything from the MLP and leave attention alone.
+`modegpt_mlp`, `wanda_mlp` and `magnitude_mlp` remove everything from the MLP and leave attention unchanged.
 """
 
 import copy
@@ -35,14 +36,14 @@ from a3cli.models.families import ModelShape
 Grams = dict[str, torch.Tensor]
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
-# Linear layers with the same input share a Gram matrix; the first of them gives it its name.
+# Linear layers with the same input share a Gram matrix, named after the first of them.
 INPUT_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
 RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A model that computes what the smaller one would, and how many parameters that one would store."""
+    """A model that computes what the smaller one would, and the number of parameters that one would store."""
 
     model: Any
     stored: int
@@ -55,7 +56,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Widths:
-    """What a structured method keeps: pairs and value dims per KV head, channels per layer."""
+    """The sizes that a structured method keeps: pairs and value dims per KV head, channels per layer."""
 
     pairs: int
     values: int
@@ -72,7 +73,7 @@ class Scores:
 
 
 class Calibration:
-    """A source model with token blocks `[N, T]`; its statistics are computed once, when first asked for."""
+    """A source model with token blocks `[N, T]`; its statistics are computed once, at first use."""
 
     def __init__(self, model: Any, tokens: torch.Tensor, *, batch_size: int = 8) -> None:
         self.model = model
@@ -91,7 +92,7 @@ class Calibration:
     @cached_property
     @torch.no_grad()
     def grams(self) -> list[Grams]:
-        """Of each layer `E[x xᵀ]` `[in, in]`, float64, of the inputs of q, o, gate and down."""
+        """Return each layer's `E[x xᵀ]` `[in, in]`, float64, of the inputs of q, o, gate and down."""
         sums: list[Grams] = [{} for _ in range(self.shape.layers)]
         hooks = [
             linear(layer, role).register_forward_pre_hook(partial(add_gram, sums[index], role))
@@ -110,7 +111,7 @@ def add_gram(sums: Grams, role: str, _module: Any, args: tuple[torch.Tensor]) ->
 
 
 def gram_of(x: torch.Tensor) -> torch.Tensor:
-    """`Σ x xᵀ` over all tokens of `[..., n]`: float64 sums of one batch's float32 product."""
+    """Return `Σ x xᵀ` over all tokens of `[..., n]`: the float32 product of one batch, as float64."""
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     return (rows.T @ rows).double()
 
@@ -120,7 +121,7 @@ def linear(layer: Any, role: str) -> Any:
 
 
 def weight_of(layer: Any, role: str) -> torch.Tensor:
-    """`[out, in]`, float64."""
+    """Return a linear weight `[out, in]`, float64."""
     return linear(layer, role).weight.detach().double()
 
 
@@ -129,12 +130,12 @@ def set_weight(layer: Any, role: str, value: torch.Tensor) -> None:
 
 
 def decoder_weights(shape: ModelShape) -> int:
-    """The decoder's linear weights at full size."""
+    """Return the number of the decoder's linear weights at full size."""
     return costs.linear_weights(shape, shape.sizes)
 
 
 def limit_of(shape: ModelShape, target: float) -> int:
-    """How many parameters may be stored when the fraction `target` is removed."""
+    """Return how many parameters may be stored when the fraction `target` is removed."""
     return int((1 - target) * decoder_weights(shape) + 1e-6)
 
 
@@ -150,22 +151,22 @@ def svd_llm(calibration: Calibration, target: float) -> Compressed:
 
 
 def truncate(W: torch.Tensor, rank: int) -> torch.Tensor:
-    """`U_r Σ_r V_rᵀ`, the best rank-r approximation in the Frobenius norm."""
+    """Return `U_r Σ_r V_rᵀ`, the best rank-r approximation in the Frobenius norm."""
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
     return (U[:, :rank] * sigma[:rank]) @ Vh[:rank]
 
 
 def truncate_whitened(W: torch.Tensor, gram: torch.Tensor, rank: int) -> torch.Tensor:
-    """`U_r Σ_r (V_rᵀ S⁻¹)`, `W S = U Σ Vᵀ`, `S Sᵀ = E[x xᵀ]`: the rank-r W' with the least `E‖W x − W' x‖²`.
+    """Return `U_r Σ_r (V_rᵀ S⁻¹)`, `W S = U Σ Vᵀ`, `S Sᵀ = E[x xᵀ]`: the rank-r W' with the least `E‖W x − W' x‖²`.
 
-    The loss is the sum of the squared singular values left out. W `[out, in]`, gram `[in, in]`.
+    The loss is the sum of the dropped squared singular values. W `[out, in]`, gram `[in, in]`.
     """
     S = cholesky(gram)
     return torch.linalg.solve_triangular(S, truncate(W @ S, rank), upper=False, left=False)
 
 
 def cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """Lower factor. A Gram matrix that is singular to float32 rounding gets the least ridge, in decades, that helps."""
+    """Return the lower factor. If rounding makes the matrix singular, add the least ridge (in decades) that helps."""
     scale = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for damping in (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4):
         factor, failed = torch.linalg.cholesky_ex(gram + damping * scale)
@@ -178,7 +179,7 @@ def cholesky(gram: torch.Tensor) -> torch.Tensor:
 def factorise(
     calibration: Calibration, target: float, approximate: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 ) -> Compressed:
-    """Every linear weight approximated at the rank that its share of the budget pays."""
+    """Approximate every linear weight at the rank that its share of the budget allows."""
     dense = decoder_weights(calibration.shape)
     model = copy.deepcopy(calibration.model)
     if target == 0:
@@ -191,9 +192,9 @@ def factorise(
 
 
 def factor_ranks(shape: ModelShape, target: float) -> tuple[dict[str, int], int]:
-    """Rank of each role, `(1 − target) · out · in / (out + in)` as published, and the parameters of all factors.
+    """Return the rank of each role, `(1 − target) · out · in / (out + in)` as published, and all factors' parameters.
 
-    Rounded down; while the budget allows, the ranks that lost most in rounding get one more.
+    Ranks are rounded down; while the budget allows, those that lost most in rounding get one more.
     """
     exact = {role: (1 - target) * rows * cols / (rows + cols) for role, (rows, cols) in shape.linear_shapes().items()}
     price = {role: shape.layers * sum(sizes) for role, sizes in shape.linear_shapes().items()}
@@ -218,9 +219,9 @@ def magnitude(calibration: Calibration, target: float, *, attention: bool = True
 
 
 def wanda_scores(layer: Any, grams: Grams, shape: ModelShape) -> Scores:
-    """Sums of `|W_ij| ‖x_j‖`: over the columns of down and o that a channel or value dim feeds, as in Wanda-sp.
+    """Return sums of `|W_ij| ‖x_j‖` over the columns of down and o that a channel or value dim feeds, as in Wanda-sp.
 
-    RoPE pairs feed no weight; their score is summed over the rows of q and k that make them.
+    RoPE pairs feed no weight; their score is summed over the rows of q and k that compute them.
     """
     weighted = {
         role: weight_of(layer, role).abs() * grams[INPUT_OF[role]].diagonal().sqrt() for role in ("q", "k", "o", "down")
@@ -230,7 +231,7 @@ def wanda_scores(layer: Any, grams: Grams, shape: ModelShape) -> Scores:
 
 
 def magnitude_scores(layer: Any, shape: ModelShape) -> Scores:
-    """Squared norm of all the weights that go with a structure."""
+    """Return the squared norm of all the weights that belong to a structure."""
     squares = {role: weight_of(layer, role).square() for role in (*ATTENTION, *MLP)}
     return Scores(
         pair_sums(squares["q"].sum(1), shape) + pair_sums(squares["k"].sum(1), shape),
@@ -240,12 +241,12 @@ def magnitude_scores(layer: Any, shape: ModelShape) -> Scores:
 
 
 def pair_sums(per_dim: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """`[heads · h]` → `[K, h/2]`, summed over the heads of a KV group and the two dims `(p, p + h/2)` of a pair."""
+    """Sum `[heads · h]` over the heads of a KV group and the two dims `(p, p + h/2)` of a pair; return `[K, h/2]`."""
     return per_dim.view(shape.kv_heads, -1, 2, shape.head_dim // 2).sum((1, 2))
 
 
 def value_sums(per_dim: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """`[heads · h]` → `[K, h]`, summed over the heads of a KV group."""
+    """Sum `[heads · h]` over the heads of a KV group; return `[K, h]`."""
     return per_dim.view(shape.kv_heads, -1, shape.head_dim).sum(1)
 
 
@@ -257,7 +258,7 @@ def prune(
     *,
     attention: bool,
 ) -> Compressed:
-    """The structures with the lowest scores removed, the same number in each layer and KV head."""
+    """Remove the structures with the lowest scores, the same number in each layer and KV head."""
     shape, dense = calibration.shape, decoder_weights(calibration.shape)
     widths = widths_for(shape, target, attention=attention)
     model = copy.deepcopy(calibration.model)
@@ -275,9 +276,9 @@ def structured_weights(shape: ModelShape, widths: Widths) -> int:
 
 
 def widths_for(shape: ModelShape, target: float, *, attention: bool) -> Widths:
-    """Pairs and value dims rounded to nearest, then the most channels with which the budget is still reached.
+    """Round pairs and value dims to nearest; return them and the most channels that still reach the budget.
 
-    Without `attention`, the MLP gives everything. Raises ValueError if it has not that much.
+    Without `attention`, everything is removed from the MLP. Raises ValueError if it is too small for that.
     """
     keep = 1 - target if attention else 1.0
     pairs, values = (max(1, round(keep * size)) for size in (shape.head_dim // 2, shape.head_dim))
@@ -289,7 +290,7 @@ def widths_for(shape: ModelShape, target: float, *, attention: bool) -> Widths:
 
 
 def mask_top(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """True at the `count` largest of the last dimension."""
+    """Return a mask of the `count` largest entries of the last dimension."""
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True)
 
 
@@ -316,7 +317,7 @@ def keep_channels(layer: Any, mask: torch.Tensor) -> None:
 
 
 def spread(mask: torch.Tensor, size: int) -> torch.Tensor:
-    """`[K, h]` repeated for each head of a group: `[size]`."""
+    """Repeat `[K, h]` for each head of a group; return `[size]`."""
     return mask.repeat_interleave(size // mask.numel(), 0).flatten()
 
 
@@ -325,7 +326,7 @@ def spread(mask: torch.Tensor, size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def modegpt(calibration: Calibration, target: float, *, attention: bool = True) -> Compressed:
-    """Nyström for the MLP, CR for QK, SVD for VO, all from the unmodified model's statistics."""
+    """Apply Nyström to the MLP, CR to QK and SVD to VO, all with the unmodified model's statistics."""
     shape, dense = calibration.shape, decoder_weights(calibration.shape)
     widths = widths_for(shape, target, attention=attention)
     model = copy.deepcopy(calibration.model)
@@ -349,19 +350,19 @@ def nystroem(layer: Any, gram: torch.Tensor, width: int) -> None:
 
 
 def ridge_leverage(gram: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
-    """`[C (C + λI)⁻¹]_ii` `[I]`, `λ` = `strength` times the mean of the diagonal.
+    """Return `[C (C + λI)⁻¹]_ii` `[I]`, `λ` = `strength` times the mean of the diagonal.
 
-    Of 1e-4, 1e-2, 0.1, 1 and 10, the strengths 1 and 10 did best on wikitext-llama, by a quarter of the increase.
+    Of 1e-4, 1e-2, 0.1, 1 and 10, strengths 1 and 10 were best on wikitext-llama, by a quarter of the increase.
     """
     ridge = strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + ridge, gram).diagonal()
 
 
 def cr_scores(layer: Any, grams: Grams, shape: ModelShape) -> torch.Tensor:
-    """`‖C_q^½ e_p‖ ‖C_k^½ e_p‖` `[K, h/2]`, over both dims of a pair and, for queries, over the heads of a group.
+    """Return `‖C_q^½ e_p‖ ‖C_k^½ e_p‖` `[K, h/2]`, over both dims of a pair and, for queries, the heads of a group.
 
-    A column of `C^½` has the squared norm `C_pp`. RoPE turns a pair and does not change its energy, so the
-    moments before RoPE serve.
+    A column of `C^½` has the squared norm `C_pp`. RoPE rotates a pair without changing its energy, so the
+    moments before RoPE suffice.
     """
     energies = [
         pair_sums(((weight := weight_of(layer, role)) @ grams["q"] * weight).sum(1), shape) for role in ("q", "k")
@@ -370,7 +371,7 @@ def cr_scores(layer: Any, grams: Grams, shape: ModelShape) -> torch.Tensor:
 
 
 def decompose_values(layer: Any, gram: torch.Tensor, shape: ModelShape, rank: int) -> None:
-    """VO by SVD per KV head: the rank-r pair with the least `‖C^½ (W_v W_o − W̃_v W̃_o)‖`, heads of a group side by side.
+    """Apply SVD to VO per KV head, a group's heads side by side: the least rank-r `‖C^½ (W_v W_o − W̃_v W̃_o)‖`.
 
     `C^½ W_v = U Σ Vᵀ`, `Σ Vᵀ W_o = U' Σ' V'ᵀ`; `W̃_v = C^-½ U U'_r = W_v V Σ⁻¹ U'_r`, `W̃_o = U'_rᵀ Σ Vᵀ W_o`.
     `V` and `Σ²` are the eigenvectors and eigenvalues of `W_vᵀ C W_v`.
@@ -389,7 +390,7 @@ def decompose_values(layer: Any, gram: torch.Tensor, shape: ModelShape, rank: in
 
 
 def padded(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """Zero rows below, `rows` in all."""
+    """Append zero rows, for `rows` rows in total."""
     return torch.nn.functional.pad(matrix, (0, 0, 0, rows - len(matrix)))
 
 
@@ -397,9 +398,9 @@ def padded(matrix: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def slicegpt(calibration: Calibration, target: float) -> Compressed:
-    """The most directions with which the weights left and the shortcuts together reach the budget.
+    """Keep the most directions with which the remaining weights and the shortcuts reach the budget.
 
-    With nothing to remove nothing is sliced, and the shortcuts of full size would fold into the weights.
+    If nothing is to be removed, nothing is sliced: shortcuts of full size would fold into the weights.
     """
     dense = decoder_weights(calibration.shape)
     d = calibration.shape.hidden_size
@@ -411,9 +412,10 @@ def slicegpt(calibration: Calibration, target: float) -> Compressed:
 
 
 def sliced_weights(shape: ModelShape, kept: int) -> int:
-    """Every linear weight has one side on the residual stream; the last down projection writes all of it, for the head.
+    """Count the remaining weights: each linear weight has one side on the residual stream, which is sliced.
 
-    Shortcuts: `k × k` around attention and MLP of each layer, the last one `k × d`.
+    The last down projection keeps its full output, for the head. Shortcuts are `k × k` around attention and MLP of each
+    layer, the last one `k × d`.
     """
     d, last = shape.hidden_size, shape.intermediate_size + kept
     return decoder_weights(shape) // d * kept + 2 * shape.layers * kept**2 + last * (d - kept)
@@ -421,10 +423,10 @@ def sliced_weights(shape: ModelShape, kept: int) -> int:
 
 @torch.no_grad()
 def slice_to(calibration: Calibration, kept: int) -> Any:
-    """Hold the residual stream in its `kept` principal directions before every norm but the last.
+    """Project the residual stream onto its `kept` principal directions before every norm but the last.
 
-    In the basis of the source: rotated and sliced weights see of the stream `x` only `P x`, and a shortcut takes
-    what is in one norm's subspace to the next one's. So the stream becomes `P x` before each norm, `P` from the
+    This happens in the basis of the source: rotated and sliced weights see only `P x` of the stream `x`, and a shortcut
+    maps one norm's subspace to the next one's. So the stream becomes `P x` before each norm, with `P` from the
     second moments of that norm's output in the model sliced so far.
     """
     model = copy.deepcopy(calibration.model)
@@ -448,7 +450,7 @@ def slice_to(calibration: Calibration, kept: int) -> Any:
 
 
 def fuse_norms(model: Any) -> None:
-    """Norm weights move into the linear layers behind them, so that norms commute with rotations; unties the head."""
+    """Move norm weights into the linear layers that follow, so that norms commute with rotations; untie the head."""
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     for layer in model.model.layers:
@@ -464,12 +466,12 @@ def fuse(norm: Any, linears: list[Any]) -> None:
 
 
 def gram_of_normed(streams: list[torch.Tensor], eps: float) -> torch.Tensor:
-    """`Σ y yᵀ`, `y` the output of an RMSNorm without weight."""
+    """Return `Σ y yᵀ`, where `y` is the output of an RMSNorm without weight."""
     return torch.stack([gram_of(x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()) for x in streams]).sum(0)
 
 
 def principal_projection(gram: torch.Tensor, kept: int) -> torch.Tensor:
-    """`Q_k Q_kᵀ` `[d, d]`, `Q_k` the eigenvectors of the `kept` largest eigenvalues."""
+    """Return `Q_k Q_kᵀ` `[d, d]`, with `Q_k` the eigenvectors of the `kept` largest eigenvalues."""
     Q = torch.linalg.eigh(gram).eigenvectors[:, len(gram) - kept :]
     return Q @ Q.T
 
@@ -479,7 +481,7 @@ def project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
 
 
 def capture_calls(model: Any, batches: tuple[torch.Tensor, ...]) -> list[dict[str, Any]]:
-    """With what a decoder layer is called beside the hidden states, for each batch."""
+    """Return the arguments of a decoder layer beside the hidden states, for each batch."""
     calls: list[dict[str, Any]] = []
     hook = model.model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
@@ -493,7 +495,7 @@ def capture_calls(model: Any, batches: tuple[torch.Tensor, ...]) -> list[dict[st
 
 
 def run_to_second_norm(layer: Any, streams: list[torch.Tensor], calls: list[dict[str, Any]]) -> Iterator[torch.Tensor]:
-    """The stream after attention, for each batch."""
+    """Yield the stream after attention, for each batch."""
     seen: list[torch.Tensor] = []
     hook = layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     for x, call in zip(streams, calls, strict=True):
@@ -503,7 +505,7 @@ def run_to_second_norm(layer: Any, streams: list[torch.Tensor], calls: list[dict
 
 
 def project_after_attention(layer: Any, projection: torch.Tensor) -> None:
-    """The stream becomes `P (x + a)`: attention's output `a` is replaced by `P (x + a) − x`."""
+    """Make the stream `P (x + a)`, by replacing attention's output `a` by `P (x + a) − x`."""
     before: list[torch.Tensor] = []
 
     def replace(_module: Any, _args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
-"""The whole chain on a random checkpoint of Llama-3.1-8B's shape: peak memory and time of each stage.
+"""Run all stages on a random checkpoint of Llama-3.1-8B's shape: peak memory and time of each.
 
-Each stage is a process of its own, on the CPU by default; what counts is its peak resident set, mapped pages included.
-The exit code is 1 if one exceeds `--limit` (6 GB). Needs about 16 GB of disk for the source, 0.45 GB a layer for
-statistics, and 12 GB for the export, all in a temporary folder that is removed.
+Each stage runs in its own process, by default on the CPU; its peak resident set is measured, mapped pages included.
+The exit code is 1 if a stage exceeds `--limit` (6 GB). This needs about 16 GB of disk for the source, 0.45 GB per layer
+for statistics, and 12 GB for the export, all in a temporary folder that is removed.
 
     python benchmarks/chain_8b.py [--layers 8] [--method best] [--folder DIR] [--seq-len 2048] [--samples 4]
     python benchmarks/chain_8b.py --shape tiny           # a minute
@@ -20,7 +20,7 @@ from random_checkpoint import SHAPES, make_in_a_child, make_text, run
 
 
 def stages(folder: Path, source: Path, arguments: argparse.Namespace) -> dict[str, list[object]]:
-    """Each stage's command line."""
+    """Return each stage's command line."""
     work = ["--work", folder / "work", "--quiet"]
     text = ["--dataset", folder / "text.txt", "--samples", arguments.samples, "--seq-len", arguments.seq_len]
     where = ["--device", arguments.device]
@@ -36,7 +36,7 @@ def stages(folder: Path, source: Path, arguments: argparse.Namespace) -> dict[st
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> bool:
-    """Print the table; False if a stage exceeds the limit."""
+    """Print the table; return False if a stage exceeds the limit."""
     source = arguments.source or make_in_a_child(folder / "source", arguments.shape, arguments.layers)
     make_text(folder / "text.txt")
     size = sum(shard.stat().st_size for shard in source.glob("*.safetensors"))

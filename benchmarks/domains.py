@@ -1,10 +1,11 @@
-"""Where the stock shape loses on text of another domain: which component, and how much of it is the calibration text.
+"""Measure the loss of the stock shape on text of another domain, by component and by calibration text.
 
     python benchmarks/domains.py SHARED [--write docs/quality.md] [--blocks 32]
 
-wikitext-llama, one-shot solutions, calibrated on its own text, on a half of the C4 sample, and on both together
-(`a3 stats merge`); measured on its own test text and on the other half of the C4 sample. Beside the whole cut: that of
-the MLP alone and that of attention alone, to the same sizes, and SVD-LLM with the same blocks, the strongest baseline.
+The model is wikitext-llama, with one-shot solutions, calibrated on its own text, on half of the C4 sample, and on both
+(`a3 stats merge`), and measured on its own test text and on the other half of the C4 sample. The whole solution is
+compared with the MLP alone and attention alone at the same sizes, and with the strongest baseline, SVD-LLM, with the
+same blocks.
 """
 
 import argparse
@@ -32,7 +33,7 @@ HEADER = ("removed", "calibrated on", "what is cut", "increase", "KL (nats)", "i
 
 
 def calibrate(subject: Subject, other: Path, folder: Path) -> dict[str, Work]:
-    """A work folder for each calibration text."""
+    """Return a work folder for each calibration text."""
     works = {name: Work(folder / name.replace(" ", "-")) for name in (OWN, OTHER, BOTH)}
     for name, text in ((OWN, subject.calibration), (OTHER, other)):
         line = f"calibrate --samples {SAMPLES} --seq-len {SEQ_LEN} --batch-size {BATCH} --dtype float32"
@@ -42,11 +43,11 @@ def calibrate(subject: Subject, other: Path, folder: Path) -> dict[str, Work]:
 
 
 def cuts(work: Work, budget: float, subject: Subject, folder: Path) -> dict[str, Any]:
-    """The whole solution's model, and those in which only attention or only the MLP has its sizes."""
+    """Return the whole solution's model, and those in which only attention or only the MLP has its sizes."""
     solve = f"solve {subject.rounding} --overwrite --work {work.folder}"
     whole = a3(f"{solve} --budget {budget}")
     models = {"all": export(work, folder / "all")}
-    less = 1e-9  # the same sizes, whatever a budget in decimals was rounded to
+    less = 1e-9  # gives the same sizes, despite the rounding of decimal budgets
     for part, components in (("attention", "qk,ov"), ("mlp", "mlp")):
         size = "head_dim" if part == "attention" else "intermediate_size"
         before, after = whole[size]["before"], whole[size]["after"]

@@ -1,16 +1,16 @@
-"""Export against `cp` of the same number of bytes, in one run.
+"""Compare export with `cp` of the same number of bytes, in one run.
 
-Makes a random checkpoint (`--shape 1b`, bfloat16), calibrates it on two short blocks, solves (`--method paper`; with
-`--method best` the solution itself is large and is read too), and then times, alternating, `--repeats` times:
+This makes a random checkpoint (`--shape 1b`, bfloat16), calibrates it on two short blocks and solves (`--method paper`;
+with `--method best` the solution itself is large and is read too). It then times `--repeats` times, alternating:
 
-export   `a3 export` with the process's start and imports taken off (timed on their own: `a3 --version` with torch and
-         transformers imported)
-cp       `cp` of one file of half of all bytes that export reads and writes (source, solution, result), and `sync` of it
-BLAKE3   of the files that export writes, on one core: an export takes no less
+export   `a3 export` minus the process's start and imports (timed separately: `a3 --version` with torch and transformers
+         imported)
+cp       `cp` of a file of half the bytes that export reads and writes (source, solution, result), and `sync` of it
+BLAKE3   hashing the files that export writes, on one core: the lower bound of an export
 
-Every file is read once before, so that both find it in memory where it fits, and nothing waits to be written. Both
-begin a process's start later, in which a virtual machine may take freed memory away, and both end on the disk. The
-table has the median of each and their ratio; the exit code is 1 if it is above 1.5.
+Every file is read once before, so that both find it in memory if it fits, and nothing waits to be written. Both start
+after the same delay as a process's start, in which a virtual machine may reclaim freed memory, and both end on the
+disk. The table has the median of each and their ratio; the exit code is 1 if it is above 1.5.
 
     python benchmarks/export_speed.py [--folder DIR]          # about 8 GB of disk
     python benchmarks/export_speed.py --shape tiny            # seconds; the ratio means nothing at this size
@@ -96,7 +96,7 @@ def time_hash(folder: Path) -> float:
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> bool:
-    """Print the table; False if export is slower than it may be."""
+    """Print the table; return False if export is too slow."""
     prepare(folder, arguments)
     exports, copies = [time_export(folder)], []
     source, solution = size_of(folder / "source"), size_of(folder / "work" / "solution")

@@ -1,14 +1,13 @@
-"""Long range must not be sold for short-range perplexity: what compression does to recall, and to loss by position.
+"""Measure the effect of compression on long-range recall and on loss by position.
 
     python benchmarks/long_range.py [--model DIR] [--shared SHARED] [--write docs/long_range.md]
 
-Recall: a small model that finds a token anywhere in its context of 1024 (`scripts/train_recall_model.py`, trained in
-some minutes, or taken from `--model`) is calibrated on its own task, compressed and asked again, by distance from the
-question to the answer. With `--shared` (the models and texts of `benchmarks/results.py`) also: by how much the loss
-grows at each position of a block of 512 tokens. Everything is calibrated, solved and exported by the command line
-itself.
+Recall: a small model that finds a token anywhere in its context of 1024 (`scripts/train_recall_model.py`, trained in a
+few minutes, or taken from `--model`) is calibrated on its own task, compressed and tested again, by distance from the
+query to the answer. `--shared` (the models and texts of `benchmarks/results.py`) adds the increase of the loss at each
+position of a block of 512 tokens. Calibration, solutions and exports come from the command line itself.
 
-Exit code 1 if a variant is worse than the paper's method at any distance by more than chance would have it.
+The exit code is 1 if a variant is worse than the paper's method at any distance by more than chance explains.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from recall_task import accuracy_by_distance, answer_queries, make_batch, to_tex
 
 from benchmarks.results import Subject, a3, subjects, write_between  # noqa: E402
 
-VARIANTS = ("paper", "best", "best --shape per-layer")  # the first is what the others are held against
+VARIANTS = ("paper", "best", "best --shape per-layer")  # the others are compared with the first
 SIZES = (
     "--budget 0.1",
     "--budget 0.25",
@@ -42,8 +41,8 @@ SIZES = (
 TEXT_SIZES = ("--budget 0.1", "--budget 0.25", "--attention-budget 0.25 --mlp-budget 0")
 RECALL_ROUNDING = ("--head-multiple", 2, "--mlp-multiple", 8)
 CONTEXT, SHORTEST_ASKED = 1024, 8
-CALIBRATION_SEED, TEST_SEED = 2**41, 2**42  # none of training's
-POSITIONS = (1, 32, 64, 128, 256, 384, 512)  # of the predicted token: where buckets begin, and the end of the last
+CALIBRATION_SEED, TEST_SEED = 2**41, 2**42  # training uses none of them
+POSITIONS = (1, 32, 64, 128, 256, 384, 512)  # of the predicted token: the start of each bucket, and the end of the last
 SIGMAS = 3
 SCORE_ERROR = "predicted score error, %"
 
@@ -62,7 +61,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Recall:
-    """Whether each query was answered right `[Q]`, and the filler's loss in nats."""
+    """Whether each query was answered correctly `[Q]`, and the filler's loss in nats."""
 
     hits: torch.Tensor
     filler_loss: float
@@ -73,12 +72,12 @@ def load(model: Path) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    own_code = (model / "a3_manifest.json").is_file()  # an export of ours may hold its own
+    own_code = (model / "a3_manifest.json").is_file()  # an a3 export may contain its own code
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=own_code).eval()
 
 
 def compress(work: Path, out: Path, options: Sequence[object]) -> dict:
-    """Solve and export from finished statistics; returns the solution's manifest."""
+    """Solve and export from finished statistics; return the solution's manifest."""
     solved = a3("solve", *options, "--work", work, "--overwrite")
     a3("export", out, "--work", work)
     return solved
@@ -95,10 +94,10 @@ def train_model(folder: Path) -> Path:
 
 
 def recall_rows(model: Path, folder: Path, args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The table, and one line for each distance at which a variant is worse than the first one."""
+    """Return the table, and one line for each distance at which a variant is worse than the first one."""
     length = args.calibration_length
     text, work = folder / "recall.txt", folder / "recall-work"
-    # As many sequences as blocks, of a block's length: each block is one whole sequence.
+    # As many sequences as blocks, with the length of a block: each block is one whole sequence.
     samples = args.calibration_tokens // length
     text.write_text(to_text(make_batch(samples, length, seed=CALIBRATION_SEED).tokens), "utf-8")
     a3(
@@ -154,7 +153,7 @@ def recall_row(name: str, size: str, solved: dict | None, recall: Recall, distan
 
 
 def sizes(solved: dict | None) -> str:
-    """Mean sizes over the layers."""
+    """Return the mean sizes over the layers."""
     if solved is None:
         return ""
     layers = solved["sizes"]
@@ -162,7 +161,7 @@ def sizes(solved: dict | None) -> str:
 
 
 def score_error(solved: dict | None) -> str:
-    """What the solution predicts for the scores next to a query, at 64 positions and at the end of the context."""
+    """Return the predicted error of the scores next to a query, at 64 positions and at the end of the context."""
     if solved is None:
         return ""
     predicted = solved["predicted_score_error"]
@@ -171,9 +170,9 @@ def score_error(solved: dict | None) -> str:
 
 
 def worse_than_first(measured: list[tuple[str, torch.Tensor]], distances: torch.Tensor, size: str) -> list[str]:
-    """A line for each variant and bucket where it misses more of the same queries than the first variant.
+    """Return a line for each variant and bucket in which it misses more of the same queries than the first variant.
 
-    By more than chance: of n queries that only one of the two answers, a fair coin makes the difference √n on average.
+    The limit is `SIGMAS` times √n for the n queries that only one of the two answers, the spread of n fair coin flips.
     """
     (first, reference), *others = measured
     lines = []
@@ -193,7 +192,7 @@ def worse_than_first(measured: list[tuple[str, torch.Tensor]], distances: torch.
 
 @torch.inference_mode()
 def loss_by_position(model: Callable[..., Any], blocks: torch.Tensor, *, at_once: int = 4) -> torch.Tensor:
-    """Negative log-likelihood `[N, T - 1]` of every token of blocks `[N, T]` but the first, in nats."""
+    """Return the negative log-likelihood `[N, T - 1]` in nats of every token of blocks `[N, T]` but the first."""
     losses = []
     for batch in blocks.split(at_once):
         log_p = model(batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
@@ -202,12 +201,12 @@ def loss_by_position(model: Callable[..., Any], blocks: torch.Tensor, *, at_once
 
 
 def bucket_means(losses: torch.Tensor, starts: Sequence[int] = POSITIONS) -> torch.Tensor:
-    """Mean `[N, buckets]` of losses `[N, T - 1]`; the token at position t, from 1 on, has t before it."""
+    """Return means `[N, buckets]` of losses `[N, T - 1]`; the token at position t (t >= 1) has t tokens before it."""
     return torch.stack([losses[:, a - 1 : b - 1].mean(1) for a, b in itertools.pairwise(starts)], 1)
 
 
 def position_rows(subject: Subject, folder: Path, args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The table of mean increases, and one line for each variant whose increase grows more than the first one's."""
+    """Return the table of mean increases, and a line for each variant whose increase grows more than the first's."""
     work = folder / f"{subject.name}-work"
     text = ("--samples", subject.samples, "--seq-len", 512, "--batch-size", 8)
     a3("calibrate", subject.model, "--dataset", subject.calibration, *text, "--work", work)
@@ -232,7 +231,7 @@ def position_rows(subject: Subject, folder: Path, args: argparse.Namespace) -> t
 
 
 def text_blocks(model: Path, text: Path, most: int) -> torch.Tensor:
-    """The first `most` whole blocks of a text, cut as `a3 eval` cuts them."""
+    """Return the first `most` whole blocks of a text, cut as `a3 eval` cuts them."""
     from a3cli.settings import TextSettings
     from a3cli.text.blocks import evaluation_blocks
     from a3cli.text.tokenizer import load_tokenizer
@@ -250,7 +249,7 @@ def position_row(name: str, size: str, solved: dict, increase: torch.Tensor) -> 
 
 
 def growth(increase: torch.Tensor) -> torch.Tensor:
-    """Last bucket less first, of each block `[N]`."""
+    """Return the last bucket minus the first, of each block `[N]`."""
     return increase[:, -1] - increase[:, 0]
 
 
@@ -259,7 +258,7 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 
 
 def growing_faster(measured: list[tuple[str, torch.Tensor]], size: str) -> list[str]:
-    """A line for each variant whose increase grows with position, and beyond chance more so than the first one's."""
+    """Return a line for each variant whose increase grows with position, and beyond chance more than the first's."""
     (first, reference), *others = measured
     lines = []
     for name, increase in others:

@@ -1,14 +1,14 @@
-"""Peak memory of calibrate, solve and export on a checkpoint of a billion parameters, against its size on disk.
+"""Compare the peak memory of calibrate, solve and export on a 1B checkpoint with its size on disk.
 
-Makes a random checkpoint of the shape of Llama-3.2-1B (bfloat16, shards of 1 GB), written tensor by tensor, with a
-byte-level tokenizer and some of Python's own source as text. Each stage then runs as a process of its own, on the CPU,
-in its default dtype there (float32). What counts is the process's peak resident set, mapped pages of files that it
-touched included, less that of a process that only imports torch and transformers. The exit code is 1 if calibrate or
-export needs more than 40 % of the checkpoint's size. Takes about 8 GB of disk for a while, and cleans up.
+This makes a random checkpoint of the shape of Llama-3.2-1B (bfloat16, shards of 1 GB), written tensor by tensor, with a
+byte-level tokenizer and some of Python's own source as text. Each stage runs in its own process, on the CPU, in its
+default dtype there (float32). The measure is the process's peak resident set, including mapped pages of files, minus
+that of a process that only imports torch and transformers. The exit code is 1 if calibrate or export needs more than
+40 % of the checkpoint's size. This needs about 8 GB of disk in a temporary folder that is removed.
 
     python benchmarks/memory.py [--folder DIR] [--samples 2] [--seq-len 2048] [--batch-size 1] [--method paper]
 
-`--method best` solves for much longer, and needs more tokens than the MLP is wide (8192) to mean anything.
+`--method best` solves for much longer, and is meaningful only with more tokens than the MLP is wide (8192).
 """
 
 import argparse
@@ -23,7 +23,7 @@ LIMITED = ("calibrate", "export")
 
 
 def stages(folder: Path, arguments: argparse.Namespace) -> dict[str, list[object]]:
-    """Each stage's command line."""
+    """Return each stage's command line."""
     work = ["--work", folder / "work", "--quiet"]
     text = ["--dataset", folder / "text.txt", "--samples", arguments.samples, "--seq-len", arguments.seq_len]
     text += ["--batch-size", arguments.batch_size]
@@ -35,7 +35,7 @@ def stages(folder: Path, arguments: argparse.Namespace) -> dict[str, list[object
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> bool:
-    """Print the table; False if a stage exceeds the limit."""
+    """Print the table; return False if a stage exceeds the limit."""
     source = make_in_a_child(folder / "source", "1b")
     make_text(folder / "text.txt")
     size = sum(shard.stat().st_size for shard in source.glob("*.safetensors"))

@@ -1,12 +1,12 @@
-"""Quality of a3 beside other published methods: equal stored weights, equal calibration blocks, equal texts.
+"""Compare a3 with other published methods: equal stored weights, equal calibration blocks, equal texts.
 
     python benchmarks/quality.py SHARED --cells quality.jsonl --write docs/quality.md
 
-SHARED holds `models/wikitext-llama`, `models/stories260k`, `data/wikitext2`, `data/tinystories.txt` and
-`data/c4-sample.jsonl`; the third model is the one that ships in demo/model. For each seed `a3 calibrate` draws the
+SHARED has `models/wikitext-llama`, `models/stories260k`, `data/wikitext2`, `data/tinystories.txt` and
+`data/c4-sample.jsonl`; the third model is the one shipped in demo/model. For each seed `a3 calibrate` draws the
 blocks, and the baselines (`benchmarks/baselines.py`) get the same ones. Everything is computed and stored in float32.
-Each measured cell is a line of the file CELLS at once, and cells that are there are not measured again: processes with
-other `--models` or `--seeds` can share the work and the file.
+Each measured cell is appended to the file CELLS at once, and existing cells are not measured again: processes with
+different `--models` or `--seeds` can share the work and the file.
 """
 
 import argparse
@@ -53,7 +53,7 @@ BATCH = 8
 OTHER_BLOCKS = 256
 QUICK_BLOCKS = 64
 PAPER = "a3 paper"
-# Label, and what `a3 solve` is told; {budget} is filled in. Uniform cuts need finer heads to meet the budget.
+# Label, and the options of `a3 solve`; {budget} is filled in. Uniform cuts need finer heads to meet the budget.
 OURS = [
     (PAPER, "--budget {budget} --method paper"),
     ("a3 paper, uniform", "--attention-budget {budget} --mlp-budget {budget} --head-multiple 2 --method paper"),
@@ -73,7 +73,7 @@ LABELS = {
     "wanda_mlp": "Wanda, MLP only",
     "modegpt_mlp": "MoDeGPT, MLP only",
 }
-# Baselines whose result is an ordinary checkpoint; the others need code of their own to be loaded at their size.
+# Baselines whose result is an ordinary checkpoint; the others need their own code to load at their size.
 STOCK = ("magnitude_mlp", "wanda_mlp", "modegpt_mlp")
 WITHOUT_TEXT = ("svd", "magnitude", "magnitude_mlp")  # the same for every seed
 COLUMNS = (
@@ -93,7 +93,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with its texts; `samples` blocks are calibrated on."""
+    """A model with its texts; `samples` blocks are used for calibration."""
 
     name: str
     folder: Path
@@ -123,7 +123,7 @@ def subjects(shared: Path, scratch: Path) -> Iterator[Subject]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured and where."""
+    """The models, methods and seeds to measure, and the device."""
 
     shared: Path
     scratch: Path
@@ -136,7 +136,7 @@ class Plan:
 
 
 def a3(line: str, *arguments: object) -> dict[str, Any]:
-    """One command of a3 in this process, words and further arguments; its JSON result."""
+    """Run one command of a3 in this process, given as words and further arguments; return its JSON result."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         app([*line.split(), *map(str, arguments), "--json", "--quiet"], standalone_mode=False)
@@ -144,13 +144,13 @@ def a3(line: str, *arguments: object) -> dict[str, Any]:
 
 
 def load(folder: Path, device: torch.device) -> Any:
-    """A source, or an export of ours, which may hold its own code."""
+    """Load a source, or an a3 export, which may contain its own code."""
     options = {"dtype": torch.float32, "device_map": str(device), "trust_remote_code": (folder / MANIFEST).is_file()}
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 class Remembered(LoadedModel):
-    """A model whose logits of each data set's blocks are computed once, and kept."""
+    """A model whose logits for each data set's blocks are computed once and kept."""
 
     def __init__(self, model: Any, name: str, device: torch.device) -> None:
         super().__init__(model, name, device)
@@ -181,7 +181,7 @@ class Bench:
         }
 
     def measure(self, model: Any) -> Cell:
-        """Perplexity, increase, KL and agreement on both texts."""
+        """Return perplexity, increase, KL and agreement on both texts."""
         found = {}
         for name, blocks in self.blocks.items():
             compressed = LoadedModel(model, "compressed model", self.plan.device)
@@ -200,22 +200,22 @@ class Bench:
                         print(summary(results.all[-1]), file=sys.stderr, flush=True)
 
     def cell(self, one: "SeedRun", method: str, budget: float) -> Cell:
-        """Compress and measure; `seconds` is what compressing took, statistics included where it computed them."""
+        """Compress and measure; `seconds` is the time to compress, with the statistics if they were computed for it."""
         started = time.perf_counter()
         model, removed = one.compress(method, budget)
         made = time.perf_counter() - started
-        gc.collect()  # the last model: its hooks and it refer to each other
+        gc.collect()  # frees the last model, which its hooks reference
         return {"removed": removed, **self.measure(model), "seconds": made}
 
 
 def methods(seed: int) -> list[str]:
-    """Baselines and our own, without those that a further seed would not change."""
+    """Return the baselines and our methods, without those that do not depend on the seed if it is not the first."""
     wanted = [name for name in BASELINES if seed == 0 or name not in WITHOUT_TEXT]
     return wanted + [label for label, _ in OURS]
 
 
 class SeedRun:
-    """The blocks of one seed: calibrated on by a3, handed to the baselines."""
+    """The blocks of one seed: a3 calibrates on them, and the baselines receive them."""
 
     def __init__(self, bench: Bench, seed: int) -> None:
         self.bench, self.seed = bench, seed
@@ -235,12 +235,12 @@ class SeedRun:
         return Calibration(self.bench.source, load_file(self.work.tokens)["tokens"], batch_size=BATCH)
 
     def compress(self, method: str, budget: float) -> tuple[Any, float]:
-        """The model and the share of the linear weights that it does not store."""
+        """Return the model and the share of the linear weights that it does not store."""
         if method in BASELINES:
             result = BASELINES[method](self.calibration, budget)
             return result.model, result.removed
         ours, rounding = dict(OURS)[method].format(budget=budget), self.subject.rounding
-        if "--head-multiple" in ours:  # a method's own takes the place of the subject's
+        if "--head-multiple" in ours:  # a method's own option replaces the subject's
             rounding = re.sub(r"--head-multiple \d+ ?", "", rounding)
         line = f"solve {rounding} {ours} --overwrite"
         solved = a3(line, "--work", self.work.folder)
@@ -260,7 +260,7 @@ def summary(cell: Cell) -> str:
 
 
 def table(cells: list[Cell]) -> str:
-    """Markdown: the dense model, then every method at each budget."""
+    """Return the table in Markdown: the dense model, then every method at each budget."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for model in unique(cell["model"] for cell in cells):
         ours = [cell for cell in cells if cell["model"] == model]
@@ -303,18 +303,18 @@ def method_row(cells: list[Cell], of_budget: list[Cell]) -> str:
 
 
 def is_stock(method: str) -> bool:
-    """Whether the result is an ordinary checkpoint: ours is, unless another shape was asked for."""
+    """Return whether the result is an ordinary checkpoint: ours is, unless another shape was requested."""
     return method in STOCK or "--shape" not in dict(OURS).get(method, "--shape")
 
 
 def relative(cells: list[Cell], of_budget: list[Cell]) -> list[float]:
-    """Increase of each cell over that of the paper's method with the same blocks."""
+    """Return the increase of each cell relative to that of the paper's method with the same blocks."""
     paper = {cell["seed"]: cell["own"]["perplexity_increase"] for cell in of_budget if cell["method"] == PAPER}
     return [cell["own"]["perplexity_increase"] / paper[cell["seed"]] for cell in cells if cell["seed"] in paper]
 
 
 def spread_of(values: list[float], form: str) -> str:
-    """Mean, with the sample standard deviation when there is more than one."""
+    """Return the mean, with the sample standard deviation if there are several values."""
     if not values:
         return ""
     mean = format(statistics.mean(values), form)

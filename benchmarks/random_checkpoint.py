@@ -1,10 +1,10 @@
-"""Random checkpoints of well-known shapes, bfloat16 in shards, with a byte-level tokenizer; and processes measured.
+"""Make random bfloat16 checkpoints of well-known shapes, with a byte-level tokenizer; and measure processes.
 
     python benchmarks/random_checkpoint.py FOLDER --shape 8b [--layers 8]
 
-Holds one tensor at a time. The other benchmarks use this file; it imports torch and a3cli only where a checkpoint is
-made, in a process of its own: a child's peak of memory counts from its parent's, so a large parent would hide what a
-small child needs.
+One tensor is in memory at a time. The other benchmarks use this file. It imports torch and a3cli only where a
+checkpoint is made, in a separate process: a child's peak memory starts at its parent's, so a large parent would hide
+the needs of a small child.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def config_of(name: str, layers: int | None = None) -> dict[str, Any]:
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint."""
+    """Return the shape of every tensor of the checkpoint."""
     d, mlp, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     query, kv = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
     layer = {
@@ -93,7 +93,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
-    """Random weights, config, tokenizer."""
+    """Write random weights, config and tokenizer."""
     import torch
 
     from a3cli.models.hub import INDEX
@@ -118,7 +118,7 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """One token a byte."""
+    """Write a tokenizer with one token per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -132,21 +132,21 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_text(path: Path) -> Path:
-    """The first MiB of Python's standard library."""
+    """Write the first MiB of Python's standard library."""
     sources = sorted(Path(os.__file__).parent.glob("*.py"))
     path.write_bytes(b"".join(source.read_bytes() for source in sources)[:TEXT_BYTES])
     return path
 
 
 def make_in_a_child(folder: Path, name: str, layers: int | None = None) -> Path:
-    """`make_checkpoint`, so that this process stays small."""
+    """Call `make_checkpoint` in another process, so that this process stays small."""
     run(__file__, folder, "--shape", name, *(() if layers is None else ("--layers", layers)))
     return folder
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds and peak resident bytes of a process, and what it printed."""
+    """Seconds and peak resident bytes of a process, and its output."""
 
     seconds: float
     peak: int
@@ -154,14 +154,14 @@ class Measured:
 
 
 def run(*command: object) -> Measured:
-    """One Python process to its end. Exits if it fails."""
+    """Run one Python process to its end. Exits if it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     with process.stdout, process.stderr:
-        output, errors = process.stdout.read(), process.stderr.read()  # ours print little: no pipe fills up
+        output, errors = process.stdout.read(), process.stderr.read()  # our commands print little: no pipe fills up
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

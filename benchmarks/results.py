@@ -1,11 +1,11 @@
-"""The table of docs/results.md: perplexity, KL and agreement of compressed models at several budgets.
+"""Write the table of docs/results.md: perplexity, KL and agreement of compressed models at several budgets.
 
     python benchmarks/results.py SHARED --cells results.jsonl [--write docs/results.md] [--model NAME] [--samples 64]
 
-SHARED holds `models/wikitext-llama`, `models/stories260k`, `data/wikitext2` and `data/tinystories.txt`. Every figure is
-made by the command line itself: calibrate once a model, then solve, export and eval at each budget, as many side by
-side as `--jobs` says, each in a copy of the work folder. Each measured cell is a line of the file CELLS at once, and
-cells that are there are not measured again.
+SHARED has `models/wikitext-llama`, `models/stories260k`, `data/wikitext2` and `data/tinystories.txt`. All figures come
+from the command line itself: calibrate once per model, then solve, export and eval at each budget, with `--jobs`
+budgets at a time, each in a copy of the work folder. Each measured cell is appended to the file CELLS at once, and
+existing cells are not measured again.
 """
 
 import argparse
@@ -42,7 +42,7 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with its text; `samples` blocks of 512 tokens are calibrated on."""
+    """A model with its text; `samples` blocks of 512 tokens are used for calibration."""
 
     name: str
     model: Path
@@ -58,7 +58,7 @@ def a3(*arguments: object) -> dict:
 
 
 def split_lines(text: Path, folder: Path) -> tuple[Path, Path]:
-    """First and second half of a file's lines: texts that do not overlap, to calibrate and to evaluate on."""
+    """Split a file's lines into halves, to calibrate and to evaluate on texts that do not overlap."""
     lines = text.read_text("utf-8").splitlines(keepends=True)
     halves = folder / f"first-half{text.suffix}", folder / f"second-half{text.suffix}"
     for path, half in zip(halves, (lines[: len(lines) // 2], lines[len(lines) // 2 :]), strict=True):
@@ -68,7 +68,7 @@ def split_lines(text: Path, folder: Path) -> tuple[Path, Path]:
 
 def subjects(shared: Path, folder: Path) -> list[Subject]:
     wikitext = shared / "data" / "wikitext2"
-    # Tiny heads and MLPs need finer steps than the defaults for a budget to be hit at all.
+    # Tiny heads and MLPs need finer steps than the defaults to reach a budget.
     fine = ("--head-multiple", "2", "--mlp-multiple", "4")
     return [
         Subject(
@@ -90,7 +90,7 @@ def subjects(shared: Path, folder: Path) -> list[Subject]:
 
 
 class Cells:
-    """What is measured, a JSON object a line of a file that only grows: several processes can share it."""
+    """Measured cells, one JSON object per line of a file that is only appended to: several processes can share it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,7 +108,7 @@ class Cells:
 
 
 def measure(subject: Subject, folder: Path, cells: Cells, args: argparse.Namespace) -> list[str]:
-    """Table rows of one model: dense, then each method and budget; on all of the text or on its first blocks."""
+    """Return the rows of one model: dense, then each method and budget; on the whole text or on its first blocks."""
     work = folder / f"{subject.name}-work"
     text = ("--dataset", subject.calibration, "--samples", subject.samples, *TEXT)
     a3("calibrate", subject.model, *text, "--work", work)
@@ -131,7 +131,7 @@ def measure(subject: Subject, folder: Path, cells: Cells, args: argparse.Namespa
 def compress_and_measure(
     subject: Subject, method: str, budget: float, calibrated: Path, folder: Path, samples: int | None
 ) -> Cell:
-    """What the solution and the evaluation say."""
+    """Return the figures of the solution and of the evaluation."""
     work, out = shutil.copytree(calibrated, folder / "work"), folder / "out"
     solved = a3("solve", "--budget", budget, *VARIANTS[method], *subject.rounding, "--work", work)
     a3("export", out, "--work", work)
@@ -178,7 +178,7 @@ def line(cells: list[object]) -> str:
 
 
 def write_between(path: Path, name: str, text: str) -> None:
-    """Replace what stands between the markers `<!-- name -->` and `<!-- end of name -->`."""
+    """Replace the text between the markers `<!-- name -->` and `<!-- end of name -->`."""
     start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     whole = path.read_text("utf-8")
     before, after = whole.split(start)[0], whole.split(end)[1]
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="evaluate on so many blocks (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="side by side, sharing the cores")
     args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))  # of the commands
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))  # for the commands
     cells = Cells(args.cells)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

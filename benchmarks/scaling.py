@@ -1,13 +1,13 @@
-"""Memory and time against the number of layers and of blocks, beside what `a3 plan` predicts; writes docs/scaling.md.
+"""Measure memory and time by number of layers and of blocks, compare with `a3 plan`, and write docs/scaling.md.
 
 For random checkpoints of one shape with several numbers of layers, and for several numbers of blocks, each stage runs
-as a process of its own, on the CPU unless `--device` says otherwise, and its seconds and peak resident set are taken.
-`a3 plan` is asked for the same runs, at the speeds that `a3 plan --measure` finds at the beginning. Memory must be flat
-and time linear; a prediction counts as right within 25 %. The table goes to `--out`, with a plot beside it
+in its own process, on the CPU unless `--device` says otherwise; its seconds and peak resident set are measured.
+`a3 plan` predicts the same runs, with the speeds that `a3 plan --measure` finds at the start. Memory must be constant
+and time linear; a prediction is correct within 25 %. The table is written to `--out`, with a plot beside it
 (`scaling.svg`).
 
     python benchmarks/scaling.py --out docs/scaling.md                # shape "small", minutes on two quiet cores
-    python benchmarks/scaling.py --shape tiny --out /tmp/scaling.md   # a try: the figures are mostly imports
+    python benchmarks/scaling.py --shape tiny --out /tmp/scaling.md   # a trial: the figures are mostly imports
 """
 
 import argparse
@@ -27,7 +27,7 @@ STAGES = ("calibrate", "solve --method paper", "solve --method best", "export")
 
 @dataclass(frozen=True)
 class Point:
-    """One run: what was measured of each stage, and what the plan said."""
+    """One run: what was measured of each stage, and the plan's prediction."""
 
     layers: int
     blocks: int
@@ -57,7 +57,7 @@ def measure_point(folder: Path, shape: str, layers: int, blocks: int, device: st
 
 
 def measure_rates(folder: Path, shape: str, device: str) -> list[object]:
-    """The machine's speeds as options of `a3 plan`."""
+    """Return the machine's speeds as options of `a3 plan`."""
     make_in_a_child(folder / "source", shape, 1)
     plan = run("-m", "a3cli", "plan", folder / "source", "--devices", device, "--measure", "--json")
     machine = json.loads(plan.output)["machine"]
@@ -83,7 +83,7 @@ def row(point: Point, stage: str) -> tuple[str, bool]:
 
 
 def write_report(points: list[Point], out: Path, shape: str, device: str, rates: list[object]) -> bool:
-    """The table; True if every prediction is right."""
+    """Write the table; return True if every prediction is correct."""
     stated = " ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in rates)
     options = (f" --shape {shape}" if shape != "small" else "") + (f" --device {device}" if device != "cpu" else "")
     where = "float32 on a CPU" if device == "cpu" else "bfloat16 on a GPU"
@@ -128,7 +128,7 @@ def draw(by_layers: list[Point], by_blocks: list[Point], path: Path) -> None:
         for panel in panels[:, column]:
             panel.grid(alpha=0.3)
     panels[0][0].legend()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "a3"}):  # text as text, and the same bytes each time
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "a3"}):  # text stays text; the bytes are reproducible
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 

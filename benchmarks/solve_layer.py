@@ -1,21 +1,21 @@
-"""What solving one layer takes: the paper's method in seconds, the refit method against its own FLOPs.
+"""Time the solution of one layer: the paper's method in seconds, the refit method relative to its FLOPs.
 
-One decoder layer with random weights (bfloat16) and random full statistics, by default of Llama-3.1-70B's shape. Timed
-are the solvers as `a3 solve` calls them, from statistics in memory to projections:
+The layer is a decoder layer with random weights (bfloat16) and random full statistics, by default of Llama-3.1-70B's
+shape. The solvers are timed as `a3 solve` calls them, from statistics in memory to projections:
 
 QK + OV, paper   pair scores, `W_o,i W_o,iᵀ` and the joint decomposition of values               goal: under 2 s
 MLP, paper       channel scores and selection                                                     goal: under 1 s
 MLP, best        greedy selection at every width, and the refit at three quarters of the width
 OV, best         the output projection refit over all heads
 
-The last two are stated against their FLOPs (`a3cli/models/costs.py`) at the speed of a large float64 product,
-measured in the same run before and after; the goal is 1.5 times. The exit code is 1 if a goal is missed.
+The last two are reported relative to their FLOPs (`a3cli/models/costs.py`) at the speed of a large float64 product,
+measured in the same run before and after; the goal is a ratio of 1.5. The exit code is 1 if a goal is missed.
 
     python benchmarks/solve_layer.py                       # 28672² float64: about 12 GB of memory, half an hour
     python benchmarks/solve_layer.py --paper-only          # a minute
     python benchmarks/solve_layer.py --shape 8b            # about 4 GB, minutes
     python benchmarks/solve_layer.py --device cuda         # about 25 GB of the GPU's memory, seconds
-    python benchmarks/solve_layer.py --shape tiny          # seconds; the ratios mean nothing at this size
+    python benchmarks/solve_layer.py --shape tiny          # seconds; the ratios are meaningless at this size
 """
 
 import argparse
@@ -39,7 +39,7 @@ RATIO = 1.5
 
 
 def gram_of(channels: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """A Gram matrix `[n, n]` of full rank: of random tokens, and a diagonal."""
+    """Return a Gram matrix `[n, n]` of full rank: random tokens plus a diagonal."""
     x = torch.randn(tokens, channels, dtype=dtype) * torch.linspace(1, 0.1, channels, dtype=dtype)
     gram = (x.mT @ x).div_(tokens)
     gram.diagonal().add_(0.01)
@@ -56,7 +56,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def product_speed(size: int) -> float:
-    """FLOPs a second of one float64 product."""
+    """Return the FLOPs per second of one float64 product."""
     matrix = torch.randn(size, size, dtype=torch.float64)
     seconds = min(timed(lambda: matrix @ matrix)[0] for _ in range(3))
     return 2 * size**3 / seconds
@@ -74,7 +74,7 @@ class Layer:
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """`W_o,i` `[H, h, d]`."""
+        """Return `W_o,i` `[H, h, d]`."""
         return self.o.view(self.d, self.heads, self.h).permute(1, 2, 0)
 
     def head_grams(self, heads: int) -> torch.Tensor:
@@ -94,7 +94,7 @@ class Layer:
         return timed(lambda: keep_channels(score_channels(energy, self.down), 3 * self.width // 4))[0]
 
     def best_mlp(self) -> tuple[float, float]:
-        """Seconds and FLOPs of selection and refit."""
+        """Return the seconds and FLOPs of selection and refit."""
         kept, d, n = 3 * self.width // 4, self.d, self.width
         gram = gram_of(n, min(n, 4096), torch.float32)
         block = max(1, n // BLOCKS)
@@ -124,7 +124,7 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.set_default_device(arguments.device)
-    if arguments.device == "cuda":  # its libraries set themselves up the first time
+    if arguments.device == "cuda":  # its libraries are initialised at the first call
         small = Layer("tiny")
         small.paper_attention(), small.paper_mlp(), small.best_mlp(), small.best_output()
     layer = Layer(arguments.shape)

@@ -1,4 +1,4 @@
-"""How much faster QK and OV are solved in head space than by the formulas as they are printed, in one run.
+"""Measure how much faster QK and OV are solved in head space than by the printed formulas, in one run.
 
 For one decoder layer of the shapes of Llama-3.1-8B and Llama-2-7B, with random weights (bfloat16 values) and random
 full-rank statistics of `2d` correlated tokens, this times
@@ -11,8 +11,8 @@ literal  Theorems A³-QK and A³-OV in float64: the square root of the `d x d` a
          `d x (g·d)`, products included. The score for RoPE is that of the columns of `R^½ W_q` and `R^½ W_k`.
 
 The literal side takes minutes a group, so `--literal-groups` groups are measured, and the layer is extrapolated from
-their mean: `square roots x seconds + groups x seconds`. Square roots are shared where the paper shares them: one `R`
-for QK and for OV with GQA, one attention-weighted `R_i` a head for OV with MHA. One of each kind is measured. The RoPE
+their mean: `square roots x seconds + groups x seconds`. Square roots are shared as in the paper: one `R`
+for QK and for OV with GQA, one attention-weighted `R_i` per head for OV with MHA. One of each is measured. The RoPE
 score is measured for the whole layer. `--factorise gram` replaces the SVD by `eigh` of the `d x d` Gram matrix
 `MᵀM`, a shortcut in favour of the literal side. Neither side's time includes applying the result to the weights.
 
@@ -66,7 +66,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """bfloat16 as in a checkpoint: `q` `[H, d, h]`, `k` and `v` `[K, d, h]`, `o` `[H, h, d]`."""
+    """Weights in bfloat16 as in a checkpoint: `q` `[H, d, h]`, `k` and `v` `[K, d, h]`, `o` `[H, h, d]`."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -76,7 +76,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Grams:
-    """What calibration hands to the solvers, float64: `q` `[H, h, h]`, `k` and `value` `[K, h, h]`."""
+    """The solvers' input from calibration, float64: `q` `[H, h, h]`, `k` and `value` `[K, h, h]`."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -85,7 +85,7 @@ class Grams:
 
 @dataclass(frozen=True)
 class Statistics:
-    """`R` `[d, d]` of the layer input and, by KV group, the `[d, d]` that its values meet; float64."""
+    """`R` `[d, d]` of the layer input and, by KV group, the `[d, d]` that its values are applied to; float64."""
 
     layer_input: torch.Tensor
     value_input: dict[int, torch.Tensor]
@@ -102,7 +102,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class Seconds:
-    """What the literal side took: for each measured root and group, and the roots and groups of the layer."""
+    """Times of the literal side: of each measured root and group, and the number of roots and groups in the layer."""
 
     roots: list[float]
     groups: list[float]
@@ -125,7 +125,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Timing:
-    """One line of the timing table, in seconds a layer."""
+    """One line of the timing table, in seconds per layer."""
 
     component: str
     ours: float
@@ -136,7 +136,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Agreement:
-    """One line of the agreement table: relative differences between the two answers."""
+    """One line of the agreement table: relative differences between the two results."""
 
     component: str
     values: float
@@ -160,7 +160,7 @@ def random_weights(shape: Shape, generator: torch.Generator) -> Weights:
 
 
 def random_inputs(d: int, generator: torch.Generator) -> torch.Tensor:
-    """Correlated layer inputs `[2d, d]`: scales that fall as a power law plus `d/8` shared directions."""
+    """Return correlated layer inputs `[2d, d]`: scales that fall as a power law plus `d/8` shared directions."""
     scales = torch.arange(1, d + 1, dtype=torch.float64) ** -0.5
     own = torch.randn(2 * d, d, generator=generator, dtype=torch.float64) * scales
     shared = torch.randn(2 * d, d // 8, generator=generator, dtype=torch.float64)
@@ -169,7 +169,7 @@ def random_inputs(d: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def attend(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Attention-weighted inputs `[n, d]`: each a mean of four tokens' inputs under random softmax weights."""
+    """Return attention-weighted inputs `[n, d]`: each a mean of four tokens' inputs under random softmax weights."""
     weights = torch.randn(len(inputs), 4, 1, generator=generator, dtype=torch.float64).mul(2).softmax(1)
     shifts = torch.randint(len(inputs), (4,), generator=generator).tolist()
     return torch.stack([weights[:, i] * inputs.roll(shift, 0) for i, shift in enumerate(shifts)]).sum(0)
@@ -180,7 +180,7 @@ def autocorrelation(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def random_statistics(shape: Shape, groups: int, generator: torch.Generator) -> Statistics:
-    """For MHA each measured head has its own `R_i`; the others take `R`, which changes no solver's time."""
+    """Return random statistics. For MHA each measured head has its own `R_i`; the others use `R`, in the same time."""
     inputs = random_inputs(shape.d, generator)
     layer_input = autocorrelation(inputs)
     value_input = {}
@@ -190,7 +190,7 @@ def random_statistics(shape: Shape, groups: int, generator: torch.Generator) -> 
 
 
 def derive_grams(weights: Weights, seen: Statistics) -> Grams:
-    """Calibration's job: the Gram matrices of the projections' outputs, from `R` and the weights."""
+    """Compute the Gram matrices of the projections' outputs from `R` and the weights, as calibration would."""
 
     def gram(weight: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         return weight.double().mT @ R @ weight.double()
@@ -203,7 +203,7 @@ def derive_grams(weights: Weights, seen: Statistics) -> Grams:
 
 
 def timed(function: Callable[[], Any], repeats: int = 1) -> tuple[Any, float]:
-    """The last result and the median seconds."""
+    """Return the last result and the median seconds."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -218,19 +218,19 @@ def square_root(R: torch.Tensor) -> torch.Tensor:
 
 
 def qk_sides(shape: Shape, weights: Weights, root: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Group `k`'s matrix is `A Bᵀ`: `A` `[g·d, h]` stacks the heads' `R^½ W_q,i`, `B` `[d, h]` is `R^½ W_k`."""
+    """Return the factors of group `k`'s matrix `A Bᵀ`: `A` `[g·d, h]` stacks `R^½ W_q,i`, `B` `[d, h]` is `R^½ W_k`."""
     queries = weights.q[k * shape.group : (k + 1) * shape.group].double()
     return (root @ queries).flatten(0, 1), root @ weights.k[k].double()
 
 
 def ov_sides(shape: Shape, weights: Weights, root: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Likewise the transpose of `R^½ W_v [W_o,1 … W_o,g]`: `A` stacks the `W_o,iᵀ`, `B` is `R^½ W_v`."""
+    """Return the same for the transpose of `R^½ W_v [W_o,1 … W_o,g]`: `A` stacks the `W_o,iᵀ`, `B` is `R^½ W_v`."""
     outputs = weights.o[k * shape.group : (k + 1) * shape.group].double()
     return outputs.mT.flatten(0, 1), root @ weights.v[k].double()
 
 
 def solve_literally(sides: Callable[[], tuple[torch.Tensor, torch.Tensor]], rank: int, factorise: str) -> Literal:
-    """Form `M = A Bᵀ` `[g·d, d]` and decompose it; the truncation `M_r = M V_r V_rᵀ` is outside the clock."""
+    """Form `M = A Bᵀ` `[g·d, d]` and decompose it; the truncation `M_r = M V_r V_rᵀ` is not timed."""
 
     def decompose() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         A, B = sides()
@@ -246,7 +246,7 @@ def solve_literally(sides: Callable[[], tuple[torch.Tensor, torch.Tensor]], rank
 
 
 def score_pairs_literally(shape: Shape, weights: Weights, root: torch.Tensor) -> torch.Tensor:
-    """The CUR score `[K, h/2]`: squared column norms of `R^½ W_q`, summed over the group, times those of `R^½ W_k`."""
+    """Return the CUR score `[K, h/2]`: squared column norms of `R^½ W_q`, summed over a group, times `R^½ W_k`'s."""
     queries = (root @ weights.q.double()).square().sum(1).view(shape.kv_heads, shape.group, shape.h).sum(1)
     keys = (root @ weights.k.double()).square().sum(1)
     return (queries * keys).view(shape.kv_heads, 2, shape.h // 2).sum(1)
@@ -255,7 +255,7 @@ def score_pairs_literally(shape: Shape, weights: Weights, root: torch.Tensor) ->
 def compare(
     component: str, literal: Literal, sides: tuple[torch.Tensor, torch.Tensor], ours: JointDecomposition, k: int
 ) -> Agreement:
-    """Group `k`: all squared singular values (beyond the `h`-th they are zero), and `M_r` of the rank measured."""
+    """Compare group `k`: all squared singular values (zero beyond the `h`-th), and `M_r` of the measured rank."""
     A, B = sides
     h = ours.values.shape[-1]
     rank = h // 2
@@ -274,7 +274,7 @@ def relative(ours: torch.Tensor, literal: torch.Tensor) -> float:
 
 
 def measure(shape: Shape, groups: int, repeats: int, factorise: str) -> tuple[list[Timing], list[Agreement]]:
-    """Both sides of one shape."""
+    """Measure both sides of one shape."""
     generator = torch.Generator().manual_seed(0)
     note(f"{shape.name}: random weights and statistics")
     weights = random_weights(shape, generator)
@@ -308,7 +308,7 @@ def measure(shape: Shape, groups: int, repeats: int, factorise: str) -> tuple[li
     K = shape.kv_heads
     literal_qk = Seconds([root_seconds], qk_groups, 1, K)
     literal_ov = Seconds(ov_roots or [root_seconds], ov_groups, K if ov_roots else 1, K)
-    shared = 0.0 if ov_roots else root_seconds  # QK and OV of a GQA layer take the square root of the same R
+    shared = 0.0 if ov_roots else root_seconds  # QK and OV of a GQA layer use the square root of the same R
     rope = root_seconds + rope_seconds
     timings = [
         Timing("QK", qk_ours, literal_qk.measured, literal_qk.layer, literal_qk.terms),

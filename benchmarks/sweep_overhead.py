@@ -1,11 +1,12 @@
-"""What the statistics cost: `a3 calibrate`'s sweep against a bare forward of the same blocks by plain transformers.
+"""Compare `a3 calibrate`'s sweep with a bare forward of the same blocks by plain transformers.
 
-Makes a random Llama in bfloat16, of about 0.3 billion parameters unless `--shape` says otherwise, and blocks of random
-tokens, in a temporary folder.
+This makes a random Llama in bfloat16, of about 0.3 billion parameters unless `--shape` says otherwise, and blocks of
+random tokens, in a temporary folder.
+
 The bare forward has the whole model resident and runs the decoder (no output head) over the blocks, batch by batch.
-The sweep does the same and more: it reads each layer's weights, keeps hidden
-states, and accumulates and writes the statistics. Each runs in a process of its own, as it would be by itself,
-and counts with the fastest of some rounds. The exit code is 1 if a ratio is above its limit.
+The sweep also reads each layer's weights, keeps hidden states, and accumulates and writes the statistics. Each runs in
+its own process, as it would alone, and the fastest of several rounds counts. The exit code is 1 if a ratio is above its
+limit.
 
     python benchmarks/sweep_overhead.py [--layers 24] [--blocks 8] [--seq-len 2048] [--rounds 3] [--profile]
     python benchmarks/sweep_overhead.py --device cuda --shape 8b --layers 4 --blocks 64 --batch-size 8
@@ -46,7 +47,7 @@ def forward(model: Any, blocks: torch.Tensor, batch_size: int, device: torch.dev
 def calibrate(
     folder: Path, blocks: torch.Tensor, batch_size: int, device: torch.device, where: str, *, full_mlp: bool
 ) -> None:
-    """What `a3 calibrate` does between the text and the manifest."""
+    """Run the part of `a3 calibrate` between the text and the manifest."""
     model = describe(Checkpoint(folder))
     machine = Machine(device, torch.bfloat16)
     shape = (*blocks.shape, model.shape.hidden_size)
@@ -83,7 +84,7 @@ def seconds(work: Callable[[], None]) -> float:
 def prepare(
     kind: str, folder: Path, blocks: torch.Tensor, batch_size: int, device: torch.device, where: str
 ) -> Callable[[], None]:
-    """What is timed."""
+    """Return the function to time."""
     if kind == "bare":
         from transformers import AutoModelForCausalLM
 
@@ -94,7 +95,7 @@ def prepare(
 
 
 def run(kind: str, folder: Path, arguments: argparse.Namespace) -> None:
-    """In a child: print the fastest round's seconds, or a profile."""
+    """Print the fastest round's seconds, or a profile, from a child process."""
     torch.manual_seed(1)
     blocks = torch.randint(SHAPES[arguments.shape]["vocab_size"], (arguments.blocks, arguments.seq_len))
     device = torch.device(arguments.device)
@@ -110,12 +111,12 @@ def run(kind: str, folder: Path, arguments: argparse.Namespace) -> None:
         return
     prepare(
         kind, folder, blocks[:1], 1, device, arguments.hidden_states
-    )()  # kernels are chosen and pages read the first time
+    )()  # kernels are chosen and pages are read at the first call
     print(min(seconds(work) for _ in range(arguments.rounds)))
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> bool:
-    """Print the table; False if a ratio is above its limit."""
+    """Print the table; return False if a ratio is above its limit."""
     make_in_a_child(folder, arguments.shape, arguments.layers)
     size = sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
     print(f"{arguments.shape}, {size / 2e9:.2f} B parameters, bfloat16, on {arguments.device}", end=", ")

@@ -1,9 +1,9 @@
-"""The main job on what the repository ships: calibrate, solve, export, and look at the result with stock transformers.
+"""Run the main job on the shipped model: calibrate, solve, export, and use the result with stock transformers.
 
     make demo
 
-The text is the standard library of the Python that runs this (`demo_text.py`). Everything is written under
-`.demo/`, anew each time.
+The text is the standard library of the Python that runs this (`demo_text.py`). Everything is written to
+`.demo/`, which is emptied first.
 """
 
 import json
@@ -24,7 +24,7 @@ SEQ_LEN = 512
 
 
 def a3(*arguments: object) -> str:
-    """Run one command as a user would, showing it; returns what it printed."""
+    """Run one command as a user would, and print it; return its output."""
     shown = [str(a.relative_to(ROOT)) if isinstance(a, Path) else str(a) for a in arguments]
     print(f"\n$ a3 {' '.join(shown)}", flush=True)
     command = [sys.executable, "-m", "a3cli", *shown]
@@ -32,7 +32,7 @@ def a3(*arguments: object) -> str:
 
 
 def compress() -> dict:
-    """The three commands; returns the solution's manifest."""
+    """Run the three commands and return the solution's manifest."""
     text = ("--dataset", PLACE / "calibration.txt", "--samples", 128, "--seq-len", SEQ_LEN, "--batch-size", 8)
     print(a3("calibrate", MODEL, *text, "--work", WORK), end="")
     print(a3("solve", "--budget", 0.25, "--work", WORK), end="")
@@ -46,7 +46,7 @@ def measure() -> dict:
 
 
 def write_code(folder: Path) -> str:
-    """A greedy continuation of the prompt, from stock transformers without remote code."""
+    """Return a greedy continuation of the prompt, from stock transformers without remote code."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     import torch

@@ -1,6 +1,6 @@
-"""Standard-library source as text: what the demo model was trained, is calibrated and is evaluated on.
+"""Standard-library source as text: the demo model's text for training, calibration and evaluation.
 
-Nothing is shipped: the text is read from the Python that runs this script. The calibration and
+No text is shipped: it is read from the Python that runs this script. The calibration and
 evaluation lists are fixed, disjoint, and name modules that are single files in Python 3.10 to 3.13.
 The evaluation modules are never trained on.
 
@@ -47,17 +47,17 @@ EVALUATION = (
     "tarfile.py",
     "textwrap.py",
 )
-# Tables, test suites and third-party code: no text that a reader would call typical Python.
+# Tables, test suites and third-party code, which are not typical Python text.
 NOT_TRAINED_ON = ("test", "tests", "encodings", "pydoc_data", "site-packages", "lib2to3")
 
 
 def stdlib() -> Path:
-    """The folder of the running Python's standard library."""
+    """Return the folder of the running Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def read_modules(names: tuple[str, ...]) -> str:
-    """The source of the named modules, in order, one after another."""
+    """Return the source of the named modules, concatenated in this order."""
     missing = [name for name in names if not (stdlib() / name).is_file()]
     if missing:
         sys.exit(
@@ -67,7 +67,7 @@ def read_modules(names: tuple[str, ...]) -> str:
 
 
 def training_modules() -> list[Path]:
-    """Every module that may be trained on, in a fixed order."""
+    """Return every module that may be used for training, in a fixed order."""
     held_out = {stdlib() / name for name in EVALUATION}
     return [
         path

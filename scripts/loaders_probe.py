@@ -1,9 +1,9 @@
-"""The part of `loaders.py` that runs in another environment: load one export, answer, print one JSON object.
+"""The part of `loaders.py` that runs in another environment: load one export, compute outputs, print a JSON object.
 
     python loaders_probe.py EXPORT reference|transformers|vllm NEW_TOKENS
 
-Imports nothing of a3. `tokens` is the greedy continuation of a fixed prompt, `logits` are those of some fixed tokens,
-`log_probabilities` those of each of them after those before it.
+It imports nothing of a3. `tokens` is the greedy continuation of a fixed prompt, `logits` are those of fixed tokens, and
+`log_probabilities` are those of each token given the tokens before it.
 """
 
 import json
@@ -18,7 +18,7 @@ SEED = 0
 
 
 def fixed_tokens(vocabulary: int) -> torch.Tensor:
-    """Tokens `[1, 256]`, the same in every environment."""
+    """Return tokens `[1, 256]`, the same in every environment."""
     state = torch.Generator().manual_seed(SEED)
     return torch.randint(1, vocabulary, (1, 256), generator=state)
 
@@ -78,13 +78,13 @@ def with_transformers(
 
 
 def static_cache_is_claimed(config: dict[str, Any], version: str) -> bool:
-    """docs/formats.md: everywhere but in 4.57 for layers whose QK and OV sizes differ."""
+    """Return docs/formats.md's claim: a static cache works except in 4.57 for layers whose QK and OV sizes differ."""
     layers = config.get("per_layer_config", {}).values()
     return version.startswith("5") or all(each["qk_head_dim"] == each["v_head_dim"] for each in layers)
 
 
 def token_by_token(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of every token, half of them computed at once and the rest one by one with the cache."""
+    """Return the logits of every token: half of them computed at once, the rest one by one with the cache."""
     half = tokens.shape[1] // 2
     first = model(tokens[:, :half], use_cache=True)
     cache, found = cache_of(first), [first.logits]
@@ -97,12 +97,12 @@ def token_by_token(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def cache_of(output: Any) -> dict[str, Any]:
-    """The cache that a forward returned, under the name that this transformers gives it."""
+    """Return the cache of a forward pass under the name that this version of transformers uses."""
     return {name: output[name] for name in ("past_key_values", "cache") if output.get(name) is not None}
 
 
 def left_padding(model: Any, tokens: torch.Tensor) -> bool:
-    """Whether a prompt continues alike alone and padded on the left beside a longer one."""
+    """Return whether a prompt has the same continuation alone and with left padding beside a longer one."""
     long, short = tokens[:, :48], tokens[:, 64:96]
     padded = torch.cat([torch.zeros(1, 16, dtype=torch.long), short], 1)
     mask = torch.ones(2, 48, dtype=torch.long)
@@ -120,7 +120,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 def with_vllm(
     folder: Path, config: dict[str, Any], tokens: torch.Tensor, new_tokens: int, *, reference: bool
 ) -> dict[str, Any]:
-    """vLLM gives log-probabilities in place of logits."""
+    """Return vLLM's log-probabilities in place of logits."""
     import vllm
 
     assert not reference
@@ -132,7 +132,7 @@ def with_vllm(
         trust_remote_code=per_layer,
         model_impl="transformers" if per_layer else "auto",
         max_model_len=384,
-        gpu_memory_utilization=0.3,  # of the CPU's memory, despite its name
+        gpu_memory_utilization=0.3,  # a share of the CPU's memory, despite its name
         skip_tokenizer_init=True,
         disable_log_stats=True,
     )

@@ -1,4 +1,4 @@
-"""Writes docs/a3_manifest.schema.json from the form in `a3cli/report/manifest.py`.
+"""Write docs/a3_manifest.schema.json from the models in `a3cli/report/manifest.py`.
 
 python scripts/manifest_schema.py
 """

@@ -1,11 +1,11 @@
 """Associative recall over a whole context: the task of `train_recall_model.py` and `benchmarks/long_range.py`.
 
-A sequence holds pairs `key value`, each key exactly twice: at its definition and, a stated distance later, at its
-query, where the token to predict is the definition's value. No key is defined or asked for a second time, so only the
-token after the key's first place tells the answer. Between the pairs stands filler, a random walk in which each filler
-token is followed by one of a few (pairs may stand between): it is predicted from what is near.
+A sequence has pairs `key value`. Each key occurs exactly twice: at its definition and, a stated distance later, at its
+query, where the token to predict is the definition's value. No key is defined or queried a second time, so only the
+token after the key's first position determines the answer. Between the pairs there is filler, a random walk in which
+each filler token is followed by one of a few (pairs may come between), so filler is predictable from nearby tokens.
 
-Words are `k0 …`, `v0 …` and `f0 …`, one token each, so text and tokens are the same thing.
+Words are `k0 …`, `v0 …` and `f0 …`, one token each, so text and tokens are equivalent.
 """
 
 import random
@@ -17,7 +17,7 @@ import torch
 
 KEYS, VALUES, FILLERS = 128, 64, 32
 SUCCESSORS = 4
-PAIR_ROOM = 11  # tokens of a sequence for each pair: four are its own, the rest is filler
+PAIR_ROOM = 11  # tokens of a sequence per pair: four belong to it, the rest is filler
 SHORTEST = 4  # tokens from a key's definition to its query
 WORDS = [f"{kind}{i}" for kind, count in (("k", KEYS), ("v", VALUES), ("f", FILLERS)) for i in range(count)]
 FIRST_VALUE, FIRST_FILLER = KEYS, KEYS + VALUES
@@ -25,9 +25,9 @@ FIRST_VALUE, FIRST_FILLER = KEYS, KEYS + VALUES
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences `[B, T]` and their queries, one row each: `queries` `[Q, 3]` of sequence, place of the key, distance.
+    """Sequences `[B, T]` and their queries `[Q, 3]`, each with sequence, position of the key and distance.
 
-    The answer stands in the sequence itself, right after the key.
+    The answer is in the sequence itself, right after the key.
     """
 
     tokens: torch.Tensor
@@ -37,14 +37,14 @@ class Batch:
         return self.tokens[self.queries[:, 0], self.queries[:, 1] + 1]
 
     def is_filler(self) -> torch.Tensor:
-        """`[B, T]`, without the first place, which nothing foretells."""
+        """Return a mask `[B, T]` of filler, without the first position, which cannot be predicted."""
         filler = self.tokens >= FIRST_FILLER
         filler[:, 0] = False
         return filler
 
 
 def make_batch(sequences: int, length: int, *, seed: int) -> Batch:
-    """`length // PAIR_ROOM` pairs in each sequence."""
+    """Return a batch with `length // PAIR_ROOM` pairs in each sequence."""
     rng = random.Random(seed)
     tokens, queries = [], []
     for index in range(sequences):
@@ -55,7 +55,7 @@ def make_batch(sequences: int, length: int, *, seed: int) -> Batch:
 
 
 def make_sequence(length: int, pairs: int, rng: random.Random) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens, and (place of the key, distance to its definition) of each query; distances are log-uniform."""
+    """Return the tokens, and (position of the key, distance to its definition) of each query, log-uniform distances."""
     tokens = [-1] * length
     queries = []
     for key in rng.sample(range(KEYS), pairs):
@@ -69,7 +69,7 @@ def make_sequence(length: int, pairs: int, rng: random.Random) -> tuple[list[int
 
 
 def free_places(tokens: list[int], rng: random.Random) -> tuple[int, int]:
-    """Where a key may be defined, and how far from there it may be asked for."""
+    """Return where a key may be defined, and how far from there it may be queried."""
     longest = len(tokens) - 2
     while True:
         distance = round(SHORTEST * (longest / SHORTEST) ** rng.random())
@@ -79,7 +79,7 @@ def free_places(tokens: list[int], rng: random.Random) -> tuple[int, int]:
 
 
 def fill(tokens: list[int], rng: random.Random) -> None:
-    """Put the walk of filler where nothing stands yet."""
+    """Fill the empty positions with the random walk of filler."""
     state = rng.randrange(FILLERS)
     for place, token in enumerate(tokens):
         if token < 0:
@@ -88,7 +88,7 @@ def fill(tokens: list[int], rng: random.Random) -> None:
 
 
 def accuracy_by_distance(hits: torch.Tensor, distances: torch.Tensor) -> dict[int, tuple[int, int]]:
-    """Hits and queries in each bucket `lowest … 2·lowest − 1`, by its lowest distance; hits `[Q]`, distances `[Q]`."""
+    """Count hits and queries in each bucket `lowest … 2·lowest − 1`, by its lowest distance; both inputs are `[Q]`."""
     octave = distances.double().log2().floor().long()
     return {
         2**which: (int(hits[octave == which].sum()), int((octave == which).sum())) for which in octave.unique().tolist()
@@ -97,7 +97,7 @@ def accuracy_by_distance(hits: torch.Tensor, distances: torch.Tensor) -> dict[in
 
 @torch.inference_mode()
 def answer_queries(model: Callable[..., Any], batch: Batch, *, at_once: int = 4) -> tuple[torch.Tensor, float]:
-    """Whether each query `[Q]` is answered right, and the mean negative log-likelihood of the filler in nats."""
+    """Return whether each query `[Q]` is answered correctly, and the filler's mean negative log-likelihood in nats."""
     hits, loss, fillers = torch.zeros(len(batch.queries), dtype=torch.bool), 0.0, 0
     for start in range(0, len(batch.tokens), at_once):
         tokens, is_filler = (x[start : start + at_once] for x in (batch.tokens, batch.is_filler()))
@@ -112,5 +112,5 @@ def answer_queries(model: Callable[..., Any], batch: Batch, *, at_once: int = 4)
 
 
 def to_text(tokens: torch.Tensor) -> str:
-    """One line a sequence `[B, T]`."""
+    """Return one line per sequence of `[B, T]`."""
     return "".join(" ".join(WORDS[i] for i in row) + "\n" for row in tokens.tolist())

@@ -1,10 +1,10 @@
-"""Hash what a3 computes for a few models, to show that a change of the code changes no byte of it.
+"""Hash a3's results for a few models, to show that a change of the code changes no byte of them.
 
     python scripts/same_bytes.py before.json                      before the change
     python scripts/same_bytes.py after.json --against before.json    after it: exit code 1 if anything differs
 
-Four models (the demo model and three random ones of other families), each compressed in three ways: statistics,
-solutions, weights and config.json. Everything is made in a temporary folder, on one thread: sums have one order.
+There are four models (the demo model and three random ones of other families), each compressed in three ways; hashed
+are statistics, solutions, weights and config.json. All run in a temporary folder on one thread, so sums have one order.
 """
 
 import argparse

@@ -41,7 +41,7 @@ CONFIG = LlamaConfig(
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with one special token, `<|end|>`, between modules."""
+    """Train a byte-level BPE with one special token, `<|end|>`, between modules."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -58,7 +58,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """With the class name that transformers 4 and 5 both know; 5 alone knows the one that it writes."""
+    """Save it with the class name that transformers 4 and 5 both accept; the name that 5 writes is unknown to 4."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = {**json.loads(path.read_text("utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -66,7 +66,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one stream of token ids [tokens], each ended by `<|end|>`."""
+    """Return all texts as one stream of token ids [tokens], each ended by `<|end|>`."""
     ids: list[int] = []
     for text in texts:
         ids += [*tokenizer.backend_tokenizer.encode(text).ids, tokenizer.eos_token_id]
@@ -125,13 +125,13 @@ def write_card(folder: Path, figures: dict) -> None:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then cosine to a tenth of the peak."""
+    """Return the rate: a linear warm-up, then cosine to a tenth of the peak."""
     warm_up = min(1.0, (step + 1) / WARMUP_STEPS)
     return PEAK_LR * warm_up * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 def perplexity(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
-    """Over non-overlapping blocks of CONTEXT tokens."""
+    """Return the perplexity over non-overlapping blocks of CONTEXT tokens."""
     blocks = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     with torch.no_grad():
         losses = [model(b[None], labels=b[None]).loss.item() for b in blocks]
@@ -139,7 +139,7 @@ def perplexity(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
 
 
 def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor) -> float:
-    """What token frequencies alone reach (add-one smoothing): the level to be far from."""
+    """Return the perplexity of token frequencies alone (add-one smoothing), an upper bound for comparison."""
     counts = Counter(train.tolist())
     log_p = [math.log((counts[t] + 1) / (len(train) + VOCABULARY)) for t in held_out.tolist()]
     return math.exp(-sum(log_p) / len(log_p))

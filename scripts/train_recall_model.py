@@ -2,12 +2,12 @@
 
     python scripts/train_recall_model.py OUT [--seed 0] [--steps-scale 1]
 
-The task is that of `recall_task.py`. Two layers suffice: a head of the first tells each token what came before it, one
-of the second looks for the place that came after the key asked for. From random weights gradient descent is slow to
-find this pair on a CPU, so training starts from a rough sketch of it (`sketch_recall`). Sequences grow from 64 to 1024
-tokens; the loss is taken at the answers and, with less weight, at the filler. Some five minutes on one core. Writes a
-Hugging Face checkpoint (safetensors, tokenizer) and `training.json`; the same seed gives the same model on the same
-machine with the same number of threads.
+The task is that of `recall_task.py`. Two layers suffice: a head of the first copies the previous token to each
+position, and one of the second attends to the position whose previous token is the queried key. Gradient descent on a
+CPU is slow to find this pair from random weights, so training starts from a rough sketch of it (`sketch_recall`).
+Sequences grow from 64 to 1024 tokens; the loss is computed for the answers and, with less weight, for the filler.
+Training takes about five minutes on one core. It writes a Hugging Face checkpoint (safetensors, tokenizer) and
+`training.json`; the same seed gives the same model on the same machine with the same number of threads.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 1024
-STAGES = ((64, 32, 150), (256, 8, 150), (1024, 4, 250))  # tokens a sequence, sequences a step, steps
+STAGES = ((64, 32, 150), (256, 8, 150), (1024, 4, 250))  # tokens per sequence, sequences per step, steps
 PEAK_LR, WARMUP_STEPS, FILLER_WEIGHT = 2e-3, 30, 0.3
 CONFIG = LlamaConfig(
     vocab_size=len(WORDS),
@@ -43,14 +43,14 @@ TEST_SEED = 2**40  # far from the seeds of training steps
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; words are what blanks and line ends separate."""
+    """Return a tokenizer with one token per word; words are separated by blanks and line ends."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=False)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """With the class name that transformers 4 and 5 both know; 5 alone knows the one that it writes."""
+    """Save it with the class name that transformers 4 and 5 both accept; the name that 5 writes is unknown to 4."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = {**json.loads(path.read_text("utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -59,9 +59,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 @torch.no_grad()
 def sketch_recall(model: LlamaForCausalLM) -> None:
-    """Write a rough recall circuit into head 0 of both layers; nothing else adds to the stream at first.
+    """Write a rough recall circuit into head 0 of both layers; at first nothing else adds to the residual stream.
 
-    Channel 0 is alike in all embeddings: a constant to make a query and a key of that only turn with position.
+    Channel 0 is equal in all embeddings: a constant, from which a query and a key depend on the position only.
     """
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.zero_()
@@ -81,13 +81,13 @@ def orthogonal(rows: int, columns: int) -> torch.Tensor:
 
 
 def copy_head(attention: torch.nn.Module, read: torch.Tensor, written: torch.Tensor) -> None:
-    """What head 0 finds, projected by `read` `[h, d]`, goes to the stream along the rows of `written` `[h, d]`."""
+    """Make head 0 write its input, projected by `read` `[h, d]`, along the rows of `written` `[h, d]`."""
     attention.v_proj.weight[: len(read)] = read
     attention.o_proj.weight[:, : len(read)] = 0.07 * written.mT
 
 
 def look_one_back(attention: torch.nn.Module) -> None:
-    """Head 0's score is largest one token back: queries and keys are constants, one turn of the fast pairs apart."""
+    """Make head 0's score largest one token back: queries and keys are constants, one position apart in fast pairs."""
     head = CONFIG.head_dim
     fast = 3 * head // 16
     angle = 10000.0 ** (-2 * torch.arange(fast) / head)
@@ -100,9 +100,9 @@ def look_one_back(attention: torch.nn.Module) -> None:
 
 
 def match(attention: torch.nn.Module, read: torch.Tensor, written: torch.Tensor) -> None:
-    """Head 0's score is large where the token before (found in the stream along `written`) is the present one.
+    """Make head 0's score large where the previous token (in the stream along `written`) is the current one.
 
-    In the slowest eighth of the dims, which hardly turn over the whole context.
+    It uses the slowest eighth of the dims, which RoPE hardly rotates over the whole context.
     """
     head = CONFIG.head_dim
     slow = head // 8
@@ -113,12 +113,12 @@ def match(attention: torch.nn.Module, read: torch.Tensor, written: torch.Tensor)
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, constant for half the steps, then linearly down to almost nothing."""
+    """Return the rate: a linear warm-up, constant for half the steps, then linearly down to almost nothing."""
     return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, 2 * (1 - step / steps) + 0.02)
 
 
 def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the answers and of the filler."""
+    """Return the mean cross-entropy of the answers and of the filler."""
     logits = model(batch.tokens, use_cache=False).logits
     sequence, place = batch.queries[:, 0], batch.queries[:, 1]
     answers = cross_entropy(logits[sequence, place], batch.answers())
