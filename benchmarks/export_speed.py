@@ -33,7 +33,9 @@ from a3cli.work.files import hash_file
 LIMIT = 1.5
 IMPORTS = (
     "-c",
-    "import a3cli.cli.app, a3cli.stages.export; from transformers import LlamaConfig, AutoTokenizer; LlamaConfig()",
+    # Also the model's class, with which an export compares the source.
+    "import a3cli.cli.app, a3cli.stages.export; from transformers import LlamaForCausalLM, AutoTokenizer; "
+    "LlamaForCausalLM",
 )
 
 
