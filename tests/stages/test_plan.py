@@ -94,7 +94,7 @@ def test_what_a_starcoder2_does_not_say(a3, config):
     assert found["parameters"]["before"] - without["parameters"]["before"] == 30 * biases
     untied = a3("plan", config(**{**STARCODER2_3B, "tie_word_embeddings": False}), "--json").json
     assert untied["parameters"]["before"] - found["parameters"]["before"] == 49152 * d
-    assert "starcoder2 ignores head_dim" in runtimes(found)["vLLM"]["note"]
+    assert "starcoder2 ignores head_dim" in runtimes(found)["llama.cpp"]["note"]
 
 
 @pytest.mark.parametrize("name", ["nemotron-gqa", "nemotron-mha-bias"])
