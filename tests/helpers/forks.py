@@ -14,6 +14,7 @@ from pathlib import Path
 
 PRELOADED = [
     "a3cli.stages.calibrate", "a3cli.stages.solve", "a3cli.stages.export", "a3cli.stages.evaluate",
+    "a3cli.stages.verify",
     "a3cli.cli.display", "a3cli.cli.app",
     "a3cli.models.shipped.modeling_a3_llama", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
@@ -73,7 +74,10 @@ def _run(arguments: list[str], folder: str, memory: int | None, begun) -> None:
     import torch
 
     from a3cli.cli.app import main
+    from a3cli.stages import verify
+    from tests.helpers.checkers import forked_here
 
+    verify.running = forked_here
     torch.set_num_threads(1)
     os.chdir(folder)
     for name, number in ((".stdout", 1), (".stderr", 2)):
