@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from typing_extensions import Self
 
 from a3cli.errors import A3Error
 from a3cli.settings.gates import Gate, parse_gate
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
+from a3cli.settings.seq_len import known_seq_len, resolved_seq_len
 
 Component = Literal["qk", "ov", "mlp"]
 COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
@@ -44,7 +46,11 @@ Shape = Annotated[
 HeadMultiple = Annotated[int, CUT, Field(ge=1, description="Make head sizes a multiple of this.")]
 MlpMultiple = Annotated[int, CUT, Field(ge=1, description="Make MLP widths a multiple of this.")]
 Weighting = Annotated[Sensitivity, HOW, Field(description="Weight losses as predicted, or by KL probed in one sweep.")]
-SeqLen = Annotated[int, TEXT, Field(ge=2, description="Tokens per block.")]
+SeqLen = Annotated[
+    Annotated[int, Field(ge=2)] | None,
+    TEXT,
+    Field(description="Tokens per block (default: 2048, or the context if shorter)."),
+]
 Device = Annotated[str, MACHINE, Field(description="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[DtypeName, MACHINE, Field(description="auto: float32 on a CPU, the checkpoint's on a GPU.")]
 BatchSize = Annotated[int, MACHINE, Field(ge=1, description="Batch size, in blocks.")]
@@ -64,8 +70,17 @@ class TextSettings(Settings):
     split: Annotated[str | None, TEXT, Field(description="Split of a Hub data set.")] = None
     chat: Annotated[bool, TEXT, Field(description="Render each row's messages or conversations as a chat.")] = False
     samples: Annotated[int | None, TEXT, Field(ge=1, description="Number of blocks.")] = 128
-    seq_len: SeqLen = 2048
+    seq_len: SeqLen = None
     seed: Annotated[int, TEXT, Field(ge=0, description="Seed of the blocks' places in the text.")] = 0
+
+    @property
+    def block_tokens(self) -> int:
+        """Return the tokens per block of resolved settings."""
+        return known_seq_len(self.seq_len)
+
+    def for_context(self, context: Any) -> Self:
+        """Return resolved settings, for a model of this context."""
+        return self.model_copy(update={"seq_len": resolved_seq_len(self.seq_len, context)})
 
 
 def parse_batch_size(text: Any) -> Any:
@@ -290,7 +305,7 @@ class PlanSettings(Settings):
     budget: Annotated[Fraction, CUT, Field(description=BUDGET_HELP)] = 0.25
     shape: Shape = "stock"
     samples: Annotated[int, TEXT, Field(ge=1, description="Number of blocks.")] = 128
-    seq_len: SeqLen = 2048
+    seq_len: SeqLen = None
     batch_size: AutoBatchSize = Field(default="auto", validate_default=True)
     mlp_stats: MlpStats = "full"
     head_multiple: Annotated[HeadMultiple, Field(ge=2, multiple_of=2)] = 16

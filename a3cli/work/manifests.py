@@ -99,11 +99,17 @@ class TextRead(Part):
     whole: bool = Field(description="whether the data set was read to its end")
 
 
+class RecordedText(TextSettings):
+    """The settings of a text that was read, with its tokens per block."""
+
+    seq_len: Annotated[int, Field(ge=2, description="Tokens per block.")]
+
+
 class Ingredient(Part):
     """One of the calibrations that were merged."""
 
     calibration: Sha256 = Field(description="hash of its manifest")
-    text: TextSettings
+    text: RecordedText
     text_files: TextFiles
     text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
     tokens: Size
@@ -113,7 +119,7 @@ class Ingredient(Part):
 
 
 class CalibrationRequest(Part):
-    text: TextSettings
+    text: RecordedText
     text_files: TextFiles
     source: Fingerprint
     tokenizer: dict[str, FileHash]
