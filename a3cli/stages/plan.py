@@ -35,6 +35,7 @@ from a3cli.settings import PlanSettings
 from a3cli.settings.seq_len import resolved_seq_len
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
+from a3cli.stages.rounding import planned_warnings
 from a3cli.work.files import Json
 
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -82,6 +83,7 @@ def plan(settings: PlanSettings) -> Json:
         "seconds": estimate_seconds(run, rates),
         "machine": describe_machine(run, rates, compute),
         "runtimes": [asdict(verdict) for verdict in judge_plan(raw, folder, run)],
+        "warnings": planned_warnings(settings, shape, size),
     }
 
 
