@@ -10,6 +10,7 @@ from a3cli.cli.console import log, print_line, print_sentence
 from a3cli.cli.tables import new_table, print_table
 from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, percent
 from a3cli.report.names import describe_context, describe_texts
+from a3cli.runtimes import NO
 from a3cli.settings import COMPONENTS, LOSSES
 from a3cli.settings.gates import describe
 from a3cli.work.escape import printable
@@ -55,7 +56,7 @@ def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
 
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
-        log.warning("warning: %s", warning)
+        log.warning("%s", warning)
 
 
 def _print_comparisons(rows: Iterable[Comparison]) -> None:
@@ -195,6 +196,8 @@ def _print_runtimes(verdicts: list[Json]) -> None:
     for each in verdicts:
         table.add_row(each["runtime"], each["loads"], each["note"])
     print_table(table)
+    refusing = [each["runtime"] for each in verdicts if each["loads"] == NO]
+    _warn([f"not loaded by {', '.join(refusing)}: see the table's notes"] if refusing else [])
 
 
 def _print_context(solution: "Solution") -> None:

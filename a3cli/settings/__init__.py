@@ -14,6 +14,7 @@ from typing_extensions import Self
 from a3cli.errors import A3Error
 from a3cli.settings.gates import Gate, parse_gate
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
+from a3cli.settings.problems import find_problems
 from a3cli.settings.seq_len import known_seq_len, resolved_seq_len
 
 Component = Literal["qk", "ov", "mlp"]
@@ -85,9 +86,13 @@ class TextSettings(Settings):
 
 def parse_batch_size(text: Any) -> Any:
     """A number of blocks, or `auto`: None."""
-    if text == "auto":
+    if text is None or text == "auto":
         return None
-    return int(text) if isinstance(text, str) and text.removeprefix("-").isdecimal() else text
+    if isinstance(text, str) and text.removeprefix("-").isdecimal():
+        return int(text)
+    if isinstance(text, bool) or not isinstance(text, int):
+        raise ValueError("must be a whole number of at least 1, or auto")
+    return text
 
 
 AutoBatchSize = Annotated[
@@ -178,7 +183,7 @@ def parse_size(text: Any) -> Any:
     try:
         return int(float(number) * units[unit])
     except (KeyError, ValueError, OverflowError):
-        raise ValueError("not of the form 5GB, 500MB or 2GiB") from None
+        raise ValueError("must have the form 5GB, 500MB or 2GiB") from None
 
 
 class ExportSettings(Settings):
@@ -212,7 +217,7 @@ def parse_budgets(text: Any) -> Any:
         if step <= 0 or not 0 <= start <= stop < 1:
             raise ValueError
     except (ValueError, InvalidOperation):
-        raise ValueError("not of the form 0.1:0.5:0.05 or 0.1,0.25,0.4, with budgets from 0 up to below 1") from None
+        raise ValueError("must have the form 0.1:0.5:0.05 or 0.1,0.25,0.4, with budgets from 0 up to below 1") from None
     return tuple(float(start + i * step) for i in range(int((stop - start) / step) + 1))
 
 
@@ -332,5 +337,5 @@ def make_settings(kind: type[S], **values: Any) -> S:
     try:
         return kind(**values)
     except ValidationError as error:
-        problems = sorted(f"{option_of(item['loc'])} {item['input']!r}: {item['msg']}" for item in error.errors())
+        problems = (each.describe(option_of(each.keys)) for each in find_problems(error, kind))
         raise A3Error("bad settings: " + "; ".join(problems)) from None

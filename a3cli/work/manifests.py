@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from a3cli.errors import A3Error
 from a3cli.settings import SolveSettings, TextSettings
+from a3cli.settings.problems import find_problems
 from a3cli.work.files import Json, hash_json, read_json, write_json
 from a3cli.work.sealed import check_request, unaltered, versions
 
@@ -63,11 +64,8 @@ class Sealed(Part):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise A3Error(
-                f"{path} does not follow the schema of this version of a3 ({where}: {first['msg']}); {remedy}"
-            ) from None
+            first = find_problems(error, cls)[0].describe()
+            raise A3Error(f"{path} does not follow the schema of this version of a3 ({first}); {remedy}") from None
 
 
 class Fingerprint(Part):
