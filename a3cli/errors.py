@@ -36,6 +36,22 @@ class Interrupted(A3Error):
     exit_code = 3
 
 
+KINDS: dict[type, str] = {
+    type(None): "nothing (null)",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def kind_of(value: object) -> str:
+    """Return what a value of JSON or YAML is, in words."""
+    return KINDS.get(type(value), type(value).__name__)
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of another library's error, shortened for a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

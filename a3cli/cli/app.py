@@ -32,7 +32,6 @@ from a3cli.cli.options import (
 )
 from a3cli.cli.progress import sweep_progress
 from a3cli.errors import A3Error
-from a3cli.report.long_range import solution_warnings
 from a3cli.settings import (
     CalibrateSettings,
     EvalSettings,
@@ -96,15 +95,14 @@ def solve(
 ) -> None:
     """Choose head and MLP sizes for a budget and compute each layer's projections."""
     set_up_output(quiet=quiet)
+    from a3cli.stages.rounding import warnings_of
     from a3cli.stages.solve import solve as run
     from a3cli.work.interrupt import stopping
 
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
-    if as_json:
-        print_json({**manifest.plain(), "warnings": solution_warnings(manifest)})
-    else:
-        display.print_solution(manifest)
+    warnings = warnings_of(manifest, open_work(work))
+    print_json({**manifest.plain(), "warnings": warnings}) if as_json else display.print_solution(manifest, warnings)
 
 
 @app.command()
@@ -223,6 +221,7 @@ def run(
     set_up_output(quiet=quiet)
     from a3cli.settings.gates import raise_for_failures
     from a3cli.stages.recipe import read_recipe
+    from a3cli.stages.rounding import warnings_of
     from a3cli.stages.run import run_recipe
     from a3cli.stages.verify import raise_for_failures as raise_for_failed_checks
     from a3cli.work.interrupt import stopping
@@ -233,7 +232,8 @@ def run(
     progress = partial(sweep_progress, quiet=quiet)
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
-    print_json(results) if as_json else display.print_run(results, str(settings.out))
+    warnings = warnings_of(results.solution, open_work(settings.work))
+    print_json(results) if as_json else display.print_run(results, str(settings.out), warnings)
     if results.verification is not None:
         raise_for_failed_checks(results.verification)
     if results.evaluation is not None:

@@ -16,6 +16,7 @@ from a3cli.work.escape import printable
 
 Json = dict[str, Any]
 log = logging.getLogger("a3cli")
+WARNING = "warning:"
 
 
 class HasJson(Protocol):
@@ -42,14 +43,18 @@ class TerminalHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        print_wrapped(self.console, self.format(record))
+        line = Text(self.format(record))
+        if record.levelno >= logging.WARNING:
+            line.stylize("yellow", 0, len(WARNING))
+        print_wrapped(self.console, line)
 
 
 class PrintableFormatter(logging.Formatter):
-    """Escape control characters, which names of files in a message may have."""
+    """Mark warnings, and escape control characters, which names of files in a message may have."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, the library's name
-        return printable(super().formatMessage(record))
+        prefix = f"{WARNING} " if record.levelno >= logging.WARNING else ""
+        return prefix + printable(super().formatMessage(record))
 
 
 def print_error(message: str) -> None:

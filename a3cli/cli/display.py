@@ -9,8 +9,8 @@ from rich.text import Text
 from a3cli.cli.console import log, print_line, print_sentence
 from a3cli.cli.tables import new_table, print_table
 from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, percent
-from a3cli.report.long_range import solution_warnings
 from a3cli.report.names import describe_context, describe_texts
+from a3cli.runtimes import NO
 from a3cli.settings import COMPONENTS, LOSSES
 from a3cli.settings.gates import describe
 from a3cli.work.escape import printable
@@ -34,7 +34,7 @@ def print_calibration(manifest: "CalibrationManifest") -> None:
     )
 
 
-def print_solution(solution: "Solution") -> None:
+def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
     labels = {
         "qk": "head size of QK",
         "ov": "head size of OV",
@@ -51,8 +51,12 @@ def print_solution(solution: "Solution") -> None:
     unit = LOSSES[solution.request.settings.sensitivity]
     print_sentence(f"predicted loss, {unit}, summed over layers: {losses}")
     _print_context(solution)
-    for warning in solution_warnings(solution):
-        log.warning("warning: %s", warning)
+    _warn(warnings)
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        log.warning("%s", warning)
 
 
 def _print_comparisons(rows: Iterable[Comparison]) -> None:
@@ -117,6 +121,7 @@ def print_plan(result: Json) -> None:
     print_sentence(_describe_rates(result["machine"]))
     print_sentence(_describe_weights(**result["weights"]))
     _print_runtimes(result["runtimes"])
+    _warn(result["warnings"])
 
 
 def _print_stages(seconds: dict[str, float], memory: dict[str, int], *, solution: int, **disk: int) -> None:
@@ -160,9 +165,9 @@ def _describe_weights(checked: str, reason: str | None) -> str:
     }[checked]
 
 
-def print_run(results: "RunResults", out: str) -> None:
+def print_run(results: "RunResults", out: str, warnings: Sequence[str]) -> None:
     print_calibration(results.calibration)
-    print_solution(results.solution)
+    print_solution(results.solution, warnings)
     if results.evaluation is not None:
         print_evaluation(results.evaluation)
     if results.verification is not None:
@@ -191,6 +196,8 @@ def _print_runtimes(verdicts: list[Json]) -> None:
     for each in verdicts:
         table.add_row(each["runtime"], each["loads"], each["note"])
     print_table(table)
+    refusing = [each["runtime"] for each in verdicts if each["loads"] == NO]
+    _warn([f"not loaded by {', '.join(refusing)}: see the table's notes"] if refusing else [])
 
 
 def _print_context(solution: "Solution") -> None:
@@ -259,8 +266,7 @@ def print_inspection(found: "Inspection") -> None:
 
 
 def print_report(report: "Report") -> None:
-    for warning in report.warnings:
-        log.warning("warning: %s", warning)
+    _warn(report.warnings)
     print_line(printable(str(report.html)))
 
 

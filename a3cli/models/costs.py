@@ -4,6 +4,7 @@
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -296,3 +297,25 @@ def uniform_sizes(shape: ModelShape, budget: float, *, head_multiple: int, mlp_m
             unlike = abs(head / shape.head_dim - width / shape.intermediate_size)
             found.append((unlike, -width, LayerSizes(head, head, width)))
     return min(found, key=lambda each: each[:2])[2] if found else None
+
+
+def least_cuts(
+    shape: ModelShape, budget: float, *, heads: Sequence[int], widths: Sequence[int]
+) -> list[tuple[LayerSizes, float]]:
+    """Return the sizes, the same in every layer, that remove at least `budget` and none of which could be larger.
+
+    A choice of least loss is among them, since no size loses less than a larger one. `heads` and `widths` are the
+    sizes to choose from, ascending; beside each choice is the fraction of the linear weights that it removes.
+    """
+    total = linear_weights(shape, shape.sizes[:1])
+    needed = math.ceil(Fraction(str(budget)) * total)
+    channel = len(shape.mlp_roles) * shape.hidden_size
+    found: list[tuple[LayerSizes, float]] = []
+    for head in reversed(heads):
+        of_heads = total - linear_weights(shape, [LayerSizes(head, head, shape.intermediate_size)])
+        most = shape.intermediate_size - max(0, math.ceil((needed - of_heads) / channel))
+        fitting = bisect_right(widths, most)
+        if fitting and (not found or widths[fitting - 1] > found[-1][0].mlp):  # else a larger head has this width too
+            size = LayerSizes(head, head, widths[fitting - 1])
+            found.append((size, 1 - linear_weights(shape, [size]) / total))
+    return found

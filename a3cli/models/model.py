@@ -10,7 +10,7 @@ from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint, resolve_model, same_content
 from a3cli.models.config import check_rope, check_rope_spellings, read_shape
 from a3cli.models.families import Family, ModelShape, family_of
-from a3cli.models.hub import refuse_per_layer
+from a3cli.models.hub import find_folder, read_config, refuse_per_layer
 from a3cli.models.rope import Rope, read_rope
 from a3cli.models.stock import StockClass, match_tensors, read_stock_class
 from a3cli.work.files import Json
@@ -131,6 +131,13 @@ def check_activation(name: str) -> None:
 
     if name not in ACT2FN:
         raise ValueError(f"hidden_act is {name!r}, which transformers does not know")
+
+
+def recorded_source(work: Work) -> tuple[Path, Json, str]:
+    """Return folder, config.json and name of a work folder's source. Raises A3Error if it is not on this machine."""
+    recorded = SourceRecord.read(work.source, "run a3 calibrate on the source again")
+    folder = find_folder(recorded.model, recorded.revision, files=("config.json",), cached_only=True)
+    return folder, read_config(folder, recorded.model), recorded.model
 
 
 def open_calibrated_source(work: Work, calibration: CalibrationManifest, *, full_check: bool = False) -> Model:

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import ConfigDict, Field, ValidationError
 
 from a3cli.errors import A3Error
+from a3cli.settings.problems import find_problems
 from a3cli.work.files import Json, read_json
 from a3cli.work.manifests import Part
 
@@ -44,6 +45,5 @@ def read_evaluation(path: Path) -> list[Measured]:
     try:
         return [Measured.model_validate(each) for each in (sets if isinstance(sets, list) else [found])]
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise A3Error(f"{path} is not the output of a3 eval --json ({where}: {first['msg']})") from None
+        first = find_problems(error, Measured)[0].describe()
+        raise A3Error(f"{path} is not the output of a3 eval --json ({first})") from None

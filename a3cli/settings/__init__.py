@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from typing_extensions import Self
 
 from a3cli.errors import A3Error
 from a3cli.settings.gates import Gate, parse_gate
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
+from a3cli.settings.problems import find_problems
+from a3cli.settings.seq_len import known_seq_len, resolved_seq_len
 
 Component = Literal["qk", "ov", "mlp"]
 COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
@@ -44,7 +47,11 @@ Shape = Annotated[
 HeadMultiple = Annotated[int, CUT, Field(ge=1, description="Make head sizes a multiple of this.")]
 MlpMultiple = Annotated[int, CUT, Field(ge=1, description="Make MLP widths a multiple of this.")]
 Weighting = Annotated[Sensitivity, HOW, Field(description="Weight losses as predicted, or by KL probed in one sweep.")]
-SeqLen = Annotated[int, TEXT, Field(ge=2, description="Tokens per block.")]
+SeqLen = Annotated[
+    Annotated[int, Field(ge=2)] | None,
+    TEXT,
+    Field(description="Tokens per block (default: 2048, or the context if shorter)."),
+]
 Device = Annotated[str, MACHINE, Field(description="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[DtypeName, MACHINE, Field(description="auto: float32 on a CPU, the checkpoint's on a GPU.")]
 BatchSize = Annotated[int, MACHINE, Field(ge=1, description="Batch size, in blocks.")]
@@ -64,15 +71,28 @@ class TextSettings(Settings):
     split: Annotated[str | None, TEXT, Field(description="Split of a Hub data set.")] = None
     chat: Annotated[bool, TEXT, Field(description="Render each row's messages or conversations as a chat.")] = False
     samples: Annotated[int | None, TEXT, Field(ge=1, description="Number of blocks.")] = 128
-    seq_len: SeqLen = 2048
+    seq_len: SeqLen = None
     seed: Annotated[int, TEXT, Field(ge=0, description="Seed of the blocks' places in the text.")] = 0
+
+    @property
+    def block_tokens(self) -> int:
+        """Return the tokens per block of resolved settings."""
+        return known_seq_len(self.seq_len)
+
+    def for_context(self, context: Any) -> Self:
+        """Return resolved settings, for a model of this context."""
+        return self.model_copy(update={"seq_len": resolved_seq_len(self.seq_len, context)})
 
 
 def parse_batch_size(text: Any) -> Any:
     """Return a number of blocks, or None for `auto`."""
-    if text == "auto":
+    if text is None or text == "auto":
         return None
-    return int(text) if isinstance(text, str) and text.removeprefix("-").isdecimal() else text
+    if isinstance(text, str) and text.removeprefix("-").isdecimal():
+        return int(text)
+    if isinstance(text, bool) or not isinstance(text, int):
+        raise ValueError("must be a whole number of at least 1, or auto")
+    return text
 
 
 AutoBatchSize = Annotated[
@@ -163,7 +183,7 @@ def parse_size(text: Any) -> Any:
     try:
         return int(float(number) * units[unit])
     except (KeyError, ValueError, OverflowError):
-        raise ValueError("not of the form 5GB, 500MB or 2GiB") from None
+        raise ValueError("must have the form 5GB, 500MB or 2GiB") from None
 
 
 class ExportSettings(Settings):
@@ -197,7 +217,7 @@ def parse_budgets(text: Any) -> Any:
         if step <= 0 or not 0 <= start <= stop < 1:
             raise ValueError
     except (ValueError, InvalidOperation):
-        raise ValueError("not of the form 0.1:0.5:0.05 or 0.1,0.25,0.4, with budgets from 0 up to below 1") from None
+        raise ValueError("must have the form 0.1:0.5:0.05 or 0.1,0.25,0.4, with budgets from 0 up to below 1") from None
     return tuple(float(start + i * step) for i in range(int((stop - start) / step) + 1))
 
 
@@ -290,7 +310,7 @@ class PlanSettings(Settings):
     budget: Annotated[Fraction, CUT, Field(description=BUDGET_HELP)] = 0.25
     shape: Shape = "stock"
     samples: Annotated[int, TEXT, Field(ge=1, description="Number of blocks.")] = 128
-    seq_len: SeqLen = 2048
+    seq_len: SeqLen = None
     batch_size: AutoBatchSize = Field(default="auto", validate_default=True)
     mlp_stats: MlpStats = "full"
     head_multiple: Annotated[HeadMultiple, Field(ge=2, multiple_of=2)] = 16
@@ -317,5 +337,5 @@ def make_settings(kind: type[S], **values: Any) -> S:
     try:
         return kind(**values)
     except ValidationError as error:
-        problems = sorted(f"{option_of(item['loc'])} {item['input']!r}: {item['msg']}" for item in error.errors())
+        problems = (each.describe(option_of(each.keys)) for each in find_problems(error, kind))
         raise A3Error("bad settings: " + "; ".join(problems)) from None

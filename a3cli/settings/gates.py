@@ -54,7 +54,7 @@ def parse_gate(text: Any) -> Gate:
     """Return the gate that a text describes. Raises ValueError with the form of a gate for any other text."""
     found = GATE.fullmatch(text) if isinstance(text, str) else None
     if not found or found[1] not in METRICS:
-        raise ValueError(f"not of the form METRIC > NUMBER (>, <, >=, <=); metrics are {', '.join(METRICS)}")
+        raise ValueError(f"must have the form METRIC > NUMBER (>, <, >=, <=); metrics are {', '.join(METRICS)}")
     metric, sign, number, percent = found.groups()
     if percent and metric != "ppl_increase":
         raise ValueError("% goes with ppl_increase only")

@@ -26,7 +26,7 @@ from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
 from a3cli.stream.memory import choose_batch_size
 from a3cli.stream.sweep import Progress, Sweep
-from a3cli.text.blocks import check_fit, sample_blocks
+from a3cli.text.blocks import CONTEXT, check_fit, sample_blocks
 from a3cli.text.documents import TextRead
 from a3cli.text.sources import check_texts
 from a3cli.text.tokenizer import load_tokenizer
@@ -69,6 +69,7 @@ def calibrate(
     return_freed_memory(batches=True)
     with joined(meeting_device(settings)) as processes, ExitStack() as held:
         model, machine = processes.main_first(lambda: open_model(settings))
+        settings = for_model(settings, model)
         processes.from_main(lambda: check_texts([settings.text]))
         processes.from_main(lambda: held.enter_context(work.locked()))
         request = processes.from_main(lambda: describe_request(settings, model.source, machine, known_text(work)))
@@ -93,6 +94,12 @@ def open_model(settings: CalibrateSettings) -> tuple[Model, Machine]:
     source = resolve_model(settings.model, settings.revision, follow_symlinks=settings.follow_symlinks)
     model = describe(source, trust_remote_code=settings.trust_remote_code)
     return model, choose_machine(settings.device, settings.dtype, source.dtype, devices=settings.devices)
+
+
+def for_model(settings: CalibrateSettings, model: Model) -> CalibrateSettings:
+    """Return settings without defaults that depend on the model."""
+    text = settings.text.for_context(model.source.config.get(CONTEXT))
+    return settings.model_copy(update={"text": text})
 
 
 class Calibration:
@@ -152,7 +159,7 @@ class Calibration:
 
     def _fitting_batch(self, processes: Processes) -> int:
         """Return the batch size that fits in every process; check it also if the user names one."""
-        blocks, seq_len = self.settings.text.samples, self.settings.text.seq_len
+        blocks, seq_len = self.settings.text.samples, self.settings.text.block_tokens
         assert blocks is not None
         with processes.together():
             held = self._held_hidden_states(len(processes.share(blocks)))
@@ -163,7 +170,7 @@ class Calibration:
 
     def _held_hidden_states(self, share: int) -> int:
         """Return the bytes of the hidden states of `share` blocks. Raises A3Error if they do not fit beside a layer."""
-        device, seq_len = self._held_on, self.settings.text.seq_len
+        device, seq_len = self._held_on, self.settings.text.block_tokens
         if device is None:
             return 0
         needed = costs.hidden_state_bytes(self.model.shape, share, seq_len, self.machine.dtype.itemsize)
@@ -300,6 +307,6 @@ def bytes_needed(shape: ModelShape, settings: CalibrateSettings, machine: Machin
     text = settings.text
     assert text.samples is not None
     files = 2 if settings.hidden_states == "disk" else 0
-    hidden = files * costs.hidden_state_bytes(shape, text.samples, text.seq_len, machine.dtype.itemsize)
+    hidden = files * costs.hidden_state_bytes(shape, text.samples, text.block_tokens, machine.dtype.itemsize)
     full_mlp = settings.mlp_stats == "full"
-    return hidden + layers * costs.statistics_bytes(shape, text.samples, text.seq_len, full_mlp=full_mlp)
+    return hidden + layers * costs.statistics_bytes(shape, text.samples, text.block_tokens, full_mlp=full_mlp)

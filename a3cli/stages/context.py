@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from a3cli.errors import A3Error
 from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.models import costs
-from a3cli.models.model import Model, open_calibrated_source
+from a3cli.models.model import Model, open_calibrated_source, recorded_source
 from a3cli.settings import SolveSettings
 from a3cli.stream.sweep import Progress
 from a3cli.work.files import check_hashes
@@ -17,6 +18,7 @@ from a3cli.work.interrupt import Stop
 from a3cli.work.machine import Machine, choose_machine, load_linear_algebra
 from a3cli.work.manifests import CalibrationManifest
 from a3cli.work.processes import spread
+from a3cli.work.record import Record
 
 T = TypeVar("T")
 
@@ -70,8 +72,28 @@ def open_run(
 
 def read_calibration(work: Work) -> CalibrationManifest:
     if not work.calibration_manifest.is_file():
-        raise A3Error(f"{work.folder} has no finished calibration; run a3 calibrate first (--work names the folder)")
+        raise A3Error(describe_unfinished(work))
     return CalibrationManifest.read(work.calibration_manifest, "run a3 calibrate --overwrite")
+
+
+def describe_unfinished(work: Work) -> str:
+    """Return how far a work folder's calibration is, and what to do until it is finished."""
+    running = work.in_use()
+    if not work.calibration_progress.is_file():
+        if running:
+            return f"{work.folder} has no finished calibration, and another a3 process works in it; wait for it"
+        return f"{work.folder} has no finished calibration; run a3 calibrate first (--work names the folder)"
+    record = Record(work.calibration_progress, {})
+    record.resume_checked("run a3 calibrate --overwrite")
+    layer, of_layers = len(record.steps), ""  # one of the finished steps is the text
+    with suppress(A3Error):  # the source is not on this machine
+        _, config, _ = recorded_source(work)
+        layers = int(config["num_hidden_layers"])
+        layer, of_layers = min(layer, layers), f" of {layers}"
+    state, advice = (
+        ("still running", "wait for it") if running else ("unfinished", "rerun the same a3 calibrate command")
+    )
+    return f"the calibration in {work.folder} is {state}: layer {layer}{of_layers}; {advice}"
 
 
 def check_statistics(work: Work, calibration: CalibrationManifest) -> None:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from a3cli.models import costs
 from a3cli.models.families import LayerSizes, ModelShape
 from a3cli.settings import PlanSettings
+from a3cli.settings.seq_len import known_seq_len
 from a3cli.stages.rates import SOLVE_TFLOPS, STARTUP, Rates
 
 METHODS = ("paper", "best")
@@ -39,6 +40,10 @@ class Run:
     parameters: int  # of the source
 
     @property
+    def seq_len(self) -> int:
+        return known_seq_len(self.settings.seq_len)
+
+    @property
     def on_gpu(self) -> bool:
         return self.settings.devices != "cpu"
 
@@ -60,12 +65,12 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        return self.settings.samples * self.settings.seq_len
+        return self.settings.samples * self.seq_len
 
     @property
     def batch(self) -> int:
         """Return the batch size: that of `auto` on a CPU; on a GPU the minimum, one: it depends on free memory."""
-        automatic = 1 if self.on_gpu else min(self.settings.samples, costs.cpu_batch(self.settings.seq_len))
+        automatic = 1 if self.on_gpu else min(self.settings.samples, costs.cpu_batch(self.seq_len))
         return self.settings.batch_size or automatic
 
 
@@ -99,15 +104,15 @@ def estimate_disk(run: Run) -> DiskBytes:
     """Return the bytes in the work folder and of the export."""
     settings, shape = run.settings, run.shape
     solution = {method: costs.solution_bytes(shape, run.size, method) * shape.layers for method in METHODS}
-    layer = costs.statistics_bytes(shape, settings.samples, settings.seq_len, full_mlp=run.full_mlp)
+    layer = costs.statistics_bytes(shape, settings.samples, run.seq_len, full_mlp=run.full_mlp)
     return DiskBytes(
         statistics_per_layer=layer,
         statistics=layer * shape.layers,
-        hidden_states=2 * costs.hidden_state_bytes(shape, settings.samples, settings.seq_len, run.item),
+        hidden_states=2 * costs.hidden_state_bytes(shape, settings.samples, run.seq_len, run.item),
         solution=solution["best" if run.solves("best") else "paper"],
         solution_paper=solution["paper"],
         solution_sequential=costs.corrected_bytes(shape, run.size, "best", REFIT_ROUNDS) * shape.layers
-        + costs.stream_bytes(shape, settings.samples, settings.seq_len, run.item, REFIT_ROUNDS),
+        + costs.stream_bytes(shape, settings.samples, run.seq_len, run.item, REFIT_ROUNDS),
         export=run.kept_parameters * run.source_item,
     )
 
@@ -116,8 +121,8 @@ def estimate_device_memory(run: Run) -> DeviceBytes:
     """Return the peak during calibration, per process and, with several devices, per device."""
     shape, settings = run.shape, run.settings
     layer = costs.layer_bytes(shape, run.item)
-    batch = run.batch * costs.block_bytes(shape, run.item, settings.seq_len, on_cpu=not run.on_gpu)
-    moments = costs.gathered_bytes(shape, settings.samples, settings.seq_len, full_mlp=run.full_mlp)
+    batch = run.batch * costs.block_bytes(shape, run.item, run.seq_len, on_cpu=not run.on_gpu)
+    moments = costs.gathered_bytes(shape, settings.samples, run.seq_len, full_mlp=run.full_mlp)
     return DeviceBytes(layer, batch, moments, total=layer + batch + moments)
 
 
@@ -125,7 +130,7 @@ def estimate_ram(run: Run) -> dict[str, int]:
     """Return the peak resident set of each stage's process, including mapped pages of the source."""
     shape, item, device = run.shape, run.source_item, estimate_device_memory(run)
     mapped = costs.layer_bytes(shape, item)
-    batch = run.batch * run.settings.seq_len * shape.hidden_size * run.item
+    batch = run.batch * run.seq_len * shape.hidden_size * run.item
     packed = costs.triangle(shape.intermediate_size) * 4 if run.full_mlp else 0
     calibrate = mapped + 2 * packed + 2 * batch if run.on_gpu else mapped + device.total
     at_once = min(os.cpu_count() or 1, shape.layers) if costs.side_by_side(shape) else 1
@@ -133,7 +138,7 @@ def estimate_ram(run: Run) -> dict[str, int]:
         method: costs.held_bytes(shape) + at_once * (WORKSPACE[method] + costs.solve_memory(shape, run.size, method))
         for method in METHODS
     }
-    solve["best"] += at_once * costs.refine_memory(shape, run.settings.samples, run.settings.seq_len)
+    solve["best"] += at_once * costs.refine_memory(shape, run.settings.samples, run.seq_len)
     corrected = costs.sequential_memory(shape, run.size, run.item) + device.batch
     solve["best --sequential"] = max(solve["best"], costs.held_bytes(shape) + corrected)
     largest = shape.hidden_size * shape.intermediate_size * item
@@ -153,7 +158,7 @@ def torch_build() -> str:
 def estimate_seconds(run: Run, rates: Rates) -> dict[str, float]:
     """Return the seconds of each stage for computing, reading, writing and hashing; prefetched reads cost nothing."""
     settings, shape = run.settings, run.shape
-    flops = costs.calibration_flops_per_token(shape, settings.seq_len, full_mlp=run.full_mlp)
+    flops = costs.calibration_flops_per_token(shape, run.seq_len, full_mlp=run.full_mlp)
     share = settings.num_processes if run.on_gpu else 1  # on a CPU, processes share its cores
     compute = run.tokens * shape.layers * flops / (rates.compute * share)
     read = costs.layer_bytes(shape, run.source_item) * shape.layers / rates.disk
@@ -183,11 +188,9 @@ def layer_seconds(run: Run, rates: Rates) -> dict[str, float]:
     """
     shape, settings, head_multiple = run.shape, run.settings, run.settings.head_multiple
     paper, best = costs.paper_flops(shape), costs.best_flops(shape, run.size, head_multiple)
-    refine = REFINING * costs.refine_flops(shape, run.size, settings.samples, settings.seq_len)
+    refine = REFINING * costs.refine_flops(shape, run.size, settings.samples, run.seq_len)
     # In float32: twice as fast as float64 on a CPU, about as fast on a GPU without tensor cores.
-    correct = (
-        CORRECTING * run.tokens * costs.sequential_flops_per_token(shape, run.size, REFIT_ROUNDS, settings.seq_len)
-    )
+    correct = CORRECTING * run.tokens * costs.sequential_flops_per_token(shape, run.size, REFIT_ROUNDS, run.seq_len)
     if not run.on_gpu:
         refined = (best + refine) / rates.solve
         return {

@@ -21,7 +21,7 @@ from a3cli.settings import EvalSettings, TextSettings
 from a3cli.settings.gates import describe
 from a3cli.stages.answers import Answers, LoadedModel, batches, open_models
 from a3cli.stages.tasks import open_tasks, run_tasks
-from a3cli.text.blocks import check_fit, evaluation_blocks
+from a3cli.text.blocks import CONTEXT, check_fit, evaluation_blocks
 from a3cli.text.documents import TextRead
 from a3cli.text.sources import check_texts
 from a3cli.text.tokenizer import load_tokenizer
@@ -42,6 +42,7 @@ def evaluate(settings: EvalSettings) -> Json:
     check_settings(settings)
     tasks = open_tasks(settings)
     checkpoints = open_checkpoints(settings)
+    settings = for_context(settings, checkpoints)
     for checkpoint in checkpoints:
         check_size(checkpoint)  # before transformers reads it
     machine = choose_machine(settings.device, settings.dtype, checkpoints[0].dtype)
@@ -92,6 +93,19 @@ def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
     return checkpoints
 
 
+def for_models(settings: EvalSettings) -> EvalSettings:
+    """Return settings whose texts have their tokens per block; opens the models only if that is left to them."""
+    known = all(text.seq_len is not None for text in settings.texts)
+    return settings if known else for_context(settings, open_checkpoints(settings))
+
+
+def for_context(settings: EvalSettings, checkpoints: Sequence[Checkpoint]) -> EvalSettings:
+    """Return settings whose texts have their tokens per block: the default is the shorter context's."""
+    contexts = [each.config.get(CONTEXT) for each in checkpoints]
+    shortest = min((context for context in contexts if isinstance(context, int)), default=None)
+    return settings.model_copy(update={"texts": tuple(text.for_context(shortest) for text in settings.texts)})
+
+
 def read_blocks(text: TextSettings, tokenizer: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], TextRead]:
     """Return a data set's blocks and the record of what was read."""
     read = TextRead()
@@ -115,7 +129,7 @@ def measure(
         "dataset": text.dataset,
         "text_files": read.files,
         "text_read": read.describe(),
-        "seq_len": text.seq_len,
+        "seq_len": text.block_tokens,
         "blocks": len(blocks),
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,

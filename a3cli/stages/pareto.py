@@ -14,6 +14,7 @@ from a3cli.errors import A3Error
 from a3cli.methods import Curves
 from a3cli.models import costs
 from a3cli.models.families import Family, LayerSizes
+from a3cli.models.model import Model
 from a3cli.settings import LOSSES, EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
 from a3cli.stages.context import AGAIN, Run, check_settings, open_run, read_calibration
 from a3cli.stages.evaluate import evaluate
@@ -22,6 +23,7 @@ from a3cli.stages.result import describe_result, predicted_loss
 from a3cli.stages.sizes import choose_sizes
 from a3cli.stages.solve import Analysed, analyse, write_solution
 from a3cli.stream.sweep import Progress
+from a3cli.text.blocks import CONTEXT
 from a3cli.text.identity import as_compared, describe_text, files_now
 from a3cli.text.sources import check_texts
 from a3cli.work.files import Json, making_scratch, replacing
@@ -56,6 +58,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
     calibration = read_calibration(work)
     with work.locked():
         run = open_run(settings_of(settings, {}, settings.budgets[0]), work, calibration, progress, stop or Stop())
+        settings = for_model(settings, run.model)
         points = Points(settings, work, calibration)
         for name, variant in variants_of(settings, run.model.family):
             if variant["method"] == "best" and calibration.request.mlp_stats == "diagonal":
@@ -72,6 +75,12 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
         "sensitivity": settings.sensitivity,
         "points": found,
     }
+
+
+def for_model(settings: ParetoSettings, model: Model) -> ParetoSettings:
+    """Return settings whose text has its tokens per block."""
+    text = settings.text and settings.text.for_context(model.source.config.get(CONTEXT))
+    return settings.model_copy(update={"text": text})
 
 
 def add_variant(settings: ParetoSettings, run: Run, points: "Points", name: str, variant: Json) -> None:

@@ -32,8 +32,10 @@ from a3cli.models.model import describe, read_stock
 from a3cli.models.stock import Shape, StockClass, match_tensors
 from a3cli.runtimes import Verdict, judge, tokenizer_class_of
 from a3cli.settings import PlanSettings
+from a3cli.settings.seq_len import resolved_seq_len
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
+from a3cli.stages.rounding import planned_warnings
 from a3cli.work.files import Json
 
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -61,7 +63,7 @@ def plan(settings: PlanSettings) -> Json:
     raw = read_config(folder, settings.model)
     check_config(raw, folder, settings)
     config, stock, weights = open_model(settings, folder, raw)
-    check_context(config, settings)
+    settings = for_model(settings, config)
     dtype = read_dtype(raw, folder)
     compute = settings.dtype if settings.dtype != "auto" else "float32" if settings.devices == "cpu" else dtype
     shape = read_shape(config)
@@ -81,6 +83,7 @@ def plan(settings: PlanSettings) -> Json:
         "seconds": estimate_seconds(run, rates),
         "machine": describe_machine(run, rates, compute),
         "runtimes": [asdict(verdict) for verdict in judge_plan(raw, folder, run)],
+        "warnings": planned_warnings(settings, shape, size),
     }
 
 
@@ -133,13 +136,13 @@ def check_remote(model: str, dtypes: Mapping[str, str], indexed: Mapping[str, No
         find_dtype(dtype, name, model)
 
 
-def check_context(config: Any, settings: PlanSettings) -> None:
-    """Raise A3Error for blocks that are longer than the model's context."""
-    if settings.seq_len > config.max_position_embeddings:
-        raise A3Error(
-            f"--seq-len {settings.seq_len} is longer than the context of {settings.model} "
-            f"({config.max_position_embeddings}); lower it"
-        )
+def for_model(settings: PlanSettings, config: Any) -> PlanSettings:
+    """Return settings with the tokens per block. Raises A3Error if these are more than the model's context."""
+    context = config.max_position_embeddings
+    seq_len = resolved_seq_len(settings.seq_len, context)
+    if seq_len > context:
+        raise A3Error(f"--seq-len {seq_len} is longer than the context of {settings.model} ({context}); lower it")
+    return settings.model_copy(update={"seq_len": seq_len})
 
 
 def read_dtype(raw: Json, folder: Path) -> str:
@@ -171,7 +174,7 @@ def count_parameters(stock: StockClass) -> int:
 def describe_model(run: Run) -> Json:
     """Return budget, sizes, parameters and costs of the model, before and after."""
     shape, before, after, item = run.shape, run.shape.sizes, run.sizes, run.source_item
-    total, seq_len = costs.linear_weights(shape, before), run.settings.seq_len
+    total, seq_len = costs.linear_weights(shape, before), run.seq_len
 
     def pair(old: int, new: int) -> Json:
         return {"before": old, "after": new}

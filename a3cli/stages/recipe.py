@@ -18,10 +18,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from a3cli.errors import A3Error, first_line
+from a3cli.errors import A3Error, first_line, kind_of
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Settings, SolveSettings, VerifySettings
+from a3cli.settings.problems import Problem, find_problems
 
-PLACES = {"work": "the work folder", "out": "the folder of the export"}
+PLACES: dict[str | int, str] = {"work": "the work folder", "out": "the folder of the export"}
 PATHS = (
     ("calibrate", "model"),
     ("calibrate", "text", "dataset"),
@@ -62,16 +63,14 @@ def read_recipe(path: Path, *, work: Path | None = None, out: Path | None = None
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        problems = sorted(describe_problem(item) for item in error.errors())
+        problems = (each.describe() + hint(each) for each in find_problems(error, Recipe))
         raise A3Error(f"recipe {path}: {'; '.join(problems)}") from None
 
 
-def describe_problem(item: Any) -> str:
-    """Return one of pydantic's problems as `key: problem`, or the missing key to add."""
-    key = ".".join(map(str, item["loc"]))
-    if item["type"] != "missing":
-        return f"{key}: {item['msg']}"
-    return f"{key} is missing" + (f" ({PLACES[key]}; or give --{key})" if key in PLACES else "")
+def hint(problem: Problem) -> str:
+    """Return what a missing folder is for, and its option."""
+    key = problem.keys[0] if len(problem.keys) == 1 else ""
+    return f" ({PLACES[key]}; or give --{key})" if problem.missing and key in PLACES else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         what = getattr(error, "problem", None) or first_line(error)
         raise A3Error(f"recipe {path} cannot be read as YAML{line}: {what}") from None
     if not isinstance(content, dict):
-        raise A3Error(f"recipe {path} holds {type(content).__name__}, not settings by name")
+        raise A3Error(f"recipe {path} holds {kind_of(content)}, not the settings of the stages by name")
     return {str(key): value for key, value in content.items()}
 
 

@@ -16,7 +16,7 @@ from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Veri
 from a3cli.settings.options import command_words
 from a3cli.stages.calibrate import calibrate
 from a3cli.stages.context import check_settings
-from a3cli.stages.evaluate import evaluate
+from a3cli.stages.evaluate import evaluate, for_models
 from a3cli.stages.export import export
 from a3cli.stages.recipe import Recipe
 from a3cli.stages.solve import solve
@@ -156,6 +156,7 @@ def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Man
 def evaluated(settings: EvalSettings, work: Work, manifest: Manifest, *, overwrite: bool) -> Json:
     """Return the measured figures, cached in the work folder with their request."""
     check_texts(settings.texts)
+    settings = for_models(settings)
     if work.evaluation.is_file() and not overwrite:
         found = read_manifest(work.evaluation, "use --overwrite")
         if found["request"] == describe_request(settings, manifest, files_read_again(settings, found["result"])):

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 POOL = 8
 SEPARATOR = "\n\n"
+CONTEXT = "max_position_embeddings"  # the entry of config.json
 TEXT_CHUNK = 1 << 16
 
 
@@ -37,14 +38,15 @@ def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None 
     """
     assert settings.samples is not None
     read = read or TextRead()
-    wanted = settings.samples * settings.seq_len
+    length = settings.block_tokens
+    wanted = settings.samples * length
     tokens = itertools.islice(token_stream(tokenizer, settings, purpose="calibrate", read=read), POOL * wanted)
     stream = torch.tensor(array("q", tokens), dtype=torch.int64)
     slack = len(stream) - wanted
     if slack < 0:
         raise A3Error(
-            f"dataset {settings.dataset}: too little text, {len(stream)} tokens give {len(stream) // settings.seq_len} "
-            f"blocks of {settings.seq_len}, {settings.samples} were asked for; lower --samples or --seq-len"
+            f"dataset {settings.dataset}: too little text, {len(stream)} tokens give {len(stream) // length} "
+            f"blocks of {length}, {settings.samples} were asked for; lower --samples or --seq-len"
             + (f" ({read.skipping})" if read.skipping else "")
         )
     log_skipped(settings, read)
@@ -52,8 +54,8 @@ def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None 
     # non-overlapping blocks is possible.
     generator = torch.Generator().manual_seed(settings.seed)
     offsets = torch.randint(slack + 1, (settings.samples,), generator=generator).sort().values
-    starts = offsets + settings.seq_len * torch.arange(settings.samples)
-    return torch.stack([stream[start : start + settings.seq_len] for start in starts])
+    starts = offsets + length * torch.arange(settings.samples)
+    return torch.stack([stream[start : start + length] for start in starts])
 
 
 def evaluation_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None = None) -> list[torch.Tensor]:
@@ -64,17 +66,17 @@ def evaluation_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | N
     """
     read = read or TextRead()
     stream = token_stream(tokenizer, settings, purpose="evaluate", read=read)
-    limit = None if settings.samples is None else settings.samples * settings.seq_len
+    limit = None if settings.samples is None else settings.samples * settings.block_tokens
     tokens = torch.tensor(list(itertools.islice(stream, limit)))
     if len(tokens) < 2:
         raise A3Error(f"dataset {settings.dataset}: too little text, {len(tokens)} tokens; two are needed")
     log_skipped(settings, read)
-    return list(tokens.split(settings.seq_len))
+    return list(tokens.split(settings.block_tokens))
 
 
 def check_fit(blocks: Iterable[torch.Tensor], config: Json, model: str) -> None:
     """Check that blocks fit the model's context and have only tokens with an embedding. Raises A3Error."""
-    context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    context, vocabulary = config.get(CONTEXT), config.get("vocab_size")
     for block in blocks:
         if isinstance(context, int) and len(block) > context:
             raise A3Error(f"--seq-len {len(block)} is longer than the context of {model} ({context}); lower it")

@@ -3,12 +3,14 @@
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from a3cli.errors import A3Error, first_line
 from a3cli.settings import TextSettings
+from a3cli.text.reach import unreachable
 from a3cli.text.rows import chat_of, text_field, text_of
 from a3cli.text.sources import ALIASES, FORMATS, check_exists, hub_id, local_files
 from a3cli.work.files import Json, hash_file
@@ -99,7 +101,38 @@ def load_hub_dataset(settings: TextSettings, *, purpose: str) -> Iterable[Json]:
     name, _, configuration = settings.dataset.partition(":")
     path, usual, train, test = ALIASES.get(name, (name, None, "train", "test"))
     split = settings.split or (train if purpose == "calibrate" else test)
-    return load(path, settings, name=configuration or usual, split=split)
+    options = {"name": configuration or usual, "split": split}
+    if reason := unreachable():
+        return load_cached(path, settings, reason, **options)
+    return load(path, settings, **options)
+
+
+def load_cached(path: str, settings: TextSettings, reason: str, **options: Any) -> Iterable[Json]:
+    """Read a Hub data set from the cache of `datasets`. Raises A3Error with `reason` if it is not there."""
+    from datasets import load_dataset
+
+    try:
+        with working_offline():
+            return load_dataset(path, streaming=True, **options)  # type: ignore[no-any-return]
+    except Exception as error:
+        detail = f" ({first_line(error)})" if isinstance(error, ValueError) else ""  # another configuration or split is
+        raise A3Error(
+            f"dataset {settings.dataset}: {reason}, and it is not in the cache{detail}; give --dataset FILE"
+        ) from error
+
+
+@contextmanager
+def working_offline() -> Iterator[None]:
+    """Let the libraries use their caches only, as with HF_HUB_OFFLINE=1."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def load(path: str, settings: TextSettings, **options: Any) -> Iterable[Json]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from a3cli.errors import A3Error, first_line
+from a3cli.errors import A3Error, first_line, kind_of
 from a3cli.settings import TextSettings
 from a3cli.work.files import Json
 
@@ -27,7 +27,7 @@ def text_of(row: Json, settings: TextSettings, where: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     reader = "--chat reads messages" if isinstance(value, list) else "--text-field chooses another"
-    raise A3Error(f"{where}: field {field!r} holds {type(value).__name__}, not text ({reader})")
+    raise A3Error(f"{where}: field {field!r} holds {kind_of(value)}, not text ({reader})")
 
 
 def chat_of(row: Json, tokenizer: Any, settings: TextSettings, where: str) -> str:

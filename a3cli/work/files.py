@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 from safetensors import SafetensorError
 
-from a3cli.errors import A3Error, CannotRead, CannotWrite
+from a3cli.errors import A3Error, CannotRead, CannotWrite, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +164,7 @@ def read_json(path: Path, remedy: str = "") -> Json:
     except (OSError, ValueError, RecursionError) as error:
         raise A3Error(f"{path} cannot be read as JSON: {error}{then}") from error
     if not isinstance(value, dict):
-        raise A3Error(f"{path} holds {type(value).__name__}, not a JSON object{then}")
+        raise A3Error(f"{path} holds {kind_of(value)}, not a JSON object{then}")
     return value
 
 

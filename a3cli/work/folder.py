@@ -30,6 +30,10 @@ from a3cli.errors import A3Error
 from a3cli.work.files import making, writing
 
 
+class InUse(A3Error):
+    """Another process holds a lock."""
+
+
 class Work:
     """One work folder: its paths and its lock."""
 
@@ -71,6 +75,16 @@ class Work:
         """Return the path of the file that holds the input of `layer` for all blocks."""
         return self.calibration / f"hidden-{layer:03d}.bin"
 
+    def in_use(self) -> bool:
+        """Return whether another process works in this folder."""
+        if not self.folder.is_dir():
+            return False
+        try:
+            with self.locked():
+                return False
+        except InUse:
+            return True
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the folder for this process."""
@@ -91,7 +105,7 @@ def holding(lock_file: Path, what: str, otherwise: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise A3Error(f"{what} is in use by another a3 process; wait for it, or {otherwise}") from None
+            raise InUse(f"{what} is in use by another a3 process; wait for it, or {otherwise}") from None
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from a3cli.errors import A3Error
 from a3cli.settings import SolveSettings, TextSettings
+from a3cli.settings.problems import find_problems
 from a3cli.work.files import Json, hash_json, read_json, write_json
 from a3cli.work.sealed import check_request, unaltered, versions
 
@@ -63,11 +64,8 @@ class Sealed(Part):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise A3Error(
-                f"{path} does not follow the schema of this version of a3 ({where}: {first['msg']}); {remedy}"
-            ) from None
+            first = find_problems(error, cls)[0].describe()
+            raise A3Error(f"{path} does not follow the schema of this version of a3 ({first}); {remedy}") from None
 
 
 class Fingerprint(Part):
@@ -99,11 +97,17 @@ class TextRead(Part):
     whole: bool = Field(description="whether the data set was read to its end")
 
 
+class RecordedText(TextSettings):
+    """The settings of a text that was read, with its tokens per block."""
+
+    seq_len: Annotated[int, Field(ge=2, description="Tokens per block.")]
+
+
 class Ingredient(Part):
     """One of the calibrations that were merged."""
 
     calibration: Sha256 = Field(description="hash of its manifest")
-    text: TextSettings
+    text: RecordedText
     text_files: TextFiles
     text_read: TextRead | None = Field(description="null if an earlier version of a3 calibrated")
     tokens: Size
@@ -113,7 +117,7 @@ class Ingredient(Part):
 
 
 class CalibrationRequest(Part):
-    text: TextSettings
+    text: RecordedText
     text_files: TextFiles
     source: Fingerprint
     tokenizer: dict[str, FileHash]

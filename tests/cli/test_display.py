@@ -41,7 +41,7 @@ def test_tables_of_names(capsys):
 def test_log_lines_of_names(capsys):
     set_up_logging()
     logging.getLogger("a3cli").warning("%s is made again", EVIL)
-    assert capsys.readouterr().err == f"{SEEN} is made again\n"
+    assert capsys.readouterr().err == f"warning: {SEEN} is made again\n"
 
 
 def test_json_has_no_nan(capsys):

@@ -227,7 +227,7 @@ def test_export_command_has_every_setting(settings_of, settings):
 
 def test_layers_that_were_divided_in_different_ways_are_mentioned(opened):
     """This happens after a calibration that ran out of memory, or that resumed with another number of processes."""
-    settings = CalibrateSettings(model="source", text={"dataset": "text.txt"})
+    settings = CalibrateSettings(model="source", text={"dataset": "text.txt", "seq_len": 32})
     made_with = [MadeWith(processes=1, batch_size=size) for size in (8, 4, 4)]
     request = describe_request(settings, opened, Machine(torch.device("cpu"), torch.float32))
     comment, line = calibrate_commands("source", None, CalibrationRequest.model_validate(request), made_with)

@@ -59,7 +59,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
     checkpoint = Checkpoint(source)
     shape, item = describe(checkpoint).shape, checkpoint.dtype.itemsize
     machine = {"batch_size": 1, "mlp_stats": "full", "device": "cpu", "dtype": "float32", "trust_remote_code": False}
-    text = {"text": TextSettings(dataset="by-hand").model_dump(), "text_files": {}, "tokenizer": {}}
+    text = {"text": TextSettings(dataset="by-hand", seq_len=32).model_dump(), "text_files": {}, "tokenizer": {}}
     request = {"source": checkpoint.fingerprint(), **text, **machine}
     small_files = checkpoint.hash_small_files()
     where = {"model": str(source), "revision": None, "fingerprint": checkpoint.fingerprint()}

@@ -276,7 +276,7 @@ def test_contradictions_are_found_before_any_work(a3, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "NoneType"),
+        ("", "holds nothing (null), not the settings of the stages by name"),
         ("[1, 2]", "list"),
         ("work: [", "line 1"),
         ("work: a\n  out: b\n", "line 2"),
