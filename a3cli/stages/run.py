@@ -73,12 +73,8 @@ def run_recipe(
     check_settings(recipe.solve)
     work = Work(recipe.work)
     log.info("calibrate")
-    begin_anew = overwrite
-    if recipe.calibrate.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
-        calibrate_in_processes(recipe.calibrate, work, overwrite=overwrite, stop=stop, quiet=quiet)
-        begin_anew = False
     with progress() as report:
-        calibration = calibrate(recipe.calibrate, work, overwrite=begin_anew, progress=report, stop=stop)
+        calibration = calibrated(recipe.calibrate, work, overwrite=overwrite, progress=report, stop=stop, quiet=quiet)
     log.info("solve")
     with progress() as report:
         solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
@@ -94,6 +90,16 @@ def run_recipe(
         log.info("eval")
         results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite)
     return results
+
+
+def calibrated(
+    settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress, stop: Stop, quiet: bool
+) -> CalibrationManifest:
+    """Calibrate, in as many processes as the settings say; return the manifest."""
+    if settings.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
+        calibrate_in_processes(settings, work, overwrite=overwrite, stop=stop, quiet=quiet)
+        overwrite = False
+    return calibrate(settings, work, overwrite=overwrite, progress=progress, stop=stop)
 
 
 def calibrate_in_processes(
