@@ -52,7 +52,7 @@ app = OnceTyper(
     cls=ErrorsToExitCodes,
     help="Smaller language models in closed form: calibrate, solve, export.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 

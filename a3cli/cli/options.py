@@ -34,6 +34,8 @@ class OnceCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        if ctx.resilient_parsing:  # shell completion: nothing is refused
+            return super().parse_args(ctx, args)
         for option in dict.fromkeys(given):
             once = option.param_type_name == "option" and not (option.multiple or getattr(option, "is_flag", False))
             if once and (count := given.count(option)) > 1:
@@ -133,7 +135,9 @@ def make_parameter(name: str, field: FieldInfo, shown: FieldInfo, *, repeatable:
     """Return a setting as a parameter: `field` has its type, `shown` its default and help text."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     description = shown.description or field.description
-    shown_as: Any = {"help": description, "metavar": choices(field)}
+    shown_as: Any = {"help": description}
+    if names := choices(field):
+        shown_as |= {"metavar": f"[{'|'.join(names)}]", "autocompletion": lambda: list(names)}
     place = marker(field, Option)
     if place is None:
         return inspect.Parameter(name, keyword, annotation=Annotated[value_type(field), typer.Argument(**shown_as)])
@@ -183,10 +187,10 @@ def value_type(field: FieldInfo) -> Any:
     return str if is_parsed(field.metadata) else item_type(field.annotation)
 
 
-def choices(field: FieldInfo) -> str | None:
-    """Return the names that a setting may have, as `--help` shows them; None if it has no such list."""
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Return the names that a setting may have; none if it has no such list."""
     annotation: Any = get_args(field.annotation)[0] if form_of(field) == "names" else field.annotation
-    return f"[{'|'.join(get_args(annotation))}]" if get_origin(annotation) is Literal else None
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def read_settings(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
