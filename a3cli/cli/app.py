@@ -207,6 +207,12 @@ def plan(settings: PlanSettings, as_json: AsJson = False, quiet: Quiet = False) 
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file with the settings of all stages.")],
+    changes: Annotated[
+        list[str] | None, option("--set", panel=HOW, help="Change a setting, like solve.budget=0.3; repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, option("--dry-run", panel=HOW, help="Print settings and finished stages; do nothing.")
+    ] = False,
     verify: Annotated[bool, option("--verify/--no-verify", panel=HOW, help="Check the written export.")] = True,
     max_minutes: MaxMinutes = None,
     work: Annotated[Path | None, option(panel=OUTPUT, help="Work folder, in place of the recipe's.")] = None,
@@ -222,14 +228,19 @@ def run(
     """
     set_up_output(quiet=quiet)
     from a3cli.settings.gates import raise_for_failures
+    from a3cli.stages.preview import preview
     from a3cli.stages.recipe import read_recipe
     from a3cli.stages.run import run_recipe
     from a3cli.stages.verify import raise_for_failures as raise_for_failed_checks
     from a3cli.work.interrupt import stopping
 
-    settings = read_recipe(recipe, work=work, out=out)
+    settings = read_recipe(recipe, work=work, out=out, changes=changes or [])
     if not verify:
         settings = settings.model_copy(update={"verify": False})
+    if dry_run:
+        previewed = preview(settings, overwrite=overwrite)
+        print_json(previewed) if as_json else display.print_preview(previewed)
+        return
     progress = partial(sweep_progress, quiet=quiet)
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)

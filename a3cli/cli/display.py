@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from a3cli.report.layers import ComponentState, LayerState
     from a3cli.report.manifest import Manifest
     from a3cli.report.page import Report
+    from a3cli.stages.preview import Preview
     from a3cli.stages.run import RunResults
     from a3cli.text.tokens import TokenStatistics
     from a3cli.work.manifests import CalibrationManifest, Solution
@@ -168,6 +169,22 @@ def print_run(results: "RunResults", out: str) -> None:
     if results.verification is not None:
         print_verification(results.verification)
     print_export(results.export, out)
+
+
+def print_preview(preview: "Preview") -> None:
+    """Print the recipe with every setting, and as a comment above each stage how far it is."""
+    import yaml
+
+    content = preview.plain()
+    for name in ("work", "out"):
+        print_line(printable(yaml.safe_dump({name: content[name]}, allow_unicode=True, width=10**6).rstrip()))
+    for name, stage in content["stages"].items():
+        print_line(printable(f"# {name}: {stage['state']}" + (f"; {stage['detail']}" if stage["detail"] else "")))
+        dumped = yaml.safe_dump({name: stage["settings"]}, allow_unicode=True, sort_keys=False, width=10**6)
+        for line in dumped.splitlines():
+            print_line(printable(line))
+    if preview.recipe.verify is False:
+        print_line("verify: false")
 
 
 def size(count: int) -> str:
