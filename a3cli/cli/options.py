@@ -64,6 +64,7 @@ Overwrite = Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace th
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print the full result as JSON on stdout.")]
 Quiet = Annotated[bool, option("--quiet", panel=OUTPUT, help="Print results, warnings and errors only.")]
 Junit = Annotated[Path | None, option("--junit", panel=OUTPUT, help="Write the outcome to this JUnit file.")]
+Output = Annotated[Path | None, option("--output", panel=OUTPUT, help="Write the full result as JSON to this file.")]
 MaxMinutes = Annotated[
     float | None,
     option("--max-minutes", panel=MACHINE, min=0, help="Stop after this many minutes, between steps; exit code 3."),
