@@ -112,7 +112,7 @@ def solve(
 def pareto(
     settings: ParetoSettings,
     work: WorkOption = DEFAULT_WORK,
-    plot: Annotated[Path | None, option(panel=OUTPUT, help="Write a plot to this .png or .svg file.")] = None,
+    plot: Annotated[Path | None, option(panel=OUTPUT, help="Write a plot to this .png, .svg or .pdf file.")] = None,
     output: Output = None,
     max_minutes: MaxMinutes = None,
     as_json: AsJson = False,
@@ -124,7 +124,7 @@ def pareto(
     from a3cli.stages.pareto import pareto as run
     from a3cli.work.interrupt import stopping
 
-    check_output("--plot", plot, suffixes=(".png", ".svg"))
+    check_output("--plot", plot, suffixes=(".png", ".svg", ".pdf"))
     check_output("--output", output)
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
         result = run(settings, open_work(work), progress=progress, stop=stop)

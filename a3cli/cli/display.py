@@ -229,6 +229,18 @@ def print_evaluation(result: Json) -> None:
         _print_tasks(result["tasks"])
 
 
+def print_generation(result: Json) -> None:
+    """Print each prompt with its continuations in one row; line ends and other control characters as escapes."""
+    roles = [role for role in ("model", "against") if role in result]
+    names = [printable(result[role]) for role in roles]
+    table = new_table("prompt", *names, figures=("same tokens",) if len(roles) > 1 else ())
+    for each in result["prompts"]:
+        same = [f"{each['same_tokens']:,} of {len(each['model']['tokens']):,}"] if len(roles) > 1 else []
+        texts = (each["prompt"], *(each[role]["text"] for role in roles))
+        table.add_row(*map(printable, texts), *same, end_section=True)
+    print_table(table)
+
+
 def print_verification(result: Json) -> None:
     table = new_table("check", "outcome", "detail")
     for check in result["checks"]:

@@ -1,4 +1,4 @@
-"""The commands that look at what was made, and change nothing: inspect and report."""
+"""The commands that look at what was made, and change nothing: inspect, report and generate."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,8 +7,19 @@ import typer
 
 from a3cli.cli import display
 from a3cli.cli.console import print_json, set_up_output, show
-from a3cli.cli.options import DEFAULT_WORK, AsJson, Evaluations, OnceTyper, Output, Quiet, check_output, option
+from a3cli.cli.options import (
+    DEFAULT_WORK,
+    AsJson,
+    Evaluations,
+    OnceTyper,
+    Output,
+    Quiet,
+    check_output,
+    option,
+    with_settings,
+)
 from a3cli.errors import A3Error
+from a3cli.settings.generation import GenerateSettings
 from a3cli.settings.options import OUTPUT
 
 looking = OnceTyper()
@@ -47,3 +58,14 @@ def report(
     check_output("--html", html)
     result = write_report(describe(folder), read_evaluations(evaluation or []), html)
     print_json(result) if as_json else display.print_report(result)
+
+
+@looking.command()
+@with_settings(GenerateSettings)
+def generate(settings: GenerateSettings, output: Output = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Continue prompts with a model and, with --against, with its source, side by side."""
+    set_up_output(quiet=quiet)
+    from a3cli.stages.generate import generate as run
+
+    check_output("--output", output)
+    show(run(settings), display.print_generation, as_json=as_json, output=output)

@@ -80,7 +80,7 @@ def check_output(option: str, path: Path | None, *, suffixes: tuple[str, ...] = 
     if path is None:
         return
     if suffixes and path.suffix not in suffixes:
-        raise A3Error(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+        raise A3Error(f"{option} {path}: the name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     if path.is_dir():
         raise A3Error(f"{option} {path}: it is a folder")
     if not path.resolve().parent.is_dir():
