@@ -26,9 +26,9 @@ AGAIN = "use --overwrite"
 
 @dataclass(frozen=True)
 class State:
-    """How far a stage is, and what `a3 run` does about it. With `other`, it refuses without --overwrite."""
+    """How far a stage is, and what `a3 run` does about it. With `other settings`, it refuses without --overwrite."""
 
-    state: Literal["finished", "unfinished", "not started", "other"]
+    state: Literal["finished", "unfinished", "not started", "other settings"]
     detail: str = ""
 
 
@@ -97,7 +97,7 @@ def state_of_calibration(settings: CalibrateSettings, work: Work) -> State:
     if wanted is None:
         return State(state.state, "not compared with the source, which is not on this machine")
     recorded = comparable(found["request"])
-    return state if recorded == wanted else State("other", differs(recorded, wanted, "text"))
+    return state if recorded == wanted else State("other settings", differs(recorded, wanted, "text"))
 
 
 def wanted_calibration(settings: CalibrateSettings, work: Work) -> Json | None:
@@ -122,7 +122,7 @@ def state_of_solution(recipe: Recipe, work: Work) -> tuple[State, SolutionManife
     calibration = CalibrationManifest.read(work.calibration_manifest, AGAIN)
     recorded, wanted = solution.request.plain(), describe_solution(recipe.solve, calibration)
     if recorded != wanted:
-        return State("other", differs(recorded, wanted, "settings")), None
+        return State("other settings", differs(recorded, wanted, "settings")), None
     return State("finished"), solution
 
 
@@ -133,13 +133,15 @@ def state_of_export(recipe: Recipe, solution: SolutionManifest) -> tuple[State, 
     if found is not None and is_asked_for(found, recipe.export, solution):
         return State("finished"), found
     if recipe.out.is_dir() and any(recipe.out.iterdir()) and not recipe.export.overwrite:
-        return State("other", f"{recipe.out} holds something else; to replace an export, use --overwrite"), None
+        return State(
+            "other settings", f"{recipe.out} holds something else; to replace an export, use --overwrite"
+        ), None
     begun = recipe.out.with_name(f".{recipe.out.name}.a3-progress.json").is_file()
     return (State("unfinished") if begun else TO_DO), None
 
 
 def differs(recorded: Json, wanted: Json, nested: str) -> str:
-    return f"made with other settings ({differences(recorded, wanted, nested)}); use --overwrite or another --work"
+    return f"differs in {differences(recorded, wanted, nested)}; use --overwrite or another --work"
 
 
 def plain_recipe(recipe: Recipe) -> Json:

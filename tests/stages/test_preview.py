@@ -58,10 +58,10 @@ def test_a_dry_run_says_which_stages_are_finished(a3, recipe, states, tmp_path, 
     assert states("--set", "eval.bootstrap=10") == done | {"eval": new}
     assert states("--set", "solve.budget=0.3") == dict.fromkeys(STAGES, new) | {
         "calibrate": "finished",
-        "solve": "other",
+        "solve": "other settings",
     }
-    assert states("--set", "calibrate.text.seed=1") == dict.fromkeys(STAGES, new) | {"calibrate": "other"}
-    other = dict.fromkeys(STAGES, new) | {"calibrate": "finished", "solve": "finished", "export": "other"}
+    assert states("--set", "calibrate.text.seed=1") == dict.fromkeys(STAGES, new) | {"calibrate": "other settings"}
+    other = dict.fromkeys(STAGES, new) | {"calibrate": "finished", "solve": "finished", "export": "other settings"}
     assert states("--set", "export.dtype=float16") == other
     assert states("--set", "export.dtype=float16", "--set", "export.overwrite=true") == other | {"export": new}
 
@@ -88,7 +88,7 @@ def test_a_dry_run_prints_a_recipe_with_every_setting(a3, recipe, tmp_path):
 def test_a_dry_run_names_what_differs(a3, recipe):
     assert a3("run", recipe, "--max-minutes", 0).code == 3
     outcome = a3("run", recipe, "--dry-run", "--set", "calibrate.text.seed=1")
-    assert "# calibrate: other; made with other settings (seed); use --overwrite or another --work" in outcome.stdout
+    assert "# calibrate: other settings; differs in seed; use --overwrite or another --work" in outcome.stdout
 
 
 def test_a_dry_run_refuses_settings_that_contradict_each_other(a3, recipe):
