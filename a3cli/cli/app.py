@@ -3,7 +3,6 @@
 Heavy imports stay inside the commands, so that `a3 --help` answers at once.
 """
 
-import os
 import sys
 from functools import partial
 from io import TextIOWrapper
@@ -14,15 +13,16 @@ import typer
 
 from a3cli import __version__
 from a3cli.cli import display
-from a3cli.cli.console import print_json, set_up_logging
+from a3cli.cli.console import print_json, set_up_output, show
 from a3cli.cli.exits import ErrorsToExitCodes, report_bug
+from a3cli.cli.looking import looking
 from a3cli.cli.options import (
     DEFAULT_WORK,
     AsJson,
-    Evaluations,
     Junit,
     MaxMinutes,
     OnceTyper,
+    Output,
     Overwrite,
     Quiet,
     WorkOption,
@@ -51,7 +51,7 @@ app = OnceTyper(
     cls=ErrorsToExitCodes,
     help="Smaller language models in closed form: calibrate, solve, export.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -110,7 +110,8 @@ def solve(
 def pareto(
     settings: ParetoSettings,
     work: WorkOption = DEFAULT_WORK,
-    plot: Annotated[Path | None, option(panel=OUTPUT, help="Write a plot to this .png or .svg file.")] = None,
+    plot: Annotated[Path | None, option(panel=OUTPUT, help="Write a plot to this .png, .svg or .pdf file.")] = None,
+    output: Output = None,
     max_minutes: MaxMinutes = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -121,12 +122,13 @@ def pareto(
     from a3cli.stages.pareto import pareto as run
     from a3cli.work.interrupt import stopping
 
-    check_output("--plot", plot, suffixes=(".png", ".svg"))
+    check_output("--plot", plot, suffixes=(".png", ".svg", ".pdf"))
+    check_output("--output", output)
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
         result = run(settings, open_work(work), progress=progress, stop=stop)
     if plot:
         draw(result, plot)
-    print_json(result) if as_json else display.print_pareto(result)
+    show(result, display.print_pareto, as_json=as_json, output=output)
 
 
 @app.command()
@@ -151,7 +153,13 @@ def export(
 
 @app.command(name="eval")
 @with_settings(EvalSettings)
-def evaluate(settings: EvalSettings, junit: Junit = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def evaluate(
+    settings: EvalSettings,
+    junit: Junit = None,
+    output: Output = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
     """Measure perplexity and, with --against, the distance from the source; --fail-if makes it a gate."""
     set_up_output(quiet=quiet)
     from a3cli.report.junit import write_junit
@@ -160,10 +168,11 @@ def evaluate(settings: EvalSettings, junit: Junit = None, as_json: AsJson = Fals
     from a3cli.stages.evaluate import evaluate as run
 
     check_output("--junit", junit)
+    check_output("--output", output)
     result = run(settings)
     if junit:
         write_junit(junit, "a3 eval", cases(result))
-    print_json(result) if as_json else display.print_evaluation(result)
+    show(result, display.print_evaluation, as_json=as_json, output=output)
     raise_for_failures(result["datasets"])
 
 
@@ -174,6 +183,7 @@ def verify(
     out: Annotated[Path, typer.Argument(help="Folder that a3 export wrote.")],
     work: WorkOption = DEFAULT_WORK,
     junit: Junit = None,
+    output: Output = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -184,27 +194,34 @@ def verify(
     from a3cli.stages.verify import verify as run
 
     check_output("--junit", junit)
+    check_output("--output", output)
     result = run(out, settings, open_work(work))
     if junit:
         write_junit(junit, "a3 verify", cases(result))
-    print_json(result) if as_json else display.print_verification(result)
+    show(result, display.print_verification, as_json=as_json, output=output)
     raise_for_failures(result)
 
 
 @app.command()
 @with_settings(PlanSettings)
-def plan(settings: PlanSettings, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def plan(settings: PlanSettings, output: Output = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Estimate a run's sizes, disk, memory and time, and list what will load the result."""
     set_up_output(quiet=quiet)
     from a3cli.stages.plan import plan as run
 
-    result = run(settings)
-    print_json(result) if as_json else display.print_plan(result)
+    check_output("--output", output)
+    show(run(settings), display.print_plan, as_json=as_json, output=output)
 
 
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file with the settings of all stages.")],
+    changes: Annotated[
+        list[str] | None, option("--set", panel=HOW, help="Change a setting, like solve.budget=0.3; repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, option("--dry-run", panel=HOW, help="Print settings and finished stages; do nothing.")
+    ] = False,
     verify: Annotated[bool, option("--verify/--no-verify", panel=HOW, help="Check the written export.")] = True,
     max_minutes: MaxMinutes = None,
     work: Annotated[Path | None, option(panel=OUTPUT, help="Work folder, in place of the recipe's.")] = None,
@@ -220,15 +237,20 @@ def run(
     """
     set_up_output(quiet=quiet)
     from a3cli.settings.gates import raise_for_failures
+    from a3cli.stages.preview import preview
     from a3cli.stages.recipe import read_recipe
     from a3cli.stages.rounding import warnings_of
     from a3cli.stages.run import run_recipe
     from a3cli.stages.verify import raise_for_failures as raise_for_failed_checks
     from a3cli.work.interrupt import stopping
 
-    settings = read_recipe(recipe, work=work, out=out)
+    settings = read_recipe(recipe, work=work, out=out, changes=changes or [])
     if not verify:
         settings = settings.model_copy(update={"verify": False})
+    if dry_run:
+        previewed = preview(settings, overwrite=overwrite)
+        print_json(previewed) if as_json else display.print_preview(previewed)
+        return
     progress = partial(sweep_progress, quiet=quiet)
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
@@ -260,38 +282,7 @@ def merge(
     print_json(manifest) if as_json else display.print_calibration(manifest)
 
 
-@app.command()
-def inspect(
-    folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Show each layer's sizes, losses and statistics, the calibration text, and warnings."""
-    set_up_output(quiet=quiet)
-    from a3cli.report.inspection import describe
-
-    found = describe(folder)
-    print_json(found) if as_json else display.print_inspection(found)
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
-    html: Annotated[Path | None, option(panel=OUTPUT, help="Write the page to this file.")] = None,
-    evaluation: Evaluations = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Write one self-contained HTML page: before and after, curves, sizes, RoPE, provenance, warnings."""
-    set_up_output(quiet=quiet)
-    from a3cli.report.inspection import describe
-    from a3cli.report.page import read_evaluations, write_report
-
-    if html is None:
-        raise A3Error("no file to write: give --html FILE")
-    check_output("--html", html)
-    result = write_report(describe(folder), read_evaluations(evaluation or []), html)
-    print_json(result) if as_json else display.print_report(result)
+app.add_typer(looking)
 
 
 def open_work(folder: Path) -> "Work":
@@ -319,23 +310,6 @@ def root(
             f"a3 {context.invoked_subcommand} works in one process, and a launcher started it in several "
             "(RANK and WORLD_SIZE are set); only a3 calibrate shares its work among them: start this one on its own"
         )
-
-
-def set_up_output(*, quiet: bool) -> None:
-    """Set up a3's log lines, and silence the libraries, whose output would be mixed into a3's."""
-    silence_libraries()
-    set_up_logging(quiet=quiet or not is_main())
-
-
-def silence_libraries() -> None:
-    """Silence libraries through the environment, which they read when imported; a3's errors report bad input."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the evaluation harness
 
 
 def main() -> None:

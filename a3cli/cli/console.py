@@ -5,14 +5,18 @@ stderr.
 import json
 import logging
 import math
+import os
 import sys
-from typing import Any, Protocol
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from a3cli.work.escape import printable
+from a3cli.work.processes import is_main
 
 Json = dict[str, Any]
 log = logging.getLogger("a3cli")
@@ -23,6 +27,26 @@ class HasJson(Protocol):
     """A manifest or another result that has a form as JSON."""
 
     def plain(self) -> Json: ...
+
+
+R = TypeVar("R", bound=Json | HasJson)
+
+
+def set_up_output(*, quiet: bool) -> None:
+    """Set up a3's log lines, and silence the libraries, whose output would be mixed into a3's."""
+    silence_libraries()
+    set_up_logging(quiet=quiet or not is_main())
+
+
+def silence_libraries() -> None:
+    """Silence libraries through the environment, which they read when imported; a3's errors report bad input."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the evaluation harness
 
 
 def set_up_logging(*, quiet: bool = False) -> None:
@@ -63,10 +87,25 @@ def print_error(message: str) -> None:
     open_console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", line))
 
 
+def show(result: R, display: Callable[[R], None], *, as_json: bool, output: Path | None = None) -> None:
+    """Print a result, as JSON or for people, and write its JSON to the file `output`, whole or not at all."""
+    if output is not None:
+        from a3cli.work.files import replacing
+
+        with replacing(output) as partial:
+            partial.write_text(as_text(result), "utf-8")
+    print_json(result) if as_json else display(result)
+
+
 def print_json(result: Json | HasJson) -> None:
-    """Print a result as JSON on stdout; NaN and infinite figures become null, since JSON does not have them."""
+    """Print a result as JSON on stdout."""
+    sys.stdout.write(as_text(result))
+
+
+def as_text(result: Json | HasJson) -> str:
+    """Return a result as JSON; NaN and infinite figures become null, since JSON does not have them."""
     content = result if isinstance(result, dict) else result.plain()
-    sys.stdout.write(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from a3cli.report.layers import ComponentState, LayerState
     from a3cli.report.manifest import Manifest
     from a3cli.report.page import Report
+    from a3cli.stages.preview import Preview
     from a3cli.stages.run import RunResults
     from a3cli.text.tokens import TokenStatistics
     from a3cli.work.manifests import CalibrationManifest, Solution
@@ -175,6 +176,22 @@ def print_run(results: "RunResults", out: str, warnings: Sequence[str]) -> None:
     print_export(results.export, out)
 
 
+def print_preview(preview: "Preview") -> None:
+    """Print the recipe with every setting, and as a comment above each stage how far it is."""
+    import yaml
+
+    content = preview.plain()
+    for name in ("work", "out"):
+        print_line(printable(yaml.safe_dump({name: content[name]}, allow_unicode=True, width=10**6).rstrip()))
+    for name, stage in content["stages"].items():
+        print_line(printable(f"# {name}: {stage['state']}" + (f"; {stage['detail']}" if stage["detail"] else "")))
+        dumped = yaml.safe_dump({name: stage["settings"]}, allow_unicode=True, sort_keys=False, width=10**6)
+        for line in dumped.splitlines():
+            print_line(printable(line))
+    if preview.recipe.verify is False:
+        print_line("verify: false")
+
+
 def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
@@ -217,6 +234,18 @@ def print_evaluation(result: Json) -> None:
             print_line(f"{'FAILED' if gate['failed'] else 'passed'}  {printable(each['dataset'])}: {describe(gate)}")
     if "tasks" in result:
         _print_tasks(result["tasks"])
+
+
+def print_generation(result: Json) -> None:
+    """Print each prompt with its continuations in one row; line ends and other control characters as escapes."""
+    roles = [role for role in ("model", "against") if role in result]
+    names = [printable(result[role]) for role in roles]
+    table = new_table("prompt", *names, figures=("same tokens",) if len(roles) > 1 else ())
+    for each in result["prompts"]:
+        same = [f"{each['same_tokens']:,} of {len(each['model']['tokens']):,}"] if len(roles) > 1 else []
+        texts = (each["prompt"], *(each[role]["text"] for role in roles))
+        table.add_row(*map(printable, texts), *same, end_section=True)
+    print_table(table)
 
 
 def print_verification(result: Json) -> None:

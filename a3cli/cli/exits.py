@@ -22,6 +22,19 @@ FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, e
 class ErrorsToExitCodes(TyperGroup):
     """Turn errors into one line and an exit code; a bug keeps its traceback."""
 
+    def main(  # type: ignore[override]
+        self, args: Any = None, prog_name: str | None = None, **options: Any
+    ) -> Any:
+        """Run the command line under the name `a3`, which completion scripts need, also as `python -m a3cli`."""
+        return super().main(args, prog_name or "a3", **options)
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Parse what stands before the command's name."""
+        try:
+            return super().make_context(*arguments, **options)
+        except UsageError as error:
+            fail_usage(error)
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         from a3cli.work.interrupt import terminated_as_interrupted
 
@@ -33,8 +46,7 @@ class ErrorsToExitCodes(TyperGroup):
         except A3Error as error:
             fail(str(error), error.exit_code)
         except UsageError as error:
-            command = error.ctx.command_path if error.ctx else "a3"
-            fail(f"{error.format_message()} (see {command} --help)", 2)
+            fail_usage(error)
         except KeyboardInterrupt:
             fail("interrupted; no half-written file was left; rerun the same command to resume", 3)
         except BrokenPipeError:  # the parser ends the process silently
@@ -43,6 +55,16 @@ class ErrorsToExitCodes(TyperGroup):
             if problem := fixable(error):
                 fail(str(problem), problem.exit_code)
             report_bug()
+
+
+def fail_usage(error: Any) -> NoReturn:
+    """Exit with the parser's error in one line: the nearest known option, and where all options are."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # only the help was asked for, and is printed
+        raise error
+    message = error.format_message()
+    if near := getattr(error, "possibilities", None):
+        message = f"{error.message.partition('(')[0].rstrip(' .')}. Did you mean {near[0]}?"
+    fail(f"{message} (see {error.ctx.command_path if error.ctx else 'a3'} --help)", 2)
 
 
 def fixable(error: Exception) -> A3Error | None:

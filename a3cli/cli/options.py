@@ -34,6 +34,8 @@ class OnceCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        if ctx.resilient_parsing:  # shell completion: nothing is refused
+            return super().parse_args(ctx, args)
         for option in dict.fromkeys(given):
             once = option.param_type_name == "option" and not (option.multiple or getattr(option, "is_flag", False))
             if once and (count := given.count(option)) > 1:
@@ -62,6 +64,7 @@ Overwrite = Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace th
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print the full result as JSON on stdout.")]
 Quiet = Annotated[bool, option("--quiet", panel=OUTPUT, help="Print results, warnings and errors only.")]
 Junit = Annotated[Path | None, option("--junit", panel=OUTPUT, help="Write the outcome to this JUnit file.")]
+Output = Annotated[Path | None, option("--output", panel=OUTPUT, help="Write the full result as JSON to this file.")]
 MaxMinutes = Annotated[
     float | None,
     option("--max-minutes", panel=MACHINE, min=0, help="Stop after this many minutes, between steps; exit code 3."),
@@ -77,7 +80,7 @@ def check_output(option: str, path: Path | None, *, suffixes: tuple[str, ...] = 
     if path is None:
         return
     if suffixes and path.suffix not in suffixes:
-        raise A3Error(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+        raise A3Error(f"{option} {path}: the name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     if path.is_dir():
         raise A3Error(f"{option} {path}: it is a folder")
     if not path.resolve().parent.is_dir():
@@ -133,7 +136,9 @@ def make_parameter(name: str, field: FieldInfo, shown: FieldInfo, *, repeatable:
     """Return a setting as a parameter: `field` has its type, `shown` its default and help text."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     description = shown.description or field.description
-    shown_as: Any = {"help": description, "metavar": choices(field)}
+    shown_as: Any = {"help": description}
+    if names := choices(field):
+        shown_as |= {"metavar": f"[{'|'.join(names)}]", "autocompletion": lambda: list(names)}
     place = marker(field, Option)
     if place is None:
         return inspect.Parameter(name, keyword, annotation=Annotated[value_type(field), typer.Argument(**shown_as)])
@@ -183,10 +188,10 @@ def value_type(field: FieldInfo) -> Any:
     return str if is_parsed(field.metadata) else item_type(field.annotation)
 
 
-def choices(field: FieldInfo) -> str | None:
-    """Return the names that a setting may have, as `--help` shows them; None if it has no such list."""
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Return the names that a setting may have; none if it has no such list."""
     annotation: Any = get_args(field.annotation)[0] if form_of(field) == "names" else field.annotation
-    return f"[{'|'.join(get_args(annotation))}]" if get_origin(annotation) is Literal else None
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def read_settings(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:

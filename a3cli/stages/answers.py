@@ -22,6 +22,16 @@ from a3cli.work.machine import Machine, free_memory
 log = logging.getLogger(__name__)
 
 
+class HowToLoad(Protocol):
+    """The settings that decide how a model is loaded."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
 class Answers(Protocol):
     """Whatever gives logits."""
 
@@ -62,7 +72,7 @@ def open_models(checkpoints: Sequence[Checkpoint], machine: Machine, settings: E
     return opened
 
 
-def available_memory(machine: Machine, settings: EvalSettings) -> int:
+def available_memory(machine: Machine, settings: HowToLoad) -> int:
     """Return the bytes for weights; on GPUs that were not named, transformers also uses the CPU's memory."""
     free = free_memory(machine.device)
     if machine.device.type == "cuda" and settings.device == "auto":
@@ -91,7 +101,7 @@ class LoadedModel:
             yield self.model(batch.to(self._device), use_cache=False).logits
 
 
-def load_model(checkpoint: Checkpoint, machine: Machine, settings: EvalSettings) -> Any:
+def load_model(checkpoint: Checkpoint, machine: Machine, settings: HowToLoad) -> Any:
     """Return the model as transformers loads it. Raises A3Error if any weight is missing or does not fit."""
     from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,7 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models import costs
-from a3cli.models.checkpoint import resolve_model
+from a3cli.models.checkpoint import Checkpoint, resolve_model
 from a3cli.models.families import ModelShape
 from a3cli.models.model import Model, describe
 from a3cli.settings import CalibrateSettings
@@ -69,7 +69,7 @@ def calibrate(
     return_freed_memory(batches=True)
     with joined(meeting_device(settings)) as processes, ExitStack() as held:
         model, machine = processes.main_first(lambda: open_model(settings))
-        settings = for_model(settings, model)
+        settings = for_source(settings, model.source)
         processes.from_main(lambda: check_texts([settings.text]))
         processes.from_main(lambda: held.enter_context(work.locked()))
         request = processes.from_main(lambda: describe_request(settings, model.source, machine, known_text(work)))
@@ -96,9 +96,9 @@ def open_model(settings: CalibrateSettings) -> tuple[Model, Machine]:
     return model, choose_machine(settings.device, settings.dtype, source.dtype, devices=settings.devices)
 
 
-def for_model(settings: CalibrateSettings, model: Model) -> CalibrateSettings:
+def for_source(settings: CalibrateSettings, source: Checkpoint) -> CalibrateSettings:
     """Return settings without defaults that depend on the model."""
-    text = settings.text.for_context(model.source.config.get(CONTEXT))
+    text = settings.text.for_context(source.config.get(CONTEXT))
     return settings.model_copy(update={"text": text})
 
 

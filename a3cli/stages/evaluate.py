@@ -19,6 +19,7 @@ from a3cli.models.model import check_size
 from a3cli.report.junit import Case
 from a3cli.settings import EvalSettings, TextSettings
 from a3cli.settings.gates import describe
+from a3cli.settings.generation import GenerateSettings
 from a3cli.stages.answers import Answers, LoadedModel, batches, open_models
 from a3cli.stages.tasks import open_tasks, run_tasks
 from a3cli.text.blocks import CONTEXT, check_fit, evaluation_blocks
@@ -78,7 +79,7 @@ def check_settings(settings: EvalSettings) -> None:
     check_texts(settings.texts)
 
 
-def open_checkpoints(settings: EvalSettings) -> list[Checkpoint]:
+def open_checkpoints(settings: EvalSettings | GenerateSettings) -> list[Checkpoint]:
     """Return the model's checkpoint and, with `against`, its source's. Raises A3Error for code that may not run."""
     models = [(settings.model, settings.revision)]
     if settings.against:

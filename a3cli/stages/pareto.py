@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MEASURED = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
+WITHOUT_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 VARIANTS = {
     "paper": {"method": "paper", "shape": "stock"},
     "best": {"method": "best", "shape": "stock"},
@@ -219,11 +220,9 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) 
 
 
 def draw(result: Json, path: Path) -> None:
-    """Write the `plot` of a sweep's points as PNG or SVG, by the file's suffix."""
+    """Write the `plot` of a sweep's points as PNG, SVG or PDF, by the file's suffix."""
     with replacing(path) as partial:
-        plot(result).savefig(
-            partial, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
-        )
+        plot(result).savefig(partial, format=path.suffix[1:], dpi=150, metadata=WITHOUT_DATE.get(path.suffix))
 
 
 def plot(result: Json) -> "Figure":

@@ -12,6 +12,7 @@ Paths are relative to the recipe's folder: `work` and `out` always, models, data
 `./` or `../`, since `owner/name` is a Hub id.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from pydantic import Field, ValidationError
 from a3cli.errors import A3Error, first_line, kind_of
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Settings, SolveSettings, VerifySettings
 from a3cli.settings.problems import Problem, find_problems
+from a3cli.stages.recipe_changes import change
 
 PLACES: dict[str | int, str] = {"work": "the work folder", "out": "the folder of the export"}
 PATHS = (
@@ -45,12 +47,15 @@ class Recipe(Settings):
     evaluation: EvalSettings | None = Field(default=None, alias="eval")
 
 
-def read_recipe(path: Path, *, work: Path | None = None, out: Path | None = None) -> Recipe:
+def read_recipe(
+    path: Path, *, work: Path | None = None, out: Path | None = None, changes: Iterable[str] = ()
+) -> Recipe:
     """Read a recipe; `work` and `out` replace its own and are relative to the current folder.
 
-    Raises A3Error naming all of its problems in one line.
+    `changes`, like `solve.budget=0.3`, count as if the file said so. Raises A3Error naming all problems in one line.
     """
     content = read_yaml(path)
+    change(content, Recipe, changes)
     for key, given in (("work", work), ("out", out)):
         if given is not None:
             content[key] = str(given.resolve())

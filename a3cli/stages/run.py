@@ -73,12 +73,8 @@ def run_recipe(
     check_settings(recipe.solve)
     work = Work(recipe.work)
     log.info("calibrate")
-    begin_anew = overwrite
-    if recipe.calibrate.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
-        calibrate_in_processes(recipe.calibrate, work, overwrite=overwrite, stop=stop, quiet=quiet)
-        begin_anew = False
     with progress() as report:
-        calibration = calibrate(recipe.calibrate, work, overwrite=begin_anew, progress=report, stop=stop)
+        calibration = calibrated(recipe.calibrate, work, overwrite=overwrite, progress=report, stop=stop, quiet=quiet)
     log.info("solve")
     with progress() as report:
         solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
@@ -94,6 +90,16 @@ def run_recipe(
         log.info("eval")
         results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite)
     return results
+
+
+def calibrated(
+    settings: CalibrateSettings, work: Work, *, overwrite: bool, progress: Progress, stop: Stop, quiet: bool
+) -> CalibrationManifest:
+    """Calibrate, in as many processes as the settings say; return the manifest."""
+    if settings.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
+        calibrate_in_processes(settings, work, overwrite=overwrite, stop=stop, quiet=quiet)
+        overwrite = False
+    return calibrate(settings, work, overwrite=overwrite, progress=progress, stop=stop)
 
 
 def calibrate_in_processes(
@@ -139,33 +145,52 @@ def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Man
     The code of a per-layer export may run: `verify` runs it only if it is the file that a3 ships.
     """
     settings = settings.model_copy(update={"trust_remote_code": True})
-    request = {
-        "settings": settings.model_dump(mode="json"),
-        "export": hash_json(manifest.plain()),
-        "versions": versions(),
-    }
-    if not overwrite and (found := read_if_request_matches(work.verification, request)):
-        return dict(found["result"])
+    if not overwrite and (found := kept_verification(settings, work, manifest)):
+        return found
     result = verify(recipe.out, settings, work)
     if result["passed"]:
         with work.locked():
+            request = verification_request(settings, manifest)
             write_manifest(work.verification, {"request": request, "result": result})
     return result
+
+
+def kept_verification(settings: VerifySettings, work: Work, manifest: Manifest) -> Json | None:
+    """Return the outcomes that are cached for this export, these settings and versions, or None."""
+    found = read_if_request_matches(work.verification, verification_request(settings, manifest))
+    return dict(found["result"]) if found else None
+
+
+def verification_request(settings: VerifySettings, manifest: Manifest) -> Json:
+    """Return everything that the outcomes depend on."""
+    allowed = settings.model_copy(update={"trust_remote_code": True})
+    return {
+        "settings": allowed.model_dump(mode="json"),
+        "export": hash_json(manifest.plain()),
+        "versions": versions(),
+    }
 
 
 def evaluated(settings: EvalSettings, work: Work, manifest: Manifest, *, overwrite: bool) -> Json:
     """Return the measured figures, cached in the work folder with their request."""
     check_texts(settings.texts)
     settings = for_models(settings)
-    if work.evaluation.is_file() and not overwrite:
-        found = read_manifest(work.evaluation, "use --overwrite")
-        if found["request"] == describe_request(settings, manifest, files_read_again(settings, found["result"])):
-            return dict(found["result"])
+    if not overwrite and (found := kept_evaluation(settings, work, manifest)):
+        return found
     result = evaluate(settings)
     read = [each["text_files"] for each in result["datasets"]]
     with work.locked():
         write_manifest(work.evaluation, {"request": describe_request(settings, manifest, read), "result": result})
     return result
+
+
+def kept_evaluation(settings: EvalSettings, work: Work, manifest: Manifest) -> Json | None:
+    """Return the figures that are cached for this export, these settings and texts, or None."""
+    if not work.evaluation.is_file():
+        return None
+    found = read_manifest(work.evaluation, "use --overwrite")
+    request = describe_request(settings, manifest, files_read_again(settings, found["result"]))
+    return dict(found["result"]) if found["request"] == request else None
 
 
 def describe_request(settings: EvalSettings, manifest: Manifest, files: list[Json]) -> Json:

@@ -15,6 +15,7 @@ from a3cli.settings import (
     SolveSettings,
     VerifySettings,
 )
+from a3cli.settings.generation import GenerateSettings
 from a3cli.settings.options import PANELS, option_of
 from tests.helpers.commands import COMMANDS, commands_of
 
@@ -28,6 +29,7 @@ DEFAULTS = {
     "eval": (("model",), EvalSettings(model="model", texts=[{"dataset": "wikitext2", "samples": None}])),
     "verify": (("out",), VerifySettings()),
     "plan": (("model",), PlanSettings(model="model")),
+    "generate": (("model",), GenerateSettings(model="model")),
 }
 
 

@@ -1,7 +1,7 @@
 """Every command of the command line, and an order in which all of them work."""
 
 STAGES = ("calibrate", "solve", "pareto", "export", "eval")
-COMMANDS = (*STAGES, "verify", "plan", "run", "stats merge", "inspect", "report")
+COMMANDS = (*STAGES, "verify", "plan", "run", "stats merge", "inspect", "report", "generate")
 
 
 RECIPE = """
@@ -33,6 +33,7 @@ def chain(source, text_file, folder) -> dict[str, tuple]:
         "eval": (out, "--against", source, *text, "--fail-if", "kl < 0"),
         "verify": (out, *work),
         "inspect": (out,),
+        "generate": (out, "--against", source, "--prompt", "Once upon a time", "--max-new-tokens", 8),
         "report": (out, "--html", folder / "report.html"),
         "plan": (source, "--seq-len", 32, "--head-multiple", 2, "--mlp-multiple", 8),
         "stats merge": (folder / "work", folder / "more", "--into", folder / "merged"),

@@ -60,7 +60,7 @@ def test_labels_of_the_plot_lie_inside_of_it(sensitivity, measured):
             assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, label.get_text()
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_plot_is_a_picture(a3, work, tmp_path, suffix):
     plot = tmp_path / f"plot{suffix}"
     outcome = a3("pareto", "--budgets", "0.1,0.2,0.3", *ROUNDING, "--plot", plot, "--work", work)
@@ -70,6 +70,12 @@ def test_plot_is_a_picture(a3, work, tmp_path, suffix):
         with Image.open(plot) as picture:
             assert picture.size[0] > 500
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    elif suffix == ".pdf":
+        content = plot.read_bytes()
+        assert content.startswith(b"%PDF-")
+        assert content.rstrip().endswith(b"%%EOF")
+        assert b"/MediaBox [ 0 0 432 324 ]" in content  # 6 by 4.5 inches, in points
+        assert b"CreationDate" not in content  # the same points give the same bytes
     else:
         text = plot.read_text("utf-8")
         assert "<svg" in text

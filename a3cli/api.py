@@ -1,0 +1,318 @@
+"""The Python interface: each command as a function, with the command's options as keyword arguments.
+
+A keyword is an option's name with `_` for `-`: `--seq-len 512` is `seq_len=512`. Names, defaults and bounds are those
+of `a3 COMMAND --help`; the classes in `a3cli.settings` define them. Where a message names an option, change that
+keyword.
+
+Nothing is printed: a function returns its result, reports progress to a callback, logs to the logger `a3cli`, and
+raises `A3Error` for everything that the caller can mend. All stages are resumable: after an error, a kill or
+`max_minutes`, the same call resumes.
+"""
+
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
+from transformers.utils import logging
+
+from a3cli.errors import A3Error
+from a3cli.report.manifest import Manifest
+from a3cli.settings import (
+    DEFAULT_DATASET,
+    CalibrateSettings,
+    EvalSettings,
+    ExportSettings,
+    PlanSettings,
+    Settings,
+    SolveSettings,
+    VerifySettings,
+)
+from a3cli.settings.keywords import keywords_of, refuse_unknown, settings_from
+from a3cli.stages.context import check_settings
+from a3cli.stages.evaluate import evaluate as run_evaluate
+from a3cli.stages.export import export as run_export
+from a3cli.stages.plan import plan as run_plan
+from a3cli.stages.run import calibrated
+from a3cli.stages.solve import solve as run_solve
+from a3cli.stages.verify import verify as run_verify
+from a3cli.stream.sweep import Progress
+from a3cli.work.files import Json
+from a3cli.work.folder import Work
+from a3cli.work.interrupt import Stop
+from a3cli.work.manifests import CalibrationManifest, SolutionManifest
+
+__all__ = ["calibrate", "compress", "evaluate", "export", "plan", "solve", "verify"]
+
+PathOrName = str | PathLike[str]
+DEFAULT_WORK = "a3-work"
+
+
+def calibrate(
+    model: PathOrName,
+    work: PathOrName = DEFAULT_WORK,
+    *,
+    overwrite: bool = False,
+    max_minutes: float | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> CalibrationManifest:
+    """Run text through a model, layer by layer, and keep each layer's statistics in the work folder.
+
+    Args:
+        model: Local folder or Hub id of a safetensors checkpoint.
+        work: Work folder, shared by the stages.
+        overwrite: Replace a calibration with other settings.
+        max_minutes: Stop after the layer in which this time, in minutes, has passed.
+        progress: Called after each batch as `progress(layer=…, layers=…, tokens=…, total_tokens=…)`: the layer's index
+            from 0, the number of layers, and tokens through this layer of all calibration tokens.
+        **settings: Fields of `CalibrateSettings`, and those of its text, such as `dataset`, `samples` (blocks) and
+            `seq_len` (tokens per block).
+
+    Returns:
+        The calibration's manifest: settings, text that was read, and hashes of the statistics.
+
+    Raises:
+        A3Error: For settings, text, a model or a work folder that do not fit.
+        Interrupted: After `max_minutes`; the same call resumes.
+    """
+    asked = settings_from(CalibrateSettings, "calibrate", {**settings, "model": name_of(model)})
+    with quiet_libraries():
+        return calibrated(
+            asked,
+            Work(Path(work)),
+            overwrite=overwrite,
+            progress=progress or ignore,
+            stop=Stop(max_minutes),
+            quiet=True,
+        )
+
+
+def solve(
+    work: PathOrName = DEFAULT_WORK,
+    *,
+    budget: float | None = None,
+    overwrite: bool = False,
+    max_minutes: float | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> SolutionManifest:
+    """Choose head and MLP sizes for a budget and compute each layer's projections, from a finished calibration.
+
+    Args:
+        work: Work folder with the calibration.
+        budget: Fraction, in [0, 1), of the decoder's linear weights to remove; or give other budgets in `settings`.
+        overwrite: Replace a solution with other settings.
+        max_minutes: Stop after the layer in which this time, in minutes, has passed.
+        progress: As for `calibrate`; called only by settings that need another sweep, like `sequential`.
+        **settings: Fields of `SolveSettings`.
+
+    Returns:
+        The solution's manifest: sizes of each layer, costs before and after, predicted loss.
+
+    Raises:
+        A3Error: For statistics that are missing or altered, or a budget that rounding does not allow.
+        Interrupted: After `max_minutes`; the same call resumes.
+    """
+    asked = settings_from(SolveSettings, "solve", {**settings, "budget": budget})
+    with quiet_libraries():
+        return run_solve(
+            asked, Work(Path(work)), overwrite=overwrite, progress=progress or ignore, stop=Stop(max_minutes)
+        )
+
+
+def export(
+    out: PathOrName, work: PathOrName = DEFAULT_WORK, *, max_minutes: float | None = None, **settings: Any
+) -> Manifest:
+    """Write the smaller model as a standard checkpoint.
+
+    Args:
+        out: Folder to write: empty or not there yet, or with `overwrite=True` an earlier export.
+        work: Work folder with the solution.
+        max_minutes: Stop after the weight file in which this time, in minutes, has passed.
+        **settings: Fields of `ExportSettings`; `max_shard_size` in bytes, or as text like `"5GB"`.
+
+    Returns:
+        The export's manifest: what it was made from, sizes, runtimes that load it, and the hash of each file.
+
+    Raises:
+        A3Error: For a solution that is missing or altered, a source that changed, or an `out` that is in use.
+        CheckFailed: If `check_reproducible=True` and two writes differ.
+        Interrupted: After `max_minutes`; the same call resumes.
+    """
+    asked = settings_from(ExportSettings, "export", settings)
+    with quiet_libraries():
+        return run_export(Path(out), asked, Work(Path(work)), stop=Stop(max_minutes))
+
+
+def evaluate(
+    model: PathOrName,
+    *,
+    against: PathOrName | None = None,
+    dataset: str | Sequence[str] = DEFAULT_DATASET,
+    **settings: Any,
+) -> Json:
+    """Measure a model's perplexity and, with `against`, its distance from the source.
+
+    Args:
+        model: Local folder or Hub id.
+        against: Source to compare with.
+        dataset: One data set or several, as for `calibrate`.
+        **settings: Fields of `EvalSettings`, and those of its texts. A gate of `fail_if` that fails raises nothing: see
+            `gates` in the result. For texts that differ in more than the data set give `texts`, a list of dictionaries;
+            for `tasks` without a text give `texts=()`.
+
+    Returns:
+        A dictionary as `a3 eval --json` prints it: `perplexity`, with a source also `source_perplexity`,
+        `perplexity_increase`, `kl` (nats per token) and `top1_agreement` (a fraction), and `datasets`, a list with the
+        figures, intervals and gates of each.
+
+    Raises:
+        A3Error: For a model that does not load completely, too little text, or a loss that is not finite.
+    """
+    values = {**settings, "model": name_of(model), "against": None if against is None else name_of(against)}
+    if "texts" not in settings:
+        values["dataset"] = dataset
+    with quiet_libraries():
+        return run_evaluate(settings_from(EvalSettings, "evaluate", values))
+
+
+def verify(out: PathOrName, work: PathOrName = DEFAULT_WORK, **settings: Any) -> Json:
+    """Check an export as users load it: complete, unaltered, finite, and equal to the solution.
+
+    Args:
+        out: Folder that `export` or `compress` wrote.
+        work: Work folder that it was made from; without it, comparison with the solution is skipped.
+        **settings: Fields of `VerifySettings`.
+
+    Returns:
+        A dictionary as `a3 verify --json` prints it: `passed`, and `checks`, a list of `name`, `outcome` (passed,
+        failed or skipped) and `detail`. A failed check raises nothing.
+
+    Raises:
+        A3Error: If `out` is not an export, or for code that may not run.
+    """
+    asked = settings_from(VerifySettings, "verify", settings)
+    with quiet_libraries():
+        return run_verify(Path(out), asked, Work(Path(work)))
+
+
+def plan(model: PathOrName, **settings: Any) -> Json:
+    """Estimate a run's sizes, disk, memory and time, and list what will load the result; downloads no weights.
+
+    Args:
+        model: Local folder or Hub id.
+        **settings: Fields of `PlanSettings`.
+
+    Returns:
+        A dictionary as `a3 plan --json` prints it; sizes in bytes, times in seconds.
+
+    Raises:
+        A3Error: For a model that does not exist or is not supported, or a budget that rounding does not allow.
+    """
+    with quiet_libraries():
+        return run_plan(settings_from(PlanSettings, "plan", {**settings, "model": name_of(model)}))
+
+
+def compress(
+    model: PathOrName,
+    out: PathOrName,
+    budget: float | None = 0.25,
+    dataset: str = DEFAULT_DATASET,
+    *,
+    work: PathOrName | None = None,
+    overwrite: bool = False,
+    max_minutes: float | None = None,
+    progress: Progress | None = None,
+    export: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Manifest:
+    """Write a smaller copy of a model to `out`: calibrate, solve and export in one call.
+
+    Args:
+        model: Local folder or Hub id of a safetensors checkpoint.
+        out: Folder to write: empty or not there yet, or with `overwrite` an earlier export.
+        budget: Fraction, in [0, 1), of the decoder's linear weights to remove; None if `settings` has another budget.
+        dataset: Calibration text: a known name, a Hub id, or a text file or folder.
+        work: Work folder to keep, for `verify` and for other budgets. By default it is `.NAME.a3-work` beside `out`,
+            which is removed after a success only. After an error or a kill it stays, and the same call resumes.
+        overwrite: Redo all stages, and replace an earlier export.
+        max_minutes: Stop after the step in which this time, in minutes, has passed.
+        progress: As for `calibrate`.
+        export: Fields of `ExportSettings`; separate, since `dtype` there is that of the written weights.
+        **settings: Fields of `CalibrateSettings` and its text, and of `SolveSettings`. A name that both have, like
+            `device`, `dtype` (to compute in), `batch_size` or `num_processes`, goes to both.
+
+    Returns:
+        The export's manifest.
+
+    Raises:
+        A3Error: As the stages do; before any work for settings that contradict each other and an `out` in use.
+        Interrupted: After `max_minutes`; the same call resumes.
+    """
+    given = {**settings, "model": name_of(model), "budget": budget}
+    if "text" not in settings:
+        given["dataset"] = dataset
+    refuse_unknown("compress", given, keywords_of(CalibrateSettings) | keywords_of(SolveSettings))
+    calibration = settings_from(CalibrateSettings, "compress", known_to(CalibrateSettings, given))
+    solution = settings_from(SolveSettings, "compress", known_to(SolveSettings, given))
+    written = settings_from(ExportSettings, "export", {"overwrite": overwrite, **(export or {})})
+    check_settings(solution)
+    target = Path(out)
+    folder = Work(Path(work) if work is not None else target.resolve().with_name(f".{target.resolve().name}.a3-work"))
+    check_free(target, folder, overwrite=written.overwrite)
+    report, stop = progress or ignore, Stop(max_minutes)
+    with quiet_libraries():
+        calibrated(calibration, folder, overwrite=overwrite, progress=report, stop=stop, quiet=True)
+        run_solve(solution, folder, overwrite=overwrite, progress=report, stop=stop)
+        manifest = run_export(target, written, folder, stop=stop)
+    if work is None:
+        shutil.rmtree(folder.folder)
+    return manifest
+
+
+def known_to(kind: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
+    known = keywords_of(kind)
+    return {name: value for name, value in given.items() if name in known}
+
+
+def check_free(out: Path, work: Work, *, overwrite: bool) -> None:
+    """Check before hours of work that `out` may be written. Raises A3Error.
+
+    With a solution in the work folder `out` may be its finished export: `export` finds out.
+    """
+    if overwrite or work.solution_manifest.is_file() or not out.exists():
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise A3Error(f"{out} is not an empty folder; use overwrite=True to replace an earlier export, or another out")
+
+
+def name_of(model: PathOrName) -> str:
+    return model if isinstance(model, str) else str(Path(model))
+
+
+def ignore(*, layer: int, layers: int, tokens: int, total_tokens: int) -> None:
+    """Report no progress."""
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Turn off bars and advice of transformers and the Hub's client; restore their settings afterwards."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    bars_of_hub = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # the client's too
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the client warns if the environment forbids its bars
+            if bars:
+                logging.enable_progress_bar()
+            if bars and not bars_of_hub:
+                disable_progress_bars()
