@@ -2,7 +2,7 @@
 
 import os
 
-from a3cli.cli.app import silence_libraries
+from a3cli.cli.console import silence_libraries
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 silence_libraries()

@@ -3,7 +3,6 @@
 Heavy imports stay inside the commands, so that `a3 --help` answers at once.
 """
 
-import os
 import sys
 from functools import partial
 from io import TextIOWrapper
@@ -14,7 +13,7 @@ import typer
 
 from a3cli import __version__
 from a3cli.cli import display
-from a3cli.cli.console import print_json, set_up_logging
+from a3cli.cli.console import print_json, set_up_output
 from a3cli.cli.exits import ErrorsToExitCodes, report_bug
 from a3cli.cli.options import (
     DEFAULT_WORK,
@@ -22,6 +21,7 @@ from a3cli.cli.options import (
     Evaluations,
     Junit,
     MaxMinutes,
+    Name,
     OnceTyper,
     Overwrite,
     Quiet,
@@ -263,14 +263,15 @@ def merge(
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
+    name: Name = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show each layer's sizes, losses and statistics, the calibration text, and warnings."""
+    """Show each layer's sizes, losses and statistics, all solutions, the calibration text, and warnings."""
     set_up_output(quiet=quiet)
     from a3cli.report.inspection import describe
 
-    found = describe(folder)
+    found = describe(folder, name)
     print_json(found) if as_json else display.print_inspection(found)
 
 
@@ -278,6 +279,7 @@ def inspect(
 def report(
     folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
     html: Annotated[Path | None, option(panel=OUTPUT, help="Write the page to this file.")] = None,
+    name: Name = None,
     evaluation: Evaluations = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -290,7 +292,7 @@ def report(
     if html is None:
         raise A3Error("no file to write: give --html FILE")
     check_output("--html", html)
-    result = write_report(describe(folder), read_evaluations(evaluation or []), html)
+    result = write_report(describe(folder, name), read_evaluations(evaluation or []), html)
     print_json(result) if as_json else display.print_report(result)
 
 
@@ -319,23 +321,6 @@ def root(
             f"a3 {context.invoked_subcommand} works in one process, and a launcher started it in several "
             "(RANK and WORLD_SIZE are set); only a3 calibrate shares its work among them: start this one on its own"
         )
-
-
-def set_up_output(*, quiet: bool) -> None:
-    """Set up a3's log lines, and silence the libraries, whose output would be mixed into a3's."""
-    silence_libraries()
-    set_up_logging(quiet=quiet or not is_main())
-
-
-def silence_libraries() -> None:
-    """Silence libraries through the environment, which they read when imported; a3's errors report bad input."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the evaluation harness
 
 
 def main() -> None:

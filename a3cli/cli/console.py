@@ -5,6 +5,7 @@ stderr.
 import json
 import logging
 import math
+import os
 import sys
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from a3cli.work.escape import printable
+from a3cli.work.processes import is_main
 
 Json = dict[str, Any]
 log = logging.getLogger("a3cli")
@@ -22,6 +24,23 @@ class HasJson(Protocol):
     """A manifest or another result that has a form as JSON."""
 
     def plain(self) -> Json: ...
+
+
+def set_up_output(*, quiet: bool) -> None:
+    """Set up a3's log lines, and silence the libraries, whose output would be mixed into a3's."""
+    silence_libraries()
+    set_up_logging(quiet=quiet or not is_main())
+
+
+def silence_libraries() -> None:
+    """Silence libraries through the environment, which they read when imported; a3's errors report bad input."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the evaluation harness
 
 
 def set_up_logging(*, quiet: bool = False) -> None:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from a3cli.cli.console import log, print_line, print_sentence
 from a3cli.cli.tables import new_table, print_table
-from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, percent
+from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, percent, spread
 from a3cli.report.long_range import solution_warnings
 from a3cli.report.names import describe_context, describe_texts
 from a3cli.settings import COMPONENTS, LOSSES
@@ -16,7 +16,7 @@ from a3cli.settings.gates import describe
 from a3cli.work.escape import printable
 
 if TYPE_CHECKING:
-    from a3cli.report.inspection import Inspection
+    from a3cli.report.inspection import Inspection, SolutionSummary
     from a3cli.report.layers import ComponentState, LayerState
     from a3cli.report.manifest import Manifest
     from a3cli.report.page import Report
@@ -247,7 +247,11 @@ def print_inspection(found: "Inspection") -> None:
     print_sentence(f"text: {printable(describe_texts(calibration, quoted=str))}")
     if solution:
         removed = f"{percent(solution.budget_reached, 2)} of the decoder's linear weights removed"
-        print_sentence(f"solved with --method {solution.request.settings.method} --shape {solution.shape}: {removed}")
+        named = f" as {found.name}" if found.name else ""
+        settings = f"--method {solution.request.settings.method} --shape {solution.shape}"
+        print_sentence(f"solved{named} with {settings}: {removed}")
+    if any(each.name for each in found.solutions):
+        print_table(_solutions_table(found.solutions))
     if found.layers:
         print_table(_layers_table(found.layers))
     if found.text:
@@ -262,6 +266,16 @@ def print_report(report: "Report") -> None:
     for warning in report.warnings:
         log.warning("warning: %s", warning)
     print_line(printable(str(report.html)))
+
+
+def _solutions_table(solutions: "Sequence[SolutionSummary]") -> Table:
+    table = new_table("solution", figures=("asked", "removed", *TITLES.values(), "predicted loss"))
+    for each in solutions:
+        sizes = (spread([getattr(size, component) for size in each.sizes]) for component in COMPONENTS)
+        loss = sum(getattr(each.predicted_loss, component) for component in COMPONENTS)
+        name = (each.name or "without a name") + ("" if each.current else " (of another calibration)")
+        table.add_row(name, asked(each.budget_asked), percent(each.budget_reached, 2), *sizes, f"{loss:.4g}")
+    return table
 
 
 def _layers_table(layers: "Sequence[LayerState]") -> Table:

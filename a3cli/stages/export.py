@@ -63,6 +63,7 @@ def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None
     two writes differ (`check_reproducible`); Interrupted at the end of the weight file in which `stop` was set off.
     """
     stop = stop or Stop()
+    work = work.named(settings.name)
     with work.locked():
         calibration, solution = read_solution(work, held=settings.num_processes)
         model = open_calibrated_source(work, calibration, full_check=settings.full_check)

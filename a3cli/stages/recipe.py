@@ -60,10 +60,13 @@ def read_recipe(path: Path, *, work: Path | None = None, out: Path | None = None
     if isinstance(content.get("eval"), dict):
         content["eval"] = as_evaluation(content["eval"], path.parent, content.get("out"))
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         problems = sorted(describe_problem(item) for item in error.errors())
         raise A3Error(f"recipe {path}: {'; '.join(problems)}") from None
+    if recipe.export.name not in (None, recipe.solve.name):
+        raise A3Error(f"recipe {path}: export.name: a recipe exports its own solution; remove this, or set solve.name")
+    return recipe
 
 
 def describe_problem(item: Any) -> str:

@@ -71,7 +71,7 @@ def run_recipe(
     at the end of the step in which `stop` was set off.
     """
     check_settings(recipe.solve)
-    work = Work(recipe.work)
+    work = Work(recipe.work, recipe.solve.name)
     log.info("calibrate")
     begin_anew = overwrite
     if recipe.calibrate.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
@@ -123,7 +123,7 @@ def exported(recipe: Recipe, work: Work, solution: SolutionManifest, *, overwrit
         except A3Error as damage:
             log.warning("exporting %s again: %s", recipe.out, damage)
             replace = True
-    settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace})
+    settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace, "name": recipe.solve.name})
     return export(recipe.out, settings, work, stop=stop)
 
 

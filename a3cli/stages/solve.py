@@ -48,6 +48,7 @@ def solve(
     """
     return_freed_memory()
     check_settings(settings)
+    work = work.named(settings.name)
     calibration = read_calibration(work)
     with work.locked():
         if work.solution_manifest.is_file() and not overwrite:
@@ -58,7 +59,7 @@ def solve(
 
 def describe_request(settings: SolveSettings, calibration: CalibrationManifest) -> Json:
     """Return everything that a solution depends on."""
-    chosen = settings.model_dump(mode="json", exclude={"num_processes"})  # does not change the bytes
+    chosen = settings.model_dump(mode="json", exclude={"num_processes", "name"})  # they do not change the bytes
     return {"settings": chosen, "calibration": calibration.sha256}
 
 
@@ -70,7 +71,7 @@ def finished_solution(work: Work, request: Json) -> SolutionManifest:
         request,
         holder=f"{work.solution} holds a solution with other settings",
         nested="settings",
-        otherwise="another --work",
+        otherwise="another --name or --work",
     )
 
 

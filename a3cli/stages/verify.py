@@ -31,12 +31,12 @@ from a3cli.report.junit import Case
 from a3cli.report.manifest import MANIFEST
 from a3cli.settings import ExportSettings, VerifySettings
 from a3cli.stages.exported_config import auto_map
-from a3cli.stages.solution import Solution, read_solution
+from a3cli.stages.solution import Solution, find_solution, read_solution
 from a3cli.stream.reference import FullSizeReference, reference_logits
 from a3cli.work.files import Json, check_hash, hash_file, read_json, read_tensors
 from a3cli.work.folder import Work
 from a3cli.work.machine import Machine, choose_machine
-from a3cli.work.sealed import read_manifest, unaltered, versions
+from a3cli.work.sealed import unaltered, versions
 
 log = logging.getLogger(__name__)
 
@@ -251,19 +251,20 @@ class Reference:
 
 def open_reference(work: Work, manifest: Json) -> Reference | Json:
     """Return the export's source and solution, or the check's outcome if missing (skipped) or damaged (failed)."""
-    if not work.solution_manifest.is_file():
+    if not work.solutions():
         why = f"{work.folder} has no solution; --work names the folder that the export was made from"
         return check("reference", "skipped", why)
     named = manifest["solution"].get("sha256")
     if not named:
         return check("reference", "failed", f"{MANIFEST} does not name the solution that it was made from")
     try:
-        if read_manifest(work.solution_manifest, "run a3 solve --overwrite")["sha256"] != named:
+        of_export = find_solution(work, named)
+        if of_export is None:
             why = f"{work.folder} holds another solution than the one that the export was made from"
             return check("reference", "skipped", why)
         # A folder in use fails too: the solution exists and was not compared; rerun the command later.
         with work.locked():
-            calibration, solution = read_solution(work)
+            calibration, solution = read_solution(of_export)
             check_hash(work.tokens, calibration.tokens_hash, "run a3 calibrate --overwrite")
             return Reference(open_calibrated_source(work, calibration), solution)
     except A3Error as error:
