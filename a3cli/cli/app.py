@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from a3cli import __version__
-from a3cli.cli import display
+from a3cli.cli import display, next_command
 from a3cli.cli.console import print_json, set_up_output
 from a3cli.cli.exits import ErrorsToExitCodes, report_bug
 from a3cli.cli.options import (
@@ -82,6 +82,8 @@ def calibrate(
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     if is_main():
         print_json(manifest) if as_json else display.print_calibration(manifest)
+        if not (as_json or quiet):
+            next_command.after_calibration(work)
 
 
 @app.command()
@@ -105,6 +107,8 @@ def solve(
         print_json({**manifest.plain(), "warnings": solution_warnings(manifest)})
     else:
         display.print_solution(manifest)
+    if not (as_json or quiet):
+        next_command.after_solution(work, settings.name)
 
 
 @app.command()
@@ -149,6 +153,8 @@ def export(
     with stopping(max_minutes) as stop:
         manifest = run(out, settings, open_work(work), stop=stop)
     print_json(manifest) if as_json else display.print_export(manifest, str(out))
+    if not (as_json or quiet):
+        next_command.after_export(out, manifest, open_work(work))
 
 
 @app.command(name="eval")
@@ -167,6 +173,8 @@ def evaluate(settings: EvalSettings, junit: Junit = None, as_json: AsJson = Fals
         write_junit(junit, "a3 eval", cases(result))
     print_json(result) if as_json else display.print_evaluation(result)
     raise_for_failures(result["datasets"])
+    if not (as_json or quiet):
+        next_command.after_evaluation(settings.model)
 
 
 @app.command()
@@ -234,6 +242,8 @@ def run(
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
     print_json(results) if as_json else display.print_run(results, str(settings.out))
+    if results.finished_before and not (as_json or quiet):
+        display.print_finished(str(settings.out))
     if results.verification is not None:
         raise_for_failed_checks(results.verification)
     if results.evaluation is not None:
@@ -258,6 +268,8 @@ def merge(
 
     manifest = run([open_work(work) for work in works], open_work(into), overwrite=overwrite)
     print_json(manifest) if as_json else display.print_calibration(manifest)
+    if not (as_json or quiet):
+        next_command.after_calibration(into)
 
 
 @app.command()

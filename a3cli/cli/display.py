@@ -8,7 +8,7 @@ from rich.text import Text
 
 from a3cli.cli.console import log, print_line, print_sentence
 from a3cli.cli.tables import new_table, print_table
-from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, percent, spread
+from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, human, human_bytes, percent, spread
 from a3cli.report.long_range import solution_warnings
 from a3cli.report.names import describe_context, describe_texts
 from a3cli.settings import COMPONENTS, LOSSES
@@ -45,14 +45,23 @@ def print_solution(solution: "Solution") -> None:
         "prefill_flops_per_token": f"prefill FLOPs per token at {solution.prefill_flops_per_token.seq_len}",
     }
     _print_comparisons(compare(solution, labels))
-    removed, budget = percent(solution.budget_reached, 2), asked(solution.budget_asked)
-    print_sentence(f"removed {removed} of the decoder's linear weights" + (f" (asked: {budget})" if budget else ""))
     losses = ", ".join(f"{c} {getattr(solution.predicted_loss, c):.4g}" for c in COMPONENTS)
     unit = LOSSES[solution.request.settings.sensitivity]
     print_sentence(f"predicted loss, {unit}, summed over layers: {losses}")
     _print_context(solution)
+    print_sentence(_describe_removed(solution))
     for warning in solution_warnings(solution):
         log.warning("warning: %s", warning)
+
+
+def _describe_removed(solution: "Solution") -> str:
+    removed, budget = percent(solution.budget_reached, 2), asked(solution.budget_asked)
+    of_asked = f" (asked: {budget})" if budget else ""
+    weights, disk = solution.parameters, solution.bytes
+    return (
+        f"removed {removed} of the decoder's linear weights{of_asked}: {human(weights.before)} parameters become "
+        f"{human(weights.after)}, {human_bytes(disk.before)} become {human_bytes(disk.after)}"
+    )
 
 
 def _print_comparisons(rows: Iterable[Comparison]) -> None:
@@ -168,6 +177,10 @@ def print_run(results: "RunResults", out: str) -> None:
     if results.verification is not None:
         print_verification(results.verification)
     print_export(results.export, out)
+
+
+def print_finished(out: str) -> None:
+    print_line(f"nothing was left to do: this run had finished; the export is in {printable(out)}")
 
 
 def size(count: int) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 from a3cli.errors import A3Error
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
@@ -43,6 +44,7 @@ class RunResults:
     export: Manifest
     verification: Json | None = None
     evaluation: Json | None = None
+    finished_before: bool = False  # nothing was left to do
 
     def plain(self) -> Json:
         """Return the results as JSON has them, by the stage's name."""
@@ -72,6 +74,7 @@ def run_recipe(
     """
     check_settings(recipe.solve)
     work = Work(recipe.work, recipe.solve.name)
+    before = when_written(recipe, work)
     log.info("calibrate")
     begin_anew = overwrite
     if recipe.calibrate.num_processes > 1 and (overwrite or not work.calibration_manifest.exists()):
@@ -93,7 +96,14 @@ def run_recipe(
     if recipe.evaluation is not None:
         log.info("eval")
         results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite)
+    results.finished_before = before == when_written(recipe, work)
     return results
+
+
+def when_written(recipe: Recipe, work: Work) -> dict[Path, int]:
+    """Return when each stage's last file was written, in nanoseconds; a stage that does anything writes it."""
+    own = (work.calibration_manifest, work.solution_manifest, work.verification, work.evaluation)
+    return {file: file.stat().st_mtime_ns for file in (*own, recipe.out / MANIFEST) if file.is_file()}
 
 
 def calibrate_in_processes(
