@@ -150,8 +150,8 @@ def export(
     from a3cli.stages.export import export as run
     from a3cli.work.interrupt import stopping
 
-    with stopping(max_minutes) as stop:
-        manifest = run(out, settings, open_work(work), stop=stop)
+    with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
+        manifest = run(out, settings, open_work(work), progress=progress, stop=stop)
     print_json(manifest) if as_json else display.print_export(manifest, str(out))
     if not (as_json or quiet):
         next_command.after_export(out, manifest, open_work(work))
@@ -168,7 +168,8 @@ def evaluate(settings: EvalSettings, junit: Junit = None, as_json: AsJson = Fals
     from a3cli.stages.evaluate import evaluate as run
 
     check_output("--junit", junit)
-    result = run(settings)
+    with sweep_progress(quiet=quiet) as progress:
+        result = run(settings, progress=progress)
     if junit:
         write_junit(junit, "a3 eval", cases(result))
     print_json(result) if as_json else display.print_evaluation(result)
@@ -194,7 +195,8 @@ def verify(
     from a3cli.stages.verify import verify as run
 
     check_output("--junit", junit)
-    result = run(out, settings, open_work(work))
+    with sweep_progress(quiet=quiet) as progress:
+        result = run(out, settings, open_work(work), progress=progress)
     if junit:
         write_junit(junit, "a3 verify", cases(result))
     print_json(result) if as_json else display.print_verification(result)

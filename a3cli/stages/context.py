@@ -10,13 +10,13 @@ from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.models import costs
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.settings import SolveSettings
-from a3cli.stream.sweep import Progress
 from a3cli.work.files import check_hashes
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import Machine, choose_machine, load_linear_algebra
 from a3cli.work.manifests import CalibrationManifest
 from a3cli.work.processes import spread
+from a3cli.work.progress import Progress, reporting
 
 T = TypeVar("T")
 
@@ -50,20 +50,28 @@ class Run:
     def inputs(self, layer: int) -> LayerInputs:
         return LayerInputs(self.model, self.work, layer)
 
-    def for_each_layer(self, compute: Callable[[int], T]) -> list[T]:
+    def for_each_layer(self, step: str, compute: Callable[[int], T]) -> list[T]:
         """Return the result of `compute` for every layer; small layers are computed in parallel."""
-        if not costs.side_by_side(self.model.shape):
-            return [compute(layer) for layer in range(self.layers)]
-        load_linear_algebra(self.machine.device)
-        return list(spread(compute, range(self.layers), self.settings.num_processes or os.cpu_count() or 1))
+        with reporting(self.progress, step, self.layers, "layers") as finished:
+
+            def reported(layer: int) -> T:
+                result = compute(layer)
+                finished()
+                return result
+
+            if not costs.side_by_side(self.model.shape):
+                return [reported(layer) for layer in range(self.layers)]
+            load_linear_algebra(self.machine.device)
+            return list(spread(reported, range(self.layers), self.settings.num_processes or os.cpu_count() or 1))
 
 
 def open_run(
     settings: SolveSettings, work: Work, calibration: CalibrationManifest, progress: Progress, stop: Stop
 ) -> Run:
     """Open the calibration's source. Raises A3Error if it or the statistics have changed."""
-    model = open_calibrated_source(work, calibration)
-    check_statistics(work, calibration)
+    with reporting(progress, "checking the source"):
+        model = open_calibrated_source(work, calibration)
+    check_statistics(work, calibration, progress)
     machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
     return Run(settings, model, work, calibration, machine, progress, stop)
 
@@ -74,10 +82,12 @@ def read_calibration(work: Work) -> CalibrationManifest:
     return CalibrationManifest.read(work.calibration_manifest, "run a3 calibrate --overwrite")
 
 
-def check_statistics(work: Work, calibration: CalibrationManifest) -> None:
+def check_statistics(work: Work, calibration: CalibrationManifest, progress: Progress) -> None:
     """Check the hashes of the calibration's files. Raises A3Error."""
     files = {work.statistics(layer): expected for layer, expected in enumerate(calibration.layers)}
-    check_hashes({work.tokens: calibration.tokens_hash, **files}, "run a3 calibrate --overwrite")
+    files[work.tokens] = calibration.tokens_hash
+    with reporting(progress, "checking the statistics", len(files), "files") as finished:
+        check_hashes(files, "run a3 calibrate --overwrite", finished)
 
 
 def check_settings_of_model(settings: SolveSettings, model: Model) -> None:

@@ -22,7 +22,6 @@ from a3cli.stages.export import export
 from a3cli.stages.recipe import Recipe
 from a3cli.stages.solve import solve
 from a3cli.stages.verify import verify
-from a3cli.stream.sweep import Progress
 from a3cli.text.identity import as_compared, describe_text, files_now
 from a3cli.text.sources import check_texts
 from a3cli.work.files import Json, check_hashes, hash_json
@@ -30,6 +29,7 @@ from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest
 from a3cli.work.processes import launch, without_output
+from a3cli.work.progress import Progress
 from a3cli.work.sealed import read_if_request_matches, read_manifest, versions, write_manifest
 
 log = logging.getLogger(__name__)
@@ -86,16 +86,19 @@ def run_recipe(
     with progress() as report:
         solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
     log.info("export")
-    manifest = exported(recipe, work, solution, overwrite=overwrite, stop=stop)
+    with progress() as report:
+        manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=stop)
     results = RunResults(calibration, solution, manifest)
     if recipe.verify:
         log.info("verify")
-        results.verification = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite)
+        with progress() as report:
+            results.verification = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite, progress=report)
         if not results.verification["passed"]:
             return results
     if recipe.evaluation is not None:
         log.info("eval")
-        results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite)
+        with progress() as report:
+            results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite, progress=report)
     results.finished_before = before == when_written(recipe, work)
     return results
 
@@ -118,7 +121,9 @@ def calibrate_in_processes(
         launch(settings.num_processes, command_words("calibrate", settings.model, options))
 
 
-def exported(recipe: Recipe, work: Work, solution: SolutionManifest, *, overwrite: bool, stop: Stop) -> Manifest:
+def exported(
+    recipe: Recipe, work: Work, solution: SolutionManifest, *, overwrite: bool, progress: Progress, stop: Stop
+) -> Manifest:
     """Export unless `out` is complete and has this solution and settings; return the manifest.
 
     A damaged export is replaced, with a warning that names the file.
@@ -134,7 +139,7 @@ def exported(recipe: Recipe, work: Work, solution: SolutionManifest, *, overwrit
             log.warning("exporting %s again: %s", recipe.out, damage)
             replace = True
     settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace, "name": recipe.solve.name})
-    return export(recipe.out, settings, work, stop=stop)
+    return export(recipe.out, settings, work, progress=progress, stop=stop)
 
 
 def is_asked_for(manifest: Manifest, settings: ExportSettings, solution: SolutionManifest) -> bool:
@@ -143,7 +148,9 @@ def is_asked_for(manifest: Manifest, settings: ExportSettings, solution: Solutio
     return bool(same_settings and manifest.solution.sha256 == solution.sha256)
 
 
-def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Manifest, *, overwrite: bool) -> Json:
+def verified(
+    settings: VerifySettings, recipe: Recipe, work: Work, manifest: Manifest, *, overwrite: bool, progress: Progress
+) -> Json:
     """Return the outcomes of the checks, cached in the work folder for this export and these versions if all passed.
 
     The code of a per-layer export may run: `verify` runs it only if it is the file that a3 ships.
@@ -156,21 +163,21 @@ def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Man
     }
     if not overwrite and (found := read_if_request_matches(work.verification, request)):
         return dict(found["result"])
-    result = verify(recipe.out, settings, work)
+    result = verify(recipe.out, settings, work, progress=progress)
     if result["passed"]:
         with work.locked():
             write_manifest(work.verification, {"request": request, "result": result})
     return result
 
 
-def evaluated(settings: EvalSettings, work: Work, manifest: Manifest, *, overwrite: bool) -> Json:
+def evaluated(settings: EvalSettings, work: Work, manifest: Manifest, *, overwrite: bool, progress: Progress) -> Json:
     """Return the measured figures, cached in the work folder with their request."""
     check_texts(settings.texts)
     if work.evaluation.is_file() and not overwrite:
         found = read_manifest(work.evaluation, "use --overwrite")
         if found["request"] == describe_request(settings, manifest, files_read_again(settings, found["result"])):
             return dict(found["result"])
-    result = evaluate(settings)
+    result = evaluate(settings, progress=progress)
     read = [each["text_files"] for each in result["datasets"]]
     with work.locked():
         write_manifest(work.evaluation, {"request": describe_request(settings, manifest, read), "result": result})

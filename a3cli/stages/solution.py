@@ -10,6 +10,7 @@ from a3cli.solvers.moments import Tensors
 from a3cli.work.files import check_hashes, read_tensors
 from a3cli.work.folder import Work
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest
+from a3cli.work.progress import Progress, reporting
 from a3cli.work.sealed import read_manifest
 
 
@@ -34,7 +35,7 @@ class Solution:
         return chosen
 
 
-def read_solution(work: Work, *, held: int = 1) -> tuple[CalibrationManifest, Solution]:
+def read_solution(work: Work, progress: Progress, *, held: int = 1) -> tuple[CalibrationManifest, Solution]:
     """Return calibration manifest and solution, checked against each other and against their files."""
     if not work.solution_manifest.is_file():
         raise A3Error(describe_missing(work))
@@ -46,7 +47,8 @@ def read_solution(work: Work, *, held: int = 1) -> tuple[CalibrationManifest, So
             f"{work.solve_again}"
         )
     files = {work.layer_solution(layer): expected for layer, expected in enumerate(manifest.layers)}
-    check_hashes(files, work.solve_again)
+    with reporting(progress, "checking the solution", len(files), "files") as finished:
+        check_hashes(files, work.solve_again, finished)
     return calibration, Solution(manifest, work, held=held)
 
 

@@ -19,13 +19,13 @@ from a3cli.stages.result import (
     score_errors,
 )
 from a3cli.stages.sizes import choose_sizes
-from a3cli.stream.sweep import Progress
 from a3cli.work.draft import Draft, drafting
 from a3cli.work.files import Json, write_tensors
 from a3cli.work.folder import Work, layer_file
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import explaining_memory, return_freed_memory
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest, finished_manifest
+from a3cli.work.progress import Progress, reporting
 from a3cli.work.sealed import versions
 
 
@@ -86,9 +86,10 @@ def analyse(run: Run) -> Analysed:
         inputs.check()
         return method.analyse(inputs)
 
-    layers = run.for_each_layer(analyse_layer)
-    tables = method.tables(layers)
-    predictions = run.for_each_layer(lambda layer: method.predict(layers, tables, layer))
+    layers = run.for_each_layer("analysing", analyse_layer)
+    with reporting(run.progress, "preparing RoPE slots"):
+        tables = method.tables(layers)
+    predictions = run.for_each_layer("predicting losses", lambda layer: method.predict(layers, tables, layer))
     analysis = Analysis(layers, tables, predictions)
     curves = [prediction.losses for prediction in predictions]
     if run.settings.sensitivity == "probe":
@@ -98,12 +99,15 @@ def analyse(run: Run) -> Analysed:
 
 def write_solution(run: Run, analysed: Analysed) -> SolutionManifest:
     """Choose sizes from a finished analysis and write each layer's projections; return the manifest."""
-    sizes = choose_sizes(run.settings, run.model.shape, analysed.curves)
-    slots = analysed.method.choose_slots(analysed.analysis, sizes)
+    with reporting(run.progress, "choosing sizes"):
+        sizes = choose_sizes(run.settings, run.model.shape, analysed.curves)
+        slots = analysed.method.choose_slots(analysed.analysis, sizes)
     request = describe_request(run.settings, run.calibration)
     with drafting(run.work.solution, {**request, **describe_choice(run, sizes, slots)}) as draft, explaining_memory():
         draft.check_space(bytes_needed(run, sizes), "the solution")
-        written = run.for_each_layer(lambda layer: write_layer(run, analysed, draft, layer, slots[layer], sizes[layer]))
+        written = run.for_each_layer(
+            "projecting", lambda layer: write_layer(run, analysed, draft, layer, slots[layer], sizes[layer])
+        )
         hashes = correct(run, draft, sizes, slots) if run.settings.sequential else [each["hash"] for each in written]
         manifest = {
             "request": request,

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -176,11 +176,12 @@ def check_hash(path: Path, expected: str, remedy: str) -> None:
         raise A3Error(f"{path} is not the file that its manifest recorded (its hash differs); {remedy}")
 
 
-def check_hashes(expected: dict[Path, str], remedy: str) -> None:
-    """Call `check_hash` for many files, on all cores: hashing releases the GIL."""
+def check_hashes(expected: dict[Path, str], remedy: str, finished: Callable[[], object] = lambda: None) -> None:
+    """Call `check_hash` for many files, on all cores: hashing releases the GIL. `finished` is called after each."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for checked in [threads.submit(check_hash, path, value, remedy) for path, value in expected.items()]:
             checked.result()
+            finished()
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
