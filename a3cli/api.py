@@ -40,11 +40,11 @@ from a3cli.stages.plan import plan as run_plan
 from a3cli.stages.run import calibrated
 from a3cli.stages.solve import solve as run_solve
 from a3cli.stages.verify import verify as run_verify
-from a3cli.stream.sweep import Progress
 from a3cli.work.files import Json
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest
+from a3cli.work.progress import Progress, silent
 
 __all__ = ["calibrate", "compress", "evaluate", "export", "plan", "solve", "verify"]
 
@@ -69,7 +69,8 @@ def calibrate(
         overwrite: Replace a calibration with other settings.
         max_minutes: Stop after the layer in which this time, in minutes, has passed.
         progress: Called after each batch as `progress(layer=…, layers=…, tokens=…, total_tokens=…)`: the layer's index
-            from 0, the number of layers, and tokens through this layer of all calibration tokens.
+            from 0, the number of layers, and tokens through this layer of all calibration tokens. Other steps call
+            `progress(step=…, done=…, total=…, unit=…)`: the step's name, and how many of how many units are done.
         **settings: Fields of `CalibrateSettings`, and those of its text, such as `dataset`, `samples` (blocks) and
             `seq_len` (tokens per block).
 
@@ -86,7 +87,7 @@ def calibrate(
             asked,
             Work(Path(work)),
             overwrite=overwrite,
-            progress=progress or ignore,
+            progress=progress or silent,
             stop=Stop(max_minutes),
             quiet=True,
         )
@@ -108,7 +109,7 @@ def solve(
         budget: Fraction, in [0, 1), of the decoder's linear weights to remove; or give other budgets in `settings`.
         overwrite: Replace a solution with other settings.
         max_minutes: Stop after the layer in which this time, in minutes, has passed.
-        progress: As for `calibrate`; called only by settings that need another sweep, like `sequential`.
+        progress: As for `calibrate`.
         **settings: Fields of `SolveSettings`.
 
     Returns:
@@ -121,12 +122,17 @@ def solve(
     asked = settings_from(SolveSettings, "solve", {**settings, "budget": budget})
     with quiet_libraries():
         return run_solve(
-            asked, Work(Path(work)), overwrite=overwrite, progress=progress or ignore, stop=Stop(max_minutes)
+            asked, Work(Path(work)), overwrite=overwrite, progress=progress or silent, stop=Stop(max_minutes)
         )
 
 
 def export(
-    out: PathOrName, work: PathOrName = DEFAULT_WORK, *, max_minutes: float | None = None, **settings: Any
+    out: PathOrName,
+    work: PathOrName = DEFAULT_WORK,
+    *,
+    max_minutes: float | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> Manifest:
     """Write the smaller model as a standard checkpoint.
 
@@ -134,6 +140,7 @@ def export(
         out: Folder to write: empty or not there yet, or with `overwrite=True` an earlier export.
         work: Work folder with the solution.
         max_minutes: Stop after the weight file in which this time, in minutes, has passed.
+        progress: As for `calibrate`.
         **settings: Fields of `ExportSettings`; `max_shard_size` in bytes, or as text like `"5GB"`.
 
     Returns:
@@ -146,7 +153,7 @@ def export(
     """
     asked = settings_from(ExportSettings, "export", settings)
     with quiet_libraries():
-        return run_export(Path(out), asked, Work(Path(work)), stop=Stop(max_minutes))
+        return run_export(Path(out), asked, Work(Path(work)), stop=Stop(max_minutes), progress=progress or silent)
 
 
 def evaluate(
@@ -154,6 +161,7 @@ def evaluate(
     *,
     against: PathOrName | None = None,
     dataset: str | Sequence[str] = DEFAULT_DATASET,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Json:
     """Measure a model's perplexity and, with `against`, its distance from the source.
@@ -162,6 +170,7 @@ def evaluate(
         model: Local folder or Hub id.
         against: Source to compare with.
         dataset: One data set or several, as for `calibrate`.
+        progress: As for `calibrate`.
         **settings: Fields of `EvalSettings`, and those of its texts. A gate of `fail_if` that fails raises nothing: see
             `gates` in the result. For texts that differ in more than the data set give `texts`, a list of dictionaries;
             for `tasks` without a text give `texts=()`.
@@ -178,15 +187,18 @@ def evaluate(
     if "texts" not in settings:
         values["dataset"] = dataset
     with quiet_libraries():
-        return run_evaluate(settings_from(EvalSettings, "evaluate", values))
+        return run_evaluate(settings_from(EvalSettings, "evaluate", values), progress=progress or silent)
 
 
-def verify(out: PathOrName, work: PathOrName = DEFAULT_WORK, **settings: Any) -> Json:
+def verify(
+    out: PathOrName, work: PathOrName = DEFAULT_WORK, *, progress: Progress | None = None, **settings: Any
+) -> Json:
     """Check an export as users load it: complete, unaltered, finite, and equal to the solution.
 
     Args:
         out: Folder that `export` or `compress` wrote.
         work: Work folder that it was made from; without it, comparison with the solution is skipped.
+        progress: As for `calibrate`.
         **settings: Fields of `VerifySettings`.
 
     Returns:
@@ -198,7 +210,7 @@ def verify(out: PathOrName, work: PathOrName = DEFAULT_WORK, **settings: Any) ->
     """
     asked = settings_from(VerifySettings, "verify", settings)
     with quiet_libraries():
-        return run_verify(Path(out), asked, Work(Path(work)))
+        return run_verify(Path(out), asked, Work(Path(work)), progress=progress or silent)
 
 
 def plan(model: PathOrName, **settings: Any) -> Json:
@@ -260,16 +272,16 @@ def compress(
     refuse_unknown("compress", given, keywords_of(CalibrateSettings) | keywords_of(SolveSettings))
     calibration = settings_from(CalibrateSettings, "compress", known_to(CalibrateSettings, given))
     solution = settings_from(SolveSettings, "compress", known_to(SolveSettings, given))
-    written = settings_from(ExportSettings, "export", {"overwrite": overwrite, **(export or {})})
+    written = settings_from(ExportSettings, "export", {"overwrite": overwrite, "name": solution.name, **(export or {})})
     check_settings(solution)
     target = Path(out)
     folder = Work(Path(work) if work is not None else target.resolve().with_name(f".{target.resolve().name}.a3-work"))
     check_free(target, folder, overwrite=written.overwrite)
-    report, stop = progress or ignore, Stop(max_minutes)
+    report, stop = progress or silent, Stop(max_minutes)
     with quiet_libraries():
         calibrated(calibration, folder, overwrite=overwrite, progress=report, stop=stop, quiet=True)
         run_solve(solution, folder, overwrite=overwrite, progress=report, stop=stop)
-        manifest = run_export(target, written, folder, stop=stop)
+        manifest = run_export(target, written, folder, stop=stop, progress=report)
     if work is None:
         shutil.rmtree(folder.folder)
     return manifest
@@ -293,10 +305,6 @@ def check_free(out: Path, work: Work, *, overwrite: bool) -> None:
 
 def name_of(model: PathOrName) -> str:
     return model if isinstance(model, str) else str(Path(model))
-
-
-def ignore(*, layer: int, layers: int, tokens: int, total_tokens: int) -> None:
-    """Report no progress."""
 
 
 @contextmanager

@@ -95,7 +95,11 @@ def test_the_stages_give_the_same_bytes_as_the_commands(a3, checkpoint, text_fil
     source, one, other = checkpoint("llama-gqa"), tmp_path / "python", tmp_path / "commands"
     seen = []
     calibration = a3cli.calibrate(
-        source, one, dataset=str(text_file), **TEXT, progress=lambda **at: seen.append((at["layer"], at["layers"]))
+        source,
+        one,
+        dataset=str(text_file),
+        **TEXT,
+        progress=lambda **at: "layer" in at and seen.append((at["layer"], at["layers"])),
     )
     solution = a3cli.solve(one, budget=0.25, **SIZES)
     manifest = a3cli.export(tmp_path / "out-python", one)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from a3cli import __version__
-from a3cli.cli import display
+from a3cli.cli import display, next_command
 from a3cli.cli.console import print_json, set_up_output, show
 from a3cli.cli.exits import ErrorsToExitCodes, report_bug
 from a3cli.cli.looking import looking
@@ -81,6 +81,8 @@ def calibrate(
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     if is_main():
         print_json(manifest) if as_json else display.print_calibration(manifest)
+        if not (as_json or quiet):
+            next_command.after_calibration(work)
 
 
 @app.command()
@@ -103,6 +105,8 @@ def solve(
         manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
     warnings = warnings_of(manifest, open_work(work))
     print_json({**manifest.plain(), "warnings": warnings}) if as_json else display.print_solution(manifest, warnings)
+    if not (as_json or quiet):
+        next_command.after_solution(work, settings.name)
 
 
 @app.command()
@@ -146,9 +150,11 @@ def export(
     from a3cli.stages.export import export as run
     from a3cli.work.interrupt import stopping
 
-    with stopping(max_minutes) as stop:
-        manifest = run(out, settings, open_work(work), stop=stop)
+    with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
+        manifest = run(out, settings, open_work(work), progress=progress, stop=stop)
     print_json(manifest) if as_json else display.print_export(manifest, str(out))
+    if not (as_json or quiet):
+        next_command.after_export(out, manifest, open_work(work))
 
 
 @app.command(name="eval")
@@ -169,11 +175,14 @@ def evaluate(
 
     check_output("--junit", junit)
     check_output("--output", output)
-    result = run(settings)
+    with sweep_progress(quiet=quiet) as progress:
+        result = run(settings, progress=progress)
     if junit:
         write_junit(junit, "a3 eval", cases(result))
     show(result, display.print_evaluation, as_json=as_json, output=output)
     raise_for_failures(result["datasets"])
+    if not (as_json or quiet):
+        next_command.after_evaluation(settings.model)
 
 
 @app.command()
@@ -195,7 +204,8 @@ def verify(
 
     check_output("--junit", junit)
     check_output("--output", output)
-    result = run(out, settings, open_work(work))
+    with sweep_progress(quiet=quiet) as progress:
+        result = run(out, settings, open_work(work), progress=progress)
     if junit:
         write_junit(junit, "a3 verify", cases(result))
     show(result, display.print_verification, as_json=as_json, output=output)
@@ -256,6 +266,8 @@ def run(
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
     warnings = warnings_of(results.solution, open_work(settings.work))
     print_json(results) if as_json else display.print_run(results, str(settings.out), warnings)
+    if results.finished_before and not (as_json or quiet):
+        display.print_finished(str(settings.out))
     if results.verification is not None:
         raise_for_failed_checks(results.verification)
     if results.evaluation is not None:
@@ -280,6 +292,8 @@ def merge(
 
     manifest = run([open_work(work) for work in works], open_work(into), overwrite=overwrite)
     print_json(manifest) if as_json else display.print_calibration(manifest)
+    if not (as_json or quiet):
+        next_command.after_calibration(into)
 
 
 app.add_typer(looking)

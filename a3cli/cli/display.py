@@ -8,7 +8,7 @@ from rich.text import Text
 
 from a3cli.cli.console import log, print_line, print_sentence
 from a3cli.cli.tables import new_table, print_table
-from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, percent
+from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, human, human_bytes, percent, spread
 from a3cli.report.names import describe_context, describe_texts
 from a3cli.runtimes import NO
 from a3cli.settings import COMPONENTS, LOSSES
@@ -16,7 +16,7 @@ from a3cli.settings.gates import describe
 from a3cli.work.escape import printable
 
 if TYPE_CHECKING:
-    from a3cli.report.inspection import Inspection
+    from a3cli.report.inspection import Inspection, SolutionSummary
     from a3cli.report.layers import ComponentState, LayerState
     from a3cli.report.manifest import Manifest
     from a3cli.report.page import Report
@@ -46,18 +46,27 @@ def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
         "prefill_flops_per_token": f"prefill FLOPs per token at {solution.prefill_flops_per_token.seq_len}",
     }
     _print_comparisons(compare(solution, labels))
-    removed, budget = percent(solution.budget_reached, 2), asked(solution.budget_asked)
-    print_sentence(f"removed {removed} of the decoder's linear weights" + (f" (asked: {budget})" if budget else ""))
     losses = ", ".join(f"{c} {getattr(solution.predicted_loss, c):.4g}" for c in COMPONENTS)
     unit = LOSSES[solution.request.settings.sensitivity]
     print_sentence(f"predicted loss, {unit}, summed over layers: {losses}")
     _print_context(solution)
+    print_sentence(_describe_removed(solution))
     _warn(warnings)
 
 
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         log.warning("%s", warning)
+
+
+def _describe_removed(solution: "Solution") -> str:
+    removed, budget = percent(solution.budget_reached, 2), asked(solution.budget_asked)
+    of_asked = f" (asked: {budget})" if budget else ""
+    weights, disk = solution.parameters, solution.bytes
+    return (
+        f"removed {removed} of the decoder's linear weights{of_asked}: {human(weights.before)} parameters become "
+        f"{human(weights.after)}, {human_bytes(disk.before)} become {human_bytes(disk.after)}"
+    )
 
 
 def _print_comparisons(rows: Iterable[Comparison]) -> None:
@@ -192,6 +201,10 @@ def print_preview(preview: "Preview") -> None:
         print_line("verify: false")
 
 
+def print_finished(out: str) -> None:
+    print_line(f"nothing was left to do: this run had finished; the export is in {printable(out)}")
+
+
 def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
@@ -283,7 +296,11 @@ def print_inspection(found: "Inspection") -> None:
     print_sentence(f"text: {printable(describe_texts(calibration, quoted=str))}")
     if solution:
         removed = f"{percent(solution.budget_reached, 2)} of the decoder's linear weights removed"
-        print_sentence(f"solved with --method {solution.request.settings.method} --shape {solution.shape}: {removed}")
+        named = f" as {found.name}" if found.name else ""
+        settings = f"--method {solution.request.settings.method} --shape {solution.shape}"
+        print_sentence(f"solved{named} with {settings}: {removed}")
+    if any(each.name for each in found.solutions):
+        print_table(_solutions_table(found.solutions))
     if found.layers:
         print_table(_layers_table(found.layers))
     if found.text:
@@ -297,6 +314,16 @@ def print_inspection(found: "Inspection") -> None:
 def print_report(report: "Report") -> None:
     _warn(report.warnings)
     print_line(printable(str(report.html)))
+
+
+def _solutions_table(solutions: "Sequence[SolutionSummary]") -> Table:
+    table = new_table("solution", figures=("asked", "removed", *TITLES.values(), "predicted loss"))
+    for each in solutions:
+        sizes = (spread([getattr(size, component) for size in each.sizes]) for component in COMPONENTS)
+        loss = sum(getattr(each.predicted_loss, component) for component in COMPONENTS)
+        name = (each.name or "without a name") + ("" if each.current else " (of another calibration)")
+        table.add_row(name, asked(each.budget_asked), percent(each.budget_reached, 2), *sizes, f"{loss:.4g}")
+    return table
 
 
 def _layers_table(layers: "Sequence[LayerState]") -> Table:

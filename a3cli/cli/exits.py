@@ -1,6 +1,7 @@
 """Turn errors into one line and an exit code; a bug keeps its traceback and has an exit code of its own."""
 
 import errno
+import os
 import platform
 import sys
 import traceback
@@ -13,7 +14,7 @@ from a3cli import __version__
 from a3cli.cli.console import print_error
 from a3cli.cli.options import UsageError
 from a3cli.errors import INTERNAL_ERROR, A3Error
-from a3cli.work.processes import hand_over
+from a3cli.work.processes import StillRunning, hand_over
 
 # Disk full, quota, file too large, no permission, read-only file system.
 FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -47,6 +48,8 @@ class ErrorsToExitCodes(TyperGroup):
             fail(str(error), error.exit_code)
         except UsageError as error:
             fail_usage(error)
+        except StillRunning:
+            fail_at_once("interrupted; rerun the same command to resume", 3)
         except KeyboardInterrupt:
             fail("interrupted; no half-written file was left; rerun the same command to resume", 3)
         except BrokenPipeError:  # the parser ends the process silently
@@ -83,6 +86,15 @@ def fail(message: str, code: int) -> NoReturn:
     if not hand_over(message):
         print_error(message)
     sys.exit(code)
+
+
+def fail_at_once(message: str, code: int) -> NoReturn:
+    """End the process without waiting for its threads."""
+    if not hand_over(message):
+        print_error(message)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def report_bug() -> NoReturn:

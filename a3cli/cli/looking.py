@@ -11,6 +11,7 @@ from a3cli.cli.options import (
     DEFAULT_WORK,
     AsJson,
     Evaluations,
+    Name,
     OnceTyper,
     Output,
     Quiet,
@@ -28,22 +29,24 @@ looking = OnceTyper()
 @looking.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
+    name: Name = None,
     output: Output = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show each layer's sizes, losses and statistics, the calibration text, and warnings."""
+    """Show each layer's sizes, losses and statistics, all solutions, the calibration text, and warnings."""
     set_up_output(quiet=quiet)
     from a3cli.report.inspection import describe
 
     check_output("--output", output)
-    show(describe(folder), display.print_inspection, as_json=as_json, output=output)
+    show(describe(folder, name), display.print_inspection, as_json=as_json, output=output)
 
 
 @looking.command()
 def report(
     folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
     html: Annotated[Path | None, option(panel=OUTPUT, help="Write the page to this file.")] = None,
+    name: Name = None,
     evaluation: Evaluations = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -56,7 +59,7 @@ def report(
     if html is None:
         raise A3Error("no file to write: give --html FILE")
     check_output("--html", html)
-    result = write_report(describe(folder), read_evaluations(evaluation or []), html)
+    result = write_report(describe(folder, name), read_evaluations(evaluation or []), html)
     print_json(result) if as_json else display.print_report(result)
 
 

@@ -63,6 +63,7 @@ WorkOption = Annotated[
 Overwrite = Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace the result of other settings.")]
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print the full result as JSON on stdout.")]
 Quiet = Annotated[bool, option("--quiet", panel=OUTPUT, help="Print results, warnings and errors only.")]
+Name = Annotated[str | None, option("--name", panel=OUTPUT, help="Name of the solution to show.")]
 Junit = Annotated[Path | None, option("--junit", panel=OUTPUT, help="Write the outcome to this JUnit file.")]
 Output = Annotated[Path | None, option("--output", panel=OUTPUT, help="Write the full result as JSON to this file.")]
 MaxMinutes = Annotated[

@@ -22,10 +22,12 @@ from a3cli.text.tokens import TokenStatistics, describe_blocks, describe_tokens
 from a3cli.work.files import Json, check_hash, hash_json, read_json, read_tensors
 from a3cli.work.folder import Work
 from a3cli.work.manifests import (
+    ByComponent,
     Calibration,
     CalibrationManifest,
     Fingerprint,
     Part,
+    Sizes,
     Solution,
     SolutionManifest,
     SourceRecord,
@@ -50,6 +52,19 @@ class InspectedSource(Part):
     fingerprint: Fingerprint | None = None
 
 
+class SolutionSummary(Part):
+    """One of a work folder's solutions in the list of all."""
+
+    name: str | None
+    current: bool  # solved from the calibration that the folder has now
+    budget_asked: float | None
+    budget_reached: float
+    full_size: Sizes
+    sizes: list[Sizes]
+    predicted_loss: ByComponent
+    sha256: str
+
+
 class Inspection(Part):
     """What is known of a folder; None for what it does not have."""
 
@@ -59,7 +74,9 @@ class Inspection(Part):
     source: InspectedSource
     calibration: SerializeAsAny[Calibration]
     text: TokenStatistics | None
+    name: str | None  # of the solution
     solution: SerializeAsAny[Solution] | None
+    solutions: list[SolutionSummary]
     layers: list[LayerState]
     export: ExportSummary | None
     measured: list[Measured]
@@ -72,14 +89,30 @@ class Inspection(Part):
         return super().plain(**which) | {"layers": layers, "measured": as_recorded(self.measured)}
 
 
-def describe(path: Path) -> Inspection:
-    """Return the folder's stage, source, settings, hashes, layers and warnings. Raises A3Error for other folders."""
+def describe(path: Path, name: str | None = None) -> Inspection:
+    """Return the folder's stage, source, settings, hashes, layers and warnings, and its solution of this name.
+
+    Raises A3Error for other folders, and if there is no such solution.
+    """
     if (path / MANIFEST).is_file():
+        if name is not None:
+            raise A3Error(f"{path} is an export, which has one solution: leave out --name")
         return describe_export(path)
-    work = Work(path)
+    work = choose_solution(Work(path), name)
     if work.calibration_manifest.is_file() or work.calibration_progress.is_file():
         return describe_work(work)
     raise A3Error(f"{path} is neither a work folder with a calibration nor an a3 export; give one of these")
+
+
+def choose_solution(work: Work, name: str | None) -> Work:
+    """Return the work folder with its solution of this name. Raises A3Error if there is none."""
+    if name is None:
+        return work
+    found = {each.name: each for each in work.solutions() if each.name}
+    if name not in found:
+        others = f"it has {', '.join(found)}" if found else "it has none with a name"
+        raise A3Error(f"{work.folder} has no solution named {name}; {others} (a3 solve --name makes one)")
+    return found[name]
 
 
 def describe_export(folder: Path) -> Inspection:
@@ -95,7 +128,9 @@ def describe_export(folder: Path) -> Inspection:
         source=InspectedSource(**dict(manifest.source)),
         calibration=manifest.calibration,
         text=None,
+        name=None,
         solution=manifest.solution,
+        solutions=[],
         layers=layers,
         export=manifest.summary(),
         measured=manifest.measured,
@@ -131,14 +166,15 @@ def count_in(config: Json, key: str, path: Path) -> int:
 def describe_work(work: Work) -> Inspection:
     calibration, blocks = read_calibration(work)
     recorded, source = read_sources(work, calibration)
-    stored = solution_in(work)
+    every = {each.name: read_solution(each) for each in work.solutions()}
+    stored = every.get(work.name)
     solution = stored if stored and stored.request.calibration == calibration.sha256 else None
     text = describe_calibration_text(blocks, source)
     dimensions, health = describe_statistics(work, calibration.layers, source)
     layers = describe_layers(dimensions, blocks.numel(), solution, health) if dimensions else []
     warnings = find_concerns(layers, text, solution)
     if stored and not solution:
-        warnings.append(f"{work.solution_manifest} was solved from another calibration: run a3 solve --overwrite")
+        warnings.append(f"{work.solution_manifest} was solved from another calibration: {work.solve_again}")
     if source is None:
         warnings.append("the source was not found: bytes and token texts are missing")
     under_way = isinstance(calibration, CalibrationProgress)
@@ -149,7 +185,9 @@ def describe_work(work: Work) -> Inspection:
         source=recorded,
         calibration=calibration,
         text=text,
+        name=work.name,
         solution=solution,
+        solutions=[summarise(name, each, calibration) for name, each in every.items()],
         layers=layers,
         export=None,
         measured=measured_in(work, solution),
@@ -172,10 +210,21 @@ def read_calibration(work: Work) -> tuple[CalibrationManifest, torch.Tensor]:
     return CalibrationProgress.parse({**content, "sha256": sealed}, record.file, REMEDY), blocks
 
 
-def solution_in(work: Work) -> SolutionManifest | None:
-    if not work.solution_manifest.is_file():
-        return None
-    return SolutionManifest.read(work.solution_manifest, "run a3 solve --overwrite")
+def read_solution(work: Work) -> SolutionManifest:
+    return SolutionManifest.read(work.solution_manifest, work.solve_again)
+
+
+def summarise(name: str | None, solution: SolutionManifest, calibration: Calibration) -> SolutionSummary:
+    return SolutionSummary(
+        name=name,
+        current=solution.request.calibration == calibration.sha256,
+        budget_asked=solution.budget_asked,
+        budget_reached=solution.budget_reached,
+        full_size=solution.full_size,
+        sizes=solution.sizes,
+        predicted_loss=solution.predicted_loss,
+        sha256=solution.sha256,
+    )
 
 
 def read_sources(work: Work, calibration: CalibrationManifest) -> tuple[InspectedSource, Checkpoint | None]:

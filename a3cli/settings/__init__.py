@@ -4,6 +4,7 @@ A field holds type, default, choices, bounds and help text; an `Option` beside i
 without a default is an argument. All problems of one set of settings are reported together.
 """
 
+import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -30,10 +31,24 @@ LOSSES: dict[Sensitivity, str] = {
     "probe": "KL(source ‖ compressed) as probed, nats a token",
 }
 BUDGET_HELP = "Fraction of the decoder's linear weights to remove."
+SOLUTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, MACHINE]
 
+
+def check_name(name: str) -> str:
+    """Check that a name can be a folder's name, and never that of an unfinished solution, which begins with a dot."""
+    if not SOLUTION_NAME.fullmatch(name):
+        raise ValueError("use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first")
+    return name
+
+
 # Settings of several stages.
+SolutionName = Annotated[
+    Annotated[str, AfterValidator(check_name)] | None,
+    OUTPUT,
+    Field(description="Name of the solution, to keep several (default: none)."),
+]
 Revision = Annotated[str | None, HOW, Field(description="Branch, tag or commit of a Hub id.")]
 RemoteCode = Annotated[bool, HOW, Field(description="Run code that comes with the model.")]
 FollowSymlinks = Annotated[bool, HOW, Field(description="Follow symbolic links out of the model's folder.")]
@@ -171,6 +186,7 @@ class SolveSettings(Settings):
     num_processes: Annotated[
         int | None, MACHINE, Field(ge=1, description="Layers solved in parallel (default: one per core).")
     ] = None
+    name: SolutionName = None
 
 
 def parse_size(text: Any) -> Any:
@@ -187,6 +203,7 @@ def parse_size(text: Any) -> Any:
 
 
 class ExportSettings(Settings):
+    name: SolutionName = None
     dtype: Annotated[
         Literal["source", "float32", "bfloat16", "float16"], OUTPUT, Field(description="Dtype of the weights.")
     ] = "source"

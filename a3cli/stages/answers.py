@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from a3cli.stream.batches import Batching, Calls, embed_all, run_through
 from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import StatesInMemory
 from a3cli.work.machine import Machine, free_memory
+from a3cli.work.progress import Progress, reporting
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,9 @@ def batches(blocks: Sequence[torch.Tensor], size: int) -> Iterator[torch.Tensor]
             yield block[None]
 
 
-def open_models(checkpoints: Sequence[Checkpoint], machine: Machine, settings: EvalSettings) -> list[Answers]:
+def open_models(
+    checkpoints: Sequence[Checkpoint], machine: Machine, settings: EvalSettings, progress: Progress
+) -> list[Answers]:
     """Open each checkpoint: in memory if it fits beside those before it, otherwise streamed.
 
     Raises A3Error for a model that does not load completely, and for tasks with a model that does not fit.
@@ -62,14 +66,21 @@ def open_models(checkpoints: Sequence[Checkpoint], machine: Machine, settings: E
         needed = checkpoint.parameters() * machine.dtype.itemsize
         if needed <= free or not can_stream(checkpoint):
             free -= needed
-            opened.append(LoadedModel(load_model(checkpoint, machine, settings), checkpoint.name, machine.device))
+            with reporting(progress, f"loading {short_name(checkpoint.name)}"):
+                model = load_model(checkpoint, machine, settings)
+            opened.append(LoadedModel(model, checkpoint.name, machine.device))
             continue
         figures = f"{checkpoint.name} needs {needed / 1e9:.2f} GB, {max(0, free) / 1e9:.2f} GB are free"
         if settings.tasks:
             raise A3Error(f"--tasks needs the whole model in memory, and {figures}; free some, or leave out --tasks")
         log.info("%s: it is evaluated layer by layer", figures)
-        opened.append(StreamedModel(checkpoint, machine, settings))
+        opened.append(StreamedModel(checkpoint, machine, settings, progress))
     return opened
+
+
+def short_name(name: str) -> str:
+    """Return a model's or a data set's name without the folders or the owner before it."""
+    return Path(name).name
 
 
 def available_memory(machine: Machine, settings: HowToLoad) -> int:
@@ -128,8 +139,8 @@ def load_model(checkpoint: Checkpoint, machine: Machine, settings: HowToLoad) ->
 class StreamedModel:
     """A model of which one layer at a time is in memory, beside the hidden states of all blocks."""
 
-    def __init__(self, checkpoint: Checkpoint, machine: Machine, settings: EvalSettings) -> None:
-        self.name, self._machine = checkpoint.name, machine
+    def __init__(self, checkpoint: Checkpoint, machine: Machine, settings: EvalSettings, progress: Progress) -> None:
+        self.name, self._machine, self._progress = checkpoint.name, machine, progress
         if "per_layer_config" in checkpoint.config:
             self._decoder: Decoder = ExportDecoder(checkpoint, machine)
         else:
@@ -141,7 +152,9 @@ class StreamedModel:
         self._check_memory(sum(batch.numel() for batch in chosen))
         full = [batch for batch in chosen if batch.shape[1] == len(blocks[0])]
         groups = [self._embed(each, batch_size) for each in (torch.cat(full), *chosen[len(full) :])]
-        run_through(self._decoder, groups)
+        layers = len(self._decoder.layers)
+        with reporting(self._progress, f"running {short_name(self.name)}", layers, "layers") as finished:
+            run_through(self._decoder, groups, finished)
         with self._decoder.head() as head:
             for states, _, batching in groups:
                 for start in range(0, batching.blocks, batching.size):

@@ -25,7 +25,7 @@ from a3cli.stages.calibration_folder import (
 from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
 from a3cli.stream.memory import choose_batch_size
-from a3cli.stream.sweep import Progress, Sweep
+from a3cli.stream.sweep import Sweep
 from a3cli.text.blocks import CONTEXT, check_fit, sample_blocks
 from a3cli.text.documents import TextRead
 from a3cli.text.sources import check_texts
@@ -45,6 +45,7 @@ from a3cli.work.interrupt import Stop
 from a3cli.work.machine import Machine, choose_machine, find_device, free_memory, return_freed_memory
 from a3cli.work.manifests import CalibrationManifest, calibration_content
 from a3cli.work.processes import Processes, joined
+from a3cli.work.progress import Progress
 from a3cli.work.record import Record
 from a3cli.work.sealed import (
     name_differences,

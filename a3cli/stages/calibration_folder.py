@@ -1,5 +1,6 @@
 """What a calibration finds in its work folder, and leaves there: request, source record, files."""
 
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -111,13 +112,28 @@ def remove_leftovers(work: Work) -> None:
 
 
 def clear(work: Work) -> None:
-    """Remove the files of a calibration and its solution; the manifests first, so that nothing looks finished."""
-    for folder in (work.solution, work.calibration):
-        (folder / "manifest.json").unlink(missing_ok=True)
-        for pattern in ("progress.json", "layer-*.safetensors", "hidden-*.bin", "tokens.safetensors"):
-            for path in folder.glob(pattern):
-                path.unlink()
-        drop_leftovers(folder)
-        with suppress(OSError):  # missing, or with files that are not a3's
-            folder.rmdir()
+    """Remove the files of a calibration and its solutions; the manifests first, so that nothing looks finished."""
+    clear_solutions(work)
+    clear_folder(work.calibration)
     work.source.unlink(missing_ok=True)
+
+
+def clear_solutions(work: Work) -> None:
+    """Remove all solutions, and what is unfinished or was measured of those with a name."""
+    for folder in work.solution_folders():
+        clear_folder(folder)
+    for path in work.beside_named():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    with suppress(OSError):  # missing, or with files that are not a3's
+        work.named_solutions.rmdir()
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove the files of a finished or unfinished stage, the manifest first."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for pattern in ("progress.json", "layer-*.safetensors", "hidden-*.bin", "tokens.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    drop_leftovers(folder)
+    with suppress(OSError):  # missing, or with files that are not a3's
+        folder.rmdir()

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from a3cli.errors import A3Error
@@ -11,13 +13,13 @@ from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.models import costs
 from a3cli.models.model import Model, open_calibrated_source, recorded_source
 from a3cli.settings import SolveSettings
-from a3cli.stream.sweep import Progress
 from a3cli.work.files import check_hashes
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import Machine, choose_machine, load_linear_algebra
 from a3cli.work.manifests import CalibrationManifest
-from a3cli.work.processes import spread
+from a3cli.work.processes import results, spread
+from a3cli.work.progress import Progress, reporting
 from a3cli.work.record import Record
 
 T = TypeVar("T")
@@ -52,20 +54,30 @@ class Run:
     def inputs(self, layer: int) -> LayerInputs:
         return LayerInputs(self.model, self.work, layer)
 
-    def for_each_layer(self, compute: Callable[[int], T]) -> list[T]:
+    def for_each_layer(self, step: str, compute: Callable[[int], T]) -> list[T]:
         """Return the result of `compute` for every layer; small layers are computed in parallel."""
-        if not costs.side_by_side(self.model.shape):
-            return [compute(layer) for layer in range(self.layers)]
-        load_linear_algebra(self.machine.device)
-        return list(spread(compute, range(self.layers), self.settings.num_processes or os.cpu_count() or 1))
+        with reporting(self.progress, step, self.layers, "layers") as finished:
+
+            def reported(layer: int) -> T:
+                result = compute(layer)
+                finished()
+                return result
+
+            if not costs.side_by_side(self.model.shape):
+                # In threads too: signals are handled between the operations of the main thread, which here take long.
+                alone = ([partial(reported, layer)] for layer in range(self.layers))
+                return [result for layer in alone for result in results(ThreadPoolExecutor(1), layer)]
+            load_linear_algebra(self.machine.device)
+            return list(spread(reported, range(self.layers), self.settings.num_processes or os.cpu_count() or 1))
 
 
 def open_run(
     settings: SolveSettings, work: Work, calibration: CalibrationManifest, progress: Progress, stop: Stop
 ) -> Run:
     """Open the calibration's source. Raises A3Error if it or the statistics have changed."""
-    model = open_calibrated_source(work, calibration)
-    check_statistics(work, calibration)
+    with reporting(progress, "checking the source"):
+        model = open_calibrated_source(work, calibration)
+    check_statistics(work, calibration, progress)
     machine = choose_machine(settings.device, settings.dtype, model.source.dtype)
     return Run(settings, model, work, calibration, machine, progress, stop)
 
@@ -96,10 +108,12 @@ def describe_unfinished(work: Work) -> str:
     return f"the calibration in {work.folder} is {state}: layer {layer}{of_layers}; {advice}"
 
 
-def check_statistics(work: Work, calibration: CalibrationManifest) -> None:
+def check_statistics(work: Work, calibration: CalibrationManifest, progress: Progress) -> None:
     """Check the hashes of the calibration's files. Raises A3Error."""
     files = {work.statistics(layer): expected for layer, expected in enumerate(calibration.layers)}
-    check_hashes({work.tokens: calibration.tokens_hash, **files}, "run a3 calibrate --overwrite")
+    files[work.tokens] = calibration.tokens_hash
+    with reporting(progress, "checking the statistics", len(files), "files") as finished:
+        check_hashes(files, "run a3 calibrate --overwrite", finished)
 
 
 def check_settings_of_model(settings: SolveSettings, model: Model) -> None:

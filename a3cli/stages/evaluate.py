@@ -7,7 +7,7 @@ per block, from which the bootstrap resamples.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -20,7 +20,7 @@ from a3cli.report.junit import Case
 from a3cli.settings import EvalSettings, TextSettings
 from a3cli.settings.gates import describe
 from a3cli.settings.generation import GenerateSettings
-from a3cli.stages.answers import Answers, LoadedModel, batches, open_models
+from a3cli.stages.answers import Answers, LoadedModel, batches, open_models, short_name
 from a3cli.stages.tasks import open_tasks, run_tasks
 from a3cli.text.blocks import CONTEXT, check_fit, evaluation_blocks
 from a3cli.text.documents import TextRead
@@ -28,13 +28,14 @@ from a3cli.text.sources import check_texts
 from a3cli.text.tokenizer import load_tokenizer
 from a3cli.work.files import Json
 from a3cli.work.machine import choose_machine
+from a3cli.work.progress import Progress, reporting, silent
 
 CONFIDENCE = 0.95
 FIGURES = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
 
 
 @torch.inference_mode()
-def evaluate(settings: EvalSettings) -> Json:
+def evaluate(settings: EvalSettings, *, progress: Progress = silent) -> Json:
     """Return a model's perplexity; with `against`, also the source's, KL(source ‖ model) in nats and top-1 agreement.
 
     `datasets` has figures, intervals and gates of each data set; those of a single one are at the top level as well.
@@ -48,11 +49,11 @@ def evaluate(settings: EvalSettings) -> Json:
         check_size(checkpoint)  # before transformers reads it
     machine = choose_machine(settings.device, settings.dtype, checkpoints[0].dtype)
     tokenizer = load_tokenizer(checkpoints[0].folder, trust_remote_code=settings.trust_remote_code)
-    texts = [(text, read_blocks(text, tokenizer, checkpoints[0])) for text in settings.texts]
-    models = open_models(checkpoints, machine, settings)
+    texts = [(text, read_blocks(text, tokenizer, checkpoints[0], progress)) for text in settings.texts]
+    models = open_models(checkpoints, machine, settings, progress)
     check_vocabularies(models)
 
-    datasets = [measure(models, text, *blocks, settings) for text, blocks in texts]
+    datasets = [measure(models, text, *blocks, settings, progress) for text, blocks in texts]
     result: Json = {
         "model": models[0].name,
         "device": str(machine.device),
@@ -107,10 +108,13 @@ def for_context(settings: EvalSettings, checkpoints: Sequence[Checkpoint]) -> Ev
     return settings.model_copy(update={"texts": tuple(text.for_context(shortest) for text in settings.texts)})
 
 
-def read_blocks(text: TextSettings, tokenizer: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], TextRead]:
+def read_blocks(
+    text: TextSettings, tokenizer: Any, checkpoint: Checkpoint, progress: Progress
+) -> tuple[list[torch.Tensor], TextRead]:
     """Return a data set's blocks and the record of what was read."""
     read = TextRead()
-    blocks = evaluation_blocks(tokenizer, text, read)
+    with reporting(progress, f"reading {short_name(text.dataset)}"):
+        blocks = evaluation_blocks(tokenizer, text, read)
     check_fit(blocks, checkpoint.config, checkpoint.name)
     return blocks, read
 
@@ -121,9 +125,13 @@ def measure(
     blocks: list[torch.Tensor],
     read: TextRead,
     settings: EvalSettings,
+    progress: Progress,
 ) -> Json:
     """Return the figures of one data set, their intervals and the results of the gates."""
-    sums, seconds = sum_blocks(models[0], models[1] if len(models) > 1 else None, blocks, settings.batch_size)
+    step = f"evaluating {short_name(models[0].name)} on {short_name(text.dataset)}"
+    source = models[1] if len(models) > 1 else None
+    with reporting(progress, step, len(blocks), "blocks") as finished:
+        sums, seconds = sum_blocks(models[0], source, blocks, settings.batch_size, finished)
     figures = describe_sums(sums)
     tokens = sum(len(block) for block in blocks)
     result: Json = {
@@ -145,12 +153,17 @@ def measure(
 
 @torch.inference_mode()
 def sum_blocks(
-    model: Answers, source: Answers | None, blocks: Sequence[torch.Tensor], batch_size: int
+    model: Answers,
+    source: Answers | None,
+    blocks: Sequence[torch.Tensor],
+    batch_size: int,
+    finished: Callable[[], object] = lambda: None,
 ) -> tuple[torch.Tensor, float]:
     """Return sums per block, `[N, 2]` or with a source `[N, 5]` float64, and the seconds of the model's forwards.
 
     A row has a block's number of predicted tokens and the sums over them of: the negative log-likelihood; the
-    source's; KL(source ‖ model); the tokens on which both agree. Raises A3Error if a likelihood is not finite.
+    source's; KL(source ‖ model); the tokens on which both agree. `finished` is called after each block.
+    Raises A3Error if a likelihood is not finite.
     """
     rows, seconds = [], 0.0
     answers = model.logits(blocks, batch_size)
@@ -169,6 +182,7 @@ def sum_blocks(
                 log_q = source_logits[row, :-1].float().log_softmax(-1)
                 sums += [negative_log_likelihood(log_q, tokens, source.name), *divergence(log_p, log_q)]
             rows.append(sums)
+            finished()
     return torch.tensor(rows, dtype=torch.float64), seconds
 
 

@@ -7,6 +7,7 @@ resumes at the unfinished weight file.
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from a3cli.work.interrupt import Stop
 from a3cli.work.manifests import Calibration, CalibrationManifest, Source, SourceRecord, Versions
 from a3cli.work.manifests import Solution as RecordedSolution
 from a3cli.work.processes import spread
+from a3cli.work.progress import Progress, reporting, silent
 from a3cli.work.sealed import name_differences, versions
 
 log = logging.getLogger(__name__)
@@ -56,16 +58,20 @@ class Inputs:
         return sum(tensor.bytes for tensors in self.shards.values() for tensor in tensors)
 
 
-def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None = None) -> Manifest:
+def export(
+    out: Path, settings: ExportSettings, work: Work, *, progress: Progress = silent, stop: Stop | None = None
+) -> Manifest:
     """Write the compressed checkpoint to `out`; return its manifest.
 
     Raises A3Error if the solution is missing or altered, the source changed, or `out` is in use; CheckFailed if
     two writes differ (`check_reproducible`); Interrupted at the end of the weight file in which `stop` was set off.
     """
     stop = stop or Stop()
+    work = work.named(settings.name)
     with work.locked():
-        calibration, solution = read_solution(work, held=settings.num_processes)
-        model = open_calibrated_source(work, calibration, full_check=settings.full_check)
+        calibration, solution = read_solution(work, progress, held=settings.num_processes)
+        with reporting(progress, "checking the source"):
+            model = open_calibrated_source(work, calibration, full_check=settings.full_check)
         check_small_files(model.source, work)
         request = describe_request(settings, solution)
         measured = read_evaluations(settings)
@@ -77,11 +83,11 @@ def export(out: Path, settings: ExportSettings, work: Work, *, stop: Stop | None
         inputs = Inputs(settings, model, calibration, solution, measured, shards)
         with holding_target(out.resolve()), drafting(out.resolve(), request) as draft:
             draft.check_space(inputs.bytes, "export")
-            manifest = write_checkpoint(draft, inputs, stop)
+            manifest = write_checkpoint(draft, inputs, progress, stop)
             if settings.check_reproducible:
                 check_space(work.folder, inputs.bytes, "--check-reproducible")
                 with making_scratch(work.scratch), drafting(work.scratch / "export", request) as second:
-                    check_same_files(manifest, write_checkpoint(second, inputs, stop), out)
+                    check_same_files(manifest, write_checkpoint(second, inputs, progress, stop), out)
             return manifest
 
 
@@ -152,10 +158,11 @@ def check_target(out: Path, source: Checkpoint, work: Work, *, overwrite: bool) 
             )
 
 
-def write_checkpoint(draft: Draft, inputs: Inputs, stop: Stop) -> Manifest:
+def write_checkpoint(draft: Draft, inputs: Inputs, progress: Progress, stop: Stop) -> Manifest:
     """Write weights, index, config, carried files, card, and last the manifest with the hash of every other file."""
     folder, model, solution = draft.folder, inputs.model, inputs.solution
-    hashes = write_shards(draft, inputs, stop)
+    with reporting(progress, "writing weights", inputs.bytes, "bytes") as written:
+        hashes = write_shards(draft, inputs, written, stop)
     if len(inputs.shards) > 1:
         with writing(folder / INDEX):
             write_index(folder / INDEX, inputs.shards)
@@ -172,17 +179,22 @@ def write_checkpoint(draft: Draft, inputs: Inputs, stop: Stop) -> Manifest:
     return Manifest.write(folder / MANIFEST, {**facts.plain(), "files": files})
 
 
-def write_shards(draft: Draft, inputs: Inputs, stop: Stop) -> dict[str, str]:
-    """Write the weight files that are not finished yet; return the hash of every one by its name."""
+def write_shards(draft: Draft, inputs: Inputs, written: Callable[[int], None], stop: Stop) -> dict[str, str]:
+    """Write the weight files that are not finished yet; return the hash of every one by its name.
+
+    `written` is called with the bytes of each part that is there.
+    """
 
     def write(name: str) -> str:
         known = draft.finished_info(name)
-        if known is None:
+        if known is not None:
+            written(sum(tensor.bytes for tensor in inputs.shards[name]))
+        else:
             stop.before(f"writing {name}", "rerun the same command to resume")
             log.info("writing %s", name)
             path = draft.folder / name
             with writing(path):
-                digest = write_weights(path, inputs.shards[name], inputs.model, inputs.solution)
+                digest = write_weights(path, inputs.shards[name], inputs.model, inputs.solution, written)
                 known = draft.finish(name, digest)
         return str(known["hash"])
 

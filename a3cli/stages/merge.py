@@ -15,6 +15,7 @@ from a3cli.errors import A3Error
 from a3cli.report.inspection import read_source
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.samples import NAMES, merge_samples
+from a3cli.stages.calibration_folder import clear_solutions
 from a3cli.stages.context import read_calibration
 from a3cli.work.draft import drafting
 from a3cli.work.files import (
@@ -151,7 +152,10 @@ def finished_merge(target: Work, request: Json, *, overwrite: bool) -> Calibrati
 def write_merged(
     parts: Sequence[Work], calibrations: list[CalibrationManifest], source: Json, target: Work, request: Json
 ) -> CalibrationManifest:
-    """Write the merged calibration layer by layer; the folder appears when it is complete. Resumable."""
+    """Write the merged calibration layer by layer; the folder appears when it is complete. Resumable.
+
+    Solutions of the calibration that it replaces are removed.
+    """
     for work, calibration in zip(parts, calibrations, strict=True):
         check_hash(work.tokens, calibration.tokens_hash, REMEDY)
     with drafting(target.calibration, {**request, "versions": versions()}) as draft:
@@ -170,6 +174,7 @@ def write_merged(
                 write_tensors(draft.folder / name, add_statistics([work.statistics(layer) for work in parts]))
                 known = draft.finish(name)
             hashes.append(known["hash"])
+        clear_solutions(target)
         write_json(target.source, source)
         manifest = {
             "request": request,

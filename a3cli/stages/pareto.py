@@ -22,7 +22,6 @@ from a3cli.stages.export import export
 from a3cli.stages.result import describe_result, predicted_loss
 from a3cli.stages.sizes import choose_sizes
 from a3cli.stages.solve import Analysed, analyse, write_solution
-from a3cli.stream.sweep import Progress
 from a3cli.text.blocks import CONTEXT
 from a3cli.text.identity import as_compared, describe_text, files_now
 from a3cli.text.sources import check_texts
@@ -31,6 +30,7 @@ from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import return_freed_memory
 from a3cli.work.manifests import CalibrationManifest, SourceRecord
+from a3cli.work.progress import Progress, reporting
 from a3cli.work.record import Record
 from a3cli.work.sealed import read_undamaged, versions
 
@@ -93,14 +93,16 @@ def add_variant(settings: ParetoSettings, run: Run, points: "Points", name: str,
     log.info("error curves: %s", name)
     check_settings(missing[0].settings)
     analysed = analyse(missing[0])
-    for each in missing:
-        run.stop.before(f"{name} at {each.settings.budget:g}", AGAIN)
-        found = {"variant": name, **point(each, analysed.curves)}
-        if settings.text and "error" not in found:
-            measured = measure_in_scratch(each, analysed, settings.text)
-            points.note_text(measured)
-            found["measured"] = {key: measured[key] for key in MEASURED}
-        points.add(found)
+    with reporting(run.progress, f"points of {name}", len(missing), "points") as finished:
+        for each in missing:
+            run.stop.before(f"{name} at {each.settings.budget:g}", AGAIN)
+            found = {"variant": name, **point(each, analysed.curves)}
+            if settings.text and "error" not in found:
+                measured = measure_in_scratch(each, analysed, settings.text)
+                points.note_text(measured)
+                found["measured"] = {key: measured[key] for key in MEASURED}
+            points.add(found)
+            finished()
 
 
 def measure_in_scratch(run: Run, analysed: Analysed, text: TextSettings) -> Json:
@@ -108,7 +110,7 @@ def measure_in_scratch(run: Run, analysed: Analysed, text: TextSettings) -> Json
     with making_scratch(run.work.scratch):
         borrowed = replace(run, work=run.work.borrowed_by(run.work.scratch / "work"))
         write_solution(borrowed, analysed)
-        return measure(borrowed.settings, text, borrowed.work, run.work.scratch / "export")
+        return measure(borrowed.settings, text, borrowed.work, run.work.scratch / "export", run.progress)
 
 
 def variants_of(settings: ParetoSettings, family: Family) -> Iterator[tuple[str, Json]]:
@@ -198,11 +200,11 @@ def mean_sizes(sizes: list[LayerSizes]) -> Json:
     return {name: sum(getattr(size, name) for size in sizes) / len(sizes) for name in ("qk", "ov", "mlp")}
 
 
-def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) -> Json:
+def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path, progress: Progress) -> Json:
     """Export the solution in `work` to `out` and return its evaluation."""
     source = SourceRecord.read(work.source, "run a3 calibrate on the source again")
     log.info("measuring %s, %s, at %g", settings.method, settings.shape, settings.budget)
-    export(out, ExportSettings(), work)
+    export(out, ExportSettings(), work, progress=progress)
     return evaluate(
         EvalSettings(
             model=str(out),
@@ -215,7 +217,8 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path) 
             dtype=settings.dtype,
             batch_size=settings.batch_size,
             trust_remote_code=settings.shape == "per-layer",  # the code is a3's
-        )
+        ),
+        progress=progress,
     )
 
 

@@ -60,7 +60,7 @@ def preview(recipe: Recipe, *, overwrite: bool) -> Preview:
     Raises A3Error for settings that contradict each other, and for manifests that are damaged.
     """
     check_settings(recipe.solve)
-    work = Work(recipe.work)
+    work = Work(recipe.work, recipe.solve.name)
     asked = {"calibrate", "solve", "export", *(["verify"] if recipe.verify else [])}
     if recipe.evaluation is not None:
         asked.add("eval")

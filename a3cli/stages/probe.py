@@ -26,6 +26,7 @@ from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates, TwoFiles
 from a3cli.stream.smaller import Cut, SmallerDecoder
 from a3cli.work.files import Json, check_space, hash_file, read_tensors
+from a3cli.work.progress import reporting
 from a3cli.work.record import Record, computed_once
 from a3cli.work.sealed import versions
 
@@ -92,11 +93,14 @@ class _Sweep:
         calls = [embed_all(each, self.blocks, self.batch_size, target) for each in (decoder, cuts)]
         for layer in range(first, self.layers):
             self.run.stop.before(f"probing layer {layer + 1} of {self.layers}", AGAIN)
+            self._report(layer, 0)
             self._pass(layer, decoder, cuts, calls)
             self.record.finish(f"layer {layer}", streams=hash_file(self._streams(layer + 1).path))
-            tokens = self.blocks.numel()
-            self.run.progress(layer=layer, layers=self.layers, tokens=tokens, total_tokens=tokens)
+            self._report(layer, self.blocks.numel())
         return self._compare(decoder)
+
+    def _report(self, layer: int, tokens: int) -> None:
+        self.run.progress(layer=layer, layers=self.layers, tokens=tokens, total_tokens=self.blocks.numel())
 
     def _begin(self) -> int:
         """Return the layer to resume at; 0 with empty streams if there is no unfinished sweep with this request."""
@@ -156,12 +160,13 @@ class _Sweep:
         """Return KL(source ‖ stream) per token of every stream."""
         ends, blocks = self._streams(self.layers), len(self.blocks)
         sums = [0.0] * len(self.probes)
-        with decoder.head() as logits:
+        with decoder.head() as logits, reporting(self.run.progress, "comparing probes", blocks, "blocks") as finished:
             for block in range(blocks):
                 reference = logits(ends.read(block, 1)).float().log_softmax(-1)
                 for index in range(len(self.probes)):
                     found = logits(ends.read((index + 1) * blocks + block, 1)).float().log_softmax(-1)
                     sums[index] += (reference.exp() * (reference - found)).sum(dtype=torch.float64).item()
+                finished()
         measured: Measured = [{} for _ in range(self.layers)]
         for each, total in zip(self.probes, sums, strict=True):
             if not math.isfinite(total):

@@ -66,10 +66,13 @@ def read_recipe(
     if isinstance(content.get("eval"), dict):
         content["eval"] = as_evaluation(content["eval"], path.parent, content.get("out"))
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         problems = (each.describe() + hint(each) for each in find_problems(error, Recipe))
         raise A3Error(f"recipe {path}: {'; '.join(problems)}") from None
+    if recipe.export.name not in (None, recipe.solve.name):
+        raise A3Error(f"recipe {path}: export.name: a recipe exports its own solution; remove this, or set solve.name")
+    return recipe
 
 
 def hint(problem: Problem) -> str:

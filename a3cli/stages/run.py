@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 from a3cli.errors import A3Error
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
@@ -21,7 +22,6 @@ from a3cli.stages.export import export
 from a3cli.stages.recipe import Recipe
 from a3cli.stages.solve import solve
 from a3cli.stages.verify import verify
-from a3cli.stream.sweep import Progress
 from a3cli.text.identity import as_compared, describe_text, files_now
 from a3cli.text.sources import check_texts
 from a3cli.work.files import Json, check_hashes, hash_json
@@ -29,6 +29,7 @@ from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest
 from a3cli.work.processes import launch, without_output
+from a3cli.work.progress import Progress
 from a3cli.work.sealed import read_if_request_matches, read_manifest, versions, write_manifest
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class RunResults:
     export: Manifest
     verification: Json | None = None
     evaluation: Json | None = None
+    finished_before: bool = False  # nothing was left to do
 
     def plain(self) -> Json:
         """Return the results as JSON has them, by the stage's name."""
@@ -71,7 +73,8 @@ def run_recipe(
     at the end of the step in which `stop` was set off.
     """
     check_settings(recipe.solve)
-    work = Work(recipe.work)
+    work = Work(recipe.work, recipe.solve.name)
+    before = when_written(recipe, work)
     log.info("calibrate")
     with progress() as report:
         calibration = calibrated(recipe.calibrate, work, overwrite=overwrite, progress=report, stop=stop, quiet=quiet)
@@ -79,16 +82,20 @@ def run_recipe(
     with progress() as report:
         solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
     log.info("export")
-    manifest = exported(recipe, work, solution, overwrite=overwrite, stop=stop)
+    with progress() as report:
+        manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=stop)
     results = RunResults(calibration, solution, manifest)
     if recipe.verify:
         log.info("verify")
-        results.verification = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite)
+        with progress() as report:
+            results.verification = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite, progress=report)
         if not results.verification["passed"]:
             return results
     if recipe.evaluation is not None:
         log.info("eval")
-        results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite)
+        with progress() as report:
+            results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite, progress=report)
+    results.finished_before = before == when_written(recipe, work)
     return results
 
 
@@ -100,6 +107,12 @@ def calibrated(
         calibrate_in_processes(settings, work, overwrite=overwrite, stop=stop, quiet=quiet)
         overwrite = False
     return calibrate(settings, work, overwrite=overwrite, progress=progress, stop=stop)
+
+
+def when_written(recipe: Recipe, work: Work) -> dict[Path, int]:
+    """Return when each stage's last file was written, in nanoseconds; a stage that does anything writes it."""
+    own = (work.calibration_manifest, work.solution_manifest, work.verification, work.evaluation)
+    return {file: file.stat().st_mtime_ns for file in (*own, recipe.out / MANIFEST) if file.is_file()}
 
 
 def calibrate_in_processes(
@@ -114,7 +127,9 @@ def calibrate_in_processes(
         launch(settings.num_processes, command_words("calibrate", settings.model, options))
 
 
-def exported(recipe: Recipe, work: Work, solution: SolutionManifest, *, overwrite: bool, stop: Stop) -> Manifest:
+def exported(
+    recipe: Recipe, work: Work, solution: SolutionManifest, *, overwrite: bool, progress: Progress, stop: Stop
+) -> Manifest:
     """Export unless `out` is complete and has this solution and settings; return the manifest.
 
     A damaged export is replaced, with a warning that names the file.
@@ -129,8 +144,8 @@ def exported(recipe: Recipe, work: Work, solution: SolutionManifest, *, overwrit
         except A3Error as damage:
             log.warning("exporting %s again: %s", recipe.out, damage)
             replace = True
-    settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace})
-    return export(recipe.out, settings, work, stop=stop)
+    settings = ExportSettings(**{**recipe.export.model_dump(), "overwrite": replace, "name": recipe.solve.name})
+    return export(recipe.out, settings, work, progress=progress, stop=stop)
 
 
 def is_asked_for(manifest: Manifest, settings: ExportSettings, solution: SolutionManifest) -> bool:
@@ -139,7 +154,9 @@ def is_asked_for(manifest: Manifest, settings: ExportSettings, solution: Solutio
     return bool(same_settings and manifest.solution.sha256 == solution.sha256)
 
 
-def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Manifest, *, overwrite: bool) -> Json:
+def verified(
+    settings: VerifySettings, recipe: Recipe, work: Work, manifest: Manifest, *, overwrite: bool, progress: Progress
+) -> Json:
     """Return the outcomes of the checks, cached in the work folder for this export and these versions if all passed.
 
     The code of a per-layer export may run: `verify` runs it only if it is the file that a3 ships.
@@ -147,7 +164,7 @@ def verified(settings: VerifySettings, recipe: Recipe, work: Work, manifest: Man
     settings = settings.model_copy(update={"trust_remote_code": True})
     if not overwrite and (found := kept_verification(settings, work, manifest)):
         return found
-    result = verify(recipe.out, settings, work)
+    result = verify(recipe.out, settings, work, progress=progress)
     if result["passed"]:
         with work.locked():
             request = verification_request(settings, manifest)
@@ -171,13 +188,13 @@ def verification_request(settings: VerifySettings, manifest: Manifest) -> Json:
     }
 
 
-def evaluated(settings: EvalSettings, work: Work, manifest: Manifest, *, overwrite: bool) -> Json:
+def evaluated(settings: EvalSettings, work: Work, manifest: Manifest, *, overwrite: bool, progress: Progress) -> Json:
     """Return the measured figures, cached in the work folder with their request."""
     check_texts(settings.texts)
     settings = for_models(settings)
     if not overwrite and (found := kept_evaluation(settings, work, manifest)):
         return found
-    result = evaluate(settings)
+    result = evaluate(settings, progress=progress)
     read = [each["text_files"] for each in result["datasets"]]
     with work.locked():
         write_manifest(work.evaluation, {"request": describe_request(settings, manifest, read), "result": result})

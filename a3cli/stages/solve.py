@@ -19,13 +19,13 @@ from a3cli.stages.result import (
     score_errors,
 )
 from a3cli.stages.sizes import choose_sizes
-from a3cli.stream.sweep import Progress
 from a3cli.work.draft import Draft, drafting
 from a3cli.work.files import Json, write_tensors
 from a3cli.work.folder import Work, layer_file
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import explaining_memory, return_freed_memory
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest, finished_manifest
+from a3cli.work.progress import Progress, reporting
 from a3cli.work.sealed import versions
 
 
@@ -48,6 +48,7 @@ def solve(
     """
     return_freed_memory()
     check_settings(settings)
+    work = work.named(settings.name)
     calibration = read_calibration(work)
     with work.locked():
         if work.solution_manifest.is_file() and not overwrite:
@@ -58,7 +59,7 @@ def solve(
 
 def describe_request(settings: SolveSettings, calibration: CalibrationManifest) -> Json:
     """Return everything that a solution depends on."""
-    chosen = settings.model_dump(mode="json", exclude={"num_processes"})  # does not change the bytes
+    chosen = settings.model_dump(mode="json", exclude={"num_processes", "name"})  # they do not change the bytes
     return {"settings": chosen, "calibration": calibration.sha256}
 
 
@@ -70,7 +71,7 @@ def finished_solution(work: Work, request: Json) -> SolutionManifest:
         request,
         holder=f"{work.solution} holds a solution with other settings",
         nested="settings",
-        otherwise="another --work",
+        otherwise="another --name or --work",
     )
 
 
@@ -85,9 +86,10 @@ def analyse(run: Run) -> Analysed:
         inputs.check()
         return method.analyse(inputs)
 
-    layers = run.for_each_layer(analyse_layer)
-    tables = method.tables(layers)
-    predictions = run.for_each_layer(lambda layer: method.predict(layers, tables, layer))
+    layers = run.for_each_layer("analysing", analyse_layer)
+    with reporting(run.progress, "preparing RoPE slots"):
+        tables = method.tables(layers)
+    predictions = run.for_each_layer("predicting losses", lambda layer: method.predict(layers, tables, layer))
     analysis = Analysis(layers, tables, predictions)
     curves = [prediction.losses for prediction in predictions]
     if run.settings.sensitivity == "probe":
@@ -97,12 +99,15 @@ def analyse(run: Run) -> Analysed:
 
 def write_solution(run: Run, analysed: Analysed) -> SolutionManifest:
     """Choose sizes from a finished analysis and write each layer's projections; return the manifest."""
-    sizes = choose_sizes(run.settings, run.model.shape, analysed.curves)
-    slots = analysed.method.choose_slots(analysed.analysis, sizes)
+    with reporting(run.progress, "choosing sizes"):
+        sizes = choose_sizes(run.settings, run.model.shape, analysed.curves)
+        slots = analysed.method.choose_slots(analysed.analysis, sizes)
     request = describe_request(run.settings, run.calibration)
     with drafting(run.work.solution, {**request, **describe_choice(run, sizes, slots)}) as draft, explaining_memory():
         draft.check_space(bytes_needed(run, sizes), "the solution")
-        written = run.for_each_layer(lambda layer: write_layer(run, analysed, draft, layer, slots[layer], sizes[layer]))
+        written = run.for_each_layer(
+            "projecting", lambda layer: write_layer(run, analysed, draft, layer, slots[layer], sizes[layer])
+        )
         hashes = correct(run, draft, sizes, slots) if run.settings.sequential else [each["hash"] for each in written]
         manifest = {
             "request": request,

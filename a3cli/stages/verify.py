@@ -31,12 +31,13 @@ from a3cli.report.junit import Case
 from a3cli.report.manifest import MANIFEST
 from a3cli.settings import ExportSettings, VerifySettings
 from a3cli.stages.exported_config import auto_map
-from a3cli.stages.solution import Solution, read_solution
+from a3cli.stages.solution import Solution, find_solution, read_solution
 from a3cli.stream.reference import FullSizeReference, reference_logits
 from a3cli.work.files import Json, check_hash, hash_file, read_json, read_tensors
 from a3cli.work.folder import Work
 from a3cli.work.machine import Machine, choose_machine
-from a3cli.work.sealed import read_manifest, unaltered, versions
+from a3cli.work.progress import Progress, reporting, silent
+from a3cli.work.sealed import unaltered, versions
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ FLOOR = 16 * torch.finfo(torch.float32).eps
 TIE = 16
 
 
-def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
+def verify(out: Path, settings: VerifySettings, work: Work, *, progress: Progress = silent) -> Json:
     """Return every check with its outcome (passed, failed, skipped) and detail; `passed` if none failed.
 
     Raises A3Error if `out` is not an export, or for code that may not run.
@@ -64,7 +65,7 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
         )
     machine = choose_machine(settings.device, "float32" if settings.dtype == "auto" else settings.dtype, torch.float32)
     config, shapes = check_config(manifest, damage)
-    reference = open_reference(work, manifest)
+    reference = open_reference(work, manifest, progress)
     with tempfile.TemporaryDirectory(prefix="a3-verify-") as temporary:
         folder = Path(temporary)
         save_file({"tokens": choose_tokens(work, manifest["config"], reference)}, folder / "tokens.safetensors")
@@ -79,7 +80,8 @@ def verify(out: Path, settings: VerifySettings, work: Work) -> Json:
             "dtype": str(machine.dtype).removeprefix("torch."),
             "tie": TIE * torch.finfo(machine.dtype).eps,
         }
-        checks = [config, *run_checker(request, folder)]
+        with reporting(progress, f"checking {out.name}"):
+            checks = [config, *run_checker(request, folder)]
         checks.append(check_reference(reference, manifest, machine, folder, required=settings.require_reference))
     return {
         "model": str(out),
@@ -232,8 +234,8 @@ def running(command: list[str], environment: dict[str, str], stderr: int) -> Ite
 class Reference:
     """The source and the solution of an export."""
 
-    def __init__(self, model: Model, solution: Solution) -> None:
-        self.model, self.solution = model, solution
+    def __init__(self, model: Model, solution: Solution, progress: Progress) -> None:
+        self.model, self.solution, self.progress = model, solution, progress
 
     def logits(self, tokens: torch.Tensor, machine: Machine, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits `[B, T, V]` in float64, and in `machine.dtype` with weights rounded to the export's dtypes."""
@@ -246,26 +248,27 @@ class Reference:
             slots,
             rounded=lambda stored: stored if dtype == "source" else getattr(torch, dtype),
         )
-        return reference_logits(exact, rounded, slots, tokens)
+        return reference_logits(exact, rounded, slots, tokens, self.progress)
 
 
-def open_reference(work: Work, manifest: Json) -> Reference | Json:
+def open_reference(work: Work, manifest: Json, progress: Progress = silent) -> Reference | Json:
     """Return the export's source and solution, or the check's outcome if missing (skipped) or damaged (failed)."""
-    if not work.solution_manifest.is_file():
+    if not work.solutions():
         why = f"{work.folder} has no solution; --work names the folder that the export was made from"
         return check("reference", "skipped", why)
     named = manifest["solution"].get("sha256")
     if not named:
         return check("reference", "failed", f"{MANIFEST} does not name the solution that it was made from")
     try:
-        if read_manifest(work.solution_manifest, "run a3 solve --overwrite")["sha256"] != named:
+        of_export = find_solution(work, named)
+        if of_export is None:
             why = f"{work.folder} holds another solution than the one that the export was made from"
             return check("reference", "skipped", why)
         # A folder in use fails too: the solution exists and was not compared; rerun the command later.
         with work.locked():
-            calibration, solution = read_solution(work)
+            calibration, solution = read_solution(of_export, progress)
             check_hash(work.tokens, calibration.tokens_hash, "run a3 calibrate --overwrite")
-            return Reference(open_calibrated_source(work, calibration), solution)
+            return Reference(open_calibrated_source(work, calibration), solution, progress)
     except A3Error as error:
         return check("reference", "failed", str(error))
 

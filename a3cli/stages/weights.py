@@ -5,7 +5,7 @@ and one loop (`write_shard`) hashes and writes them in order. Only a few groups 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,11 +61,23 @@ def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> 
     return plan_shards(planned, settings.max_shard_size)
 
 
-def write_weights(path: Path, planned: list[PlannedTensor], model: Model, solution: Solution) -> str:
-    """Write one weight file and return its hash. Raises A3Error for weights that are not finite."""
+def write_weights(
+    path: Path, planned: list[PlannedTensor], model: Model, solution: Solution, written: Callable[[int], None]
+) -> str:
+    """Write one weight file and return its hash; `written` is called with the bytes of each part that was written.
+
+    Raises A3Error for weights that are not finite.
+    """
     jobs = (job for tensor in prefetch_each(planned, model) for job in row_jobs(tensor, model, solution))
     with one_core_each(min(COMPUTING, os.cpu_count() or 1)) as threads:
-        return write_shard(path, planned, ahead(threads, jobs, COMPUTING))
+        return write_shard(path, planned, counted(ahead(threads, jobs, COMPUTING), written))
+
+
+def counted(parts: Iterable[torch.Tensor], written: Callable[[int], None]) -> Iterator[torch.Tensor]:
+    """Yield the parts of a file; call `written` with the bytes of each once the next one is asked for."""
+    for part in parts:
+        yield part
+        written(part.numel() * part.itemsize)
 
 
 def prefetch_each(planned: list[PlannedTensor], model: Model) -> Iterator[PlannedTensor]:

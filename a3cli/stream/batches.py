@@ -36,12 +36,18 @@ def stream(step: Step, inputs: Sequence[Blocks], outputs: Sequence[Blocks], batc
             write(start, step(start, *batches))
 
 
-def run_through(decoder: Decoder, groups: Sequence[tuple[Blocks, Calls, Batching]]) -> None:
-    """Run blocks through all layers in place; each layer's weights are read once for all groups."""
+def run_through(
+    decoder: Decoder, groups: Sequence[tuple[Blocks, Calls, Batching]], finished: Callable[[], object]
+) -> None:
+    """Run blocks through all layers in place; each layer's weights are read once for all groups.
+
+    `finished` is called after each layer.
+    """
     for index in range(len(decoder.layers)):
         with decoder.layer(index) as layer:
             for states, calls, batching in groups:
                 stream(layer_step(layer, calls, index), [states], [states], batching)
+        finished()
 
 
 def layer_step(layer: nn.Module, calls: Calls, index: int) -> Step:

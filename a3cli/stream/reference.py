@@ -28,6 +28,7 @@ from a3cli.stream.batches import Batching, embed_all, run_through
 from a3cli.stream.decoder import Arguments, Decoder
 from a3cli.stream.hidden import StatesInMemory
 from a3cli.work.machine import Machine
+from a3cli.work.progress import Progress, reporting
 
 ATTENTION = {"pairs", "query_map", "key_map", "value_map", "output_map", "output_weight"}
 KNOWN = ATTENTION | {"channels", "gate_weight", "up_weight", "down_weight", "down_bias"}
@@ -160,7 +161,11 @@ def turn_slots(arguments: Arguments, slots: Sequence[float]) -> Arguments:
 
 @torch.inference_mode()
 def reference_logits(
-    exact: FullSizeReference, rounded: FullSizeReference, slots: Sequence[Sequence[float]], tokens: torch.Tensor
+    exact: FullSizeReference,
+    rounded: FullSizeReference,
+    slots: Sequence[Sequence[float]],
+    tokens: torch.Tensor,
+    progress: Progress,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of both for tokens `[B, T]`, float32 `[B, T, V]` on the CPU; one layer at a time is in memory.
 
@@ -178,8 +183,9 @@ def reference_logits(
         turned = tuple(table.to(rounded.machine.dtype) for table in ours[index]["position_embeddings"])
         theirs[index] = {**theirs[index], "position_embeddings": turned}
     answers = []
-    for each, held, own in zip((exact, rounded), states, calls, strict=True):
-        run_through(each, [(held, own, batching)])
-        with each.head() as head:
-            answers.append(head(held.values).float().cpu())
+    with reporting(progress, "computing the reference", 2 * exact.shape.layers, "layers") as finished:
+        for each, held, own in zip((exact, rounded), states, calls, strict=True):
+            run_through(each, [(held, own, batching)], finished)
+            with each.head() as head:
+                answers.append(head(held.values).float().cpu())
     return answers[0], answers[1]

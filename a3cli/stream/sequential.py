@@ -26,7 +26,7 @@ from a3cli.stream.batches import Batching, Calls, embed_all, read_batches, strea
 from a3cli.stream.decoder import Decoder, StopForward, run_layer
 from a3cli.stream.hidden import HiddenStates, TwoFiles
 from a3cli.stream.smaller import SmallerDecoder
-from a3cli.stream.sweep import Progress
+from a3cli.work.progress import Progress
 
 DRIFT = 0.5  # share of the drift of the residual stream that each refit corrects; 0.5 was better than 0 and 1
 RIDGE = 1e-2  # pulls towards the one-shot weights; relative to the mean diagonal of the activations' Gram matrix
@@ -92,10 +92,12 @@ def refit_sequentially(
     files = Files(folder, source, blocks)
     calls = files.begin(source, smaller, batch_size, first)
     batching = Batching(len(blocks), batch_size, source.machine.copies)
-    for index in range(first, source.shape.layers):
+    layers, tokens = source.shape.layers, blocks.numel()
+    for index in range(first, layers):
+        progress(layer=index, layers=layers, tokens=0, total_tokens=tokens)
         with source.layer(index) as full, smaller.layer(index) as small:
             refit = _Layer(source, full, small, files, calls, index, batching).refit(rounds)
-        progress(layer=index, layers=source.shape.layers, tokens=blocks.numel(), total_tokens=blocks.numel())
+        progress(layer=index, layers=layers, tokens=tokens, total_tokens=tokens)
         yield index, refit, [files.of_source.input_of(index + 1).path, files.of_smaller.input_of(index + 1).path]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -22,14 +21,9 @@ from a3cli.stream.hidden import States
 from a3cli.stream.hooks import mlp_in_pieces, moments_of
 from a3cli.work.machine import out_of_memory
 from a3cli.work.processes import Processes
+from a3cli.work.progress import Progress
 
 log = logging.getLogger(__name__)
-
-
-class Progress(Protocol):
-    """Called after each batch with the progress of a sweep, in tokens through layers."""
-
-    def __call__(self, *, layer: int, layers: int, tokens: int, total_tokens: int) -> None: ...
 
 
 @dataclass

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from a3cli.errors import CannotRead, CannotWrite, Interrupted, OutOfMemory
 from a3cli.work.files import Json, bytes_on_disk, check_space, hash_file, making, writing
+from a3cli.work.processes import StillRunning
 from a3cli.work.record import Record
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ def drafting(target: Path, request: Json) -> Iterator[Draft]:
                     target.rename(replaced)
                 partial.rename(target)
                 draft.forget()
+        except StillRunning:  # threads may be writing: begin() drops what they do not finish
+            raise
         except (Interrupted, KeyboardInterrupt, CannotRead, CannotWrite, OutOfMemory, OSError, SafetensorError):
             draft.leave()
             raise

@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from blake3 import blake3
 from safetensors import SafetensorError
 
 from a3cli.errors import A3Error, CannotRead, CannotWrite, kind_of
+from a3cli.work.processes import results
 
 if TYPE_CHECKING:
     import torch
@@ -176,11 +178,11 @@ def check_hash(path: Path, expected: str, remedy: str) -> None:
         raise A3Error(f"{path} is not the file that its manifest recorded (its hash differs); {remedy}")
 
 
-def check_hashes(expected: dict[Path, str], remedy: str) -> None:
-    """Call `check_hash` for many files, on all cores: hashing releases the GIL."""
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for checked in [threads.submit(check_hash, path, value, remedy) for path, value in expected.items()]:
-            checked.result()
+def check_hashes(expected: dict[Path, str], remedy: str, finished: Callable[[], object] = lambda: None) -> None:
+    """Call `check_hash` for many files, on all cores: hashing releases the GIL. `finished` is called after each."""
+    jobs = [partial(check_hash, path, value, remedy) for path, value in expected.items()]
+    for _ in results(ThreadPoolExecutor(os.cpu_count()), jobs):
+        finished()
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:

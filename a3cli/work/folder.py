@@ -12,6 +12,8 @@ manifest is written last, so a folder with a manifest is a finished stage. Only 
     solution/layer-000.safetensors … projections and kept indices
     solution/manifest.json           written last
     .solution.a3-partial/            an unfinished solution; .solution.a3-progress.json lists its finished files
+    solutions/NAME/                  a solution with a name: the same files; unfinished ones lie beside it
+    solutions/.NAME.evaluation.json, .NAME.verification.json   what a recipe with that name measured and checked
     channels/layer-000.json …        the order of greedy channel selection, reused by every later solution
     probes/best-stock.json …         measured sensitivities of a method and shape
     probes/progress.json, streams-{0,1}.bin   during the measurement
@@ -35,13 +37,14 @@ class InUse(A3Error):
 
 
 class Work:
-    """One work folder: its paths and its lock."""
+    """One work folder: its paths and its lock. `name` selects one of its solutions; None is the one without a name."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self.folder, self.name = folder, name
         self.source = folder / "source.json"
         self.calibration = folder / "calibration"
-        self.solution = folder / "solution"
+        self.named_solutions = folder / "solutions"
+        self.solution = self.named_solutions / name if name else folder / "solution"
         self.calibration_manifest = self.calibration / "manifest.json"
         self.calibration_progress = self.calibration / "progress.json"
         self.solution_manifest = self.solution / "manifest.json"
@@ -50,9 +53,37 @@ class Work:
         self.channels = folder / "channels"
         self.points = folder / "pareto.json"
         self.coming_hidden_states = self.calibration / "hidden-next.bin"
-        self.evaluation = folder / "evaluation.json"
-        self.verification = folder / "verification.json"
+        self.evaluation = self._of_solution("evaluation.json")
+        self.verification = self._of_solution("verification.json")
         self.scratch = folder / ".scratch"  # removed when the command ends, at the latest when the next one starts
+
+    def _of_solution(self, file: str) -> Path:
+        return self.named_solutions / f".{self.name}.{file}" if self.name else self.folder / file
+
+    def named(self, name: str | None) -> "Work":
+        """Return this folder with another of its solutions, existing or not."""
+        return self if name == self.name else Work(self.folder, name)
+
+    def solution_folders(self) -> list[Path]:
+        """Return the folders of all solutions: first the one without a name, then by name."""
+        found = sorted(self.named_solutions.iterdir()) if self.named_solutions.is_dir() else []
+        return [self.folder / "solution", *(path for path in found if path.is_dir() and path.name[0] != ".")]
+
+    def solutions(self) -> "list[Work]":
+        """Return this folder with each of its finished solutions, in the order of `solution_folders`."""
+        names = [None, *(path.name for path in self.solution_folders()[1:])]
+        every = [self.named(name) for name in names]
+        return [work for work in every if work.solution_manifest.is_file()]
+
+    def beside_named(self) -> list[Path]:
+        """Return the drafts, records and results that lie beside the solutions with a name."""
+        kinds = ("a3-partial", "a3-replaced", "a3-progress.json", "evaluation.json", "verification.json")
+        return [path for kind in kinds for path in self.named_solutions.glob(f".*.{kind}")]
+
+    @property
+    def solve_again(self) -> str:
+        """Return what to do about a solution that is damaged or of another calibration."""
+        return "run a3 solve --overwrite" + (f" --name {self.name}" if self.name else "")
 
     def borrowed_by(self, folder: Path) -> "Work":
         """Return a work folder with its own lock and solution that reads this one's calibration."""

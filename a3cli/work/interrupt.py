@@ -30,6 +30,7 @@ class Stop:
         self.minutes = minutes
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.signal: signal.Signals | None = None
+        self.step = ""  # the last one that started
 
     def before(self, step: str, then: str) -> None:
         """Raise Interrupted if `step` must not start; `then` says how to resume."""
@@ -37,6 +38,14 @@ class Stop:
             raise Interrupted(f"stopped by {self.signal.name} before {step}; {then}")
         if time.monotonic() >= self.deadline:
             raise Interrupted(f"stopped by --max-minutes {self.minutes:g} before {step}; {then}")
+        self.step = step
+
+    def describe(self) -> str:
+        """Return the one line that says what happens after the first signal."""
+        assert self.signal is not None
+        again = "press Ctrl-C again to stop now" if self.signal is signal.SIGINT else "a second signal stops at once"
+        step = f"the current step ({self.step})" if self.step else "the current step"
+        return f"{self.signal.name}: finishing {step}; {again}"
 
 
 @contextmanager
@@ -49,7 +58,7 @@ def stopping(minutes: float | None = None) -> Iterator[Stop]:
         _handle(at_once)
         # Our launcher ends the peers of a failed process and reports the reason itself.
         if not (ended_by_launcher() and stop.signal is signal.SIGTERM):
-            log.warning("%s: finishing the current step; a second signal stops at once", stop.signal.name)
+            log.warning("%s", stop.describe())
 
     with _handling(first):
         yield stop

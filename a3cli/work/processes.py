@@ -13,9 +13,10 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,7 +35,15 @@ NAMES = "surrogateescape"  # for bytes that are not UTF-8
 LONGEST_WAIT = timedelta(hours=6)
 # Signals for which torch's launcher sets handlers without restoring them.
 ELASTIC_HANDLES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+GRACE = 1.0  # seconds that threads get to finish after an interrupt
 PIECE = 1 << 24  # numbers reduced at a time: a reduction needs as much memory again
+
+
+class StillRunning(KeyboardInterrupt):
+    """Interrupted while threads compute, which nothing can stop: the process must end without waiting for them.
+
+    They may be writing, so unfinished files are left as a kill leaves them.
+    """
 
 
 def launched() -> bool:
@@ -205,10 +214,29 @@ def spread(work: Callable[[S], T], items: Iterable[S], count: int) -> Iterator[T
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with one_core_each(count) as threads:
-            yield from threads.map(work, items)
+        yield from results(one_core_each(count), [partial(work, item) for item in items])
     finally:
         torch.set_num_threads(before)
+
+
+def results(threads: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Yield the result of each job, in order, from threads that end with the iteration.
+
+    Raises StillRunning if it is interrupted and a job does not finish soon.
+    """
+    futures = [threads.submit(job) for job in jobs]
+    ends = True
+    try:
+        for future in futures:
+            yield future.result()
+    except KeyboardInterrupt as interrupt:
+        threads.shutdown(wait=False, cancel_futures=True)
+        ends = not wait([each for each in futures if not each.cancelled()], GRACE).not_done
+        if not ends:
+            raise StillRunning from interrupt
+        raise
+    finally:
+        threads.shutdown(wait=ends, cancel_futures=True)
 
 
 def one_core_each(count: int) -> ThreadPoolExecutor:

@@ -64,7 +64,7 @@ def test_readme_road(a3, checkpoint, text_file, tmp_path, monkeypatch):
     assert a3("solve", "--budget", 0.25).code == 0
     outcome = a3("export", "out/")
     assert outcome.code == 0
-    assert outcome.stdout.strip().endswith("out")
+    assert outcome.stdout.splitlines()[-2:] == ["out", f"next: a3 eval out --against {source}"]
     assert a3("eval", "out/", "--against", source, "--dataset", text_file, "--samples", 2, "--seq-len", 64).code == 0
 
 

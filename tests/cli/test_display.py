@@ -15,7 +15,7 @@ SEEN = r"a\x1b[31m:cat:[b]evil[/b]"
 
 @pytest.mark.parametrize("name", ["o[final]", "x[/y]", "a:cat:b"])
 def test_places_are_printed_as_they_are(name, a3, work, tmp_path):
-    exported = a3("export", tmp_path / name, "--work", work)
+    exported = a3("export", tmp_path / name, "--work", work, "--quiet")
     assert (exported.code, exported.stdout.splitlines()[-1]) == (0, str(tmp_path / name))
     html = (tmp_path / name).with_suffix(".html")
     reported = a3("report", work, "--html", html)

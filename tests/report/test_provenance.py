@@ -43,8 +43,12 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
         "follow_symlinks": "it allows reading through links; what is read is the same",
         "hidden_states": "the same numbers lie in memory or in a file",
     },
-    SolveSettings: {"num_processes": "each layer is solved by one thread, however many there are"},
+    SolveSettings: {
+        "num_processes": "each layer is solved by one thread, however many there are",
+        "name": "it says where the same bytes are kept",
+    },
     ExportSettings: {
+        "name": "it says where the solution is kept",
         "overwrite": "it is about what was there before",
         "num_processes": "each weight file is written by one of them",
         "full_check": "the source is compared with what calibration saw; nothing is written from it",
@@ -243,9 +247,9 @@ UNUSUAL = {
         ("--attention-budget", 0.2, "--mlp-budget", 0.3, "--head-multiple", 4, "--mlp-multiple", 4, "--context", 128,
          "--ridge", 1e-3, "--eigenvalue-floor", 1e-4, "--sensitivity", "probe", "--probe-blocks", 2,
          "--probe-points", 2, "--dtype", "float32", "--sequential", "--refit-rounds", 1, "--batch-size", 2,
-         "--num-processes", 1),
+         "--num-processes", 1, "--name", "q-25.b"),
         ("--dtype", "bfloat16", "--max-shard-size", "100KB", "--num-processes", 2, "--full-check",
-         "--check-reproducible"),
+         "--check-reproducible", "--name", "q-25.b"),
     ),
     "one shot": (
         ("--samples", 3, "--batch-size", 3, "--mlp-stats", "diagonal", "--device", "cpu"),

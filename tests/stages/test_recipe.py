@@ -74,7 +74,7 @@ def test_a_run_verifies_its_export_once(a3, recipe, monkeypatch):
     assert a3("run", recipe, "--json").json == first
     monkeypatch.setattr("a3cli.stages.run.versions", lambda: {"transformers": "6.0"})
     asked = []
-    monkeypatch.setattr("a3cli.stages.run.verify", lambda out, *_: asked.append(out) or first["verify"])
+    monkeypatch.setattr("a3cli.stages.run.verify", lambda out, *_, **__: asked.append(out) or first["verify"])
     assert a3("run", recipe, "--json").json == first
     assert asked == [recipe.parent / "model"]  # another version of transformers may load it differently
     without = a3("run", recipe, "--no-verify", "--json").json
@@ -85,7 +85,7 @@ def test_an_export_that_fails_verify_fails_the_run_and_is_not_evaluated(a3, reci
     verifying(recipe)
     failed = {"name": "generate", "outcome": "failed", "detail": "with a cache token 3 is 7, without one 9"}
     result = {"model": "model", "passed": False, "checks": [failed], "versions": {}}
-    monkeypatch.setattr("a3cli.stages.run.verify", lambda *_: result)
+    monkeypatch.setattr("a3cli.stages.run.verify", lambda *_, **__: result)
     for _ in range(2):  # a failure is not stored
         outcome = a3("run", recipe, "--json")
         assert outcome.code == 1

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from a3cli.work.machine import Machine
 from a3cli.work.sealed import versions
 from a3cli.work.writer import HashingWriter
 from tests.conftest import refused
+from tests.helpers import forks
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -386,6 +388,48 @@ def test_bad_time_limits_are_refused(a3, tmp_path):
         assert outcome.code == 2
         assert "--max-minutes" in outcome.stderr
         assert len(outcome.stderr.splitlines()) == 1
+
+
+def solve_slowly(arguments: list[str], folder: str, alone: bool, begun) -> None:
+    """Run `a3 solve` in this process, with layers that take a minute each, as those of a large model do."""
+    from a3cli.methods.paper import Paper
+    from a3cli.models import costs
+
+    def analyse(*_):
+        Path(folder, "analysing").touch()
+        time.sleep(60)
+
+    Paper.analyse = analyse
+    costs.side_by_side = lambda _: not alone
+    forks._run(arguments, folder, None, begun)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_ctrl_c_is_obeyed_within_two_seconds(alone, calibrated, tmp_path):
+    """Layers in threads, and one at a time: the first says what is being finished, the second ends the process."""
+    arguments = ["solve", "--budget", "0.2", "--method", "paper", "--work", str(calibrated)]
+    ready, begun = forks.CONTEXT.Pipe(duplex=False)
+    process = forks.CONTEXT.Process(target=solve_slowly, args=(arguments, str(tmp_path), alone, begun), daemon=True)
+    process.start()
+    ready.recv()
+    assert wait_for((tmp_path / "analysing").exists, seconds=60)
+    os.kill(process.pid, signal.SIGINT)
+    said = r"^SIGINT: finishing the current step \(analysing layer . of 2\); press Ctrl-C again to stop now$"
+    assert wait_for(lambda: re.search(said, (tmp_path / ".stderr").read_text(), re.M), seconds=2)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(2)
+    code = process.exitcode
+    process.kill()
+    assert code == 3
+    assert "error: interrupted; rerun the same command" in (tmp_path / ".stderr").read_text()
+
+
+def wait_for(condition, *, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(condition())
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_what_the_sequential_correction_reads(name, a3, work, monkeypatch, tmp_p
         return plain(*arguments)
 
     def report(**at):
-        if name == "streams" and at["layer"] == 0:
+        if name == "streams" and at.get("layer") == 0:
             for file in files[name].iterdir():
                 truncate(file)
 

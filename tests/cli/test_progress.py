@@ -1,0 +1,214 @@
+"""Every step that takes long says what it does, how far it is and how long it will take; short ones say nothing."""
+
+import io
+import logging
+import re
+import time
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from a3cli.cli import progress as shown
+from a3cli.cli.console import set_up_logging
+from a3cli.cli.progress import SweepProgress, sweep_progress
+from a3cli.work.processes import spread
+from a3cli.work.progress import reporting
+from tests.conftest import SHORT, SOLVE
+
+pytestmark = pytest.mark.usefixtures("hasty")
+
+
+class Clock:
+    """A clock that stands still until it is told to go on, and then ticks as the real one does."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.progress: SweepProgress | None = None
+
+    def __call__(self) -> float:
+        return self.now
+
+    def go_on(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.now += 1
+            if self.progress is not None:
+                self.progress.tick()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def lines(clock):
+    """Log lines with the time of each."""
+    found: list[tuple[float, str]] = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record):
+            found.append((clock.now, record.getMessage()))
+
+    set_up_logging()
+    log = logging.getLogger("a3cli")
+    log.handlers = [Keeping()]
+    return found
+
+
+def without_terminal(clock) -> SweepProgress:
+    clock.progress = SweepProgress(None, clock)
+    return clock.progress
+
+
+def test_a_long_step_has_lines_at_most_every_ten_seconds(clock, lines):
+    with reporting(without_terminal(clock), "analysing", 32, "layers") as finished:
+        for _ in range(32):
+            clock.go_on(4)
+            finished()
+    times = [at for at, _ in lines]
+    assert len(lines) > 8
+    assert all(10 <= later - earlier <= 13 for earlier, later in pairwise(times))
+    assert lines[1][1] == "analysing: 5 of 32 layers, 108 s left"
+    clock.go_on(100)
+    assert len(times) == len(lines), "it has ended"
+
+
+@pytest.mark.parametrize("total", [1, 5])
+def test_a_step_that_reports_nothing_has_a_line_every_thirty_seconds(total, clock, lines):
+    with reporting(without_terminal(clock), "loading model", total, "layers" if total > 1 else ""):
+        clock.go_on(200)
+    times = [1000, *(at for at, _ in lines)]
+    assert all(later - earlier <= 30 for earlier, later in pairwise(times))
+    assert len(lines) == 7
+    assert lines[1][1] == ("loading model: 40 s so far" if total == 1 else "loading model: 0 of 5 layers, 40 s so far")
+    assert "3 min so far" in lines[-1][1]
+
+
+def test_a_silent_sweep_has_lines_too(clock, lines):
+    progress = without_terminal(clock)
+    progress(layer=0, layers=2, tokens=0, total_tokens=8)
+    clock.go_on(31)
+    assert [line for _, line in lines] == ["layer 1 of 2: 0/8 tokens, 30 s so far"]
+    progress(layer=0, layers=2, tokens=8, total_tokens=8)
+    assert lines[-1][1] == "layer 1 of 2: 8/8 tokens, 31 s left"
+    progress(layer=1, layers=2, tokens=8, total_tokens=8)
+    clock.go_on(60)
+    assert len(lines) == 3
+
+
+def test_short_steps_show_nothing(clock, lines):
+    progress = without_terminal(clock)
+    for number in range(40):
+        with reporting(progress, f"step {number}", 4, "files") as finished:
+            for _ in range(2):
+                finished()
+                clock.go_on(1)
+    assert lines == []
+
+
+def test_the_innermost_step_is_shown(clock, lines):
+    progress = without_terminal(clock)
+    with reporting(progress, "points", 4, "points"):
+        with reporting(progress, "evaluating", 7, "blocks") as finished:
+            finished()
+            clock.go_on(15)
+        clock.go_on(30)
+    assert [line.split(":")[0] for _, line in lines] == ["evaluating", "points"]
+
+
+def test_bytes_have_units_and_a_failure_ends_its_step(clock, lines):
+    progress = without_terminal(clock)
+
+    def fail():
+        with reporting(progress, "writing", 10**10, "bytes") as written:
+            clock.go_on(5)
+            written(25 * 10**8)
+            clock.go_on(10)
+            raise ValueError("full")
+
+    with pytest.raises(ValueError, match="full"):
+        fail()
+    assert [line for _, line in lines] == ["writing: 2.5 GB of 10 GB, 30 s left"]
+    clock.go_on(100)
+    assert len(lines) == 1
+
+
+def test_layers_in_threads_report_as_they_finish():
+    reported = []
+    with reporting(lambda **at: reported.append(at["done"]), "projecting", 20, "layers") as finished:
+        list(spread(lambda _: finished(), range(20), 4))
+    assert reported == [*range(20), 19, 20]
+
+
+def test_a_bar_shows_a_step_that_has_lasted(clock):
+    """It is drawn by the tick of a step that says nothing, and gone when the step has ended."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"))
+    bar = Progress(*columns, console=console, auto_refresh=False)
+    clock.progress = SweepProgress(bar, clock)
+    with bar, reporting(clock.progress, "analysing", 32, "layers") as finished:
+        finished()
+        clock.go_on(2)
+        assert bar.tasks == []
+        clock.go_on(2)
+        finished(3)
+        bar.refresh()
+        (task,) = bar.tasks
+        assert (task.completed, task.total) == (4, 32)
+    assert "analysing" in out.getvalue()
+    assert "4 of 32 layers" in out.getvalue()
+    assert bar.tasks == []
+
+
+@pytest.fixture
+def all_is_long(monkeypatch):
+    """Each report of each step is shown."""
+    monkeypatch.setattr(shown, "SHOWN_AFTER", 0.0)
+    monkeypatch.setattr(shown, "LINE_EVERY", 0.0)
+
+
+@pytest.mark.usefixtures("all_is_long")
+def test_every_stage_says_what_it_does(a3, work, source, text_file, tmp_path):
+    """Each line has how far the step is and how long it takes; with --quiet there is none."""
+    out, text = tmp_path / "out", ("--dataset", text_file, "--samples", 3, "--seq-len", 32)
+    points = ("pareto", "--budgets", "0.2", "--head-multiple", 2, "--mlp-multiple", 8, "--work", work, *text)
+    expected = {
+        (*SOLVE, "--overwrite", "--work", work): ("checking the statistics: 1 of 3 files", "analysing", "projecting"),
+        ("export", out, "--overwrite", "--work", work): ("checking the solution", "writing weights"),
+        ("verify", out, "--work", work): ("checking out", "computing the reference: 3 of 4 layers"),
+        ("eval", out, "--against", source, *text): ("loading source", "evaluating out on text.txt: 2 of 3 blocks"),
+        points: ("points of paper", "analysing", "writing weights", "evaluating export on text.txt"),
+    }
+    a3("export", out, "--work", work)
+    for command, steps in expected.items():
+        outcome = a3(*command)
+        assert outcome.code == 0, outcome
+        for step in steps:
+            assert re.search(rf"^{step}.* (left|so far)$", outcome.stderr, re.M), (step, outcome.stderr)
+        assert a3(*command, "--quiet").stderr == ""
+
+
+@pytest.mark.usefixtures("all_is_long")
+def test_a_streamed_model_says_how_many_layers_it_has_run(a3, source, text_file, monkeypatch):
+    monkeypatch.setattr("a3cli.stages.answers.available_memory", lambda machine, settings: 0)
+    outcome = a3("eval", source, "--dataset", text_file, *SHORT)
+    assert outcome.code == 0, outcome
+    assert "running source: 1 of 2 layers" in outcome.stderr
+
+
+def test_the_clock_ticks_by_itself(monkeypatch, capsys):
+    """A step that reports nothing has lines, from a thread that ends with the stage."""
+    for name, value in (("TICK", 0.01), ("SHOWN_AFTER", 0.01), ("LINE_EVERY", 0.01), ("SILENT_FOR", 0.05)):
+        monkeypatch.setattr(shown, name, value)
+    set_up_logging()
+    printed = ""
+    with sweep_progress(quiet=False) as progress, reporting(progress, "loading"):
+        deadline = time.monotonic() + 30
+        while printed.count("loading: ") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+            printed += capsys.readouterr().err
+    assert printed.count("loading: ") >= 2
+    assert not [thread for thread in shown.threading.enumerate() if thread.name == "progress"]
