@@ -134,7 +134,7 @@ def test_compress_keeps_its_work_folder_until_it_has_succeeded(folder, monkeypat
         raise a3cli.A3Error("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("a3cli.api.run_export", full)
+        patch.setattr("a3cli.stages.api.run_export", full)
         with pytest.raises(a3cli.A3Error, match="disk full"):
             compress(folder)
     kept = folder / ".out.a3-work"
@@ -157,7 +157,7 @@ def test_compress_in_a_work_folder_of_ones_own(folder):
 
 
 def test_compress_refuses_before_any_work(folder, monkeypatch):
-    monkeypatch.setattr("a3cli.api.calibrated", pytest.fail)
+    monkeypatch.setattr("a3cli.stages.api.calibrated", pytest.fail)
     (folder / "out").mkdir()
     (folder / "out" / "notes.txt").write_text("mine")
     with pytest.raises(a3cli.A3Error, match=r"not an empty folder; use overwrite=True"):

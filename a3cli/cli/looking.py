@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from a3cli.cli import display
+from a3cli.cli import display, inspection
 from a3cli.cli.console import print_json, set_up_output, show
 from a3cli.cli.options import (
     DEFAULT_WORK,
@@ -39,7 +39,7 @@ def inspect(
     from a3cli.report.inspection import describe
 
     check_output("--output", output)
-    show(describe(folder, name), display.print_inspection, as_json=as_json, output=output)
+    show(describe(folder, name), inspection.print_inspection, as_json=as_json, output=output)
 
 
 @looking.command()

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from a3cli.errors import A3Error
 from a3cli.settings.gates import Gate, parse_gate
+from a3cli.settings.names import check_name
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
 from a3cli.settings.problems import find_problems
 from a3cli.settings.seq_len import known_seq_len, resolved_seq_len
@@ -31,17 +32,8 @@ LOSSES: dict[Sensitivity, str] = {
     "probe": "KL(source ‖ compressed) as probed, nats a token",
 }
 BUDGET_HELP = "Fraction of the decoder's linear weights to remove."
-SOLUTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, MACHINE]
-
-
-def check_name(name: str) -> str:
-    """Check that a name can be a folder's name, and never that of an unfinished solution, which begins with a dot."""
-    if not SOLUTION_NAME.fullmatch(name):
-        raise ValueError("use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first")
-    return name
-
 
 # Settings of several stages.
 SolutionName = Annotated[
