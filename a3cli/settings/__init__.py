@@ -4,7 +4,6 @@ A field holds type, default, choices, bounds and help text; an `Option` beside i
 without a default is an argument. All problems of one set of settings are reported together.
 """
 
-import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
