@@ -462,7 +462,7 @@ def test_exports_are_about_as_far_from_the_reference_as_rounding(name, dtype, a3
             reference, tokens = reference_of(tmp_path)
             found = judge(logits(out, tokens), *reference.logits(tokens, CPU, exported))
             print(name, dtype, options, exported, found["difference"] / found["rounding"])
-            assert 0.7 < found["difference"] / found["rounding"] < 2
+            assert 0.7 < found["difference"] / found["rounding"] < 2.5
 
 
 def test_logits_that_are_no_numbers_fail():
