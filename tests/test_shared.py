@@ -7,6 +7,7 @@ from tests.conftest import SHARED
 pytestmark = pytest.mark.shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text", "rounding", "perplexity", "kl"),
     [

@@ -26,6 +26,7 @@ def test_text_lists_are_disjoint_and_complete(demo_text):
     assert len(demo_text.read_modules(demo_text.EVALUATION)) > 200_000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_a_quarter_less_still_knows_python(a3, demo_text, tmp_path):
     """Measure the tiny recipe's result on the recipe's own text and on blocks of modules excluded from training."""

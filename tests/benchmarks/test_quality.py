@@ -31,6 +31,7 @@ def bench(checkpoint, text_file, tmp_path, monkeypatch):
     return quality.Bench(subject, plan)
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_once(bench, monkeypatch):
     results = quality.Cells(bench.plan.results)
     bench.measure_missing(results)

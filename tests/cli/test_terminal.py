@@ -98,7 +98,7 @@ def test_every_command_shows_its_whole_result(terminal, shown, commands):
 def test_a_sweep_has_a_bar_where_it_can_be_drawn(terminal, shown):
     for name in ("calibrate", "run", "sequential", "probed"):
         found = shown(terminal)[name]
-        bar = re.search(r"layer 2 of 2 ━+ [\d,]+ tokens/s 0:00:00 left 0:00:00", found.text)
+        bar = re.search(r"layer 2 of 2 ━+ [\d,]+ tokens/s \d:\d\d:\d\d left 0:00:00", found.text)
         assert bool(bar) is (terminal.name != "dumb"), found.text
         assert ("\x1b" in found.raw) is (terminal.name != "dumb")
     assert "left" not in shown(terminal)["pareto"].text  # no sweep is running

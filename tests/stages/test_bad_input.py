@@ -447,6 +447,7 @@ def test_a_disk_that_fills_up_in_a_later_stage(command, size, a3, work, tmp_path
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("calibrate", "source", *SHORT), ("export", "out")])
 def test_a_disk_that_fills_up_under_a_real_process(command, work, text_file, tmp_path):
     """stderr has only this error: no library output and no traceback."""

@@ -124,7 +124,7 @@ def test_settings_are_changed(recipe):
         ("eval.texts.dataset=a", ("eval.texts is one value, or a list",)),
         ("solve.budget", ("not of the form PATH=VALUE",)),
         ("solve.budget=[", ("cannot be read as YAML",)),
-        ("solve.budget=2", ("solve.budget: ", "less than 1")),
+        ("solve.budget=2", ("solve.budget 2", "must be below 1")),
     ],
 )
 def test_a_change_that_does_not_fit_is_refused(a3, recipe, change, words):

@@ -258,7 +258,7 @@ def test_chat_needs_messages_and_a_template(tmp_path):
         read_all(TOKENIZER, path, chat=True)
     with pytest.raises(A3Error, match="--chat reads its 'conversations'"):
         read_all(TOKENIZER, path)
-    with pytest.raises(A3Error, match=r"holds list, not text \(--chat reads messages\)"):
+    with pytest.raises(A3Error, match=r"holds a list, not text \(--chat reads messages\)"):
         read_all(TOKENIZER, path, text_field="conversations")
 
 

@@ -414,7 +414,7 @@ def test_ctrl_c_is_obeyed_within_two_seconds(alone, calibrated, tmp_path):
     ready.recv()
     assert wait_for((tmp_path / "analysing").exists, seconds=60)
     os.kill(process.pid, signal.SIGINT)
-    said = r"^SIGINT: finishing the current step \(analysing layer . of 2\); press Ctrl-C again to stop now$"
+    said = r"^warning: SIGINT: finishing the current step \(analysing layer . of 2\); press Ctrl-C again to stop now$"
     assert wait_for(lambda: re.search(said, (tmp_path / ".stderr").read_text(), re.M), seconds=2)
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)

@@ -43,6 +43,7 @@ def test_calibrate_in_an_ascii_locale(place):
     assert calibrated.returncode == 0, calibrated.stderr
 
 
+@pytest.mark.slow
 def test_verify_in_an_ascii_locale(a3, place):
     work = ("--work", place / "work")
     assert a3("calibrate", place / "source", "--dataset", place / "Sätze.txt", *SHORT, *work).code == 0
