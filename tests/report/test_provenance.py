@@ -204,7 +204,7 @@ def test_calibrate_commands_have_every_setting(data, opened, settings_of):
     assert settings_of(line) == named(made.expected)
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=30, suppress_health_check=[hypothesis.HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_merged_calibrations_have_a_command_each(data, opened, settings_of):
     """Shared settings are those of the first one; text, batch size, processes and device are each one's own."""

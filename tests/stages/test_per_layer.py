@@ -563,6 +563,7 @@ def test_an_export_is_not_compressed_again(small, a3, text_file, tmp_path):
     assert "compress its source" in outcome.stderr
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_compiles_in_one_graph(small):
     model = load(small)
