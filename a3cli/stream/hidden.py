@@ -207,7 +207,8 @@ class StatesInMemory:
     """One process's blocks `[n, T, d]` on a device; each layer's output overwrites its input."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # threads, which are not in inference mode, write to it
+            self.values = torch.empty(shape, dtype=dtype, device=device)
         self.layer: int | None = None  # the layer whose input is held
         self.digests: dict[str, str] = {}
 

@@ -5,6 +5,7 @@ import torch
 
 from a3cli.stages import answers
 from a3cli.stream.decoder import Decoder
+from a3cli.work.machine import Machine
 from tests.conftest import MODELS, refused
 
 FIGURES = ("perplexity", "source_perplexity", "kl", "top1_agreement")
@@ -45,6 +46,17 @@ def test_a_streamed_model_has_the_same_figures(name, a3, checkpoint, text_file, 
     assert [streamed[key] for key in FIGURES] == pytest.approx([whole[key] for key in FIGURES], rel=1e-5, abs=1e-9)
     assert held
     assert set(held) == {0}  # each layer is emptied before the next one is loaded
+
+
+def test_a_streamed_model_has_the_same_figures_in_background_threads(a3, checkpoint, text_file, no_memory, monkeypatch):
+    """Read and write batches in threads, as for a GPU."""
+    command = ("eval", checkpoint("llama-gqa"), "--dataset", text_file, "--samples", 5, "--seq-len", 32)
+    command = (*command, "--batch-size", 2, "--json")
+    plain = a3(*command).json
+    monkeypatch.setattr(Machine, "copies", property(lambda self: True))
+    in_background = a3(*command)
+    assert in_background.code == 0, in_background.stderr
+    assert in_background.json["perplexity"] == plain["perplexity"]
 
 
 def test_a_per_layer_export_is_streamed_by_its_own_code(a3, work, source, text_file, tmp_path, monkeypatch):
@@ -89,7 +101,6 @@ def test_hidden_states_that_do_not_fit(a3, checkpoint, text_file, no_memory, mon
 
 def test_available_memory_on_a_cpu_is_what_is_free(monkeypatch):
     from a3cli.settings import EvalSettings
-    from a3cli.work.machine import Machine
 
     monkeypatch.setattr(answers, "free_memory", lambda device: {"cpu": 7, "cuda": 5}[device.type])
     settings = EvalSettings(model="m", texts=())
