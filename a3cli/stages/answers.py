@@ -15,9 +15,8 @@ from a3cli.models.config import read_shape
 from a3cli.models.families import Family, ModelShape, family_of
 from a3cli.models.model import describe
 from a3cli.settings import EvalSettings
-from a3cli.stream.batches import Batching, Calls, embed_all, run_through
+from a3cli.stream.batches import embed_in_memory, run_through
 from a3cli.stream.decoder import Decoder
-from a3cli.stream.hidden import StatesInMemory
 from a3cli.work.machine import Machine, free_memory
 from a3cli.work.progress import Progress, reporting
 
@@ -151,7 +150,10 @@ class StreamedModel:
         chosen = list(batches(blocks, batch_size))
         self._check_memory(sum(batch.numel() for batch in chosen))
         full = [batch for batch in chosen if batch.shape[1] == len(blocks[0])]
-        groups = [self._embed(each, batch_size) for each in (torch.cat(full), *chosen[len(full) :])]
+        groups = [
+            embed_in_memory(self._decoder, each, batch_size, torch.device("cpu"))
+            for each in (torch.cat(full), *chosen[len(full) :])
+        ]
         layers = len(self._decoder.layers)
         with reporting(self._progress, f"running {short_name(self.name)}", layers, "layers") as finished:
             run_through(self._decoder, groups, finished)
@@ -159,13 +161,6 @@ class StreamedModel:
             for states, _, batching in groups:
                 for start in range(0, batching.blocks, batching.size):
                     yield head(states.read(start, min(batching.size, batching.blocks - start)))
-
-    def _embed(self, blocks: torch.Tensor, batch_size: int) -> tuple[StatesInMemory, Calls, Batching]:
-        """Return the first layer's input of blocks of one length, and each layer's arguments."""
-        shape = (*blocks.shape, self._decoder.shape.hidden_size)
-        states = StatesInMemory(shape, self._machine.dtype, torch.device("cpu"))
-        calls = embed_all(self._decoder, blocks, batch_size, states)
-        return states, calls, Batching(len(blocks), batch_size, self._machine.copies)
 
     def _check_memory(self, tokens: int) -> None:
         needed = tokens * self._decoder.shape.hidden_size * self._machine.dtype.itemsize

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from a3cli.stream.decoder import Arguments, Decoder, run_layer
-from a3cli.stream.hidden import Blocks
+from a3cli.stream.hidden import Blocks, StatesInMemory
 
 Calls = dict[int, list[Arguments]]  # each layer's arguments, by batch size
 Step = Callable[..., Sequence[torch.Tensor]]  # start and a batch of each input → a batch of each output
@@ -124,3 +124,12 @@ def embed_all(decoder: Decoder, blocks: torch.Tensor, batch_size: int, target: B
             if target is not None:
                 target.write(start, hidden)
     return arguments
+
+
+def embed_in_memory(
+    decoder: Decoder, blocks: torch.Tensor, batch_size: int, device: torch.device
+) -> tuple[StatesInMemory, Calls, Batching]:
+    """Return the first layer's input of blocks `[N, T]`, held on a device, and each layer's arguments."""
+    states = StatesInMemory((*blocks.shape, decoder.shape.hidden_size), decoder.machine.dtype, device)
+    calls = embed_all(decoder, blocks, batch_size, states)
+    return states, calls, Batching(len(blocks), batch_size, decoder.machine.copies)

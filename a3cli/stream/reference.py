@@ -24,9 +24,8 @@ from a3cli.models.families import Role
 from a3cli.models.families.base import pair_dims
 from a3cli.models.model import Model
 from a3cli.solvers.moments import Tensors
-from a3cli.stream.batches import Batching, embed_all, run_through
+from a3cli.stream.batches import embed_in_memory, layer_step, stream
 from a3cli.stream.decoder import Arguments, Decoder
-from a3cli.stream.hidden import StatesInMemory
 from a3cli.work.machine import Machine
 from a3cli.work.progress import Progress, reporting
 
@@ -171,21 +170,22 @@ def reference_logits(
 
     `exact` should compute in float64: the frequencies of mixed slots are read from its rotations.
     """
-    batching = Batching(len(tokens), len(tokens))
-    states, calls = [], []
-    for each in (exact, rounded):
-        shape = (*tokens.shape, each.shape.hidden_size)
-        states.append(StatesInMemory(shape, each.machine.dtype, each.machine.device))
-        calls.append(embed_all(each, tokens, batching.size, states[-1]))
-    ours, theirs = (each[batching.size] for each in calls)
-    for index in filter(exact.mixes_slots, range(exact.shape.layers)):
-        ours[index] = turn_slots(ours[index], slots[index])
-        turned = tuple(table.to(rounded.machine.dtype) for table in ours[index]["position_embeddings"])
-        theirs[index] = {**theirs[index], "position_embeddings": turned}
-    answers = []
-    with reporting(progress, "computing the reference", 2 * exact.shape.layers, "layers") as finished:
-        for each, held, own in zip((exact, rounded), states, calls, strict=True):
-            run_through(each, [(held, own, batching)], finished)
+    pair = (exact, rounded)
+    streams = [embed_in_memory(each, tokens, len(tokens), each.machine.device) for each in pair]
+    ours, theirs = (calls[len(tokens)] for _, calls, _ in streams)
+    layers = exact.shape.layers
+    with reporting(progress, "computing the reference", len(pair) * layers, "layers") as finished:
+        for index in range(layers):  # both models in turn: a layer's solution is read once, and its weights are cached
+            if exact.mixes_slots(index):
+                ours[index] = turn_slots(ours[index], slots[index])
+                turned = tuple(table.to(rounded.machine.dtype) for table in ours[index]["position_embeddings"])
+                theirs[index] = {**theirs[index], "position_embeddings": turned}
+            for each, (states, calls, batching) in zip(pair, streams, strict=True):
+                with each.layer(index) as layer:
+                    stream(layer_step(layer, calls, index), [states], [states], batching)
+                finished()
+        answers = []
+        for each, (states, _, _) in zip(pair, streams, strict=True):
             with each.head() as head:
-                answers.append(head(held.values).float().cpu())
+                answers.append(head(states.values).float().cpu())
     return answers[0], answers[1]

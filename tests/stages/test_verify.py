@@ -409,6 +409,16 @@ def reference_of(folder: Path) -> tuple[Reference, torch.Tensor]:
     return found, choose_tokens(Work(folder / "work"), manifest["config"], found)
 
 
+def test_the_reference_reads_each_layers_solution_once(export, monkeypatch):
+    from a3cli.stages import solution
+
+    reference, tokens = reference_of(export.parent)
+    plain, read = solution.read_tensors, []
+    monkeypatch.setattr(solution, "read_tensors", lambda path, remedy: read.append(path.name) or plain(path, remedy))
+    reference.logits(tokens[:, :8], CPU, "source")
+    assert read == [f"layer-{layer:03d}.safetensors" for layer in range(reference.model.shape.layers)]
+
+
 @torch.inference_mode()
 def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
