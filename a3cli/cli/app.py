@@ -17,7 +17,6 @@ from a3cli.cli.console import print_json, set_up_output, show
 from a3cli.cli.exits import ErrorsToExitCodes, report_bug
 from a3cli.cli.looking import looking
 from a3cli.cli.options import (
-    DEFAULT_WORK,
     AsJson,
     Junit,
     MaxMinutes,
@@ -33,6 +32,7 @@ from a3cli.cli.options import (
 from a3cli.cli.progress import sweep_progress
 from a3cli.errors import A3Error
 from a3cli.settings import (
+    DEFAULT_WORK,
     CalibrateSettings,
     EvalSettings,
     ExportSettings,

@@ -8,7 +8,6 @@ import typer
 from a3cli.cli import display, inspection
 from a3cli.cli.console import print_json, set_up_output, show
 from a3cli.cli.options import (
-    DEFAULT_WORK,
     AsJson,
     Evaluations,
     Name,
@@ -20,6 +19,7 @@ from a3cli.cli.options import (
     with_settings,
 )
 from a3cli.errors import A3Error
+from a3cli.settings import DEFAULT_WORK
 from a3cli.settings.generation import GenerateSettings
 from a3cli.settings.options import OUTPUT
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from a3cli.cli.console import print_line
-from a3cli.cli.options import DEFAULT_WORK
+from a3cli.settings import DEFAULT_WORK
 
 if TYPE_CHECKING:
     from a3cli.report.manifest import Manifest

@@ -56,7 +56,6 @@ def option(*names: str, panel: Option, **details: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel.panel, **details)
 
 
-DEFAULT_WORK = Path("a3-work")
 WorkOption = Annotated[
     Path, option("--work", panel=OUTPUT, envvar="A3_WORK", help="Work folder, shared by the stages.")
 ]

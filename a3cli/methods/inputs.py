@@ -38,9 +38,9 @@ class LayerInputs:
     Raises A3Error for statistics that are missing or not finite.
     """
 
-    def __init__(self, model: Model, work: Work, layer: int) -> None:
+    def __init__(self, model: Model, work: Work, calibration: CalibrationManifest, layer: int) -> None:
         self.shape, self.layer = model.shape, layer
-        self._model, self._path, self._work = model, work.statistics(layer), work
+        self._model, self._path, self._work, self._calibration = model, work.statistics(layer), work, calibration
 
     def check(self) -> None:
         """Check all small sums, also unused ones; the large ones are checked when they are read."""
@@ -70,7 +70,7 @@ class LayerInputs:
 
     def opened_again(self) -> "Callable[[], LayerInputs]":
         """Return a function that opens the same inputs without the tensors read so far."""
-        return partial(LayerInputs, self._model, self._work, self.layer)
+        return partial(LayerInputs, self._model, self._work, self._calibration, self.layer)
 
     @cached_property
     def o_gram(self) -> torch.Tensor:
@@ -134,8 +134,8 @@ class LayerInputs:
     @property
     def origin(self) -> Json:
         """Return the hashes of this layer's statistics and weights."""
-        calibration = CalibrationManifest.read(self._work.calibration_manifest, REMEDY)
-        return {"statistics": calibration.layers[self.layer], "source": calibration.request.source.plain()}
+        request, hashes = self._calibration.request, self._calibration.layers
+        return {"statistics": hashes[self.layer], "source": request.source.plain()}
 
     @property
     def channels_file(self) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from a3cli.report.names import public_dataset
-from a3cli.settings import Settings, SolveSettings
+from a3cli.settings import DEFAULT_WORK, Settings, SolveSettings
 from a3cli.settings.options import command_words
 from a3cli.work.escape import printable
 from a3cli.work.files import Json
@@ -28,7 +28,7 @@ def calibrate_commands(
     commands = []
     for (part, divided), work in zip_longest(parts, works):
         commands += calibrate_command(base, revision, request, part, divided, work=work)
-    return [*commands, f"a3 stats merge {' '.join(works)} --into a3-work"] if works else commands
+    return [*commands, f"a3 stats merge {' '.join(works)} --into {DEFAULT_WORK}"] if works else commands
 
 
 def calibrate_command(

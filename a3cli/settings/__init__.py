@@ -25,6 +25,7 @@ Sensitivity = Literal["residual", "probe"]
 # How config.json of a stock export describes RoPE of smaller heads; a3cli/runtimes says which runtime loads what.
 RopeForm = Literal["auto", "theta", "linear", "longrope"]
 DEFAULT_DATASET = "wikitext2"
+DEFAULT_WORK = Path("a3-work")
 # The meaning of predicted losses, by how they were converted to a common unit.
 LOSSES: dict[Sensitivity, str] = {
     "residual": "squared error relative to the residual stream",

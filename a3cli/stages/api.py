@@ -24,6 +24,7 @@ from a3cli.errors import A3Error
 from a3cli.report.manifest import Manifest
 from a3cli.settings import (
     DEFAULT_DATASET,
+    DEFAULT_WORK,
     CalibrateSettings,
     EvalSettings,
     ExportSettings,
@@ -49,7 +50,6 @@ from a3cli.work.progress import Progress, silent
 __all__ = ["calibrate", "compress", "evaluate", "export", "plan", "solve", "verify"]
 
 PathOrName = str | PathLike[str]
-DEFAULT_WORK = "a3-work"
 
 
 def calibrate(

@@ -52,7 +52,7 @@ class Run:
         return METHODS[self.settings.method](self.model, self.settings, self.machine)
 
     def inputs(self, layer: int) -> LayerInputs:
-        return LayerInputs(self.model, self.work, layer)
+        return LayerInputs(self.model, self.work, self.calibration, layer)
 
     def for_each_layer(self, step: str, compute: Callable[[int], T]) -> list[T]:
         """Return the result of `compute` for every layer; small layers are computed in parallel."""

@@ -37,6 +37,7 @@ LLAMA_PLACES: dict[Role, Place] = {
     "up": Place("mlp.up_proj"),
     "down": Place("mlp.down_proj"),
 }
+UNGATED_PLACES: dict[Role, Place] = {role: place for role, place in LLAMA_PLACES.items() if role != "gate"}
 
 
 @dataclass(frozen=True)
