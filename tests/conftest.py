@@ -28,10 +28,10 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from a3cli.methods.attention import Effort
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
 from tests.helpers.checkers import forked
+from tests.helpers.hasty import make_hasty
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -287,11 +287,6 @@ def a3(
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limit the refinement of query and key maps to a few steps, for tests of properties that hold after any number."""
     make_hasty(monkeypatch)
-
-
-def make_hasty(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("a3cli.methods.maps.QUICK", Effort(iterations=2, few=True))
-    patch.setattr("a3cli.methods.maps.THOROUGH", Effort(iterations=4))
 
 
 def but(arguments: tuple[object, ...], *changed: object) -> tuple[object, ...]:

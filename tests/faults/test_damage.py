@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import SHORT, SOLVE, build_tokenizer, make_hasty, refused, snapshot
+from tests.conftest import SHORT, SOLVE, build_tokenizer, refused, snapshot
+from tests.helpers.hasty import make_hasty
 
 pytestmark = pytest.mark.usefixtures("hasty")
 

@@ -83,17 +83,16 @@ def start(commands: list[list[str]], folder: Path, term: str, output: str) -> Ba
 
 
 def _run_all(commands: list[list[str]], folder: str, term: str, output: str) -> None:
-    import pytest
     import torch
     import typer
     from transformers import dynamic_module_utils
 
     from a3cli.cli import app as cli
     from a3cli.stages import verify
-    from tests.conftest import make_hasty
     from tests.helpers.checkers import forked_here
+    from tests.helpers.hasty import make_hasty_for_good
 
-    make_hasty(pytest.MonkeyPatch())
+    make_hasty_for_good()
     verify.running = forked_here
     torch.set_num_threads(1)
     os.chdir(folder)

@@ -128,6 +128,7 @@ def test_what_is_no_number_of_pairs_is_refused(factor, a3, config):
     refused(a3("plan", config(model_type="nemotron", head_dim=16, **rope)), "partial_rotary_factor", "head_dim 16")
 
 
+@pytest.mark.slow
 def test_in_a_few_seconds(checkpoint):
     """Measure CPU time of a separate process: 5 s on an idle machine, most of it imports."""
     sizes = ("--seq-len", "64", "--head-multiple", "2", "--mlp-multiple", "8")
