@@ -154,7 +154,7 @@ def export(
         manifest = run(out, settings, open_work(work), progress=progress, stop=stop)
     print_json(manifest) if as_json else display.print_export(manifest, str(out))
     if not (as_json or quiet):
-        next_command.after_export(out, manifest, open_work(work))
+        next_command.after_export(out, manifest, work)
 
 
 @app.command(name="eval")
@@ -210,6 +210,8 @@ def verify(
         write_junit(junit, "a3 verify", cases(result))
     show(result, display.print_verification, as_json=as_json, output=output)
     raise_for_failures(result)
+    if not (as_json or quiet):
+        next_command.after_verification(out, open_work(work))
 
 
 @app.command()

@@ -1,14 +1,25 @@
 """Print what each command returns: tables and sentences on stdout, warnings as log lines."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from a3cli.cli.console import log, print_line, print_sentence
 from a3cli.cli.tables import new_table, print_table
-from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, human, human_bytes, percent
-from a3cli.report.names import describe_context
+from a3cli.report.figures import (
+    TITLES,
+    Comparison,
+    asked,
+    compare,
+    compare_one,
+    describe_in_sample,
+    human,
+    human_bytes,
+    percent,
+)
+from a3cli.report.names import describe_context, public_dataset
 from a3cli.runtimes import NO
-from a3cli.settings import COMPONENTS, LOSSES
+from a3cli.settings import COMPONENTS
 from a3cli.settings.gates import describe
 from a3cli.work.escape import printable
 
@@ -20,6 +31,9 @@ if TYPE_CHECKING:
     from a3cli.work.manifests import CalibrationManifest, Solution
 
 Json = dict[str, Any]
+
+
+IN_UNITS = {"bytes": human_bytes, "prefill_flops_per_token": human}
 
 
 def print_calibration(manifest: "CalibrationManifest") -> None:
@@ -35,16 +49,15 @@ def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
         "ov": "head size of OV",
         "mlp": "MLP width",
         "parameters": "parameters",
-        "bytes": "bytes",
+        "bytes": "size of the weights",
         "kv_bytes_per_token": "KV cache, bytes per token",
-        "prefill_flops_per_token": f"prefill FLOPs per token at {solution.prefill_flops_per_token.seq_len}",
+        "prefill_flops_per_token": f"prefill FLOPs per token at {solution.prefill_flops_per_token.seq_len:,}",
     }
-    _print_comparisons(compare(solution, labels))
-    losses = ", ".join(f"{c} {getattr(solution.predicted_loss, c):.4g}" for c in COMPONENTS)
-    unit = LOSSES[solution.request.settings.sensitivity]
-    print_sentence(f"predicted loss, {unit}, summed over layers: {losses}")
+    _print_comparisons(compare(solution, labels, IN_UNITS))
     _print_context(solution)
     print_sentence(_describe_removed(solution))
+    if solution.in_sample is not None:
+        print_sentence(describe_in_sample(solution.in_sample))
     _warn(warnings)
 
 
@@ -104,12 +117,12 @@ def print_plan(result: Json) -> None:
         "head_size": "head size",
         "mlp_width": "MLP width",
         "parameters": "parameters",
-        "bytes": "bytes",
+        "bytes": "size of the weights",
         "kv_bytes_per_token": "KV cache, bytes per token",
-        "prefill_flops_per_token": f"prefill FLOPs per token at {result['prefill_flops_per_token']['seq_len']}",
+        "prefill_flops_per_token": f"prefill FLOPs per token at {result['prefill_flops_per_token']['seq_len']:,}",
     }
-    changes = ((label, result[key]) for key, label in labels.items())
-    _print_comparisons(compare_one(label, each["before"], [each["after"]]) for label, each in changes)
+    changes = ((label, result[key], IN_UNITS.get(key)) for key, label in labels.items())
+    _print_comparisons(compare_one(label, each["before"], [each["after"]], show) for label, each, show in changes)
     own = result["shape"] == "per-layer"
     means = "are means: each layer will have its own" if own else "are the same in all layers"
     print_sentence(
@@ -208,8 +221,12 @@ def duration(spent: float) -> str:
 
 
 def print_export(manifest: "Manifest", out: str) -> None:
-    count = sum(1 for name in manifest.files if name.endswith(".safetensors"))
-    print_sentence(f"wrote {count} weight file{'s' if count > 1 else ''}")
+    files = [Path(out) / name for name in manifest.files if name.endswith(".safetensors")]
+    written = human_bytes(sum(file.stat().st_size for file in files))
+    print_sentence(
+        f"wrote {len(files)} weight file{'s' if len(files) > 1 else ''}, {written} "
+        f"(the source's weights: {human_bytes(manifest.solution.bytes.before)})"
+    )
     _print_runtimes([each.plain() for each in manifest.runtimes])
     _print_context(manifest.solution)
     print_line(printable(out))
@@ -229,16 +246,33 @@ def _print_context(solution: "Solution") -> None:
         print_sentence(said)
 
 
+# A row of the table of an evaluation: its title and the format of its figures.
+MEASURES = {
+    "perplexity": ("perplexity", ",.2f"),
+    "source_perplexity": ("perplexity of the source", ",.2f"),
+    "perplexity_increase": ("perplexity increase", "+,.2f"),
+    "perplexity_increase_percent": ("perplexity increase, %", "+,.1f"),
+    "kl": ("KL divergence, nats per token", ".4f"),
+    "top1_agreement": ("same most likely token", ".1%"),
+    "blocks": ("blocks", ","),
+    "seq_len": ("tokens per block", ","),
+    "predicted_tokens": ("predicted tokens", ","),
+    "tokens_per_second": ("tokens per second", ",.0f"),
+}
+
+
 def print_evaluation(result: Json) -> None:
     datasets = result["datasets"]
+    names = _names_of([each["dataset"] for each in datasets])
     if datasets:
-        table = new_table("measure", figures=[printable(each["dataset"]) for each in datasets])
-        for key in (key for key, value in datasets[0].items() if isinstance(value, (int, float))):
-            table.add_row(key.replace("_", " "), *(_figure(each, key) for each in datasets))
+        table = new_table("measure", figures=names)
+        for key, (title, form) in MEASURES.items():
+            if key in datasets[0]:
+                table.add_row(title, *(_figure(each, key, form) for each in datasets))
         print_table(table)
-    for each in datasets:
+    for name, each in zip(names, datasets, strict=True):
         for gate in each.get("gates", []):
-            print_line(f"{'FAILED' if gate['failed'] else 'passed'}  {printable(each['dataset'])}: {describe(gate)}")
+            print_line(f"{'FAILED' if gate['failed'] else 'passed'}  {name}: {describe(gate)}")
     if "tasks" in result:
         _print_tasks(result["tasks"])
 
@@ -263,11 +297,17 @@ def print_verification(result: Json) -> None:
     print_table(table)
 
 
-def _figure(measured: Json, key: str) -> str:
+def _names_of(datasets: list[str]) -> list[str]:
+    """Return the data sets' names; two files of one name keep their paths."""
+    names = [public_dataset(each) for each in datasets]
+    return [printable(name if names.count(name) == 1 else each) for name, each in zip(names, datasets, strict=True)]
+
+
+def _figure(measured: Json, key: str, form: str) -> str:
     """Return a figure with its interval."""
     value, interval = measured[key], measured.get("confidence", {}).get(key)
-    plain = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
-    return plain if interval is None else f"{plain} ({interval[0]:,.4f} to {interval[1]:,.4f})"
+    plain = format(value, form)
+    return plain if interval is None else f"{plain} ({format(interval[0], form)} to {format(interval[1], form)})"
 
 
 def _print_tasks(tasks: Json) -> None:

@@ -29,17 +29,29 @@ def after_solution(work: Path, name: str | None) -> None:
     print_next("export", f"OUT-{name}" if name else "OUT", {"name": name, "work": if_given(work)})
 
 
-def after_export(out: Path, manifest: "Manifest", work: "Work") -> None:
+def after_export(out: Path, manifest: "Manifest", work: Path) -> None:
+    print_next("verify", out, {"work": if_given(work), "trust_remote_code": needs_code(manifest)})
+
+
+def after_verification(out: Path, work: "Work") -> None:
+    """Print nothing if the work folder does not name the source: `verify` works without it."""
+    from a3cli.report.manifest import MANIFEST, read_export_manifest
     from a3cli.work.manifests import SourceRecord
 
+    if not work.source.is_file():
+        return
     source = SourceRecord.read(work.source, "run a3 calibrate on the source again")
     options = {
         "against": source.model if source.revision else nearby(source.model),
         "against_revision": source.revision,
         "follow_symlinks": source.follow_symlinks,
-        "trust_remote_code": manifest.solution.shape == "per-layer",
+        "trust_remote_code": needs_code(read_export_manifest(out / MANIFEST)),
     }
     print_next("eval", out, options)
+
+
+def needs_code(manifest: "Manifest") -> bool:
+    return manifest.solution.shape == "per-layer"
 
 
 def after_evaluation(model: str) -> None:

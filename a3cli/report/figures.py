@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from a3cli.settings import COMPONENTS, Component
 
 if TYPE_CHECKING:
-    from a3cli.work.manifests import Change, Solution
+    from a3cli.work.manifests import Change, InSample, Solution
 
 Format = Callable[[float], str]
 TITLES: dict[Component, str] = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
@@ -55,6 +55,16 @@ def spread(values: Sequence[int]) -> str:
 
 def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
+
+
+def describe_in_sample(found: "InSample") -> str:
+    """Return in a sentence how much worse a solution predicts the text that it was calibrated on."""
+    before, after = found.perplexity.before, found.perplexity.after
+    return (
+        f"on {found.tokens:,} tokens of the calibration text, perplexity goes from {before:.4g} to {after:.4g} "
+        f"({after / before - 1:+.1%}), and the most likely next token stays the same at {found.top1_agreement:.0%} of "
+        "positions; other text can lose more"
+    )
 
 
 def asked(budget: float | None) -> str:

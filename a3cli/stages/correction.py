@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from a3cli.methods import Slots
@@ -28,13 +28,17 @@ def correct(run: Run, draft: Draft, sizes: list[LayerSizes], slots: list[Slots])
     layers = range(run.layers)
     corrected = [known for layer in layers if (known := draft.finished_info(layer_file(layer)))]
     if len(corrected) < len(layers):
-        cuts = [
-            Cut(layer, size, own.pairs, partial(read_tensors, draft.folder / one_shot_file(layer), REMOVE))
-            for layer, (size, own) in enumerate(zip(sizes, slots, strict=True))
-        ]
-        refit_layers(run, draft, cuts)
+        refit_layers(run, draft, cuts_of(draft, sizes, slots, one_shot_file))
         corrected = [write_corrected(draft, layer) for layer in layers]
     return [each["hash"] for each in corrected]
+
+
+def cuts_of(draft: Draft, sizes: list[LayerSizes], slots: list[Slots], file: Callable[[int], str]) -> list[Cut]:
+    """Return the layers of the smaller model, whose projections are in these files of the draft."""
+    return [
+        Cut(layer, size, own.pairs, partial(read_tensors, draft.folder / file(layer), REMOVE))
+        for layer, (size, own) in enumerate(zip(sizes, slots, strict=True))
+    ]
 
 
 def drop_steps(draft: Draft, layers: Iterable[int]) -> None:

@@ -38,6 +38,7 @@ class Run:
     source_item: int
     item: int  # bytes per number of the calibration's dtype
     parameters: int  # of the source
+    vocabulary: int
 
     @property
     def seq_len(self) -> int:
@@ -141,6 +142,9 @@ def estimate_ram(run: Run) -> dict[str, int]:
     solve["best"] += at_once * costs.refine_memory(shape, run.settings.samples, run.seq_len)
     corrected = costs.sequential_memory(shape, run.size, run.item) + device.batch
     solve["best --sequential"] = max(solve["best"], costs.held_bytes(shape) + corrected)
+    measuring = 0 if run.on_gpu else costs.in_sample_memory(shape, run.vocabulary, run.item)
+    measured = costs.held_bytes(shape) + measuring
+    solve = {method: max(needed, measured) for method, needed in solve.items()}
     largest = shape.hidden_size * shape.intermediate_size * item
     imports = IMPORTS[torch_build()]
     return {
@@ -167,10 +171,11 @@ def estimate_seconds(run: Run, rates: Rates) -> dict[str, float]:
     kept = (statistics + hidden) / rates.disk + statistics / (HASH_GBPS * 1e9)
     checked = statistics / rates.disk + statistics / (HASH_GBPS * 1e9)
     moved = run.parameters * run.source_item + disk.export
+    measured = costs.in_sample_flops(shape, run.sizes, run.vocabulary, run.seq_len) / rates.compute
     spent = {
         "calibrate": max(compute, read) + kept,
         **{
-            f"solve --method {method}": checked + shape.layers * of_layer
+            f"solve --method {method}": checked + shape.layers * of_layer + max(measured, 2 * read)
             for method, of_layer in layer_seconds(run, rates).items()
             if run.solves(method)
         },

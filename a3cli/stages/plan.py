@@ -68,7 +68,8 @@ def plan(settings: PlanSettings) -> Json:
     compute = settings.dtype if settings.dtype != "auto" else "float32" if settings.devices == "cpu" else dtype
     shape = read_shape(config)
     size = choose_sizes(settings, shape)
-    run = Run(settings, shape, size, ITEMSIZES[dtype], ITEMSIZES[compute], count_parameters(stock))
+    parameters = count_parameters(stock)
+    run = Run(settings, shape, size, ITEMSIZES[dtype], ITEMSIZES[compute], parameters, config.vocab_size)
     rates = find_rates(settings, compute)
     return {
         "model": settings.model,

@@ -173,6 +173,20 @@ class Curves(Part):
     mlp: Curve
 
 
+class Perplexity(Part):
+    before: Loss
+    after: Loss
+
+
+class InSample(Part):
+    """The figures of `a3 eval` on some of the text that the solution was calibrated on."""
+
+    tokens: Size = Field(description="number of predicted tokens")
+    perplexity: Perplexity
+    kl: Loss = Field(description="KL(source ‖ compressed), nats per token")
+    top1_agreement: Share
+
+
 class ByDistance(Part):
     distance: list[Count]
     relative: list[Loss]
@@ -253,6 +267,9 @@ class Solution(Part):
     )
     context: Size
     predicted_loss: ByComponent
+    in_sample: InSample | None = Field(
+        default=None, description="null if logits are not finite; older solutions have none"
+    )
     predicted_score_error: ByDistance
     per_layer: list[Layer] = Field(min_length=1)
     versions: Versions

@@ -57,14 +57,16 @@ def test_readme_uses_only_options_that_exist(command_line):
 
 
 def test_readme_road(a3, checkpoint, text_file, tmp_path, monkeypatch):
-    """Run the README's four commands in order, with a small model and local text instead of those from the Hub."""
+    """Run the README's five commands in order, with a small model and local text instead of those from the Hub."""
     monkeypatch.chdir(tmp_path)
     source = checkpoint("llama-gqa", hidden_size=64, intermediate_size=256)
     assert a3("calibrate", source, "--dataset", text_file, "--samples", 4, "--seq-len", 64).code == 0
     assert a3("solve", "--budget", 0.25).code == 0
     outcome = a3("export", "out/")
     assert outcome.code == 0
-    assert outcome.stdout.splitlines()[-2:] == ["out", f"next: a3 eval out --against {source}"]
+    assert outcome.stdout.splitlines()[-2:] == ["out", "next: a3 verify out"]
+    outcome = a3("verify", "out/")
+    assert (outcome.code, outcome.stdout.splitlines()[-1]) == (0, f"next: a3 eval out --against {source}")
     assert a3("eval", "out/", "--against", source, "--dataset", text_file, "--samples", 2, "--seq-len", 64).code == 0
 
 

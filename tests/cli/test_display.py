@@ -9,8 +9,8 @@ from a3cli.cli import display
 from a3cli.cli.console import print_json, set_up_logging
 from a3cli.cli.progress import sweep_progress
 
-EVIL = "a\x1b[31m:cat:[b]evil[/b]"
-SEEN = r"a\x1b[31m:cat:[b]evil[/b]"
+EVIL = "a\x1b[31m:cat:[b]evil"
+SEEN = r"a\x1b[31m:cat:[b]evil"
 
 
 @pytest.mark.parametrize("name", ["o[final]", "x[/y]", "a:cat:b"])

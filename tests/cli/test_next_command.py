@@ -37,6 +37,8 @@ def test_each_command_leads_to_the_next(place, a3, here):
     line = next_of(a3(*shlex.split(line), *SOLVE[3:]))
     assert line == "export OUT" + (" --work 'my work'" if place else "")
     line = next_of(a3(*shlex.split(line)))
+    assert line == "verify OUT" + (" --work 'my work'" if place else "")
+    line = next_of(a3(*shlex.split(line)))
     assert line == "eval OUT --against 'a model'"
     line = next_of(a3(*shlex.split(line), *TEXT))
     assert line == "report OUT --html report.html"
@@ -49,6 +51,8 @@ def test_names_and_shapes_are_part_of_it(a3, here):
     line = next_of(a3(*SOLVE, "--shape", "per-layer", "--name", "q25"))
     assert line == "export OUT-q25 --name q25"
     line = next_of(a3(*shlex.split(line)))
+    assert line == "verify OUT-q25 --trust-remote-code"
+    line = next_of(a3(*shlex.split(line)))
     assert line == "eval OUT-q25 --against 'a model' --trust-remote-code"
     next_of(a3(*shlex.split(line), *TEXT))
 
@@ -57,7 +61,7 @@ def test_solve_ends_with_what_was_removed(a3, here):
     assert a3("calibrate", "a model", "--dataset", "text.txt", *SHORT).code == 0
     outcome = a3(*SOLVE)
     manifest = a3(*SOLVE, "--json").json
-    line = outcome.stdout.splitlines()[-2]
+    line = outcome.stdout.splitlines()[-3]
     assert line.startswith(f"removed {100 * manifest['budget_reached']:.2f} % of the decoder's linear weights")
     after = manifest["parameters"]["after"]
     assert f"parameters become {after / 1000:.3g} k," in line
@@ -69,6 +73,7 @@ def test_programs_do_not_see_it(silent, a3, here):
         ("calibrate", "a model", "--dataset", "text.txt", *SHORT),
         SOLVE,
         ("export", "OUT"),
+        ("verify", "OUT"),
         ("eval", "OUT", "--against", "a model", *TEXT),
     )
     for command in commands:

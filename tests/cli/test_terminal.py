@@ -26,7 +26,7 @@ TERMINALS = [Terminal(XTERM, 80, 24), Terminal(XTERM, 200, 50), Terminal("dumb",
 LONG = "a-folder-with-quite-a-long-name-for-the-text-that-is-measured"  # 60 columns
 PROBE = ("--method", "paper", "--sensitivity", "probe", "--probe-points", 1, "--probe-blocks", 1)
 FRAME = re.compile("[━─│┃┏┓┗┛┡┩┠┨┯┷┿╇╈┳┻╋┼├┤┬┴└┘┌┐╭╮╰╯]")
-TIMES = re.compile(r"layer \d+ of \d+: .* left|[\d,.]+ tokens/s|\d+(,\d+)+\.\d{4}|/\S+/terminal\d+")
+TIMES = re.compile(r"layer \d+ of \d+: .* left|tokens per second.*|/\S+/terminal\d+")
 
 
 @pytest.fixture(scope="module")

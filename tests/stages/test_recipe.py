@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from tests.conftest import ROOT, but, refused, snapshot
 from tests.helpers.statistics import assert_close
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 @pytest.fixture
 def recipe(checkpoint, text_file, tmp_path) -> Path:

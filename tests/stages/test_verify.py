@@ -97,7 +97,6 @@ def test_a_good_export_passes_through_the_command_line(a3, export, tmp_path):
     assert [case.get("name") for case in suite.iter("testcase")] == CHECKS
 
 
-@pytest.mark.own_checker
 def test_a_damaged_export_fails_through_the_command_line(a3, out, tmp_path):
     """A NaN without a wrong hash, no card, no work folder: exit code 1, with all failures in one table."""
     edit_tensor("model.norm.weight", lambda t: t.fill_(float("nan")))(out)

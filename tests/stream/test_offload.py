@@ -372,7 +372,7 @@ def test_batch_from_the_memory_that_is_free(monkeypatch):
     assert choose_batch_size(LLAMA_70B, cpu, 256, 128, full_mlp=True) == 8
 
 
-@pytest.mark.parametrize("tokens", [700, 7000])
+@pytest.mark.parametrize("tokens", [700, pytest.param(7000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sums_of_half_precision_are_exact_to_float32(dtype, tokens, monkeypatch):
     """Use more tokens than a piece, more columns than a few rows of a triangle, and two batches; compare with float64.

@@ -36,6 +36,7 @@ def in_ascii(*arguments: object, program: tuple[str, ...] = ("-m", "a3cli"), **e
     )
 
 
+@pytest.mark.slow
 def test_calibrate_in_an_ascii_locale(place):
     """The tokenizers library accepts only UTF-8 names."""
     work = ("--work", place / "work")

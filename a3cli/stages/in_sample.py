@@ -1,0 +1,87 @@
+"""Measure a solution on some of the text that it was calibrated on, right after solving: what it costs, in short.
+
+The figures are those of `a3 eval`, in sample: other text shows a somewhat larger loss. Source and smaller model run
+layer by layer, each with one layer in memory at a time, and their logits are computed a few tokens at a time.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from a3cli.errors import A3Error
+from a3cli.models import costs
+from a3cli.stages.context import AGAIN, Run
+from a3cli.stages.evaluate import describe_sums, divergence, negative_log_likelihood
+from a3cli.stream.batches import Batching, Calls, embed_in_memory, layer_step, stream
+from a3cli.stream.decoder import Decoder
+from a3cli.stream.hidden import StatesInMemory
+from a3cli.stream.smaller import Cut, SmallerDecoder
+from a3cli.work.files import Json, read_tensors
+from a3cli.work.progress import reporting
+
+log = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def measure_in_sample(run: Run, cuts: Sequence[Cut]) -> Json | None:
+    """Return perplexity before and after, KL and top-1 agreement; None, with a warning, if logits are not finite."""
+    blocks = choose_blocks(read_tensors(run.work.tokens, "run a3 calibrate --overwrite")["tokens"])
+    source = Decoder(run.model, run.machine)
+    decoders = (source, SmallerDecoder(run.model, run.machine, cuts))
+    batch = costs.cpu_batch(blocks.shape[1])
+    streams = [embed_in_memory(each, blocks, batch, run.machine.device) for each in decoders]
+    run_in_turn(run, decoders, streams)
+    try:
+        sums = compare_logits(source, blocks, [states for states, _, _ in streams], run.model.source.name)
+    except A3Error as error:
+        log.warning("not measured on the calibration text: %s", error)
+        return None
+    return describe(sums)
+
+
+def choose_blocks(blocks: torch.Tensor) -> torch.Tensor:
+    """Return evenly spread ones of the blocks `[N, T]`, of `IN_SAMPLE_TOKENS` in all; a longer block is cut."""
+    count = min(len(blocks), max(1, costs.IN_SAMPLE_TOKENS // blocks.shape[1]))
+    return blocks[[index * len(blocks) // count for index in range(count)], : costs.IN_SAMPLE_TOKENS]
+
+
+def run_in_turn(
+    run: Run, decoders: Sequence[Decoder], streams: Sequence[tuple[StatesInMemory, Calls, Batching]]
+) -> None:
+    """Run each model's stream through its layers; in turn, since both read the same weights."""
+    with reporting(run.progress, "measuring on calibration text", run.layers, "layers") as finished:
+        for index in range(run.layers):
+            run.stop.before(f"measuring layer {index + 1} of {run.layers}", AGAIN)
+            for decoder, (states, calls, batching) in zip(decoders, streams, strict=True):
+                with decoder.layer(index) as layer:
+                    stream(layer_step(layer, calls, index), [states], [states], batching)
+            finished()
+
+
+def compare_logits(source: Decoder, blocks: torch.Tensor, states: Sequence[StatesInMemory], name: str) -> torch.Tensor:
+    """Return the sums of `evaluate.sum_blocks` over all blocks; norm and head are the same in both models."""
+    rows = []
+    with source.head() as head:
+        for index, tokens in enumerate(blocks):
+            for start in range(0, len(tokens) - 1, costs.HEAD_TOKENS):
+                places = slice(start, min(start + costs.HEAD_TOKENS, len(tokens) - 1))
+                log_q, log_p = (
+                    head(each.read(index, 1)[:, places])[0].float().log_softmax(-1) for each in states
+                )  # of the source, and of the smaller model
+                targets = tokens[places.start : places.stop + 1]
+                likelihoods = [negative_log_likelihood(each, targets, name) for each in (log_p, log_q)]
+                rows.append([len(targets) - 1, *likelihoods, *divergence(log_p, log_q)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def describe(sums: torch.Tensor) -> Json:
+    """Return the figures with four significant digits: more would be noise."""
+    figures = describe_sums(sums)
+    short = {key: float(f"{value:.4g}") for key, value in figures.items()}
+    return {
+        "tokens": figures["predicted_tokens"],
+        "perplexity": {"before": short["source_perplexity"], "after": short["perplexity"]},
+        "kl": max(0.0, short["kl"]),
+        "top1_agreement": short["top1_agreement"],
+    }

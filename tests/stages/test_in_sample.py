@@ -1,0 +1,72 @@
+"""What solve says of a solution's quality is what `a3 eval` measures on the same blocks of the calibration text."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from a3cli.models import costs
+from a3cli.stages.evaluate import describe_sums, sum_blocks
+from a3cli.stages.in_sample import choose_blocks
+from tests.conftest import SHORT, SOLVE
+
+pytestmark = pytest.mark.usefixtures("hasty")
+
+
+class Whole:
+    """A whole model of transformers."""
+
+    def __init__(self, folder):
+        self.name = str(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+
+    def logits(self, blocks, batch_size):
+        yield from (self.model(block[None]).logits for block in blocks)
+
+
+@pytest.mark.parametrize("how", [(), ("--shape", "per-layer"), ("--method", "paper"), ("--sequential",)])
+@pytest.mark.parametrize("name", ["llama-gqa", "nemotron-mha-bias"])
+def test_it_equals_whole_models_on_those_blocks(name, how, a3, checkpoint, text_file, tmp_path):
+    source, work, out = checkpoint(name), tmp_path / "work", tmp_path / "out"
+    assert a3("calibrate", source, "--dataset", text_file, *SHORT, "--work", work).code == 0
+    found = a3(*SOLVE, *how, "--work", work, "--json").json["in_sample"]
+    assert a3("export", out, "--work", work).code == 0
+    tokens = choose_blocks(load_file(work / "calibration" / "tokens.safetensors")["tokens"])
+    sums, _ = sum_blocks(Whole(out), Whole(source), list(tokens), 1)
+    expected = describe_sums(sums)
+    assert found["tokens"] == expected["predicted_tokens"]
+    assert found["perplexity"]["before"] == pytest.approx(expected["source_perplexity"], rel=1e-3)
+    assert found["perplexity"]["after"] == pytest.approx(expected["perplexity"], rel=2e-3)
+    assert found["kl"] == pytest.approx(expected["kl"], rel=2e-2, abs=1e-4)
+    assert found["top1_agreement"] == pytest.approx(expected["top1_agreement"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "chosen"),
+    [(4, 16, [0, 1, 2, 3]), (128, 1024, [0, 32, 64, 96]), (6, 3000, [0]), (2, 10_000, [0])],
+)
+def test_blocks_are_spread_over_the_text(count, length, chosen):
+    blocks = torch.arange(count)[:, None].expand(count, length)
+    found = choose_blocks(blocks)
+    assert found[:, 0].tolist() == chosen
+    assert found.shape[1] == min(length, costs.IN_SAMPLE_TOKENS)
+
+
+def test_logits_that_are_not_finite_are_a_warning(a3, checkpoint, text_file, tmp_path, monkeypatch):
+    """The solution may be good all the same: in another dtype, say."""
+    assert a3("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *SHORT, "--work", tmp_path).code == 0
+    monkeypatch.setattr("torch.Tensor.log_softmax", lambda x, _dim: x * float("nan"))
+    outcome = a3(*SOLVE, "--work", tmp_path)
+    assert outcome.code == 0
+    assert "not measured on the calibration text" in outcome.stderr
+    assert "perplexity" not in outcome.stdout
+
+
+def test_people_are_told(a3, checkpoint, text_file, tmp_path):
+    assert a3("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *SHORT, "--work", tmp_path).code == 0
+    outcome = a3(*SOLVE, "--work", tmp_path)
+    found = a3(*SOLVE, "--work", tmp_path, "--json").json["in_sample"]
+    before, after = found["perplexity"].values()
+    said = " ".join(outcome.stdout.split())
+    assert f"perplexity goes from {before:.4g} to {after:.4g} ({after / before - 1:+.1%})" in said
+    assert f"the same at {found['top1_agreement']:.0%} of positions" in said
