@@ -147,14 +147,14 @@ def export(
 ) -> None:
     """Write the smaller model as a standard checkpoint that stock loaders read."""
     set_up_output(quiet=quiet)
-    from a3cli.stages.export import export as run
+    from a3cli.stages.publish import export_and_push as run
     from a3cli.work.interrupt import stopping
 
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
-        manifest = run(out, settings, open_work(work), progress=progress, stop=stop)
-    print_json(manifest) if as_json else display.print_export(manifest, str(out))
+        exported = run(out, settings, open_work(work), progress=progress, stop=stop)
+    print_json(exported) if as_json else display.print_export(exported, str(out))
     if not (as_json or quiet):
-        next_command.after_export(out, manifest, open_work(work))
+        next_command.after_export(out, exported.manifest, open_work(work))
 
 
 @app.command(name="eval")

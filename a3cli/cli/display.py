@@ -13,9 +13,9 @@ from a3cli.settings.gates import describe
 from a3cli.work.escape import printable
 
 if TYPE_CHECKING:
-    from a3cli.report.manifest import Manifest
     from a3cli.report.page import Report
     from a3cli.stages.preview import Preview
+    from a3cli.stages.publish import Exported
     from a3cli.stages.run import RunResults
     from a3cli.work.manifests import CalibrationManifest, Solution
 
@@ -176,7 +176,7 @@ def print_run(results: "RunResults", out: str, warnings: Sequence[str]) -> None:
         print_evaluation(results.evaluation)
     if results.verification is not None:
         print_verification(results.verification)
-    print_export(results.export, out)
+    print_export(results.exported, out)
 
 
 def print_preview(preview: "Preview") -> None:
@@ -207,12 +207,16 @@ def duration(spent: float) -> str:
     return f"{spent:.0f} s" if spent < 120 else f"{spent / 60:.0f} min" if spent < 7200 else f"{spent / 3600:.1f} h"
 
 
-def print_export(manifest: "Manifest", out: str) -> None:
+def print_export(exported: "Exported", out: str) -> None:
+    manifest = exported.manifest
     count = sum(1 for name in manifest.files if name.endswith(".safetensors"))
     print_sentence(f"wrote {count} weight file{'s' if count > 1 else ''}")
     _print_runtimes([each.plain() for each in manifest.runtimes])
     _print_context(manifest.solution)
     print_line(printable(out))
+    if exported.pushed:
+        visible = "private" if exported.pushed.private else "public"
+        print_line(f"uploaded, {visible}: {printable(exported.pushed.url)}")
 
 
 def _print_runtimes(verdicts: list[Json]) -> None:

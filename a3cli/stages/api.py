@@ -38,6 +38,7 @@ from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate as run_evaluate
 from a3cli.stages.export import export as run_export
 from a3cli.stages.plan import plan as run_plan
+from a3cli.stages.publish import export_and_push, open_repository, push
 from a3cli.stages.run import calibrated
 from a3cli.stages.solve import solve as run_solve
 from a3cli.stages.verify import verify as run_verify
@@ -141,19 +142,23 @@ def export(
         work: Work folder with the solution.
         max_minutes: Stop after the weight file in which this time, in minutes, has passed.
         progress: As for `calibrate`.
-        **settings: Fields of `ExportSettings`; `max_shard_size` in bytes, or as text like `"5GB"`.
+        **settings: Fields of `ExportSettings`; `max_shard_size` in bytes, or as text like `"5GB"`. With
+            `push_to_hub="OWNER/NAME"` the export is then uploaded; its URL is logged.
 
     Returns:
         The export's manifest: what it was made from, sizes, runtimes that load it, and the hash of each file.
 
     Raises:
-        A3Error: For a solution that is missing or altered, a source that changed, or an `out` that is in use.
+        A3Error: For a solution that is missing or altered, a source that changed, or an `out` that is in use; for a
+            repository that cannot be written to, before any work.
         CheckFailed: If `check_reproducible=True` and two writes differ.
         Interrupted: After `max_minutes`; the same call resumes.
     """
     asked = settings_from(ExportSettings, "export", settings)
     with quiet_libraries():
-        return run_export(Path(out), asked, Work(Path(work)), stop=Stop(max_minutes), progress=progress or silent)
+        return export_and_push(
+            Path(out), asked, Work(Path(work)), stop=Stop(max_minutes), progress=progress or silent
+        ).manifest
 
 
 def evaluate(
@@ -279,9 +284,12 @@ def compress(
     check_free(target, folder, overwrite=written.overwrite)
     report, stop = progress or silent, Stop(max_minutes)
     with quiet_libraries():
+        repository = open_repository(written)
         calibrated(calibration, folder, overwrite=overwrite, progress=report, stop=stop, quiet=True)
         run_solve(solution, folder, overwrite=overwrite, progress=report, stop=stop)
         manifest = run_export(target, written, folder, stop=stop, progress=report)
+        if repository:
+            push(target, manifest, repository, written, folder, report)
     if work is None:
         shutil.rmtree(folder.folder)
     return manifest

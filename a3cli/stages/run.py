@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from a3cli.stages.calibrate import calibrate
 from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate, for_models
 from a3cli.stages.export import export
+from a3cli.stages.publish import Exported, Pushed, Repository, keep_push, kept_push, open_repository, push
 from a3cli.stages.recipe import Recipe
 from a3cli.stages.solve import solve
 from a3cli.stages.verify import verify
@@ -44,7 +45,19 @@ class RunResults:
     export: Manifest
     verification: Json | None = None
     evaluation: Json | None = None
+    pushed: Pushed | None = None
     finished_before: bool = False  # nothing was left to do
+
+    @property
+    def exported(self) -> Exported:
+        return Exported(self.export, self.pushed)
+
+    @property
+    def passed(self) -> bool:
+        """Return whether no check and no gate failed."""
+        verified = self.verification is None or self.verification["passed"]
+        datasets = self.evaluation["datasets"] if self.evaluation else ()
+        return verified and not any(gate["failed"] for each in datasets for gate in each.get("gates", ()))
 
     def plain(self) -> Json:
         """Return the results as JSON has them, by the stage's name."""
@@ -52,7 +65,7 @@ class RunResults:
         return {
             "calibrate": self.calibration.plain(),
             "solve": self.solution.plain(),
-            "export": self.export.plain(),
+            "export": self.exported.plain(),
             **{stage: result for stage, result in stages.items() if result is not None},
         }
 
@@ -67,7 +80,7 @@ def run_recipe(
 ) -> RunResults:
     """Run all stages and return their results; `overwrite` restarts all, `quiet` also applies to processes.
 
-    An export that fails a check of `verify` is not evaluated.
+    An export that fails a check of `verify` is not evaluated, and one that fails that or a gate is not uploaded.
 
     Raises A3Error if a stage does, and before the first one for settings that contradict each other; raises Interrupted
     at the end of the step in which `stop` was set off.
@@ -75,6 +88,7 @@ def run_recipe(
     check_settings(recipe.solve)
     work = Work(recipe.work, recipe.solve.name)
     before = when_written(recipe, work)
+    repository = None if pushed_before(recipe, work, overwrite=overwrite) else open_repository(recipe.export)
     log.info("calibrate")
     with progress() as report:
         calibration = calibrated(recipe.calibrate, work, overwrite=overwrite, progress=report, stop=stop, quiet=quiet)
@@ -95,8 +109,40 @@ def run_recipe(
         log.info("eval")
         with progress() as report:
             results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite, progress=report)
+    if recipe.export.push_to_hub and results.passed:
+        log.info("upload")
+        with progress() as report:
+            results.pushed = pushed(recipe, work, manifest, repository, overwrite=overwrite, progress=report)
     results.finished_before = before == when_written(recipe, work)
     return results
+
+
+def pushed_before(recipe: Recipe, work: Work, *, overwrite: bool) -> bool:
+    """Return whether the recipe's export was uploaded, as far as can be told before it is checked."""
+    with suppress(A3Error):  # missing or damaged
+        manifest = read_export_manifest(recipe.out / MANIFEST)
+        return not overwrite and kept_push(manifest, recipe.export, work) is not None
+    return False
+
+
+def pushed(
+    recipe: Recipe,
+    work: Work,
+    manifest: Manifest,
+    repository: Repository | None,
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> Pushed:
+    """Upload the export unless that was done; return where it is."""
+    if not overwrite and (found := kept_push(manifest, recipe.export, work)):
+        return found
+    repository = repository or open_repository(recipe.export)
+    assert repository is not None
+    settings = recipe.export.model_copy(update={"name": recipe.solve.name})
+    done = push(recipe.out, manifest, repository, settings, work, progress)
+    keep_push(done, manifest, recipe.export, work)
+    return done
 
 
 def calibrated(
@@ -111,7 +157,8 @@ def calibrated(
 
 def when_written(recipe: Recipe, work: Work) -> dict[Path, int]:
     """Return when each stage's last file was written, in nanoseconds; a stage that does anything writes it."""
-    own = (work.calibration_manifest, work.solution_manifest, work.verification, work.evaluation)
+    results = (work.verification, work.evaluation, work.publication)
+    own = (work.calibration_manifest, work.solution_manifest, *results)
     return {file: file.stat().st_mtime_ns for file in (*own, recipe.out / MANIFEST) if file.is_file()}
 
 

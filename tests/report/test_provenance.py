@@ -54,6 +54,8 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
         "full_check": "the source is compared with what calibration saw; nothing is written from it",
         "check_reproducible": "the second export is removed",
         "evaluations": "figures of the export itself, in README.md and a3_manifest.json alone",
+        "push_to_hub": "it says where a copy of the same bytes goes",
+        "public": "it says who sees that copy",
     },
 }
 # Settings whose option has another name, or that have no option of their own.
