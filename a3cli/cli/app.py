@@ -24,6 +24,7 @@ from a3cli.cli.options import (
     Output,
     Overwrite,
     Quiet,
+    SourceOption,
     WorkOption,
     check_output,
     option,
@@ -90,6 +91,7 @@ def calibrate(
 def solve(
     settings: SolveSettings,
     work: WorkOption = DEFAULT_WORK,
+    source: SourceOption = None,
     max_minutes: MaxMinutes = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -102,7 +104,7 @@ def solve(
     from a3cli.work.interrupt import stopping
 
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
-        manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
+        manifest = run(settings, open_work(work, source), overwrite=overwrite, progress=progress, stop=stop)
     warnings = warnings_of(manifest, open_work(work))
     print_json({**manifest.plain(), "warnings": warnings}) if as_json else display.print_solution(manifest, warnings)
     if not (as_json or quiet):
@@ -114,6 +116,7 @@ def solve(
 def pareto(
     settings: ParetoSettings,
     work: WorkOption = DEFAULT_WORK,
+    source: SourceOption = None,
     plot: Annotated[Path | None, option(panel=OUTPUT, help="Write a plot to this .png, .svg or .pdf file.")] = None,
     output: Output = None,
     max_minutes: MaxMinutes = None,
@@ -129,7 +132,7 @@ def pareto(
     check_output("--plot", plot, suffixes=(".png", ".svg", ".pdf"))
     check_output("--output", output)
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
-        result = run(settings, open_work(work), progress=progress, stop=stop)
+        result = run(settings, open_work(work, source), progress=progress, stop=stop)
     if plot:
         draw(result, plot)
     show(result, display.print_pareto, as_json=as_json, output=output)
@@ -141,6 +144,7 @@ def export(
     settings: ExportSettings,
     out: Annotated[Path, typer.Argument(help="Folder to write: empty or not there yet.")],
     work: WorkOption = DEFAULT_WORK,
+    source: SourceOption = None,
     max_minutes: MaxMinutes = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -151,7 +155,7 @@ def export(
     from a3cli.work.interrupt import stopping
 
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
-        exported = run(out, settings, open_work(work), progress=progress, stop=stop)
+        exported = run(out, settings, open_work(work, source), progress=progress, stop=stop)
     print_json(exported) if as_json else display.print_export(exported, str(out))
     if not (as_json or quiet):
         next_command.after_export(out, exported.manifest, open_work(work))
@@ -191,6 +195,7 @@ def verify(
     settings: VerifySettings,
     out: Annotated[Path, typer.Argument(help="Folder that a3 export wrote.")],
     work: WorkOption = DEFAULT_WORK,
+    source: SourceOption = None,
     junit: Junit = None,
     output: Output = None,
     as_json: AsJson = False,
@@ -205,7 +210,7 @@ def verify(
     check_output("--junit", junit)
     check_output("--output", output)
     with sweep_progress(quiet=quiet) as progress:
-        result = run(out, settings, open_work(work), progress=progress)
+        result = run(out, settings, open_work(work, source), progress=progress)
     if junit:
         write_junit(junit, "a3 verify", cases(result))
     show(result, display.print_verification, as_json=as_json, output=output)
@@ -299,7 +304,11 @@ def merge(
 app.add_typer(looking)
 
 
-def open_work(folder: Path) -> "Work":
+def open_work(folder: Path, source: str | None = None) -> "Work":
+    if source is not None:
+        from a3cli.models.source import opened_work
+
+        return opened_work(folder, source)
     from a3cli.work.folder import Work
 
     return Work(folder)

@@ -33,9 +33,10 @@ def after_export(out: Path, manifest: "Manifest", work: "Work") -> None:
     from a3cli.work.manifests import SourceRecord
 
     source = SourceRecord.read(work.source, "run a3 calibrate on the source again")
+    on_hub = source.revision is not None and source.folder is None
     options = {
-        "against": source.model if source.revision else nearby(source.model),
-        "against_revision": source.revision,
+        "against": source.model if on_hub else nearby(source.place),
+        "against_revision": source.revision if on_hub else None,
         "follow_symlinks": source.follow_symlinks,
         "trust_remote_code": manifest.solution.shape == "per-layer",
     }

@@ -61,7 +61,7 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
 # Settings whose option has another name, or that have no option of their own.
 OTHER_OPTION = {"model": "model", "evaluations": "--eval"}
 # Options that are not settings: paths, time limits and verbosity.
-NO_SETTING = {"--work", "--overwrite", "--max-minutes", "--json", "--quiet", "out"}
+NO_SETTING = {"--work", "--source", "--overwrite", "--max-minutes", "--json", "--quiet", "out"}
 STAGES: dict[str, type[Settings]] = {"calibrate": CalibrateSettings, "solve": SolveSettings, "export": ExportSettings}
 
 COUNTS = st.integers(1, 2**40)
