@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from a3cli import __version__
-from a3cli.cli import display, next_command
+from a3cli.cli import display, next_command, runs
 from a3cli.cli.console import print_json, set_up_output, show
 from a3cli.cli.exits import ErrorsToExitCodes, report_bug
 from a3cli.cli.looking import looking
@@ -247,16 +247,15 @@ def run(
 ) -> None:
     """Run all stages of a recipe: calibrate, solve, export, verify, eval.
 
+    With a list of budgets the later stages run for each of them, and a table compares them.
+
     Resumable: rerun the same command after a stop. A finished run is left as it is. The exit code is 1 if a gate of
     the recipe (fail_if) or a check of verify failed, also in a run that had finished before.
     """
     set_up_output(quiet=quiet)
-    from a3cli.settings.gates import raise_for_failures
     from a3cli.stages.preview import preview
     from a3cli.stages.recipe import read_recipe
-    from a3cli.stages.rounding import warnings_of
     from a3cli.stages.run import run_recipe
-    from a3cli.stages.verify import raise_for_failures as raise_for_failed_checks
     from a3cli.work.interrupt import stopping
 
     settings = read_recipe(recipe, work=work, out=out, changes=changes or [])
@@ -264,19 +263,15 @@ def run(
         settings = settings.model_copy(update={"verify": False})
     if dry_run:
         previewed = preview(settings, overwrite=overwrite)
-        print_json(previewed) if as_json else display.print_preview(previewed)
+        print_json(previewed) if as_json else runs.print_preview(previewed)
         return
     progress = partial(sweep_progress, quiet=quiet)
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
-    warnings = warnings_of(results.solution, open_work(settings.work))
-    print_json(results) if as_json else display.print_run(results, str(settings.out), warnings)
+    print_json(results) if as_json else runs.print_run(results)
     if results.finished_before and not (as_json or quiet):
-        display.print_finished(str(settings.out))
-    if results.verification is not None:
-        raise_for_failed_checks(results.verification)
-    if results.evaluation is not None:
-        raise_for_failures(results.evaluation["datasets"])
+        runs.print_finished(str(settings.out))
+    results.raise_for_failures()
 
 
 stats = OnceTyper(help="Statistics of finished calibrations.", no_args_is_help=True)

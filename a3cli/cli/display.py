@@ -14,9 +14,7 @@ from a3cli.work.escape import printable
 
 if TYPE_CHECKING:
     from a3cli.report.page import Report
-    from a3cli.stages.preview import Preview
     from a3cli.stages.publish import Exported
-    from a3cli.stages.run import RunResults
     from a3cli.work.manifests import CalibrationManifest, Solution
 
 Json = dict[str, Any]
@@ -45,10 +43,10 @@ def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
     print_sentence(f"predicted loss, {unit}, summed over layers: {losses}")
     _print_context(solution)
     print_sentence(_describe_removed(solution))
-    _warn(warnings)
+    warn(warnings)
 
 
-def _warn(warnings: Iterable[str]) -> None:
+def warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         log.warning("%s", warning)
 
@@ -125,7 +123,7 @@ def print_plan(result: Json) -> None:
     print_sentence(_describe_rates(result["machine"]))
     print_sentence(_describe_weights(**result["weights"]))
     _print_runtimes(result["runtimes"])
-    _warn(result["warnings"])
+    warn(result["warnings"])
 
 
 def _print_stages(seconds: dict[str, float], memory: dict[str, int], *, solution: int, **disk: int) -> None:
@@ -169,36 +167,6 @@ def _describe_weights(checked: str, reason: str | None) -> str:
     }[checked]
 
 
-def print_run(results: "RunResults", out: str, warnings: Sequence[str]) -> None:
-    print_calibration(results.calibration)
-    print_solution(results.solution, warnings)
-    if results.evaluation is not None:
-        print_evaluation(results.evaluation)
-    if results.verification is not None:
-        print_verification(results.verification)
-    print_export(results.exported, out)
-
-
-def print_preview(preview: "Preview") -> None:
-    """Print the recipe with every setting, and as a comment above each stage how far it is."""
-    import yaml
-
-    content = preview.plain()
-    for name in ("work", "out"):
-        print_line(printable(yaml.safe_dump({name: content[name]}, allow_unicode=True, width=10**6).rstrip()))
-    for name, stage in content["stages"].items():
-        print_line(printable(f"# {name}: {stage['state']}" + (f"; {stage['detail']}" if stage["detail"] else "")))
-        dumped = yaml.safe_dump({name: stage["settings"]}, allow_unicode=True, sort_keys=False, width=10**6)
-        for line in dumped.splitlines():
-            print_line(printable(line))
-    if preview.recipe.verify is False:
-        print_line("verify: false")
-
-
-def print_finished(out: str) -> None:
-    print_line(f"nothing was left to do: this run had finished; the export is in {printable(out)}")
-
-
 def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
@@ -225,7 +193,7 @@ def _print_runtimes(verdicts: list[Json]) -> None:
         table.add_row(each["runtime"], each["loads"], each["note"])
     print_table(table)
     refusing = [each["runtime"] for each in verdicts if each["loads"] == NO]
-    _warn([f"not loaded by {', '.join(refusing)}: see the table's notes"] if refusing else [])
+    warn([f"not loaded by {', '.join(refusing)}: see the table's notes"] if refusing else [])
 
 
 def _print_context(solution: "Solution") -> None:
@@ -285,5 +253,5 @@ def _print_tasks(tasks: Json) -> None:
 
 
 def print_report(report: "Report") -> None:
-    _warn(report.warnings)
+    warn(report.warnings)
     print_line(printable(str(report.html)))

@@ -1,6 +1,7 @@
 """Names of solutions and of Hub repositories."""
 
 import re
+from decimal import Decimal
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -19,6 +20,11 @@ def check_name(name: str) -> str:
     if not SOLUTION_NAME.fullmatch(name):
         raise ValueError("use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first")
     return name
+
+
+def name_of_budget(budget: float) -> str:
+    """Return the name of a solution among those of several budgets: q25 for 0.25, q12.5 for 0.125."""
+    return f"q{(100 * Decimal(str(budget))).normalize():f}"
 
 
 def check_repository(name: str) -> str:

@@ -6,8 +6,8 @@ Each stage finds out from its files whether it is done, so a rerun resumes, and 
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from a3cli.stages.calibrate import calibrate
 from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate, for_models
 from a3cli.stages.export import export
-from a3cli.stages.publish import Exported, Pushed, Repository, keep_push, kept_push, open_repository, push
+from a3cli.stages.publish import Pushed, Repository, keep_push, kept_push, open_repository, push
 from a3cli.stages.recipe import Recipe
+from a3cli.stages.rounding import warnings_of
+from a3cli.stages.run_results import RunResults, SolutionResults
 from a3cli.stages.solve import solve
 from a3cli.stages.verify import verify
 from a3cli.text.identity import as_compared, describe_text, files_now
@@ -36,38 +38,21 @@ from a3cli.work.sealed import read_if_request_matches, read_manifest, versions, 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class RunResults:
-    """The results of a recipe's stages; None for a stage that did not run."""
+@dataclass(frozen=True)
+class Running:
+    """How stages run: `overwrite` restarts all of them, `quiet` also applies to processes."""
 
-    calibration: CalibrationManifest
-    solution: SolutionManifest
-    export: Manifest
-    verification: Json | None = None
-    evaluation: Json | None = None
-    pushed: Pushed | None = None
-    finished_before: bool = False  # nothing was left to do
+    overwrite: bool
+    progress: Callable[[], AbstractContextManager[Progress]]
+    stop: Stop
+    quiet: bool
 
-    @property
-    def exported(self) -> Exported:
-        return Exported(self.export, self.pushed)
-
-    @property
-    def passed(self) -> bool:
-        """Return whether no check and no gate failed."""
-        verified = self.verification is None or self.verification["passed"]
-        datasets = self.evaluation["datasets"] if self.evaluation else ()
-        return verified and not any(gate["failed"] for each in datasets for gate in each.get("gates", ()))
-
-    def plain(self) -> Json:
-        """Return the results as JSON has them, by the stage's name."""
-        stages = {"verify": self.verification, "eval": self.evaluation}
-        return {
-            "calibrate": self.calibration.plain(),
-            "solve": self.solution.plain(),
-            "export": self.exported.plain(),
-            **{stage: result for stage, result in stages.items() if result is not None},
-        }
+    @contextmanager
+    def stage(self, name: str, solution: str | None = None) -> Iterator[Progress]:
+        """Log a stage's name, with that of the solution if there are several, and yield its progress."""
+        log.info("%s", f"{name} {solution}" if solution else name)
+        with self.progress() as report:
+            yield report
 
 
 def run_recipe(
@@ -80,48 +65,68 @@ def run_recipe(
 ) -> RunResults:
     """Run all stages and return their results; `overwrite` restarts all, `quiet` also applies to processes.
 
-    An export that fails a check of `verify` is not evaluated, and one that fails that or a gate is not uploaded.
+    With several budgets there is one calibration, and the other stages run for each of them. An export that fails a
+    check of `verify` is not evaluated, and one that fails that or a gate is not uploaded.
 
     Raises A3Error if a stage does, and before the first one for settings that contradict each other; raises Interrupted
     at the end of the step in which `stop` was set off.
     """
-    check_settings(recipe.solve)
-    work = Work(recipe.work, recipe.solve.name)
-    before = when_written(recipe, work)
-    repository = None if pushed_before(recipe, work, overwrite=overwrite) else open_repository(recipe.export)
-    log.info("calibrate")
-    with progress() as report:
-        calibration = calibrated(recipe.calibrate, work, overwrite=overwrite, progress=report, stop=stop, quiet=quiet)
-    log.info("solve")
-    with progress() as report:
-        solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
-    log.info("export")
-    with progress() as report:
-        manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=stop)
-    results = RunResults(calibration, solution, manifest)
+    running, every = Running(overwrite, progress, stop, quiet), recipe.each()
+    check_out(recipe)
+    for each in every:
+        check_settings(each.solve)
+    before = [when_written(each) for each in every]
+    repositories = [None if pushed_before(each, running) else open_repository(each.export) for each in every]
+    with running.stage("calibrate") as report:
+        calibration = calibrated(
+            recipe.calibrate, Work(recipe.work), overwrite=overwrite, progress=report, stop=stop, quiet=quiet
+        )
+    found = [
+        run_solution(each, running, repository, label=each.solve.name if recipe.several else None)
+        for each, repository in zip(every, repositories, strict=True)
+    ]
+    unchanged = before == [when_written(each) for each in every]
+    return RunResults(calibration, found, recipe.several, finished_before=unchanged)
+
+
+def check_out(recipe: Recipe) -> None:
+    """Raise A3Error if the exports of several budgets would lie in the folder of another export."""
+    if recipe.several and (recipe.out / MANIFEST).is_file():
+        raise A3Error(
+            f"{recipe.out} is an export, and those of several budgets are written to folders in it; choose another out"
+        )
+
+
+def run_solution(
+    recipe: Recipe, running: Running, repository: Repository | None, *, label: str | None
+) -> SolutionResults:
+    """Run the stages after the calibration for one solution; `label` is its name in log lines."""
+    work, overwrite = Work(recipe.work, recipe.solve.name), running.overwrite
+    with running.stage("solve", label) as report:
+        solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=running.stop)
+    with running.stage("export", label) as report:
+        manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=running.stop)
+    results = SolutionResults(work.name, recipe.out, solution, manifest, warnings_of(solution, work))
     if recipe.verify:
-        log.info("verify")
-        with progress() as report:
+        with running.stage("verify", label) as report:
             results.verification = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite, progress=report)
-        if not results.verification["passed"]:
+        if not results.passed:
             return results
     if recipe.evaluation is not None:
-        log.info("eval")
-        with progress() as report:
+        with running.stage("eval", label) as report:
             results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite, progress=report)
     if recipe.export.push_to_hub and results.passed:
-        log.info("upload")
-        with progress() as report:
+        with running.stage("upload", label) as report:
             results.pushed = pushed(recipe, work, manifest, repository, overwrite=overwrite, progress=report)
-    results.finished_before = before == when_written(recipe, work)
     return results
 
 
-def pushed_before(recipe: Recipe, work: Work, *, overwrite: bool) -> bool:
+def pushed_before(recipe: Recipe, running: Running) -> bool:
     """Return whether the recipe's export was uploaded, as far as can be told before it is checked."""
     with suppress(A3Error):  # missing or damaged
         manifest = read_export_manifest(recipe.out / MANIFEST)
-        return not overwrite and kept_push(manifest, recipe.export, work) is not None
+        work = Work(recipe.work, recipe.solve.name)
+        return not running.overwrite and kept_push(manifest, recipe.export, work) is not None
     return False
 
 
@@ -155,8 +160,9 @@ def calibrated(
     return calibrate(settings, work, overwrite=overwrite, progress=progress, stop=stop)
 
 
-def when_written(recipe: Recipe, work: Work) -> dict[Path, int]:
+def when_written(recipe: Recipe) -> dict[Path, int]:
     """Return when each stage's last file was written, in nanoseconds; a stage that does anything writes it."""
+    work = Work(recipe.work, recipe.solve.name)
     results = (work.verification, work.evaluation, work.publication)
     own = (work.calibration_manifest, work.solution_manifest, *results)
     return {file: file.stat().st_mtime_ns for file in (*own, recipe.out / MANIFEST) if file.is_file()}
