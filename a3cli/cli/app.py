@@ -245,7 +245,7 @@ def run(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run all stages of a recipe: calibrate, solve, export, verify, eval.
+    """Run all stages of a recipe: calibrate, solve, export, verify, eval, report.
 
     With a list of budgets the later stages run for each of them, and a table compares them.
 

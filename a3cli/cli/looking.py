@@ -23,6 +23,7 @@ from a3cli.errors import A3Error
 from a3cli.settings import DEFAULT_WORK
 from a3cli.settings.generation import GenerateSettings
 from a3cli.settings.options import OUTPUT
+from a3cli.settings.report import ReportSettings
 
 looking = OnceTyper()
 
@@ -48,7 +49,7 @@ def inspect(
 def report(
     folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
     source: SourceOption = None,
-    html: Annotated[Path | None, option(panel=OUTPUT, help="Write the page to this file.")] = None,
+    html: Annotated[Path | None, option(panel=OUTPUT, help=ReportSettings.model_fields["html"].description)] = None,
     name: Name = None,
     evaluation: Evaluations = None,
     as_json: AsJson = False,

@@ -32,6 +32,8 @@ def print_run(results: "RunResults") -> None:
     if only.verification is not None:
         display.print_verification(only.verification)
     display.print_export(only.exported, str(only.out))
+    if only.report is not None:
+        print_line(printable(str(only.report.html)))
 
 
 def print_solutions(solutions: "Sequence[SolutionResults]") -> None:
@@ -50,8 +52,9 @@ def print_solutions(solutions: "Sequence[SolutionResults]") -> None:
         table.add_row(each.name or "", outcome(each), *costs_of(each.solution), *figures)
     print_table(table)
     for each in solutions:
+        page = f", {each.report.html}" if each.report else ""
         at = f", uploaded to {each.pushed.url}" if each.pushed else ""
-        print_line(printable(f"{each.name}: {each.out}{at}"))
+        print_line(printable(f"{each.name}: {each.out}{page}{at}"))
     display.warn(f"{each.name}: {warning}" for each in solutions for warning in each.warnings)
 
 

@@ -15,7 +15,7 @@ from a3cli.stages.calibration_folder import comparable, describe_request, known_
 from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import for_models
 from a3cli.stages.recipe import Recipe
-from a3cli.stages.run import check_out, is_asked_for, kept_evaluation, kept_verification
+from a3cli.stages.run import check_outputs, is_asked_for, is_reported, kept_evaluation, kept_verification
 from a3cli.stages.solve import describe_request as describe_solution
 from a3cli.work.files import Json
 from a3cli.work.folder import Work
@@ -83,7 +83,7 @@ def preview(recipe: Recipe, *, overwrite: bool) -> Preview:
 
     Raises A3Error for settings that contradict each other, and for manifests that are damaged.
     """
-    check_out(recipe)
+    check_outputs(recipe)
     every = recipe.each()
     for each in every:
         check_settings(each.solve)
@@ -95,6 +95,8 @@ def states_of(recipe: Recipe, *, overwrite: bool) -> dict[str, State]:
     asked = {"calibrate", "solve", "export", *(["verify"] if recipe.verify else [])}
     if recipe.evaluation is not None:
         asked.add("eval")
+    if recipe.report is not None:
+        asked.add("report")
     found = {} if overwrite else dict(find_states(recipe, Work(recipe.work, recipe.solve.name)))
     return {name: found.get(name, TO_DO) for name in plain_recipe(recipe) if name in asked}
 
@@ -115,8 +117,12 @@ def find_states(recipe: Recipe, work: Work) -> Iterator[tuple[str, State]]:
         return
     if recipe.verify and kept_verification(recipe.verify, work, manifest):
         yield "verify", State("finished")
-    if recipe.evaluation and kept_evaluation(for_models(recipe.evaluation), work, manifest):
+    asked = recipe.evaluation
+    evaluation = kept_evaluation(for_models(asked), work, manifest) if asked else None
+    if evaluation:
         yield "eval", State("finished")
+    if recipe.report and (evaluation or not asked) and is_reported(recipe.report, recipe, evaluation):
+        yield "report", State("finished")
 
 
 def state_of_calibration(settings: CalibrateSettings, work: Work) -> State:
@@ -187,7 +193,8 @@ def plain_recipe(recipe: Recipe) -> Json:
         "export": plain_settings(recipe.export),
         "verify": plain_settings(recipe.verify) if recipe.verify else False,
     }
-    return sections | ({} if recipe.evaluation is None else {"eval": plain_settings(recipe.evaluation)})
+    optional = {"eval": recipe.evaluation, "report": recipe.report}
+    return sections | {name: plain_settings(found) for name, found in optional.items() if found is not None}
 
 
 def plain_settings(settings: Settings) -> Json:

@@ -7,9 +7,10 @@
     export: {}
     verify: {}                     runs unless this is `false`
     eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     optional; or `texts`, a list
+    report: {html: report.html}    an HTML page of the export with its figures; optional
 
-Paths are relative to the recipe's folder: `work` and `out` always, models, datasets and other files if they begin with
-`./` or `../`, since `owner/name` is a Hub id.
+Paths are relative to the recipe's folder: `work`, `out` and the page always, models, datasets and other files if they
+begin with `./` or `../`, since `owner/name` is a Hub id.
 """
 
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ from a3cli.settings import (
 )
 from a3cli.settings.names import name_of_budget
 from a3cli.settings.problems import Problem, find_problems
+from a3cli.settings.report import ReportSettings
 from a3cli.stages.recipe_changes import change
 
 PLACES: dict[str | int, str] = {"work": "the work folder", "out": "the folder of the export"}
@@ -69,6 +71,7 @@ class Recipe(Settings):
     export: ExportSettings = ExportSettings()
     verify: VerifySettings | Literal[False] = VerifySettings()
     evaluation: EvalSettings | None = Field(default=None, alias="eval")
+    report: ReportSettings | None = None
 
     @property
     def several(self) -> bool:
@@ -85,6 +88,7 @@ class Recipe(Settings):
         own = name_of_budget(budget)
         name = f"{self.solve.name}-{own}" if self.solve.name else own
         out, repository = self.out / name, self.export.push_to_hub
+        html = self.report and self.report.html.with_stem(f"{self.report.html.stem}-{name}")
         chosen = {**self.solve.model_dump(exclude_unset=True), "budget": budget, "name": name}
         pushed = {"name": None, "push_to_hub": repository and f"{repository}-{own}"}
         return self.model_copy(
@@ -93,6 +97,7 @@ class Recipe(Settings):
                 "solve": SolveSettings.model_validate(chosen),
                 "export": self.export.model_copy(update=pushed),
                 "evaluation": self.evaluation and self.evaluation.model_copy(update={"model": str(out)}),
+                "report": html and ReportSettings(html=html),
             }
         )
 
@@ -111,6 +116,8 @@ def read_recipe(
             content[key] = str(given.resolve())
         elif isinstance(content.get(key), str):
             content[key] = str((path.parent / content[key]).resolve())
+    if isinstance(page := content.get("report"), dict) and isinstance(page.get("html"), str):
+        content["report"] = {**page, "html": str((path.parent / page["html"]).resolve())}
     for place in PATHS:
         start_at(path.parent, content, place)
     if isinstance(content.get("eval"), dict):

@@ -1,4 +1,4 @@
-"""Run a recipe's stages: calibrate, solve, export, verify unless disabled, and eval if it has that section.
+"""Run a recipe's stages: calibrate, solve, export, verify unless disabled, eval and report if it has these sections.
 
 Each stage finds out from its files whether it is done, so a rerun resumes, and a finished recipe does nothing.
 """
@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from a3cli.errors import A3Error
+from a3cli.report.inspection import describe
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
+from a3cli.report.measured import figures_of
+from a3cli.report.page import Report, is_page, write_report
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.settings.options import command_words
+from a3cli.settings.report import ReportSettings
 from a3cli.stages.calibrate import calibrate
 from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate, for_models
@@ -27,7 +31,7 @@ from a3cli.stages.solve import solve
 from a3cli.stages.verify import verify
 from a3cli.text.identity import as_compared, describe_text, files_now
 from a3cli.text.sources import check_texts
-from a3cli.work.files import Json, check_hashes, hash_json
+from a3cli.work.files import Json, check_hashes, hash_json, making
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest
@@ -72,7 +76,7 @@ def run_recipe(
     at the end of the step in which `stop` was set off.
     """
     running, every = Running(overwrite, progress, stop, quiet), recipe.each()
-    check_out(recipe)
+    check_outputs(recipe)
     for each in every:
         check_settings(each.solve)
     before = [when_written(each) for each in every]
@@ -89,8 +93,11 @@ def run_recipe(
     return RunResults(calibration, found, recipe.several, finished_before=unchanged)
 
 
-def check_out(recipe: Recipe) -> None:
-    """Raise A3Error if the exports of several budgets would lie in the folder of another export."""
+def check_outputs(recipe: Recipe) -> None:
+    """Raise A3Error if the page is a folder, or if the exports of several budgets would lie in that of another."""
+    for html in (each.report.html for each in recipe.each() if each.report):
+        if html.is_dir():
+            raise A3Error(f"report.html {html}: it is a folder")
     if recipe.several and (recipe.out / MANIFEST).is_file():
         raise A3Error(
             f"{recipe.out} is an export, and those of several budgets are written to folders in it; choose another out"
@@ -115,10 +122,24 @@ def run_solution(
     if recipe.evaluation is not None:
         with running.stage("eval", label) as report:
             results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite, progress=report)
+    if recipe.report is not None:
+        with running.stage("report", label):
+            results.report = reported(recipe.report, recipe, results.evaluation)
     if recipe.export.push_to_hub and results.passed:
         with running.stage("upload", label) as report:
             results.pushed = pushed(recipe, work, manifest, repository, overwrite=overwrite, progress=report)
     return results
+
+
+def reported(settings: ReportSettings, recipe: Recipe, evaluation: Json | None) -> Report:
+    """Write the page of the export with the figures of its evaluation, unless it is written already."""
+    with making(settings.html.parent):
+        return write_report(describe(recipe.out), figures_of(evaluation), settings.html)
+
+
+def is_reported(settings: ReportSettings, recipe: Recipe, evaluation: Json | None) -> bool:
+    """Return whether the page is written, with these figures."""
+    return is_page(settings.html, describe(recipe.out), figures_of(evaluation))
 
 
 def pushed_before(recipe: Recipe, running: Running) -> bool:
@@ -163,9 +184,9 @@ def calibrated(
 def when_written(recipe: Recipe) -> dict[Path, int]:
     """Return when each stage's last file was written, in nanoseconds; a stage that does anything writes it."""
     work = Work(recipe.work, recipe.solve.name)
-    results = (work.verification, work.evaluation, work.publication)
-    own = (work.calibration_manifest, work.solution_manifest, *results)
-    return {file: file.stat().st_mtime_ns for file in (*own, recipe.out / MANIFEST) if file.is_file()}
+    stages = [work.calibration_manifest, work.solution_manifest, recipe.out / MANIFEST]
+    results = [work.verification, work.evaluation, work.publication, *([recipe.report.html] if recipe.report else [])]
+    return {file: file.stat().st_mtime_ns for file in (*stages, *results) if file.is_file()}
 
 
 def calibrate_in_processes(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from a3cli.errors import CheckFailed
 from a3cli.report.manifest import Manifest
+from a3cli.report.page import Report
 from a3cli.settings.gates import raise_for_failures as raise_for_failed_gates
 from a3cli.stages.publish import Exported, Pushed
 from a3cli.stages.verify import raise_for_failures as raise_for_failed_checks
@@ -24,6 +25,7 @@ class SolutionResults:
     warnings: list[str]
     verification: Json | None = None
     evaluation: Json | None = None
+    report: Report | None = None
     pushed: Pushed | None = None
 
     @property
@@ -37,7 +39,8 @@ class SolutionResults:
 
     def plain(self) -> Json:
         """Return the results as JSON has them, by the stage's name."""
-        stages = {"verify": self.verification, "eval": self.evaluation}
+        page = self.report.plain() if self.report else None
+        stages = {"verify": self.verification, "eval": self.evaluation, "report": page}
         return {
             "solve": self.solution.plain(),
             "export": self.exported.plain(),
