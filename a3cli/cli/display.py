@@ -24,10 +24,8 @@ from a3cli.settings.gates import describe
 from a3cli.work.escape import printable
 
 if TYPE_CHECKING:
-    from a3cli.report.manifest import Manifest
     from a3cli.report.page import Report
-    from a3cli.stages.preview import Preview
-    from a3cli.stages.run import RunResults
+    from a3cli.stages.publish import Exported
     from a3cli.work.manifests import CalibrationManifest, Solution
 
 Json = dict[str, Any]
@@ -58,10 +56,10 @@ def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
     print_sentence(_describe_removed(solution))
     if solution.in_sample is not None:
         print_sentence(describe_in_sample(solution.in_sample))
-    _warn(warnings)
+    warn(warnings)
 
 
-def _warn(warnings: Iterable[str]) -> None:
+def warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         log.warning("%s", warning)
 
@@ -138,7 +136,7 @@ def print_plan(result: Json) -> None:
     print_sentence(_describe_rates(result["machine"]))
     print_sentence(_describe_weights(**result["weights"]))
     _print_runtimes(result["runtimes"])
-    _warn(result["warnings"])
+    warn(result["warnings"])
 
 
 def _print_stages(seconds: dict[str, float], memory: dict[str, int], *, solution: int, **disk: int) -> None:
@@ -182,36 +180,6 @@ def _describe_weights(checked: str, reason: str | None) -> str:
     }[checked]
 
 
-def print_run(results: "RunResults", out: str, warnings: Sequence[str]) -> None:
-    print_calibration(results.calibration)
-    print_solution(results.solution, warnings)
-    if results.evaluation is not None:
-        print_evaluation(results.evaluation)
-    if results.verification is not None:
-        print_verification(results.verification)
-    print_export(results.export, out)
-
-
-def print_preview(preview: "Preview") -> None:
-    """Print the recipe with every setting, and as a comment above each stage how far it is."""
-    import yaml
-
-    content = preview.plain()
-    for name in ("work", "out"):
-        print_line(printable(yaml.safe_dump({name: content[name]}, allow_unicode=True, width=10**6).rstrip()))
-    for name, stage in content["stages"].items():
-        print_line(printable(f"# {name}: {stage['state']}" + (f"; {stage['detail']}" if stage["detail"] else "")))
-        dumped = yaml.safe_dump({name: stage["settings"]}, allow_unicode=True, sort_keys=False, width=10**6)
-        for line in dumped.splitlines():
-            print_line(printable(line))
-    if preview.recipe.verify is False:
-        print_line("verify: false")
-
-
-def print_finished(out: str) -> None:
-    print_line(f"nothing was left to do: this run had finished; the export is in {printable(out)}")
-
-
 def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
@@ -220,7 +188,8 @@ def duration(spent: float) -> str:
     return f"{spent:.0f} s" if spent < 120 else f"{spent / 60:.0f} min" if spent < 7200 else f"{spent / 3600:.1f} h"
 
 
-def print_export(manifest: "Manifest", out: str) -> None:
+def print_export(exported: "Exported", out: str) -> None:
+    manifest = exported.manifest
     files = [Path(out) / name for name in manifest.files if name.endswith(".safetensors")]
     written = human_bytes(sum(file.stat().st_size for file in files))
     print_sentence(
@@ -230,6 +199,9 @@ def print_export(manifest: "Manifest", out: str) -> None:
     _print_runtimes([each.plain() for each in manifest.runtimes])
     _print_context(manifest.solution)
     print_line(printable(out))
+    if exported.pushed:
+        visible = "private" if exported.pushed.private else "public"
+        print_line(f"uploaded, {visible}: {printable(exported.pushed.url)}")
 
 
 def _print_runtimes(verdicts: list[Json]) -> None:
@@ -238,7 +210,7 @@ def _print_runtimes(verdicts: list[Json]) -> None:
         table.add_row(each["runtime"], each["loads"], each["note"])
     print_table(table)
     refusing = [each["runtime"] for each in verdicts if each["loads"] == NO]
-    _warn([f"not loaded by {', '.join(refusing)}: see the table's notes"] if refusing else [])
+    warn([f"not loaded by {', '.join(refusing)}: see the table's notes"] if refusing else [])
 
 
 def _print_context(solution: "Solution") -> None:
@@ -321,5 +293,5 @@ def _print_tasks(tasks: Json) -> None:
 
 
 def print_report(report: "Report") -> None:
-    _warn(report.warnings)
+    warn(report.warnings)
     print_line(printable(str(report.html)))

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from a3cli.errors import A3Error
 from a3cli.settings import DEFAULT_DATASET, ExportSettings, Settings, TextSettings, make_settings
-from a3cli.settings.options import MACHINE, OUTPUT, PANELS, Option, TextOptions, option_of
+from a3cli.settings.options import HOW, MACHINE, OUTPUT, PANELS, Option, TextOptions, option_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", Option, TextOptions)
@@ -58,6 +58,9 @@ def option(*names: str, panel: Option, **details: Any) -> Any:
 
 WorkOption = Annotated[
     Path, option("--work", panel=OUTPUT, envvar="A3_WORK", help="Work folder, shared by the stages.")
+]
+SourceOption = Annotated[
+    str | None, option("--source", panel=HOW, help="Where the calibrated source is now, if it was moved.")
 ]
 Overwrite = Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace the result of other settings.")]
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print the full result as JSON on stdout.")]

@@ -10,8 +10,9 @@ import torch
 from pydantic import SerializeAsAny, ValidationError
 
 from a3cli.errors import A3Error
-from a3cli.models.checkpoint import Checkpoint, resolve_model
+from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.families import family_of
+from a3cli.models.source import open_recorded, opened_work
 from a3cli.report.concerns import find_concerns
 from a3cli.report.health import REMEDY, Dimensions, describe_statistics
 from a3cli.report.layers import LayerState, describe_layers
@@ -89,16 +90,19 @@ class Inspection(Part):
         return super().plain(**which) | {"layers": layers, "measured": as_recorded(self.measured)}
 
 
-def describe(path: Path, name: str | None = None) -> Inspection:
+def describe(path: Path, name: str | None = None, source: str | None = None) -> Inspection:
     """Return the folder's stage, source, settings, hashes, layers and warnings, and its solution of this name.
 
-    Raises A3Error for other folders, and if there is no such solution.
+    `source` is where a work folder's source was moved. Raises A3Error for other folders, and if there is no such
+    solution.
     """
     if (path / MANIFEST).is_file():
+        if source is not None:
+            raise A3Error(f"{path} is an export, which is inspected without its source: leave out --source")
         if name is not None:
             raise A3Error(f"{path} is an export, which has one solution: leave out --name")
         return describe_export(path)
-    work = choose_solution(Work(path), name)
+    work = choose_solution(opened_work(path, source), name)
     if work.calibration_manifest.is_file() or work.calibration_progress.is_file():
         return describe_work(work)
     raise A3Error(f"{path} is neither a work folder with a calibration nor an a3 export; give one of these")
@@ -176,7 +180,7 @@ def describe_work(work: Work) -> Inspection:
     if stored and not solution:
         warnings.append(f"{work.solution_manifest} was solved from another calibration: {work.solve_again}")
     if source is None:
-        warnings.append("the source was not found: bytes and token texts are missing")
+        warnings.append("the source was not found: bytes and token texts are missing; if it was moved, give --source")
     under_way = isinstance(calibration, CalibrationProgress)
     return Inspection(
         path=str(work.folder),
@@ -270,10 +274,10 @@ def open_source(recorded: SourceRecord) -> Checkpoint | None:
 
     Raises A3Error for a local folder with a damaged checkpoint.
     """
-    if Path(recorded.model).is_dir():
-        return resolve_model(recorded.model, follow_symlinks=recorded.follow_symlinks)
+    if Path(recorded.place).is_dir():
+        return open_recorded(recorded)
     try:
-        return resolve_model(recorded.model, recorded.revision, cached_only=True)
+        return open_recorded(recorded, cached_only=True)
     except A3Error:
         return None
 

@@ -38,6 +38,14 @@ def as_recorded(measured: Sequence[Measured]) -> list[Json]:
     return [each.model_dump() for each in measured]
 
 
+def figures_of(evaluation: Json | None) -> list[Measured]:
+    """Return one entry per data set of an evaluation's result; none without a result, or if a figure is not finite."""
+    try:
+        return [Measured.model_validate(each) for each in (evaluation or {"datasets": []})["datasets"]]
+    except ValidationError:
+        return []
+
+
 def read_evaluation(path: Path) -> list[Measured]:
     """Return one entry per data set. Raises A3Error naming a file that has other content."""
     found = read_json(path)

@@ -70,12 +70,20 @@ def read_evaluations(files: Sequence[Path]) -> list[Measured]:
 
 
 def write_report(found: Inspection, measured: list[Measured], html: Path) -> Report:
-    """Write the page, with known figures if none are given; return its path and its content."""
+    """Write the page, with known figures if none are given; return its path and its content.
+
+    A file that is this page already is left as it is.
+    """
     measured = measured or found.measured
-    page = render(found, measured)
-    with replacing(html) as partial:
-        partial.write_text(page, "utf-8")
+    if not is_page(html, found, measured):
+        with replacing(html) as partial:
+            partial.write_text(render(found, measured), "utf-8")
     return Report(html, found.warnings, measured)
+
+
+def is_page(html: Path, found: Inspection, measured: list[Measured]) -> bool:
+    """Return whether a file is the page with this content."""
+    return html.is_file() and html.read_bytes() == render(found, measured).encode()
 
 
 def render(found: Inspection, measured: list[Measured]) -> str:

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from a3cli.errors import A3Error
 from a3cli.settings.gates import Gate, parse_gate
-from a3cli.settings.names import check_name
+from a3cli.settings.names import Public, PushToHub, SolutionName
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
 from a3cli.settings.problems import find_problems
 from a3cli.settings.seq_len import known_seq_len, resolved_seq_len
@@ -36,11 +36,6 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, MACHINE]
 
 # Settings of several stages.
-SolutionName = Annotated[
-    Annotated[str, AfterValidator(check_name)] | None,
-    OUTPUT,
-    Field(description="Name of the solution, to keep several (default: none)."),
-]
 Revision = Annotated[str | None, HOW, Field(description="Branch, tag or commit of a Hub id.")]
 RemoteCode = Annotated[bool, HOW, Field(description="Run code that comes with the model.")]
 FollowSymlinks = Annotated[bool, HOW, Field(description="Follow symbolic links out of the model's folder.")]
@@ -213,6 +208,8 @@ class ExportSettings(Settings):
         Option("Output", "--eval"),
         Field(description="Show figures from this file of `a3 eval --json`; repeatable."),
     ] = ()
+    push_to_hub: PushToHub = None
+    public: Public = False
 
 
 def parse_budgets(text: Any) -> Any:

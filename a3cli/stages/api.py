@@ -21,6 +21,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers.utils import logging
 
 from a3cli.errors import A3Error
+from a3cli.models.source import opened_work
 from a3cli.report.manifest import Manifest
 from a3cli.settings import (
     DEFAULT_DATASET,
@@ -38,6 +39,7 @@ from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate as run_evaluate
 from a3cli.stages.export import export as run_export
 from a3cli.stages.plan import plan as run_plan
+from a3cli.stages.publish import export_and_push, open_repository, push
 from a3cli.stages.run import calibrated
 from a3cli.stages.solve import solve as run_solve
 from a3cli.stages.verify import verify as run_verify
@@ -99,6 +101,7 @@ def solve(
     budget: float | None = None,
     overwrite: bool = False,
     max_minutes: float | None = None,
+    source: PathOrName | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> SolutionManifest:
@@ -109,6 +112,7 @@ def solve(
         budget: Fraction, in [0, 1), of the decoder's linear weights to remove; or give other budgets in `settings`.
         overwrite: Replace a solution with other settings.
         max_minutes: Stop after the layer in which this time, in minutes, has passed.
+        source: New place of the source, if it was moved since it was calibrated.
         progress: As for `calibrate`.
         **settings: Fields of `SolveSettings`.
 
@@ -122,7 +126,7 @@ def solve(
     asked = settings_from(SolveSettings, "solve", {**settings, "budget": budget})
     with quiet_libraries():
         return run_solve(
-            asked, Work(Path(work)), overwrite=overwrite, progress=progress or silent, stop=Stop(max_minutes)
+            asked, work_of(work, source), overwrite=overwrite, progress=progress or silent, stop=Stop(max_minutes)
         )
 
 
@@ -131,6 +135,7 @@ def export(
     work: PathOrName = DEFAULT_WORK,
     *,
     max_minutes: float | None = None,
+    source: PathOrName | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Manifest:
@@ -140,20 +145,25 @@ def export(
         out: Folder to write: empty or not there yet, or with `overwrite=True` an earlier export.
         work: Work folder with the solution.
         max_minutes: Stop after the weight file in which this time, in minutes, has passed.
+        source: New place of the source, if it was moved since it was calibrated.
         progress: As for `calibrate`.
-        **settings: Fields of `ExportSettings`; `max_shard_size` in bytes, or as text like `"5GB"`.
+        **settings: Fields of `ExportSettings`; `max_shard_size` in bytes, or as text like `"5GB"`. With
+            `push_to_hub="OWNER/NAME"` the export is then uploaded; its URL is logged.
 
     Returns:
         The export's manifest: what it was made from, sizes, runtimes that load it, and the hash of each file.
 
     Raises:
-        A3Error: For a solution that is missing or altered, a source that changed, or an `out` that is in use.
+        A3Error: For a solution that is missing or altered, a source that changed, or an `out` that is in use; for a
+            repository that cannot be written to, before any work.
         CheckFailed: If `check_reproducible=True` and two writes differ.
         Interrupted: After `max_minutes`; the same call resumes.
     """
     asked = settings_from(ExportSettings, "export", settings)
     with quiet_libraries():
-        return run_export(Path(out), asked, Work(Path(work)), stop=Stop(max_minutes), progress=progress or silent)
+        return export_and_push(
+            Path(out), asked, work_of(work, source), stop=Stop(max_minutes), progress=progress or silent
+        ).manifest
 
 
 def evaluate(
@@ -191,13 +201,19 @@ def evaluate(
 
 
 def verify(
-    out: PathOrName, work: PathOrName = DEFAULT_WORK, *, progress: Progress | None = None, **settings: Any
+    out: PathOrName,
+    work: PathOrName = DEFAULT_WORK,
+    *,
+    source: PathOrName | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> Json:
     """Check an export as users load it: complete, unaltered, finite, and equal to the solution.
 
     Args:
         out: Folder that `export` or `compress` wrote.
         work: Work folder that it was made from; without it, comparison with the solution is skipped.
+        source: New place of the source, if it was moved since it was calibrated.
         progress: As for `calibrate`.
         **settings: Fields of `VerifySettings`.
 
@@ -210,7 +226,7 @@ def verify(
     """
     asked = settings_from(VerifySettings, "verify", settings)
     with quiet_libraries():
-        return run_verify(Path(out), asked, Work(Path(work)), progress=progress or silent)
+        return run_verify(Path(out), asked, work_of(work, source), progress=progress or silent)
 
 
 def plan(model: PathOrName, **settings: Any) -> Json:
@@ -279,9 +295,12 @@ def compress(
     check_free(target, folder, overwrite=written.overwrite)
     report, stop = progress or silent, Stop(max_minutes)
     with quiet_libraries():
+        repository = open_repository(written)
         calibrated(calibration, folder, overwrite=overwrite, progress=report, stop=stop, quiet=True)
         run_solve(solution, folder, overwrite=overwrite, progress=report, stop=stop)
         manifest = run_export(target, written, folder, stop=stop, progress=report)
+        if repository:
+            push(target, manifest, repository, written, folder, report)
     if work is None:
         shutil.rmtree(folder.folder)
     return manifest
@@ -301,6 +320,10 @@ def check_free(out: Path, work: Work, *, overwrite: bool) -> None:
         return
     if not out.is_dir() or any(out.iterdir()):
         raise A3Error(f"{out} is not an empty folder; use overwrite=True to replace an earlier export, or another out")
+
+
+def work_of(work: PathOrName, source: PathOrName | None) -> Work:
+    return opened_work(Path(work), None if source is None else name_of(source))
 
 
 def name_of(model: PathOrName) -> str:

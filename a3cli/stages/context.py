@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from a3cli.errors import A3Error
 from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.models import costs
-from a3cli.models.model import Model, open_calibrated_source, recorded_source
+from a3cli.models.model import Model, open_calibrated_source
+from a3cli.models.source import recorded_source
 from a3cli.settings import SolveSettings
 from a3cli.work.files import check_hashes
 from a3cli.work.folder import Work

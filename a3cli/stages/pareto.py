@@ -208,8 +208,8 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path, 
     return evaluate(
         EvalSettings(
             model=str(out),
-            against=source.model,
-            against_revision=source.revision,
+            against=source.place,
+            against_revision=None if source.folder else source.revision,
             follow_symlinks=source.follow_symlinks,
             texts=(text,),
             bootstrap=0,

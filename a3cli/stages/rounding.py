@@ -9,7 +9,8 @@ from a3cli.errors import A3Error
 from a3cli.models import costs
 from a3cli.models.config import read_shape
 from a3cli.models.families import LayerSizes, ModelShape
-from a3cli.models.model import read_stock, recorded_source
+from a3cli.models.model import read_stock
+from a3cli.models.source import recorded_source
 from a3cli.report.figures import asked, percent
 from a3cli.report.long_range import solution_warnings
 from a3cli.settings import PlanSettings, SolveSettings

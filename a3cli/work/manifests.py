@@ -322,3 +322,9 @@ class SourceRecord(Sealed):
     follow_symlinks: bool = False
     fingerprint: Fingerprint
     small_files: dict[str, FileHash] = Field(description="hash of each carried file: tokenizer, chat template, licence")
+    folder: str | None = Field(default=None, description="where the files of a Hub id lie; null for the Hub's cache")
+
+    @property
+    def place(self) -> str:
+        """Return the folder, or the Hub id if its files are in the Hub's cache."""
+        return self.folder or self.model

@@ -54,12 +54,14 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
         "full_check": "the source is compared with what calibration saw; nothing is written from it",
         "check_reproducible": "the second export is removed",
         "evaluations": "figures of the export itself, in README.md and a3_manifest.json alone",
+        "push_to_hub": "it says where a copy of the same bytes goes",
+        "public": "it says who sees that copy",
     },
 }
 # Settings whose option has another name, or that have no option of their own.
 OTHER_OPTION = {"model": "model", "evaluations": "--eval"}
 # Options that are not settings: paths, time limits and verbosity.
-NO_SETTING = {"--work", "--overwrite", "--max-minutes", "--json", "--quiet", "out"}
+NO_SETTING = {"--work", "--source", "--overwrite", "--max-minutes", "--json", "--quiet", "out"}
 STAGES: dict[str, type[Settings]] = {"calibrate": CalibrateSettings, "solve": SolveSettings, "export": ExportSettings}
 
 COUNTS = st.integers(1, 2**40)
