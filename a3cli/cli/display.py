@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 from a3cli.cli.console import log, print_line, print_sentence
 from a3cli.cli.tables import new_table, print_table
-from a3cli.report.figures import TITLES, Comparison, asked, compare, compare_one, human, human_bytes, percent
+from a3cli.report.figures import (
+    TITLES,
+    Comparison,
+    asked,
+    compare,
+    compare_one,
+    describe_budgets,
+    human,
+    human_bytes,
+    percent,
+)
 from a3cli.report.names import describe_context
 from a3cli.runtimes import NO
 from a3cli.settings import COMPONENTS, LOSSES
@@ -54,11 +64,13 @@ def _warn(warnings: Iterable[str]) -> None:
 
 
 def _describe_removed(solution: "Solution") -> str:
-    removed, budget = percent(solution.budget_reached, 2), asked(solution.budget_asked)
-    of_asked = f" (asked: {budget})" if budget else ""
-    weights, disk = solution.parameters, solution.bytes
+    settings, weights, disk = solution.request.settings, solution.parameters, solution.bytes
+    removed = f"{percent(solution.budget_reached, 2)} of the decoder's linear weights"
+    if settings.kv_budget is not None:
+        kv = solution.kv_bytes_per_token
+        removed = f"{percent(1 - kv.after / kv.before, 2)} of the KV cache and {removed}"
     return (
-        f"removed {removed} of the decoder's linear weights{of_asked}: {human(weights.before)} parameters become "
+        f"removed {removed} (asked: {describe_budgets(settings)}): {human(weights.before)} parameters become "
         f"{human(weights.after)}, {human_bytes(disk.before)} become {human_bytes(disk.after)}"
     )
 
@@ -113,7 +125,8 @@ def print_plan(result: Json) -> None:
     own = result["shape"] == "per-layer"
     means = "are means: each layer will have its own" if own else "are the same in all layers"
     print_sentence(
-        f"removes {percent(result['budget_reached'], 2)} of the decoder's linear weights, attention and MLP alike; "
+        f"removes {percent(result['budget_reached'], 2)} of the decoder's linear weights (asked: {result['asked']}), "
+        f"{_how_planned(result)}; "
         f"sizes {means}. a3 calibrate measures how to share the budget better."
     )
     _print_stages(result["seconds"], result["peak_ram_bytes"], **result["disk_bytes"])
@@ -126,6 +139,11 @@ def print_plan(result: Json) -> None:
     print_sentence(_describe_weights(**result["weights"]))
     _print_runtimes(result["runtimes"])
     _warn(result["warnings"])
+
+
+def _how_planned(result: Json) -> str:
+    width = result["mlp_width"]
+    return "all of them from attention" if width["before"] == width["after"] else "attention and MLP alike"
 
 
 def _print_stages(seconds: dict[str, float], memory: dict[str, int], *, solution: int, **disk: int) -> None:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from a3cli.report import charts
 from a3cli.report.commands import calibrate_commands, export_command, recorded_settings, solve_command
-from a3cli.report.figures import TITLES, Comparison, compare, human, human_bytes
+from a3cli.report.figures import TITLES, Comparison, compare, describe_budgets, human, human_bytes
 from a3cli.report.inspection import Inspection
 from a3cli.report.layers import LayerState
 from a3cli.report.manifest import ExportSummary
@@ -153,9 +153,9 @@ def tiles(found: Inspection, measured: list[Measured]) -> list[Tile]:
 
 
 def solution_tiles(solution: Solution) -> list[Tile]:
-    kv, size, asked = solution.kv_bytes_per_token, solution.bytes, solution.budget_asked
+    kv, size, asked = solution.kv_bytes_per_token, solution.bytes, describe_budgets(solution.request.settings)
     return [
-        Tile("decoder weights", f"−{solution.budget_reached:.1%}", "" if asked is None else f"asked: {asked:.1%}"),
+        Tile("decoder weights", f"−{solution.budget_reached:.1%}", f"asked: {asked}"),
         Tile("checkpoint", human_bytes(size.after), f"was {human_bytes(size.before)}"),
         Tile("KV cache", f"−{1 - kv.after / kv.before:.1%}", f"{kv.after:,} bytes per token"),
     ]

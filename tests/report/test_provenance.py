@@ -92,6 +92,9 @@ CALIBRATE = {
 }
 SOLVE = {
     "budget": st.none() | FRACTIONS,
+    "kv_budget": st.none() | FRACTIONS,
+    "budget_bytes": st.none() | COUNTS,
+    "budget_params": st.none() | COUNTS,
     "attention_budget": st.none() | FRACTIONS,
     "mlp_budget": st.none() | FRACTIONS,
     "method": st.sampled_from(["best", "paper"]),
@@ -260,6 +263,11 @@ UNUSUAL = {
          "--min-head", 6, "--components", "ov,mlp", "--eigenvalue-floor", 0.01, "--device", "cpu", "--batch-size", 3,
          "--refit-rounds", 0),
         ("--max-shard-size", "40KB"),
+    ),
+    "of the cache": (
+        ("--samples", 3, "--batch-size", 3),
+        ("--kv-budget", 0.3, "--budget-params", "70K", "--head-multiple", 2, "--mlp-multiple", 8, "--method", "paper"),
+        (),
     ),
     "as many blocks as fit": (("--samples", 3), ("--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2), ()),
 }  # fmt: skip
