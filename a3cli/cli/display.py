@@ -17,6 +17,7 @@ from a3cli.report.figures import (
     percent,
 )
 from a3cli.report.names import describe_context
+from a3cli.report.serving import Serving, serving_of
 from a3cli.runtimes import NO
 from a3cli.settings import COMPONENTS, LOSSES
 from a3cli.settings.gates import describe
@@ -39,7 +40,9 @@ def print_calibration(manifest: "CalibrationManifest") -> None:
     )
 
 
-def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
+def print_solution(solution: "Solution", warnings: Sequence[str], memory: int | None = None) -> None:
+    """Print sizes and costs before and after, also of serving in `memory`, predicted losses and warnings."""
+    served = serving_of(solution, memory)
     labels = {
         "qk": "head size of QK",
         "ov": "head size of OV",
@@ -49,13 +52,19 @@ def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
         "kv_bytes_per_token": "KV cache, bytes per token",
         "prefill_flops_per_token": f"prefill FLOPs per token at {solution.prefill_flops_per_token.seq_len}",
     }
-    _print_comparisons(compare(solution, labels))
+    _print_comparisons([*compare(solution, labels), *(served.rows() if served else [])])
     losses = ", ".join(f"{c} {getattr(solution.predicted_loss, c):.4g}" for c in COMPONENTS)
     unit = LOSSES[solution.request.settings.sensitivity]
     print_sentence(f"predicted loss, {unit}, summed over layers: {losses}")
     _print_context(solution)
     print_sentence(_describe_removed(solution))
     _warn(warnings)
+
+
+def solution_json(solution: "Solution", warnings: Sequence[str], memory: int | None) -> Json:
+    """Return what `print_solution` prints as JSON has it, with all that the manifest records."""
+    served = serving_of(solution, memory)
+    return {**solution.plain(), **(served.plain() if served else {}), "warnings": warnings}
 
 
 def _warn(warnings: Iterable[str]) -> None:
@@ -78,7 +87,7 @@ def _describe_removed(solution: "Solution") -> str:
 def _print_comparisons(rows: Iterable[Comparison]) -> None:
     table = new_table("", figures=("before", "after", "after / before"))
     for each in rows:
-        table.add_row(each.label, each.before, each.after, f"{each.share:.3f}")
+        table.add_row(each.label, each.before, each.after, "–" if each.share is None else f"{each.share:.3f}")
     print_table(table)
 
 
@@ -121,7 +130,8 @@ def print_plan(result: Json) -> None:
         "prefill_flops_per_token": f"prefill FLOPs per token at {result['prefill_flops_per_token']['seq_len']}",
     }
     changes = ((label, result[key]) for key, label in labels.items())
-    _print_comparisons(compare_one(label, each["before"], [each["after"]]) for label, each in changes)
+    costs = [compare_one(label, each["before"], [each["after"]]) for label, each in changes]
+    _print_comparisons([*costs, *_planned_serving(result).rows()])
     own = result["shape"] == "per-layer"
     means = "are means: each layer will have its own" if own else "are the same in all layers"
     print_sentence(
@@ -139,6 +149,12 @@ def print_plan(result: Json) -> None:
     print_sentence(_describe_weights(**result["weights"]))
     _print_runtimes(result["runtimes"])
     _warn(result["warnings"])
+
+
+def _planned_serving(result: Json) -> Serving:
+    cache, weights, memory = result["kv_cache"], result["bytes"], result.get("sequences", {}).get("memory")
+    both = [(each["before"], each["after"]) for each in (cache, weights)]
+    return Serving(cache["tokens"], both[0], both[1], memory)
 
 
 def _how_planned(result: Json) -> str:
@@ -189,7 +205,7 @@ def _describe_weights(checked: str, reason: str | None) -> str:
 
 def print_run(results: "RunResults", out: str, warnings: Sequence[str]) -> None:
     print_calibration(results.calibration)
-    print_solution(results.solution, warnings)
+    print_solution(results.solution, warnings, results.memory)
     if results.evaluation is not None:
         print_evaluation(results.evaluation)
     if results.verification is not None:

@@ -22,6 +22,7 @@ from a3cli.errors import A3Error
 from a3cli.settings import DEFAULT_WORK
 from a3cli.settings.generation import GenerateSettings
 from a3cli.settings.options import OUTPUT
+from a3cli.settings.report import ReportSettings
 
 looking = OnceTyper()
 
@@ -43,7 +44,9 @@ def inspect(
 
 
 @looking.command()
+@with_settings(ReportSettings)
 def report(
+    settings: ReportSettings,
     folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
     html: Annotated[Path | None, option(panel=OUTPUT, help="Write the page to this file.")] = None,
     name: Name = None,
@@ -59,7 +62,7 @@ def report(
     if html is None:
         raise A3Error("no file to write: give --html FILE")
     check_output("--html", html)
-    result = write_report(describe(folder, name), read_evaluations(evaluation or []), html)
+    result = write_report(describe(folder, name), read_evaluations(evaluation or []), html, settings.memory)
     print_json(result) if as_json else display.print_report(result)
 
 

@@ -19,12 +19,12 @@ UNITS = ("", "k", "M", "G", "T", "P")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of a before/after table: a size or cost as it is shown, and the remaining fraction, from 0 to 1."""
+    """A row of a before/after table: a size or cost as it is shown, and the remaining fraction, None of nothing."""
 
     label: str
     before: str
     after: str
-    share: float
+    share: float | None
 
 
 def compare(

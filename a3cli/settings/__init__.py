@@ -12,14 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from typing_extensions import Self
 
 from a3cli.errors import A3Error
-from a3cli.settings.budgets import (
-    Budget,
-    BudgetBytes,
-    BudgetParams,
-    Fraction,
-    KvBudget,
-    parse_size,
-)
+from a3cli.settings.budgets import Budget, BudgetBytes, BudgetParams, Fraction, KvBudget, Memory, parse_size
 from a3cli.settings.gates import Gate, parse_gate
 from a3cli.settings.names import check_name
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
@@ -187,6 +180,7 @@ class SolveSettings(Settings):
     num_processes: Annotated[
         int | None, MACHINE, Field(ge=1, description="Layers solved in parallel (default: one per core).")
     ] = None
+    memory: Memory = None
     name: SolutionName = None
 
 
@@ -334,6 +328,7 @@ class PlanSettings(Settings):
     disk_gbps: Annotated[Rate, Field(description="Disk speed in GB/s (default: 2).")] = None
     tflops: Annotated[Rate, Field(description="Matmul TFLOP/s in --dtype (default: CPU 0.3, GPU 200).")] = None
     solve_tflops: Annotated[Rate, Field(description="Matmul TFLOP/s in float64 (default: CPU 0.15, GPU 10).")] = None
+    memory: Memory = None
     measure: Annotated[bool, MACHINE, Field(description="Measure the rates that are not given; takes seconds.")] = False
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from a3cli.settings.options import CUT, option_of
+from a3cli.settings.options import CUT, MACHINE, option_of
 
 DEFAULT_BUDGET = 0.25  # of `a3 plan` and `compress`, unless another budget is given
 BUDGET_HELP = "Fraction of the decoder's linear weights to remove."
@@ -47,6 +47,13 @@ BudgetParams = Annotated[
     CUT,
     BeforeValidator(parse_count),
     Field(description="Largest number of parameters, like 6B or 500M."),
+]
+
+Memory = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    MACHINE,
+    BeforeValidator(parse_size),
+    Field(description="Show how many sequences fit this memory, like 80GB."),
 ]
 
 OF_ALL = ("budget", "budget_bytes", "budget_params")  # of the whole model: one at most

@@ -38,6 +38,7 @@ class Run:
     source_item: int
     item: int  # bytes per number of the calibration's dtype
     parameters: int  # of the source
+    context: int
 
     @property
     def seq_len(self) -> int:

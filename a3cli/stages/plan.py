@@ -31,6 +31,7 @@ from a3cli.models.hub import (
 from a3cli.models.model import describe, read_stock
 from a3cli.models.stock import Shape, StockClass, match_tensors
 from a3cli.report.figures import describe_budgets
+from a3cli.report.serving import Serving
 from a3cli.runtimes import Verdict, judge, tokenizer_class_of
 from a3cli.settings import PlanSettings
 from a3cli.settings.budgets import DEFAULT_BUDGET, budget_problems, given_budgets
@@ -75,7 +76,7 @@ def plan(settings: PlanSettings) -> Json:
     parameters, item = count_parameters(stock), ITEMSIZES[dtype]
     stored = Stored(parameters, parameters * item, item)
     size = choose_sizes(settings, shape, stored)
-    run = Run(settings, shape, size, item, ITEMSIZES[compute], parameters)
+    run = Run(settings, shape, size, item, ITEMSIZES[compute], parameters, config.max_position_embeddings)
     rates = find_rates(settings, compute)
     return {
         "model": settings.model,
@@ -192,6 +193,7 @@ def describe_model(run: Run) -> Json:
     def pair(old: int, new: int) -> Json:
         return {"before": old, "after": new}
 
+    served = serving(run)
     return {
         "shape": run.settings.shape,
         "budget_asked": run.settings.budget,
@@ -202,11 +204,22 @@ def describe_model(run: Run) -> Json:
         "parameters": pair(run.parameters, run.kept_parameters),
         "bytes": pair(run.parameters * item, run.kept_parameters * item),
         "kv_bytes_per_token": pair(*(costs.kv_bytes_per_token(shape, each, item) for each in (before, after))),
+        "kv_cache": {"tokens": served.tokens, **pair(*served.cache)},
+        **served.plain(),
         "prefill_flops_per_token": {
             "seq_len": seq_len,
             **pair(*(costs.prefill_flops_per_token(shape, each, seq_len) for each in (before, after))),
         },
     }
+
+
+def serving(run: Run) -> Serving:
+    """Return what serving the model takes at its full context."""
+    cache = (
+        costs.kv_cache_bytes(run.shape, sizes, run.source_item, run.context) for sizes in (run.shape.sizes, run.sizes)
+    )
+    weights = run.parameters * run.source_item, run.kept_parameters * run.source_item
+    return Serving(run.context, (next(cache), next(cache)), weights, run.settings.memory)
 
 
 def describe_machine(run: Run, rates: Rates, compute: str) -> Json:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from a3cli.errors import A3Error
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
+from a3cli.report.serving import serving_of
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.settings.options import command_words
 from a3cli.stages.calibrate import calibrate
@@ -44,14 +45,16 @@ class RunResults:
     export: Manifest
     verification: Json | None = None
     evaluation: Json | None = None
+    memory: int | None = None  # of the machine that serves the result, to show what fits
     finished_before: bool = False  # nothing was left to do
 
     def plain(self) -> Json:
         """Return the results as JSON has them, by the stage's name."""
         stages = {"verify": self.verification, "eval": self.evaluation}
+        served = serving_of(self.solution, self.memory)
         return {
             "calibrate": self.calibration.plain(),
-            "solve": self.solution.plain(),
+            "solve": {**self.solution.plain(), **(served.plain() if served else {})},
             "export": self.export.plain(),
             **{stage: result for stage, result in stages.items() if result is not None},
         }
@@ -84,7 +87,7 @@ def run_recipe(
     log.info("export")
     with progress() as report:
         manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=stop)
-    results = RunResults(calibration, solution, manifest)
+    results = RunResults(calibration, solution, manifest, memory=recipe.solve.memory)
     if recipe.verify:
         log.info("verify")
         with progress() as report:

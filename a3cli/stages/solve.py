@@ -29,7 +29,7 @@ from a3cli.work.manifests import CalibrationManifest, SolutionManifest, finished
 from a3cli.work.progress import Progress, reporting
 from a3cli.work.sealed import versions
 
-NOT_IN_BYTES = {"num_processes", "name"}  # settings that do not change the bytes of a solution
+NOT_IN_BYTES = {"num_processes", "name", "memory"}  # settings that do not change the bytes of a solution
 
 
 @dataclass(frozen=True)

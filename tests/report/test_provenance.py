@@ -45,6 +45,7 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
     },
     SolveSettings: {
         "num_processes": "each layer is solved by one thread, however many there are",
+        "memory": "figures are compared with it",
         "name": "it says where the same bytes are kept",
     },
     ExportSettings: {
