@@ -40,7 +40,7 @@ BudgetBytes = Annotated[
     Annotated[int, Field(ge=1)] | None,
     CUT,
     BeforeValidator(parse_size),
-    Field(description="Largest size of all weights, like 10GB."),
+    Field(description="Largest size of all weights, in their dtype, like 10GB."),
 ]
 BudgetParams = Annotated[
     Annotated[int, Field(ge=1)] | None,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -101,13 +102,18 @@ class Totals:
         assert all(step * unit == cached for step, cached in pairs), "the cache is not in proportion to the weights"
         return unit
 
+    @cached_property
+    def _least_beyond(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the least loss of each number of steps or more, and where it is."""
+        least, place = self.loss.flip(0).cummin(0)
+        return least.flip(0), len(self.loss) - 1 - place.flip(0)
+
     def at_least(self, needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the least loss of removing at least so much, for each entry of `needed`, and its number of steps.
 
         The loss is infinite where that is too much.
         """
-        backwards, which = self.loss.flip(0).cummin(0)
-        least, state = backwards.flip(0), len(self.loss) - 1 - which.flip(0)
+        least, state = self._least_beyond
         steps = (needed - self.removed).clamp_min(0).add(self.unit - 1) // self.unit
         within = steps.clamp_max(len(self.loss) - 1)
         return torch.where(steps < len(self.loss), least[within], float("inf")), state[within]

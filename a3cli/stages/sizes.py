@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from a3cli.errors import A3Error
 from a3cli.methods import Curves
@@ -167,15 +168,21 @@ def per_layer_items(shape: ModelShape, curves: list[Curves], count: costs.Count)
 
 def choice_of(shape: ModelShape, count: costs.Count, layers: int, loss: float, **sizes: int) -> Choice:
     """Return the choice of these sizes in so many layers."""
+    removed, cached = removals(shape, count, **sizes)
+    return Choice(next(iter(sizes.values())), layers * removed, loss, layers * cached)
+
+
+@lru_cache(1 << 16)  # the same for each of many layers
+def removals(shape: ModelShape, count: costs.Count, **sizes: int) -> tuple[int, int]:
+    """Return what these sizes remove from one layer of what is counted, and of the values in its KV cache."""
     full, smaller = shape.full_sizes, replace(shape.full_sizes, **sizes)
     cached = costs.kv_bytes_per_token(shape, [full], 1) - costs.kv_bytes_per_token(shape, [smaller], 1)
-    removed = count(shape, [full]) - count(shape, [smaller])
-    return Choice(next(iter(sizes.values())), layers * removed, loss, layers * cached)
+    return count(shape, [full]) - count(shape, [smaller]), cached
 
 
 def removed_weights(shape: ModelShape, **sizes: int) -> int:
     """Return the weights removed from one layer if its components `qk`, `ov` or `mlp` have these sizes."""
-    return choice_of(shape, costs.linear_weights, 1, 0.0, **sizes).removed
+    return removals(shape, costs.linear_weights, **sizes)[0]
 
 
 def recount(kept: Items, counted: Items) -> Items:
