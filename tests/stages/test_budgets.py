@@ -165,6 +165,12 @@ def test_a_cache_that_another_budget_empties_is_no_excess(a3, work):
     assert about_rounding(found) == []
 
 
+def test_heads_that_are_too_small_for_a_long_text_name_the_budget_of_the_cache(a3, work):
+    (warning,) = a3(*SOLVE, "--kv-budget", 0.6, "--work", work, "--json").json["warnings"]
+    assert warning.startswith("QK: the predicted error of attention scores")
+    assert warning.endswith("keep more of the heads (a smaller --kv-budget)")
+
+
 def test_plan_takes_the_same_budgets(a3, checkpoint):
     command = ("plan", checkpoint("llama-gqa-bias"), "--head-multiple", 2, "--mlp-multiple", 8)
     found = a3(*command, "--kv-budget", 0.3, "--json").json
