@@ -106,7 +106,10 @@ def solve(
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
         manifest = run(settings, open_work(work, source), overwrite=overwrite, progress=progress, stop=stop)
     warnings = warnings_of(manifest, open_work(work))
-    print_json({**manifest.plain(), "warnings": warnings}) if as_json else display.print_solution(manifest, warnings)
+    if as_json:
+        print_json(display.solution_json(manifest, warnings, settings.memory))
+    else:
+        display.print_solution(manifest, warnings, settings.memory)
     if not (as_json or quiet):
         next_command.after_solution(work, settings.name)
 

@@ -12,12 +12,14 @@ from a3cli.report.figures import (
     asked,
     compare,
     compare_one,
+    describe_budgets,
     describe_in_sample,
     human,
     human_bytes,
     percent,
 )
 from a3cli.report.names import describe_context, public_dataset
+from a3cli.report.serving import Serving, serving_of
 from a3cli.runtimes import NO
 from a3cli.settings import COMPONENTS
 from a3cli.settings.gates import describe
@@ -41,7 +43,9 @@ def print_calibration(manifest: "CalibrationManifest") -> None:
     )
 
 
-def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
+def print_solution(solution: "Solution", warnings: Sequence[str], memory: int | None = None) -> None:
+    """Print sizes and costs before and after, also of serving in `memory`, predicted losses and warnings."""
+    served = serving_of(solution, memory)
     labels = {
         "qk": "head size of QK",
         "ov": "head size of OV",
@@ -51,12 +55,18 @@ def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
         "kv_bytes_per_token": "KV cache, bytes per token",
         "prefill_flops_per_token": f"prefill FLOPs per token at {solution.prefill_flops_per_token.seq_len:,}",
     }
-    _print_comparisons(compare(solution, labels, IN_UNITS))
+    _print_comparisons([*compare(solution, labels, IN_UNITS), *(served.rows() if served else [])])
     _print_context(solution)
     print_sentence(_describe_removed(solution))
     if solution.in_sample is not None:
         print_sentence(describe_in_sample(solution.in_sample))
     warn(warnings)
+
+
+def solution_json(solution: "Solution", warnings: Sequence[str], memory: int | None) -> Json:
+    """Return what `print_solution` prints as JSON has it, with all that the manifest records."""
+    served = serving_of(solution, memory)
+    return {**solution.plain(), **(served.plain() if served else {}), "warnings": warnings}
 
 
 def warn(warnings: Iterable[str]) -> None:
@@ -65,11 +75,13 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 def _describe_removed(solution: "Solution") -> str:
-    removed, budget = percent(solution.budget_reached, 2), asked(solution.budget_asked)
-    of_asked = f" (asked: {budget})" if budget else ""
-    weights, disk = solution.parameters, solution.bytes
+    settings, weights, disk = solution.request.settings, solution.parameters, solution.bytes
+    removed = f"{percent(solution.budget_reached, 2)} of the decoder's linear weights"
+    if settings.kv_budget is not None:
+        kv = solution.kv_bytes_per_token
+        removed = f"{percent(1 - kv.after / kv.before, 2)} of the KV cache and {removed}"
     return (
-        f"removed {removed} of the decoder's linear weights{of_asked}: {human(weights.before)} parameters become "
+        f"removed {removed} (asked: {describe_budgets(settings)}): {human(weights.before)} parameters become "
         f"{human(weights.after)}, {human_bytes(disk.before)} become {human_bytes(disk.after)}"
     )
 
@@ -77,7 +89,7 @@ def _describe_removed(solution: "Solution") -> str:
 def _print_comparisons(rows: Iterable[Comparison]) -> None:
     table = new_table("", figures=("before", "after", "after / before"))
     for each in rows:
-        table.add_row(each.label, each.before, each.after, f"{each.share:.3f}")
+        table.add_row(each.label, each.before, each.after, "–" if each.share is None else f"{each.share:.3f}")
     print_table(table)
 
 
@@ -120,11 +132,13 @@ def print_plan(result: Json) -> None:
         "prefill_flops_per_token": f"prefill FLOPs per token at {result['prefill_flops_per_token']['seq_len']:,}",
     }
     changes = ((label, result[key], IN_UNITS.get(key)) for key, label in labels.items())
-    _print_comparisons(compare_one(label, each["before"], [each["after"]], show) for label, each, show in changes)
+    costs = [compare_one(label, each["before"], [each["after"]], show) for label, each, show in changes]
+    _print_comparisons([*costs, *_planned_serving(result).rows()])
     own = result["shape"] == "per-layer"
     means = "are means: each layer will have its own" if own else "are the same in all layers"
     print_sentence(
-        f"removes {percent(result['budget_reached'], 2)} of the decoder's linear weights, attention and MLP alike; "
+        f"removes {percent(result['budget_reached'], 2)} of the decoder's linear weights (asked: {result['asked']}), "
+        f"{_how_planned(result)}; "
         f"sizes {means}. a3 calibrate measures how to share the budget better."
     )
     _print_stages(result["seconds"], result["peak_ram_bytes"], **result["disk_bytes"])
@@ -137,6 +151,17 @@ def print_plan(result: Json) -> None:
     print_sentence(_describe_weights(**result["weights"]))
     _print_runtimes(result["runtimes"])
     warn(result["warnings"])
+
+
+def _planned_serving(result: Json) -> Serving:
+    cache, weights, memory = result["kv_cache"], result["bytes"], result.get("sequences", {}).get("memory")
+    both = [(each["before"], each["after"]) for each in (cache, weights)]
+    return Serving(cache["tokens"], both[0], both[1], memory)
+
+
+def _how_planned(result: Json) -> str:
+    width = result["mlp_width"]
+    return "all of them from attention" if width["before"] == width["after"] else "attention and MLP alike"
 
 
 def _print_stages(seconds: dict[str, float], memory: dict[str, int], *, solution: int, **disk: int) -> None:

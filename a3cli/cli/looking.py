@@ -23,7 +23,7 @@ from a3cli.errors import A3Error
 from a3cli.settings import DEFAULT_WORK
 from a3cli.settings.generation import GenerateSettings
 from a3cli.settings.options import OUTPUT
-from a3cli.settings.report import ReportSettings
+from a3cli.settings.report import ReportSettings, ServingSettings
 
 looking = OnceTyper()
 
@@ -46,7 +46,9 @@ def inspect(
 
 
 @looking.command()
+@with_settings(ServingSettings)
 def report(
+    settings: ServingSettings,
     folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
     source: SourceOption = None,
     html: Annotated[Path | None, option(panel=OUTPUT, help=ReportSettings.model_fields["html"].description)] = None,
@@ -63,7 +65,7 @@ def report(
     if html is None:
         raise A3Error("no file to write: give --html FILE")
     check_output("--html", html)
-    result = write_report(describe(folder, name, source), read_evaluations(evaluation or []), html)
+    result = write_report(describe(folder, name, source), read_evaluations(evaluation or []), html, settings.memory)
     print_json(result) if as_json else display.print_report(result)
 
 

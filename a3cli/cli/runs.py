@@ -26,7 +26,7 @@ def print_run(results: "RunResults") -> None:
         print_solutions(results.solutions)
         return
     (only,) = results.solutions
-    display.print_solution(only.solution, only.warnings)
+    display.print_solution(only.solution, only.warnings, only.memory)
     if only.evaluation is not None:
         display.print_evaluation(only.evaluation)
     if only.verification is not None:

@@ -5,12 +5,14 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from a3cli.models.families import LayerSizes, ModelShape, Role
 from a3cli.solvers.sampling import sampled_blocks, sampled_queries
 
+Count = Callable[[ModelShape, Sequence[LayerSizes]], int]  # of what some layers have
 ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
 
 
@@ -43,15 +45,28 @@ def bias_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     return sum(shape.linear_shapes(size)[role][0] for size in sizes for role in roles)
 
 
+def shrinking_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
+    """Return the number of linear weights and of biases that shrink with them."""
+    return linear_weights(shape, sizes) + bias_parameters(shape, sizes)
+
+
 def removed_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Return the number of parameters that are removed, with biases."""
-    before, after = (linear_weights(shape, s) + bias_parameters(shape, s) for s in (shape.sizes, sizes))
-    return before - after
+    return shrinking_parameters(shape, shape.sizes) - shrinking_parameters(shape, sizes)
 
 
 def kv_bytes_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int) -> int:
     """Return the bytes of the KV cache for one token."""
     return sum(shape.kv_heads * (size.qk + size.ov) for size in sizes) * bytes_per_value
+
+
+def kv_cache_bytes(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int, tokens: int) -> int:
+    """Return the bytes of one sequence's KV cache of so many tokens; a sliding window keeps all but one of its own."""
+    windows = shape.windows or (None,) * len(sizes)
+    kept = (tokens if window is None else min(tokens, max(0, window - 1)) for window in windows)
+    return sum(
+        held * kv_bytes_per_token(shape, [size], bytes_per_value) for held, size in zip(kept, sizes, strict=True)
+    )
 
 
 def prefill_flops_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], seq_len: int) -> int:
@@ -297,20 +312,28 @@ def corrected_bytes(shape: ModelShape, size: LayerSizes, method: str, rounds: in
     return 2 * (solution_bytes(shape, size, method) + refit_bytes(shape, size, rounds))
 
 
-def uniform_sizes(shape: ModelShape, budget: float, *, head_multiple: int, mlp_multiple: int) -> LayerSizes | None:
-    """Return sizes that remove at least `budget` of the linear weights from every layer, or None if none do.
+def share_of(budget: float, total: int) -> int:
+    """Return a budget's share of a count, rounded up; exact for the decimal number as typed."""
+    return math.ceil(Fraction(str(budget)) * total)
 
-    Attention and MLP are cut as equally as rounding allows.
+
+def equal_cuts(
+    shape: ModelShape, needed: int, count: Count, *, head_multiple: int, mlp_multiple: int, kv_budget: float = 0.0
+) -> LayerSizes | None:
+    """Return sizes that, the same in every layer, remove at least `needed` of what is counted, or None if none do.
+
+    Attention and MLP are cut as equally as rounding allows, and heads by `kv_budget` or more.
     """
-    total = linear_weights(shape, shape.sizes[:1])
-    needed = math.ceil(Fraction(str(budget)) * total)
-    channel = len(shape.mlp_roles) * shape.hidden_size
+    total, full = count(shape, shape.sizes[:1]), shape.full_sizes
+    needed = -(-needed // shape.layers)
+    channel = total - count(shape, [replace(full, mlp=full.mlp - 1)])
+    largest = shape.head_dim - share_of(kv_budget, shape.head_dim)
     found = []
     for head in (*range(head_multiple, shape.head_dim, head_multiple), shape.head_dim):
-        of_heads = total - linear_weights(shape, [LayerSizes(head, head, shape.intermediate_size)])
+        of_heads = total - count(shape, [replace(full, qk=head, ov=head)])
         most = shape.intermediate_size - max(0, math.ceil((needed - of_heads) / channel))
         width = most if most == shape.intermediate_size else most // mlp_multiple * mlp_multiple
-        if width > 0:
+        if width > 0 and head <= largest:
             unlike = abs(head / shape.head_dim - width / shape.intermediate_size)
             found.append((unlike, -width, LayerSizes(head, head, width)))
     return min(found, key=lambda each: each[:2])[2] if found else None
@@ -325,7 +348,7 @@ def least_cuts(
     sizes to choose from, ascending; beside each choice is the fraction of the linear weights that it removes.
     """
     total = linear_weights(shape, shape.sizes[:1])
-    needed = math.ceil(Fraction(str(budget)) * total)
+    needed = share_of(budget, total)
     channel = len(shape.mlp_roles) * shape.hidden_size
     found: list[tuple[LayerSizes, float]] = []
     for head in reversed(heads):

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from a3cli.settings import COMPONENTS, Component
+from a3cli.settings.budgets import given_budgets
 
 if TYPE_CHECKING:
+    from a3cli.settings import PlanSettings, SolveSettings
     from a3cli.work.manifests import Change, InSample, Solution
 
 Format = Callable[[float], str]
@@ -17,12 +19,12 @@ UNITS = ("", "k", "M", "G", "T", "P")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of a before/after table: a size or cost as it is shown, and the remaining fraction, from 0 to 1."""
+    """A row of a before/after table: a size or cost as it is shown, and the remaining fraction, None of nothing."""
 
     label: str
     before: str
     after: str
-    share: float
+    share: float | None
 
 
 def compare(
@@ -67,9 +69,24 @@ def describe_in_sample(found: "InSample") -> str:
     )
 
 
-def asked(budget: float | None) -> str:
-    """Return a budget as it was asked for, empty if budgets were given per component."""
-    return "" if budget is None else f"{100 * budget:g} %"
+def asked(budget: float) -> str:
+    """Return the fraction of a budget as it was asked for."""
+    return f"{100 * budget:g} %"
+
+
+def describe_budgets(settings: "SolveSettings | PlanSettings") -> str:
+    """Return what settings ask for, like `25 %`, `40 % of the KV cache` or `at most 10 GB`."""
+    given = {name: getattr(settings, name) for name in given_budgets(settings)}
+    whole = " of the weights" if len(given) > 1 else ""
+    said: dict[str, Callable[[Any], str]] = {
+        "budget": lambda share: f"{asked(share)}{whole}",
+        "budget_bytes": lambda most: f"at most {human_bytes(most)}",
+        "budget_params": lambda most: f"at most {human(most)} parameters",
+        "kv_budget": lambda share: f"{asked(share)} of the KV cache",
+        "attention_budget": lambda share: f"{asked(share)} of attention",
+        "mlp_budget": lambda share: f"{asked(share)} of the MLP",
+    }
+    return " and ".join(said[name](value) for name, value in given.items())
 
 
 def human_bytes(count: float) -> str:

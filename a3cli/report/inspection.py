@@ -14,6 +14,7 @@ from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.families import family_of
 from a3cli.models.source import open_recorded, opened_work
 from a3cli.report.concerns import find_concerns
+from a3cli.report.figures import describe_budgets
 from a3cli.report.health import REMEDY, Dimensions, describe_statistics
 from a3cli.report.layers import LayerState, describe_layers
 from a3cli.report.manifest import MANIFEST, ExportSummary, read_export_manifest
@@ -59,6 +60,7 @@ class SolutionSummary(Part):
     name: str | None
     current: bool  # solved from the calibration that the folder has now
     budget_asked: float | None
+    asked: str  # all budgets in words
     budget_reached: float
     full_size: Sizes
     sizes: list[Sizes]
@@ -223,6 +225,7 @@ def summarise(name: str | None, solution: SolutionManifest, calibration: Calibra
         name=name,
         current=solution.request.calibration == calibration.sha256,
         budget_asked=solution.budget_asked,
+        asked=describe_budgets(solution.request.settings),
         budget_reached=solution.budget_reached,
         full_size=solution.full_size,
         sizes=solution.sizes,

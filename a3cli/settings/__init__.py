@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from typing_extensions import Self
 
 from a3cli.errors import A3Error
+from a3cli.settings.budgets import Budget, BudgetBytes, BudgetParams, Fraction, KvBudget, Memory, parse_size
 from a3cli.settings.gates import Gate, parse_gate
 from a3cli.settings.names import Public, PushToHub, SolutionName
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
@@ -31,8 +32,6 @@ LOSSES: dict[Sensitivity, str] = {
     "residual": "squared error relative to the residual stream",
     "probe": "KL(source ‖ compressed) as probed, nats a token",
 }
-BUDGET_HELP = "Fraction of the decoder's linear weights to remove."
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, MACHINE]
 
 # Settings of several stages.
@@ -134,7 +133,10 @@ def _not_empty(components: tuple[Component, ...]) -> tuple[Component, ...]:
 
 
 class SolveSettings(Settings):
-    budget: Annotated[Fraction | None, CUT, Field(description=BUDGET_HELP)] = None
+    budget: Budget = None
+    kv_budget: KvBudget = None
+    budget_bytes: BudgetBytes = None
+    budget_params: BudgetParams = None
     attention_budget: Annotated[Fraction | None, CUT, Field(description="Fraction of q, k, v and o to remove.")] = None
     mlp_budget: Annotated[Fraction | None, CUT, Field(description="Fraction of the MLP's weights to remove.")] = None
     method: Annotated[
@@ -173,20 +175,8 @@ class SolveSettings(Settings):
     num_processes: Annotated[
         int | None, MACHINE, Field(ge=1, description="Layers solved in parallel (default: one per core).")
     ] = None
+    memory: Memory = None
     name: SolutionName = None
-
-
-def parse_size(text: Any) -> Any:
-    """Return the bytes of '5GB', '500MB', '1.5GiB' or a plain number of bytes."""
-    if not isinstance(text, str):
-        return text
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1, "": 1}
-    number = text.strip().rstrip("BGIKMbgikm")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        return int(float(number) * units[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise ValueError("must have the form 5GB, 500MB or 2GiB") from None
 
 
 class ExportSettings(Settings):
@@ -313,7 +303,10 @@ class PlanSettings(Settings):
     model: Annotated[str, Field(description="Local folder or Hub id; weights are not downloaded.")]
     revision: Revision = None
     follow_symlinks: FollowSymlinks = False
-    budget: Annotated[Fraction, CUT, Field(description=BUDGET_HELP)] = 0.25
+    budget: Annotated[Budget, Field(description="Fraction of linear weights to remove (default: 0.25).")] = None
+    kv_budget: KvBudget = None
+    budget_bytes: BudgetBytes = None
+    budget_params: BudgetParams = None
     shape: Shape = "stock"
     samples: Annotated[int, TEXT, Field(ge=1, description="Number of blocks.")] = 128
     seq_len: SeqLen = None
@@ -332,6 +325,7 @@ class PlanSettings(Settings):
     disk_gbps: Annotated[Rate, Field(description="Disk speed in GB/s (default: 2).")] = None
     tflops: Annotated[Rate, Field(description="Matmul TFLOP/s in --dtype (default: CPU 0.3, GPU 200).")] = None
     solve_tflops: Annotated[Rate, Field(description="Matmul TFLOP/s in float64 (default: CPU 0.15, GPU 10).")] = None
+    memory: Memory = None
     measure: Annotated[bool, MACHINE, Field(description="Measure the rates that are not given; takes seconds.")] = False
 
 

@@ -34,6 +34,7 @@ from a3cli.settings import (
     SolveSettings,
     VerifySettings,
 )
+from a3cli.settings.budgets import BUDGETS, DEFAULT_BUDGET
 from a3cli.settings.keywords import keywords_of, refuse_unknown, settings_from
 from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate as run_evaluate
@@ -109,7 +110,8 @@ def solve(
 
     Args:
         work: Work folder with the calibration.
-        budget: Fraction, in [0, 1), of the decoder's linear weights to remove; or give other budgets in `settings`.
+        budget: Fraction, in [0, 1), of the decoder's linear weights to remove; or give other budgets in `settings`:
+            `kv_budget`, `budget_bytes` (bytes, or text like `"10GB"`), `budget_params`.
         overwrite: Replace a solution with other settings.
         max_minutes: Stop after the layer in which this time, in minutes, has passed.
         source: New place of the source, if it was moved since it was calibrated.
@@ -249,7 +251,7 @@ def plan(model: PathOrName, **settings: Any) -> Json:
 def compress(
     model: PathOrName,
     out: PathOrName,
-    budget: float | None = 0.25,
+    budget: float | None = None,
     dataset: str = DEFAULT_DATASET,
     *,
     work: PathOrName | None = None,
@@ -264,7 +266,8 @@ def compress(
     Args:
         model: Local folder or Hub id of a safetensors checkpoint.
         out: Folder to write: empty or not there yet, or with `overwrite` an earlier export.
-        budget: Fraction, in [0, 1), of the decoder's linear weights to remove; None if `settings` has another budget.
+        budget: Fraction, in [0, 1), of the decoder's linear weights to remove: 0.25 unless `settings` has another
+            budget, like `kv_budget` or `budget_bytes`.
         dataset: Calibration text: a known name, a Hub id, or a text file or folder.
         work: Work folder to keep, for `verify` and for other budgets. By default it is `.NAME.a3-work` beside `out`,
             which is removed after a success only. After an error or a kill it stays, and the same call resumes.
@@ -282,7 +285,8 @@ def compress(
         A3Error: As the stages do; before any work for settings that contradict each other and an `out` in use.
         Interrupted: After `max_minutes`; the same call resumes.
     """
-    given = {**settings, "model": name_of(model), "budget": budget}
+    others = any(settings.get(name) is not None for name in BUDGETS)
+    given = {**settings, "model": name_of(model), "budget": DEFAULT_BUDGET if budget is None and not others else budget}
     if "text" not in settings:
         given["dataset"] = dataset
     refuse_unknown("compress", given, keywords_of(CalibrateSettings) | keywords_of(SolveSettings))

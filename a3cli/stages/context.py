@@ -14,6 +14,8 @@ from a3cli.models import costs
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.source import recorded_source
 from a3cli.settings import SolveSettings
+from a3cli.settings.budgets import budget_problems
+from a3cli.stages.sizes import Stored
 from a3cli.work.files import check_hashes
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
@@ -48,6 +50,11 @@ class Run:
     def context(self) -> int:
         """Return the length of the longest text to serve, in tokens."""
         return self.settings.context or self.model.rope.context
+
+    @property
+    def stored(self) -> Stored:
+        source = self.model.source
+        return Stored(source.parameters(), source.bytes(), source.dtype.itemsize)
 
     def method(self) -> Method[Any]:
         return METHODS[self.settings.method](self.model, self.settings, self.machine)
@@ -138,11 +145,7 @@ def check_settings_of_model(settings: SolveSettings, model: Model) -> None:
 
 def check_settings(settings: SolveSettings) -> None:
     """Check that settings do not contradict each other. Raises A3Error naming all problems."""
-    problems = []
-    if settings.budget is None and settings.attention_budget is None and settings.mlp_budget is None:
-        problems.append("no budget: give --budget (or --attention-budget and --mlp-budget)")
-    if None not in (settings.budget, settings.attention_budget, settings.mlp_budget):
-        problems.append("--budget, --attention-budget and --mlp-budget contradict each other: give two at most")
+    problems = budget_problems(settings)
     attention = {"qk", "ov"} & set(settings.components)
     if len(attention) == 1 and settings.shape == "stock":
         problems.append(
@@ -151,6 +154,8 @@ def check_settings(settings: SolveSettings) -> None:
         )
     if settings.attention_budget and not attention:
         problems.append("--attention-budget needs qk and ov among --components")
+    if settings.kv_budget and not attention:
+        problems.append("--kv-budget needs qk and ov among --components, since the MLP has no KV cache")
     if settings.mlp_budget and "mlp" not in settings.components:
         problems.append("--mlp-budget needs mlp among --components")
     if settings.rope_form != "auto" and (settings.method, settings.shape) != ("best", "stock"):

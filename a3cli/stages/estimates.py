@@ -39,6 +39,7 @@ class Run:
     item: int  # bytes per number of the calibration's dtype
     parameters: int  # of the source
     vocabulary: int
+    context: int
 
     @property
     def seq_len(self) -> int:

@@ -25,11 +25,11 @@ from a3cli.settings import (
     CalibrateSettings,
     EvalSettings,
     ExportSettings,
-    Fraction,
     Settings,
     SolveSettings,
     VerifySettings,
 )
+from a3cli.settings.budgets import Fraction
 from a3cli.settings.names import name_of_budget
 from a3cli.settings.problems import Problem, find_problems
 from a3cli.settings.report import ReportSettings
@@ -88,7 +88,9 @@ class Recipe(Settings):
         own = name_of_budget(budget)
         name = f"{self.solve.name}-{own}" if self.solve.name else own
         out, repository = self.out / name, self.export.push_to_hub
-        html = self.report and self.report.html.with_stem(f"{self.report.html.stem}-{name}")
+        page = self.report
+        if page is not None:
+            page = page.model_copy(update={"html": page.html.with_stem(f"{page.html.stem}-{name}")})
         chosen = {**self.solve.model_dump(exclude_unset=True), "budget": budget, "name": name}
         pushed = {"name": None, "push_to_hub": repository and f"{repository}-{own}"}
         return self.model_copy(
@@ -97,7 +99,7 @@ class Recipe(Settings):
                 "solve": SolveSettings.model_validate(chosen),
                 "export": self.export.model_copy(update=pushed),
                 "evaluation": self.evaluation and self.evaluation.model_copy(update={"model": str(out)}),
-                "report": html and ReportSettings(html=html),
+                "report": page,
             }
         )
 

@@ -113,7 +113,9 @@ def run_solution(
         solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=running.stop)
     with running.stage("export", label) as report:
         manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=running.stop)
-    results = SolutionResults(work.name, recipe.out, solution, manifest, warnings_of(solution, work))
+    results = SolutionResults(
+        work.name, recipe.out, solution, manifest, warnings_of(solution, work), memory=recipe.solve.memory
+    )
     if recipe.verify:
         with running.stage("verify", label) as report:
             results.verification = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite, progress=report)
@@ -134,12 +136,12 @@ def run_solution(
 def reported(settings: ReportSettings, recipe: Recipe, evaluation: Json | None) -> Report:
     """Write the page of the export with the figures of its evaluation, unless it is written already."""
     with making(settings.html.parent):
-        return write_report(describe(recipe.out), figures_of(evaluation), settings.html)
+        return write_report(describe(recipe.out), figures_of(evaluation), settings.html, settings.memory)
 
 
 def is_reported(settings: ReportSettings, recipe: Recipe, evaluation: Json | None) -> bool:
     """Return whether the page is written, with these figures."""
-    return is_page(settings.html, describe(recipe.out), figures_of(evaluation))
+    return is_page(settings.html, describe(recipe.out), figures_of(evaluation), settings.memory)
 
 
 def pushed_before(recipe: Recipe, running: Running) -> bool:

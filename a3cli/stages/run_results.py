@@ -7,6 +7,7 @@ from pathlib import Path
 from a3cli.errors import CheckFailed
 from a3cli.report.manifest import Manifest
 from a3cli.report.page import Report
+from a3cli.report.serving import serving_of
 from a3cli.settings.gates import raise_for_failures as raise_for_failed_gates
 from a3cli.stages.publish import Exported, Pushed
 from a3cli.stages.verify import raise_for_failures as raise_for_failed_checks
@@ -23,6 +24,7 @@ class SolutionResults:
     solution: SolutionManifest
     export: Manifest
     warnings: list[str]
+    memory: int | None = None  # of the machine that serves the result, to show what fits
     verification: Json | None = None
     evaluation: Json | None = None
     report: Report | None = None
@@ -41,8 +43,9 @@ class SolutionResults:
         """Return the results as JSON has them, by the stage's name."""
         page = self.report.plain() if self.report else None
         stages = {"verify": self.verification, "eval": self.evaluation, "report": page}
+        served = serving_of(self.solution, self.memory)
         return {
-            "solve": self.solution.plain(),
+            "solve": {**self.solution.plain(), **(served.plain() if served else {})},
             "export": self.exported.plain(),
             **{stage: result for stage, result in stages.items() if result is not None},
         }

@@ -6,7 +6,8 @@ from typing import Any
 from a3cli.methods import Analysis, Curves, Method, Slots
 from a3cli.models import costs
 from a3cli.models.families import LayerSizes
-from a3cli.settings import SolveSettings
+from a3cli.settings import COMPONENTS, SolveSettings
+from a3cli.settings.budgets import SINCE
 from a3cli.stages.context import AGAIN, Run, check_settings, check_settings_of_model, open_run, read_calibration
 from a3cli.stages.correction import correct, cuts_of, drop_steps, one_shot_file
 from a3cli.stages.in_sample import measure_in_sample
@@ -19,7 +20,7 @@ from a3cli.stages.result import (
     predicted_loss,
     score_errors,
 )
-from a3cli.stages.sizes import choose_sizes
+from a3cli.stages.sizes import check_budgets, choose_sizes
 from a3cli.work.draft import Draft, drafting
 from a3cli.work.files import Json, write_tensors
 from a3cli.work.folder import Work, layer_file
@@ -28,6 +29,8 @@ from a3cli.work.machine import explaining_memory, return_freed_memory
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest, finished_manifest
 from a3cli.work.progress import Progress, reporting
 from a3cli.work.sealed import versions
+
+NOT_IN_BYTES = {"num_processes", "name", "memory"}  # settings that do not change the bytes of a solution
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,16 @@ def solve(
         if work.solution_manifest.is_file() and not overwrite:
             return finished_solution(work, describe_request(settings, calibration))
         run = open_run(settings, work, calibration, progress, stop or Stop())
+        check_settings_of_model(settings, run.model)
+        allowed = {component: run.method().sizes(component) for component in COMPONENTS}
+        check_budgets(settings, run.model.shape, allowed, run.stored)
         return write_solution(run, analyse(run))
 
 
 def describe_request(settings: SolveSettings, calibration: CalibrationManifest) -> Json:
     """Return everything that a solution depends on."""
-    chosen = settings.model_dump(mode="json", exclude={"num_processes", "name"})  # they do not change the bytes
+    unsaid = {name for name in SINCE if getattr(settings, name) is None}
+    chosen = settings.model_dump(mode="json", exclude={*NOT_IN_BYTES, *unsaid})
     return {"settings": chosen, "calibration": calibration.sha256}
 
 
@@ -101,7 +108,7 @@ def analyse(run: Run) -> Analysed:
 def write_solution(run: Run, analysed: Analysed) -> SolutionManifest:
     """Choose sizes from a finished analysis and write each layer's projections; return the manifest."""
     with reporting(run.progress, "choosing sizes"):
-        sizes = choose_sizes(run.settings, run.model.shape, analysed.curves)
+        sizes = choose_sizes(run.settings, run.model.shape, analysed.curves, run.stored)
         slots = analysed.method.choose_slots(analysed.analysis, sizes)
     request = describe_request(run.settings, run.calibration)
     with drafting(run.work.solution, {**request, **describe_choice(run, sizes, slots)}) as draft, explaining_memory():

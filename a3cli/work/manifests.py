@@ -162,6 +162,14 @@ class Flops(Change):
     seq_len: Size
 
 
+class KvCache(Part):
+    """Bytes of one sequence's KV cache."""
+
+    tokens: Size
+    before: Count
+    after: Count
+
+
 class Curve(Part):
     size: list[Size] = Field(min_length=1)
     loss: list[Loss] = Field(min_length=1)
@@ -260,6 +268,9 @@ class Solution(Part):
     parameters: Change
     bytes: Change
     kv_bytes_per_token: Change
+    kv_cache: KvCache | None = Field(
+        default=None, description="at the full context, of sliding windows what they hold; null for an earlier a3"
+    )
     prefill_flops_per_token: Flops
     rope_slots: list[Pair] | list[list[Pair]] | None = Field(
         description="source pair whose frequency each slot has, including pairs that RoPE does not rotate; "

@@ -45,6 +45,7 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
     },
     SolveSettings: {
         "num_processes": "each layer is solved by one thread, however many there are",
+        "memory": "figures are compared with it",
         "name": "it says where the same bytes are kept",
     },
     ExportSettings: {
@@ -94,6 +95,9 @@ CALIBRATE = {
 }
 SOLVE = {
     "budget": st.none() | FRACTIONS,
+    "kv_budget": st.none() | FRACTIONS,
+    "budget_bytes": st.none() | COUNTS,
+    "budget_params": st.none() | COUNTS,
     "attention_budget": st.none() | FRACTIONS,
     "mlp_budget": st.none() | FRACTIONS,
     "method": st.sampled_from(["best", "paper"]),
@@ -262,6 +266,11 @@ UNUSUAL = {
          "--min-head", 6, "--components", "ov,mlp", "--eigenvalue-floor", 0.01, "--device", "cpu", "--batch-size", 3,
          "--refit-rounds", 0),
         ("--max-shard-size", "40KB"),
+    ),
+    "of the cache": (
+        ("--samples", 3, "--batch-size", 3),
+        ("--kv-budget", 0.3, "--budget-params", "70K", "--head-multiple", 2, "--mlp-multiple", 8, "--method", "paper"),
+        (),
     ),
     "as many blocks as fit": (("--samples", 3), ("--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2), ()),
 }  # fmt: skip

@@ -1,216 +1,211 @@
-"""A list of budgets in a recipe: one calibration, and a solution, an export and its checks for each."""
+"""Budgets of the KV cache and of the result's size hold, alone and together, or the message says which cannot."""
 
-import json
-import shutil
+import itertools
 from pathlib import Path
 
 import pytest
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from a3cli.settings.names import SOLUTION_NAME, name_of_budget
-from a3cli.stages.recipe import read_recipe
-from tests.conftest import refused, snapshot
+import a3cli
+from tests.conftest import SHORT, but, refused
 
-pytestmark = pytest.mark.usefixtures("hasty")
-NAMES = ["q10", "q37.5"]
+SOLVE = ("solve", "--method", "paper", "--overwrite", "--head-multiple", 2, "--mlp-multiple", 8)
+PARTS = ("qk", "ov", "mlp")
 
 
-@pytest.fixture
-def recipe(checkpoint, text_file, tmp_path) -> Path:
-    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32}
-    content = {
-        "work": "work",
-        "out": "out",
-        "calibrate": {"model": str(checkpoint("llama-gqa")), "text": text},
-        "solve": {"budget": [0.1, 0.375], "head_multiple": 2, "mlp_multiple": 8},
-        "verify": False,
-        "eval": {"against": str(checkpoint("llama-gqa")), "text": {**text, "samples": 2}},
+def share_of_cache(solution) -> float:
+    kv = solution["kv_bytes_per_token"]
+    return 1 - kv["after"] / kv["before"]
+
+
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+def test_a_budget_of_the_cache_leaves_the_mlp(shape, a3, work):
+    command = (*SOLVE, "--kv-budget", 0.3, "--shape", shape, "--work", work)
+    found = a3(*command, "--json").json
+    assert {size["mlp"] for size in found["sizes"]} == {96}
+    kept = sum(size["qk"] + size["ov"] for size in found["sizes"])
+    assert kept == (4 * 10 if shape == "stock" else 44)  # 30 % of 64 dims are 19.2
+    assert share_of_cache(found) == 1 - kept / 64
+    assert found["budget_asked"] is None
+    shown = " ".join(a3(*command).stdout.split())
+    removed = f"removed {100 * (1 - kept / 64):.2f} % of the KV cache and "
+    assert removed in shown
+    assert "(asked: 30 % of the KV cache)" in shown
+
+
+def combinations(solution):
+    """Yield the sizes of the stock shape with their predicted loss, from the curves of the manifest."""
+    curves = [layer["curves"] for layer in solution["per_layer"]]
+    loss = {part: dict.fromkeys(curves[0][part]["size"], 0.0) for part in PARTS}
+    for layer, part in itertools.product(curves, PARTS):
+        for size, own in zip(layer[part]["size"], layer[part]["loss"], strict=True):
+            loss[part][size] += own
+    for head, width in itertools.product(loss["qk"], loss["mlp"]):
+        yield head, width, loss["qk"][head] + loss["ov"][head] + loss["mlp"][width]
+
+
+@pytest.mark.parametrize(("kv", "whole"), [(0.3, 0.25), (0.1, 0.55), (0.6, 0.1), (0.5, 0.5)])
+def test_both_budgets_hold_at_the_least_loss(kv, whole, a3, work):
+    found = a3(*SOLVE, "--kv-budget", kv, "--budget", whole, "--work", work, "--json").json
+    head, width = found["head_dim"]["after"], found["intermediate_size"]["after"]
+    weights = 2 * 48 * 16 * 12, 2 * 48 * 96 * 3  # of attention and of the MLP
+    enough = {
+        (head, width): loss
+        for head, width, loss in combinations(found)
+        if 1 - head / 16 >= kv and 1 - (weights[0] * head / 16 + weights[1] * width / 96) / sum(weights) >= whole
     }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    assert enough[head, width] == pytest.approx(min(enough.values()), rel=1e-5)
+    assert share_of_cache(found) >= kv
+    assert found["budget_reached"] >= whole
+    assert len(enough) > 1
 
 
-def times(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+def test_both_budgets_hold_in_the_per_layer_shape(a3, work):
+    """The second budget costs more than the first alone, and never less than either."""
+    command = (*SOLVE, "--shape", "per-layer", "--work", work, "--json")
+    loss = {}
+    for budgets in (("--kv-budget", 0.5), ("--budget", 0.3), ("--kv-budget", 0.5, "--budget", 0.3)):
+        found = a3(*command, *budgets).json
+        loss[budgets] = sum(found["predicted_loss"].values())
+    assert share_of_cache(found) >= 0.5
+    assert found["budget_reached"] >= 0.3
+    *alone, both = loss.values()
+    assert both >= max(alone) - 1e-9
 
 
-def test_each_budget_has_its_solution_and_export(a3, recipe, tmp_path, monkeypatch):
-    found = a3("run", recipe, "--json").json
-    assert list(found) == ["calibrate", "solutions"]
-    assert [each["name"] for each in found["solutions"]] == NAMES
-    assert [each["out"] for each in found["solutions"]] == [str(tmp_path / "out" / name) for name in NAMES]
-    assert [each["solve"]["budget_asked"] for each in found["solutions"]] == [0.1, 0.375]
-    perplexities = [each["eval"]["perplexity"] for each in found["solutions"]]
-    assert len({*perplexities}) == 2
-    for each in found["solutions"]:
-        assert each["eval"]["model"] == each["out"]
-        assert json.loads((Path(each["out"]) / "a3_manifest.json").read_text()) == each["export"]
-    assert {path.name for path in (tmp_path / "work" / "solutions").iterdir() if path.is_dir()} == set(NAMES)
-    before = times(tmp_path)
-    for stage in ("solve.analyse", "export.write_checkpoint", "run.evaluate", "calibrate.Calibration.run"):
-        monkeypatch.setattr(f"a3cli.stages.{stage}", pytest.fail)
-    assert a3("run", recipe, "--json").json == found
-    assert "nothing was left to do" in a3("run", recipe).stdout
-    assert times(tmp_path) == before
-
-
-def test_the_same_bytes_as_one_budget_alone(a3, recipe, tmp_path):
-    assert a3("run", recipe, "--set", "eval=null").code == 0
-    alone = ("--set", "solve.budget=0.375", "--set", "eval=null", "--work", tmp_path / "w", "--out", tmp_path / "o")
-    assert a3("run", recipe, *alone).code == 0
-    assert snapshot(tmp_path / "out" / "q37.5") == snapshot(tmp_path / "o")
-
-
-def test_a_table_compares_them(a3, recipe, tmp_path):
-    outcome = a3("run", recipe)
-    assert outcome.code == 0
-    rows = {
-        cells[0]: cells
-        for line in outcome.stdout.splitlines()
-        if "│" in line and (cells := [cell.strip() for cell in line.strip("│").split("│")])
-    }
-    assert {"source", *NAMES} <= rows.keys()
-    manifest = json.loads((tmp_path / "out" / "q10" / "a3_manifest.json").read_text())["solution"]
-    assert rows["source"][2] == "0.0 %"
-    assert rows["q10"][2] == f"{100 * manifest['budget_reached']:.1f} %"
-    assert rows["q10"][3:6] == [str(manifest["sizes"][0][key]) for key in ("qk", "ov", "mlp")]
-    assert rows["q10"][7] == f"{manifest['kv_bytes_per_token']['after']:,}"
-    evaluation = json.loads((tmp_path / "work" / "solutions" / ".q10.evaluation.json").read_text())["result"]
-    assert rows["q10"][8:] == [f"{evaluation['perplexity']:,.4f}", f"{evaluation['kl']:.4f}"]
-    assert rows["source"][8] == f"{evaluation['source_perplexity']:,.4f}"
-    assert f"q37.5: {tmp_path / 'out' / 'q37.5'}" in outcome.stdout
-    stages = ("calibrate", "solve", "export", "eval")
-    lines = [line.split() for line in outcome.stderr.splitlines() if line.split()[0] in stages]
-    expected = ["calibrate", *(f"{stage} {name}" for name in NAMES for stage in stages[1:])]
-    assert [" ".join(line) for line in lines if len(line) < 3] == expected
-
-
-def test_stopped_between_two_it_resumes_there(a3, recipe, tmp_path, monkeypatch):
-    from a3cli.stages import run
-
-    done = []
-
-    def stop(recipe, *arguments, **options):
-        if done:
-            raise KeyboardInterrupt
-        done.append(recipe)
-        return exported(recipe, *arguments, **options)
-
-    exported = run.exported
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "exported", stop)
-        assert a3("run", recipe).code == 3
-    assert (tmp_path / "out" / "q10").is_dir()
-    assert not (tmp_path / "out" / "q37.5").exists()
-    before = times(tmp_path / "out" / "q10") | times(tmp_path / "work" / "calibration")
-    assert a3("run", recipe).code == 0
-    assert (times(tmp_path / "out" / "q10") | times(tmp_path / "work" / "calibration")) == before
-    shutil.rmtree(tmp_path / "out" / "q37.5")
-    assert a3("run", recipe).code == 0
-    assert times(tmp_path / "out" / "q10") == {path: at for path, at in before.items() if "q10" in path.parts}
-
-
-def test_all_run_and_the_last_line_names_those_that_failed(a3, recipe):
-    figures = [each["eval"]["kl"] for each in a3("run", recipe, "--json").json["solutions"]]
-    between = sum(figures) / 2
-    assert figures[0] < between < figures[1]
-    outcome = a3("run", recipe, "--set", f"eval.fail_if=[kl > {between}]")
-    assert outcome.code == 1
-    assert outcome.stderr.splitlines()[-1].startswith("error: 1 of 2 solutions failed: q37.5: 1 gate failed: kl > ")
-    assert [line.split("│")[2].strip() for line in outcome.stdout.splitlines() if "│ q" in line] == ["passed", "FAILED"]
-    outcome = a3("run", recipe, "--set", "eval.fail_if=[kl > -1]", "--json")
-    assert outcome.code == 1
-    assert len(outcome.json["solutions"]) == 2  # the first failure does not stop the second
-    last = outcome.stderr.splitlines()[-1]
-    assert last.startswith("error: 2 of 2 solutions failed: q10: ")
-    assert "; q37.5: " in last
-
-
-def test_a_failed_check_fails_the_run(a3, recipe, monkeypatch):
-    def verify(out, *_, **__):
-        outcome = "failed" if out.name == "q10" else "passed"
-        checks = [{"name": "generate", "outcome": outcome, "detail": "other tokens"}]
-        return {"model": str(out), "passed": outcome == "passed", "checks": checks, "versions": {}}
-
-    monkeypatch.setattr("a3cli.stages.run.verify", verify)
-    outcome = a3("run", recipe, "--set", "verify={}", "--json")
-    assert outcome.code == 1
-    assert ["eval" in each for each in outcome.json["solutions"]] == [False, True]
-    last = outcome.stderr.splitlines()[-1]
-    assert last.startswith("error: 1 of 2 solutions failed: q10: ")
-    assert "generate (other tokens)" in last
-
-
-def test_a_dry_run_shows_every_one(a3, recipe, tmp_path):
-    assert a3("run", recipe, "--set", "solve.budget=[0.1]", "--set", "eval=null").code == 0
-    before = snapshot(tmp_path)
-    found = a3("run", recipe, "--dry-run", "--json").json
-    assert found["stages"]["calibrate"]["state"] == "finished"
-    assert [(each["name"], each["out"]) for each in found["solutions"]] == [
-        (name, str(tmp_path / "out" / name)) for name in NAMES
-    ]
-    states = [{name: stage["state"] for name, stage in each["stages"].items()} for each in found["solutions"]]
-    new = "not started"
-    assert states == [
-        {"solve": "finished", "export": "finished", "eval": new},
-        {"solve": new, "export": new, "eval": new},
-    ]
-    assert found["solutions"][1]["stages"]["solve"]["settings"]["budget"] == 0.375
-    outcome = a3("run", recipe, "--dry-run")
-    assert "# solve q10: finished" in outcome.stdout.splitlines()
-    assert "# solve q37.5: not started" in outcome.stdout.splitlines()
-    assert outcome.stdout.count("# calibrate: finished") == 1
-    assert yaml.safe_load(outcome.stdout)["solve"]["budget"] == [0.1, 0.375]
-    resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(outcome.stdout)
-    assert read_recipe(resolved) == read_recipe(recipe)
-    resolved.unlink()
-    assert snapshot(tmp_path) == before
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-gqa-bias"])
+def test_the_result_has_at_most_the_size_asked_for(name, shape, a3, checkpoint, text_file, tmp_path):
+    """Everything is counted, embeddings, norms and biases too, in the file that is written."""
+    source, place = checkpoint(name), ("--work", tmp_path / "work")
+    before = sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    assert a3("calibrate", source, "--dataset", text_file, *SHORT, *place).code == 0
+    for option, most in (("--budget-params", before - 9000), ("--budget-bytes", 4 * (before - 9000))):
+        solved = a3(*SOLVE, option, most, "--shape", shape, *place, "--json").json
+        a3("export", tmp_path / "out", "--overwrite", *place)
+        tensors = load_file(tmp_path / "out" / "model.safetensors").values()
+        parameters = sum(tensor.numel() for tensor in tensors)
+        assert solved["parameters"]["after"] == parameters
+        assert solved["bytes"]["after"] == 4 * parameters
+        step = 2 * 8 * (3 * 48 + 2) if shape == "stock" else 8 * (3 * 48 + 2)  # the largest between two sizes
+        assert before - 9000 - step <= parameters <= before - 9000
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("budgets", "words"),
     [
-        ("solve.budget=[0.1, 2]", ("solve.budget.1 2", "must be below 1")),
-        ("solve.budget=[]", ("solve.budget", "at least 1 entries")),
-        ("solve.budget=[0.1, 0.1]", ("must not name a budget twice",)),
-        ("solve.budget=[a]", ("solve.budget.0 'a'", "must be a number")),
-        ("solve.budgett=[0.1]", ("solve has no 'budgett' (did you mean 'budget'?)",)),
-        ("eval.model=elsewhere", ("eval.model: the export of each budget is evaluated",)),
+        (("--budget", 0.2, "--budget-bytes", "100KB"), ("--budget and --budget-bytes", "give one of them")),
+        (("--budget-params", "1K", "--budget-bytes", 9), ("--budget-bytes and --budget-params",)),
+        (("--kv-budget", 0.2, "--attention-budget", 0.2), ("--kv-budget and --attention-budget", "give one of them")),
+        (("--kv-budget", 0.2, "--mlp-budget", 0.2, "--budget", 0.2), ("--kv-budget and --mlp-budget", "two at most")),
+        (("--kv-budget", 0.2, "--components", "mlp"), ("--kv-budget needs qk and ov",)),
+        ((), ("no budget", "--kv-budget", "--budget-bytes")),
+        (("--budget-bytes", "many"), ("--budget-bytes 'many'", "5GB, 500MB or 2GiB")),
+        (("--budget-params", "6X"), ("--budget-params '6X'", "6B, 500M or 1.5e9")),
+        (("--kv-budget", 1.0), ("--kv-budget 1", "below 1")),
+        (("--kv-budget", 0.95), ("--kv-budget 0.95 cannot be reached", "at most 0.8750 of the KV cache", "--min-head")),
+        (("--kv-budget", 0.95, "--budget", 0.97), ("--kv-budget 0.95", "budget 0.97 cannot be reached")),
+        (("--budget-params", "1K"), ("--budget-params 1,000 cannot be reached", "leave at least 29,808 parameters")),
+        (("--budget-bytes", "1KB"), ("--budget-bytes 1 kB cannot be reached", "leave at least 119 kB (119,232 bytes)")),
+        (("--budget-params", "1B"), ("--budget-params 1,000,000,000", "already smaller")),
+        (("--budget-bytes", "1GB"), ("--budget-bytes 1 GB", "already smaller")),
     ],
 )
-def test_what_does_not_fit_is_refused_before_any_work(change, words, a3, recipe, tmp_path):
-    refused(a3("run", recipe, "--set", change), *words)
-    assert not (tmp_path / "work").exists()
+def test_what_cannot_be_is_said_before_any_work(budgets, words, a3, prepared, monkeypatch):
+    monkeypatch.setattr("a3cli.stages.solve.analyse", lambda _: pytest.fail("analysed"))
+    refused(a3(*SOLVE, *budgets, "--work", prepared / "work"), *words)
 
 
-@pytest.mark.parametrize("options", [(), ("--dry-run",)])
-def test_contradictions_are_found_before_any_work(options, a3, recipe, tmp_path):
-    both = ("--set", "solve.attention_budget=0.1", "--set", "solve.mlp_budget=0.1")
-    refused(a3("run", recipe, *both, *options), "contradict")
-    assert not (tmp_path / "work").exists()
+def test_one_impossible_budget_is_not_blamed_for_another(a3, prepared):
+    outcome = a3(*SOLVE, "--kv-budget", 0.95, "--budget", 0.2, "--work", prepared / "work")
+    assert "budget 0.2" not in outcome.stderr
 
 
-def test_an_export_is_not_written_over_by_those_of_several(a3, recipe, tmp_path):
-    assert a3("run", recipe, "--set", "solve.budget=0.1", "--set", "eval=null").code == 0
-    refused(a3("run", recipe), f"{tmp_path / 'out'} is an export", "choose another out")
+def test_requests_without_the_new_budgets_are_as_before(a3, work):
+    settings = a3(*SOLVE, "--budget", 0.2, "--work", work, "--json").json["request"]["settings"]
+    assert not {"kv_budget", "budget_bytes", "budget_params"} & settings.keys()
+    settings = a3(*SOLVE, "--kv-budget", 0.2, "--work", work, "--json").json["request"]["settings"]
+    assert settings["kv_budget"] == 0.2
+    other = a3(*[each for each in SOLVE if each != "--overwrite"], "--kv-budget", 0.3, "--work", work)
+    refused(other, "other settings (differs in kv_budget)")
 
 
-def test_names(recipe):
-    assert [name_of_budget(each) for each in (0, 0.1, 0.25, 0.125, 0.3, 1e-6)] == [
-        "q0", "q10", "q25", "q12.5", "q30", "q0.0001",
-    ]  # fmt: skip
-    named = read_recipe(recipe, changes=["solve.name=paper", "export.push_to_hub=me/small"]).each()
-    assert [each.solve.name for each in named] == [f"paper-{name}" for name in NAMES]
-    assert [each.out.name for each in named] == [f"paper-{name}" for name in NAMES]
-    assert [each.export.push_to_hub for each in named] == [f"me/small-{name}" for name in NAMES]
+def about_rounding(outcome) -> list[str]:
+    return [each for each in outcome.json["warnings"] if "were asked for" in each]
 
 
-@given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True))
-def test_every_budget_has_a_name_of_its_own(one, other):
-    assert (name_of_budget(one) == name_of_budget(other)) == (one == other)
-    if one == 0 or one > 1e-60:
-        assert SOLUTION_NAME.fullmatch(name_of_budget(one))
+def test_an_overshot_cache_is_named_with_the_multiple_that_keeps_to_it(a3, work):
+    command = (*but(SOLVE, "--head-multiple", 8), "--kv-budget", 0.12, "--work", work, "--json")
+    (warning,) = about_rounding(a3(*command))
+    assert warning.startswith("--kv-budget: 12 % were asked for, 50.0 % are removed")
+    assert warning.endswith("; use --head-multiple 2 to come within a tenth of the budget")
+    assert about_rounding(a3(*but(command, "--head-multiple", 2))) == []
+    assert about_rounding(a3(*command, "--shape", "per-layer")) == []  # 8 of 64 dims
+
+
+@pytest.mark.parametrize(("option", "item", "unit"), [("--budget-params", 1, " k"), ("--budget-bytes", 4, " kB")])
+def test_an_overshot_size_is_named(option, item, unit, a3, work):
+    before = a3(*SOLVE, "--budget", 0, "--work", work, "--json").json["parameters"]["before"]
+    most = before - 2 * 16 * 3 * 48 + 8  # nearly what 16 channels of each layer are
+    coarse = but(SOLVE, "--head-multiple", 16, "--mlp-multiple", 64)
+    command = (*coarse, option, item * most, "--work", work, "--json")
+    found = a3(*command)
+    (warning,) = about_rounding(found)
+    assert warning.startswith(f"{option}: at most {item * most / 1000:.3g}{unit} were asked for, ")
+    assert warning.endswith("; use --mlp-multiple 16 to come within a tenth of the budget")
+    again = a3(*but(command, "--mlp-multiple", 16))
+    assert about_rounding(again) == []
+    assert found.json["parameters"]["after"] < again.json["parameters"]["after"] <= most
+
+
+def test_a_cache_that_another_budget_empties_is_no_excess(a3, work):
+    """Heads get smaller than the cache alone needs, since that is cheaper than a smaller MLP."""
+    found = a3(*SOLVE, "--kv-budget", 0.05, "--budget", 0.6, "--work", work, "--json")
+    assert share_of_cache(found.json) > 0.05 + 2 / 16
+    assert about_rounding(found) == []
+
+
+def test_heads_that_are_too_small_for_a_long_text_name_the_budget_of_the_cache(a3, work):
+    (warning,) = a3(*SOLVE, "--kv-budget", 0.6, "--work", work, "--json").json["warnings"]
+    assert warning.startswith("QK: the predicted error of attention scores")
+    assert warning.endswith("keep more of the heads (a smaller --kv-budget)")
+
+
+def test_plan_takes_the_same_budgets(a3, checkpoint):
+    command = ("plan", checkpoint("llama-gqa-bias"), "--head-multiple", 2, "--mlp-multiple", 8)
+    found = a3(*command, "--kv-budget", 0.3, "--json").json
+    assert (found["head_size"]["after"], found["mlp_width"]["after"]) == (10, 96)
+    assert (found["asked"], found["budget_asked"]) == ("30 % of the KV cache", None)
+    found = a3(*command, "--kv-budget", 0.5, "--budget", 0.2, "--json").json
+    assert found["head_size"]["after"] <= 8
+    assert found["budget_reached"] >= 0.2
+    before = found["parameters"]["before"]
+    for option, most in (("--budget-params", before - 9000), ("--budget-bytes", 4 * (before - 9000))):
+        found = a3(*command, option, most, "--json").json
+        assert before - 9000 - 2 * 8 * (3 * 48 + 2) - 3000 <= found["parameters"]["after"] <= before - 9000
+    assert a3(*command, "--json").json["asked"] == "25 %"
+    refused(a3(*command, "--kv-budget", 0.95), "--kv-budget 0.95 cannot be reached")
+    refused(a3(*command, "--budget", 0.2, "--budget-params", "1K"), "--budget and --budget-params")
+    (warning,) = a3(*but(command, "--head-multiple", 8), "--kv-budget", 0.12, "--json").json["warnings"]
+    assert "--kv-budget: 12 % were asked for, 50.0 % are removed" in warning
+    assert "use --head-multiple 2" in warning
+
+
+def test_inspect_and_card_say_what_was_asked_for(a3, work, tmp_path):
+    assert a3(*SOLVE, "--kv-budget", 0.4, "--budget", 0.2, "--name", "small", "--work", work).code == 0
+    asked = "20 % of the weights and 40 % of the KV cache"
+    found = a3("inspect", work, "--name", "small", "--json").json
+    assert [each["asked"] for each in found["solutions"]] == ["25 %", asked]
+    assert f"(asked: {asked})" in " ".join(a3("inspect", work, "--name", "small").stdout.split())
+    assert a3("export", tmp_path / "out", "--name", "small", "--work", work).code == 0
+    card = Path(tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"(asked: {asked})" in card
+    assert "--budget 0.2 --kv-budget 0.4" in card
+
+
+def test_another_budget_replaces_the_default_of_compress(checkpoint, text_file, tmp_path):
+    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32}
+    sizes = {"method": "paper", "head_multiple": 2, "mlp_multiple": 8}
+    made = a3cli.compress(checkpoint("llama-gqa"), tmp_path / "out", kv_budget=0.3, **text, **sizes)
+    assert made.solution.request.settings.budget is None
+    assert (made.solution.sizes[0].qk, made.solution.sizes[0].mlp) == (10, 96)

@@ -203,12 +203,15 @@ def test_budgets_are_reached_by_the_least_unlike_sizes():
     shape = describe_shape(hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate_size=128)
     total = costs.linear_weights(shape, shape.sizes)
     for budget in (0.0, 0.1, 0.25, 0.4, 0.7):
-        size = costs.uniform_sizes(shape, budget, head_multiple=4, mlp_multiple=8)
+        needed = costs.share_of(budget, total)
+        size = costs.equal_cuts(shape, needed, costs.linear_weights, head_multiple=4, mlp_multiple=8)
         removed = total - costs.linear_weights(shape, [size] * 2)
         assert removed >= budget * total
         assert abs(size.qk / 16 - size.mlp / 128) <= 0.2
-    assert costs.uniform_sizes(shape, 0.0, head_multiple=4, mlp_multiple=8) == LayerSizes(16, 16, 128)
-    assert costs.uniform_sizes(shape, 0.97, head_multiple=8, mlp_multiple=64) is None
+    none, most = 0, costs.share_of(0.97, total)
+    whole = costs.equal_cuts(shape, none, costs.linear_weights, head_multiple=4, mlp_multiple=8)
+    assert whole == LayerSizes(16, 16, 128)
+    assert costs.equal_cuts(shape, most, costs.linear_weights, head_multiple=8, mlp_multiple=64) is None
 
 
 def describe_shape(**sizes):

@@ -160,6 +160,7 @@ class ModelShape:
     passed_dims: int = 0  # dims of a query or key head that RoPE does not rotate
     fixed_scale: float | None = None  # softmax scale that does not depend on the head size
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
+    windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
