@@ -51,13 +51,14 @@ def recorded_calibration(work: Work) -> Path | None:
 
 
 def known_text(work: Work) -> Json | None:
-    """Return the local files that a work folder's calibration has read, and whether to the data set's end."""
+    """Return the local files that a work folder's calibration has read, and whether those are all of the data set."""
     path = recorded_calibration(work)
     found = read_undamaged(path) if path else None
     if found is None:
         return None
     holder = found if path == work.calibration_manifest else found.get("finished", {}).get(work.tokens.name, {})
-    return {"files": found["request"]["text_files"], "whole": bool((holder.get("text_read") or {}).get("whole"))}
+    read = holder.get("text_read") or {}
+    return {"files": found["request"]["text_files"], "whole": bool(read.get("whole") or read.get("from_each"))}
 
 
 def record_source(settings: CalibrateSettings, source: Checkpoint, request: Json, work: Work) -> None:

@@ -117,6 +117,7 @@ def merged_reading(merged: Sequence[Ingredient]) -> Json | None:
         "rows": sum(part.rows for part in parts),
         "skipped": sum(part.skipped for part in parts),
         "whole": all(part.whole for part in parts),
+        **({"from_each": True} if any(part.from_each for part in parts) else {}),
     }
 
 

@@ -95,6 +95,7 @@ class TextRead(Part):
     rows: Count = Field(description="rows read; text of .txt files is not counted")
     skipped: Count = Field(description="rows without text: null, empty or only white space")
     whole: bool = Field(description="whether the data set was read to its end")
+    from_each: bool = Field(default=False, description="whether each file of a larger folder gave a share")
 
 
 class RecordedText(TextSettings):
