@@ -8,6 +8,9 @@
     verify: {}                     runs unless this is `false`
     eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     optional; or `texts`, a list
 
+`calibrate` may have `texts`, a mixture: `[{dataset: ../a.txt, weight: 0.7}, {dataset: ../b.jsonl, weight: 0.3}]`, which
+share what `text` says of blocks.
+
 Paths are relative to the recipe's folder: `work` and `out` always, models, datasets and other files if they begin with
 `./` or `../`, since `owner/name` is a Hub id.
 """
@@ -63,6 +66,7 @@ def read_recipe(
             content[key] = str((path.parent / content[key]).resolve())
     for place in PATHS:
         start_at(path.parent, content, place)
+    start_texts(path.parent, content.get("calibrate"))
     if isinstance(content.get("eval"), dict):
         content["eval"] = as_evaluation(content["eval"], path.parent, content.get("out"))
     try:
@@ -99,9 +103,15 @@ def as_evaluation(section: dict[str, Any], folder: Path, out: Any) -> dict[str, 
     section = {"model": out if isinstance(out, str) else "", **section}  # without a valid `out`, that error is reported
     if "text" in section and "texts" not in section:
         section["texts"] = [section.pop("text")]
-    for text in section["texts"] if isinstance(section.get("texts"), list) else []:
-        start_at(folder, {"text": text}, ("text", "dataset"))
+    start_texts(folder, section)
     return section
+
+
+def start_texts(folder: Path, section: Any) -> None:
+    """Resolve the path of each of a section's `texts`."""
+    texts = section.get("texts") if isinstance(section, dict) else None
+    for text in texts if isinstance(texts, list) else []:
+        start_at(folder, {"text": text}, ("text", "dataset"))
 
 
 def start_at(folder: Path, content: dict[str, Any], place: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from a3cli.text.reach import unreachable
 from a3cli.text.rows import chat_field, chat_of, text_field, text_of
 from a3cli.text.sources import ALIASES, FORMATS, check_exists, hub_id, local_files
 from a3cli.work.files import Json, hash_file
+from a3cli.work.manifests import TextRead as RecordedRead
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,21 @@ class TextRead:
     def skipping(self) -> str:
         """Return how many rows were skipped, in words; empty if none."""
         return f"skipped {self.skipped} of {self.rows} rows without text" if self.skipped else ""
+
+
+def describe_all(reads: Sequence[TextRead | RecordedRead]) -> Json:
+    """Return the counts of several texts together."""
+    rows, skipped = sum(each.rows for each in reads), sum(each.skipped for each in reads)
+    whole, from_each = all(each.whole for each in reads), any(each.from_each for each in reads)
+    return TextRead(rows=rows, skipped=skipped, whole=whole, from_each=from_each).describe()
+
+
+def check_reachable(texts: Sequence[TextSettings], *, purpose: str) -> None:
+    """Check that data sets of the Hub are in the cache if the Hub cannot be reached. Raises A3Error."""
+    on_hub = [text for text in texts if not Path(text.dataset).exists()]
+    if on_hub and (reason := unreachable()):
+        for text in on_hub:
+            load_hub_dataset(text, purpose=purpose, reason=reason)
 
 
 def documents(tokenizer: Any, settings: TextSettings, *, purpose: str, read: TextRead) -> Iterator[Iterable[str]]:
@@ -107,13 +123,13 @@ def check_parquet(file: Path) -> None:
         raise A3Error(f"dataset {file}: {sizes} are no text; use another file")
 
 
-def load_hub_dataset(settings: TextSettings, *, purpose: str) -> Iterable[Json]:
-    """Stream a Hub data set: an alias, or `owner/name[:configuration]`."""
+def load_hub_dataset(settings: TextSettings, *, purpose: str, reason: str | None = None) -> Iterable[Json]:
+    """Stream a Hub data set: an alias, or `owner/name[:configuration]`. `reason` says why the Hub is out of reach."""
     name, _, configuration = settings.dataset.partition(":")
     path, usual, train, test = ALIASES.get(name, (name, None, "train", "test"))
     split = settings.split or (train if purpose == "calibrate" else test)
     options = {"name": configuration or usual, "split": split}
-    if reason := unreachable():
+    if reason := reason or unreachable():
         return load_cached(path, settings, reason, **options)
     return load(path, settings, **options)
 
