@@ -18,7 +18,7 @@ from a3cli.report.inspection import Inspection
 from a3cli.report.layers import LayerState
 from a3cli.report.manifest import ExportSummary
 from a3cli.report.measured import Measured, as_recorded, read_evaluation
-from a3cli.report.names import public_name
+from a3cli.report.names import describe_texts, public_name
 from a3cli.report.serving import Serving, serving_of
 from a3cli.runtimes import Verdict, summarise
 from a3cli.settings import COMPONENTS, LOSSES, Component
@@ -244,6 +244,8 @@ def settings(found: Inspection) -> list[tuple[str, Json]]:
         "device": request.device,
         "dtype": request.dtype,
     }
+    if request.mixture:
+        calibrating["mixture"] = describe_texts(found.calibration, quoted=str)
     groups = [("calibrate", calibrating)]
     if found.solution:
         groups.append(("solve", recorded_settings(found.solution.request.settings)))

@@ -8,16 +8,17 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from typing_extensions import Self
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from a3cli.errors import A3Error
+from a3cli.settings.base import Settings as Settings
 from a3cli.settings.budgets import Budget, BudgetBytes, BudgetParams, Fraction, KvBudget, Memory, parse_size
 from a3cli.settings.gates import Gate, parse_gate
 from a3cli.settings.names import Public, PushToHub, SolutionName
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
 from a3cli.settings.problems import find_problems
-from a3cli.settings.seq_len import known_seq_len, resolved_seq_len
+from a3cli.settings.texts import MixedText, SeqLen, name_mixture, part_settings, weigh_alike
+from a3cli.settings.texts import TextSettings as TextSettings
 
 Component = Literal["qk", "ov", "mlp"]
 COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
@@ -48,41 +49,9 @@ Shape = Annotated[
 HeadMultiple = Annotated[int, CUT, Field(ge=1, description="Make head sizes a multiple of this.")]
 MlpMultiple = Annotated[int, CUT, Field(ge=1, description="Make MLP widths a multiple of this.")]
 Weighting = Annotated[Sensitivity, HOW, Field(description="Weight losses as predicted, or by KL probed in one sweep.")]
-SeqLen = Annotated[
-    Annotated[int, Field(ge=2)] | None,
-    TEXT,
-    Field(description="Tokens per block (default: 2048, or the context if shorter)."),
-]
 Device = Annotated[str, MACHINE, Field(description="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[DtypeName, MACHINE, Field(description="auto: float32 on a CPU, the checkpoint's on a GPU.")]
 BatchSize = Annotated[int, MACHINE, Field(ge=1, description="Batch size, in blocks.")]
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-
-class TextSettings(Settings):
-    """Which text, and how many blocks of how many tokens are cut from it."""
-
-    dataset: Annotated[str, TEXT, Field(description="Name (README.md), Hub id[:config], or text file or folder.")]
-    text_field: Annotated[
-        str | None, TEXT, Field(description="Field of a row that holds the text (default: text).")
-    ] = None
-    split: Annotated[str | None, TEXT, Field(description="Split of a Hub data set.")] = None
-    chat: Annotated[bool, TEXT, Field(description="Render each row's messages or conversations as a chat.")] = False
-    samples: Annotated[int | None, TEXT, Field(ge=1, description="Number of blocks.")] = 128
-    seq_len: SeqLen = None
-    seed: Annotated[int, TEXT, Field(ge=0, description="Seed of the blocks' places in the text.")] = 0
-
-    @property
-    def block_tokens(self) -> int:
-        """Return the tokens per block of resolved settings."""
-        return known_seq_len(self.seq_len)
-
-    def for_context(self, context: Any) -> Self:
-        """Return resolved settings, for a model of this context."""
-        return self.model_copy(update={"seq_len": resolved_seq_len(self.seq_len, context)})
 
 
 def parse_batch_size(text: Any) -> Any:
@@ -107,7 +76,18 @@ AutoBatchSize = Annotated[
 class CalibrateSettings(Settings):
     model: Annotated[str, Field(description="Local folder or Hub id of a safetensors checkpoint.")]
     revision: Revision = None
-    text: Annotated[TextSettings, TextOptions({"dataset": Field(default=DEFAULT_DATASET)})]
+    text: Annotated[
+        TextSettings,
+        TextOptions(
+            {"dataset": Field(description="Name, Hub id, file or folder[:weight] (default: wikitext2).")},
+            parts="texts",
+        ),
+    ]
+    texts: Annotated[
+        tuple[MixedText, ...],
+        AfterValidator(weigh_alike),
+        Field(description="Texts of a mixture, which share the settings of `text`."),
+    ] = ()
     device: Device = "auto"
     devices: Annotated[str | None, MACHINE, Field(description="Devices of consecutive layers, like cuda:0,cuda:1.")] = (
         None
@@ -124,6 +104,16 @@ class CalibrateSettings(Settings):
     num_processes: Annotated[
         int, MACHINE, Field(ge=1, description="Processes on this machine that share the blocks.")
     ] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_mixture(cls, values: Any) -> Any:
+        return name_mixture(values)
+
+    @property
+    def parts(self) -> tuple[TextSettings, ...]:
+        """Return the text, or the texts of a mixture with their blocks. Raises A3Error if there are too few blocks."""
+        return part_settings(self.text, self.texts) if self.texts else (self.text,)
 
 
 def _not_empty(components: tuple[Component, ...]) -> tuple[Component, ...]:
@@ -337,5 +327,5 @@ def make_settings(kind: type[S], **values: Any) -> S:
     try:
         return kind(**values)
     except ValidationError as error:
-        problems = (each.describe(option_of(each.keys)) for each in find_problems(error, kind))
+        problems = (each.describe(option_of(each.keys) if each.keys else None) for each in find_problems(error, kind))
         raise A3Error("bad settings: " + "; ".join(problems)) from None

@@ -75,7 +75,8 @@ def calibrate(
             from 0, the number of layers, and tokens through this layer of all calibration tokens. Other steps call
             `progress(step=…, done=…, total=…, unit=…)`: the step's name, and how many of how many units are done.
         **settings: Fields of `CalibrateSettings`, and those of its text, such as `dataset`, `samples` (blocks) and
-            `seq_len` (tokens per block).
+            `seq_len` (tokens per block). A list of data sets, as in `dataset=["a.txt:0.7", "b.jsonl:0.3"]` or
+            `texts=[{"dataset": "a.txt", "weight": 0.7}, …]`, is a mixture.
 
     Returns:
         The calibration's manifest: settings, text that was read, and hashes of the statistics.
@@ -252,7 +253,7 @@ def compress(
     model: PathOrName,
     out: PathOrName,
     budget: float | None = None,
-    dataset: str = DEFAULT_DATASET,
+    dataset: str | Sequence[str] = DEFAULT_DATASET,
     *,
     work: PathOrName | None = None,
     overwrite: bool = False,
@@ -268,7 +269,8 @@ def compress(
         out: Folder to write: empty or not there yet, or with `overwrite` an earlier export.
         budget: Fraction, in [0, 1), of the decoder's linear weights to remove: 0.25 unless `settings` has another
             budget, like `kv_budget` or `budget_bytes`.
-        dataset: Calibration text: a known name, a Hub id, or a text file or folder.
+        dataset: Calibration text: a known name, a Hub id, or a text file or folder; or a list of these, a mixture, each
+            perhaps with `:WEIGHT`.
         work: Work folder to keep, for `verify` and for other budgets. By default it is `.NAME.a3-work` beside `out`,
             which is removed after a success only. After an error or a kill it stays, and the same call resumes.
         overwrite: Redo all stages, and replace an earlier export.
@@ -287,7 +289,7 @@ def compress(
     """
     others = any(settings.get(name) is not None for name in BUDGETS)
     given = {**settings, "model": name_of(model), "budget": DEFAULT_BUDGET if budget is None and not others else budget}
-    if "text" not in settings:
+    if not settings.keys() & {"text", "texts"}:
         given["dataset"] = dataset
     refuse_unknown("compress", given, keywords_of(CalibrateSettings) | keywords_of(SolveSettings))
     calibration = settings_from(CalibrateSettings, "compress", known_to(CalibrateSettings, given))

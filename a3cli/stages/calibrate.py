@@ -20,6 +20,7 @@ from a3cli.stages.calibration_folder import (
     known_text,
     record_source,
     remove_leftovers,
+    with_files,
     write_hashed,
 )
 from a3cli.stream.decoder import Decoder
@@ -27,8 +28,8 @@ from a3cli.stream.hidden import HiddenStates, States, StatesInMemory, StatesOnDi
 from a3cli.stream.memory import choose_batch_size
 from a3cli.stream.sweep import Sweep
 from a3cli.text.blocks import CONTEXT, check_fit, sample_blocks
-from a3cli.text.documents import TextRead
-from a3cli.text.sources import check_texts
+from a3cli.text.documents import TextRead, check_reachable, describe_all
+from a3cli.text.sources import check_mixture
 from a3cli.text.tokenizer import load_tokenizer
 from a3cli.work.files import (
     Json,
@@ -71,7 +72,7 @@ def calibrate(
     with joined(meeting_device(settings)) as processes, ExitStack() as held:
         model, machine = processes.main_first(lambda: open_model(settings))
         settings = for_source(settings, model.source)
-        processes.from_main(lambda: check_texts([settings.text]))
+        processes.from_main(lambda: check_mixture(settings.parts))
         processes.from_main(lambda: held.enter_context(work.locked()))
         request = processes.from_main(lambda: describe_request(settings, model.source, machine, known_text(work)))
         finished = processes.from_main(lambda: finished_manifest(work, request, settings, overwrite=overwrite))
@@ -116,7 +117,7 @@ class Calibration:
         self.settings, self.work, self.model, self.machine, self.stop = settings, work, model, machine, stop
         self.full_mlp = settings.mlp_stats == "full"
         self.record = Record(work.calibration_progress, request)
-        self.read = TextRead()
+        self.reads = [TextRead() for _ in settings.parts]
 
     @property
     def finished(self) -> list[Json]:
@@ -247,7 +248,10 @@ class Calibration:
         """Return the blocks `[N, T]` of a new calibration."""
         source = self.model.source
         tokenizer = load_tokenizer(source.folder, trust_remote_code=self.settings.trust_remote_code)
-        blocks = sample_blocks(tokenizer, self.settings.text, self.read)
+        parts = self.settings.parts
+        if len(parts) > 1:
+            check_reachable(parts, purpose="calibrate")
+        blocks = torch.cat([sample_blocks(tokenizer, *each) for each in zip(parts, self.reads, strict=True)])
         check_fit(blocks, source.config, source.name)
         self._check_space()
         return blocks
@@ -257,11 +261,11 @@ class Calibration:
         clear(self.work)
         self.work.calibration.mkdir(exist_ok=True)
         write_tensors(self.work.tokens, {"tokens": blocks})
-        self.record.request |= {"text_files": self.read.files}
+        self.record.request |= with_files(self.record.request, self.reads)
         self.record.finish(
             self.work.tokens.name,
             hash=hash_file(self.work.tokens),
-            text_read=self.read.describe(),
+            text_read=describe_all(self.reads),
             versions=versions(),
             batch_size=batch_size,
             hidden_states={},

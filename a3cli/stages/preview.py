@@ -200,6 +200,10 @@ def plain_recipe(recipe: Recipe) -> Json:
 def plain_settings(settings: Settings) -> Json:
     """Return settings as a recipe has them, with gates as text."""
     content: Json = settings.model_dump(mode="json")
+    if isinstance(settings, CalibrateSettings) and settings.texts:
+        del content["text"]["dataset"]  # the name of the mixture
+    elif isinstance(settings, CalibrateSettings):
+        del content["texts"]
     if "fail_if" in content:
         content["fail_if"] = [gate["text"] for gate in content["fail_if"]]
     return content

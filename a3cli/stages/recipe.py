@@ -9,6 +9,9 @@
     eval: {against: ../demo/model, text: {dataset: ../demo/text/evaluation.txt}}     optional; or `texts`, a list
     report: {html: report.html}    an HTML page of the export with its figures; optional
 
+`calibrate` may have `texts`, a mixture: `[{dataset: ../a.txt, weight: 0.7}, {dataset: ../b.jsonl, weight: 0.3}]`, which
+share what `text` says of blocks.
+
 Paths are relative to the recipe's folder: `work`, `out` and the page always, models, datasets and other files if they
 begin with `./` or `../`, since `owner/name` is a Hub id.
 """
@@ -122,6 +125,7 @@ def read_recipe(
         content["report"] = {**page, "html": str((path.parent / page["html"]).resolve())}
     for place in PATHS:
         start_at(path.parent, content, place)
+    start_texts(path.parent, content.get("calibrate"))
     if isinstance(content.get("eval"), dict):
         content["eval"] = as_evaluation(content["eval"], path.parent, content.get("out"))
     try:
@@ -160,9 +164,15 @@ def as_evaluation(section: dict[str, Any], folder: Path, out: Any) -> dict[str, 
     section = {"model": out if isinstance(out, str) else "", **section}  # without a valid `out`, that error is reported
     if "text" in section and "texts" not in section:
         section["texts"] = [section.pop("text")]
-    for text in section["texts"] if isinstance(section.get("texts"), list) else []:
-        start_at(folder, {"text": text}, ("text", "dataset"))
+    start_texts(folder, section)
     return section
+
+
+def start_texts(folder: Path, section: Any) -> None:
+    """Resolve the path of each of a section's `texts`."""
+    texts = section.get("texts") if isinstance(section, dict) else None
+    for text in texts if isinstance(texts, list) else []:
+        start_at(folder, {"text": text}, ("text", "dataset"))
 
 
 def start_at(folder: Path, content: dict[str, Any], place: tuple[str, ...]) -> None:

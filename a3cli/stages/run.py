@@ -19,6 +19,7 @@ from a3cli.report.page import Report, is_page, write_report
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.settings.options import command_words
 from a3cli.settings.report import ReportSettings
+from a3cli.settings.texts import mixture_options
 from a3cli.stages.calibrate import calibrate
 from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate, for_models
@@ -195,7 +196,9 @@ def calibrate_in_processes(
     settings: CalibrateSettings, work: Work, *, overwrite: bool, stop: Stop, quiet: bool
 ) -> None:
     """Run `a3 calibrate` with these settings and their number of processes."""
-    options = settings.model_dump(exclude={"model", "num_processes"})
+    options = settings.model_dump(exclude={"model", "num_processes", "texts"})
+    if settings.texts:
+        options["text"] |= mixture_options(settings.texts)
     options |= {"work": work.folder, "overwrite": overwrite, "quiet": quiet}
     if stop.deadline < math.inf:
         options["max_minutes"] = max(0.0, stop.deadline - time.monotonic()) / 60

@@ -95,12 +95,22 @@ class TextRead(Part):
     rows: Count = Field(description="rows read; text of .txt files is not counted")
     skipped: Count = Field(description="rows without text: null, empty or only white space")
     whole: bool = Field(description="whether the data set was read to its end")
+    from_each: bool = Field(default=False, description="whether each file of a larger folder gave a share")
 
 
 class RecordedText(TextSettings):
     """The settings of a text that was read, with its tokens per block."""
 
     seq_len: Annotated[int, Field(ge=2, description="Tokens per block.")]
+
+
+class MixturePart(Part):
+    """One of the texts of a mixture."""
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False, description="relative to the other weights")]
+    text: RecordedText = Field(description="its settings; `samples` is its number of blocks")
+    text_files: TextFiles
+    text_read: TextRead | None = None
 
 
 class Ingredient(Part):
@@ -114,6 +124,7 @@ class Ingredient(Part):
     device: str
     batch_size: Size | Literal["auto"]
     made_with: list[MadeWith] = Field(description="one entry per layer")
+    mixture: list[MixturePart] | None = None
 
 
 class CalibrationRequest(Part):
@@ -126,6 +137,9 @@ class CalibrationRequest(Part):
     device: str
     dtype: str
     trust_remote_code: bool = Field(description="whether code of the source's tokenizer or model could run")
+    mixture: list[MixturePart] | None = Field(
+        default=None, description="the texts of a mixture, in the order of their blocks; `text` has what they share"
+    )
     merged: list[Ingredient] | None = None
 
 
