@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 # Figures of an evaluation: the heading, the key of the source's figure, and the form.
-MEASURED = {"perplexity": ("perplexity", "source_perplexity", ",.4f"), "kl": ("KL", "", ".4f")}
+MEASURED = {"perplexity": ("perplexity", "source_perplexity", ",.2f"), "kl": ("KL", "", ".4f")}
 
 
 def print_run(results: "RunResults") -> None:

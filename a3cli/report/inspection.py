@@ -28,7 +28,6 @@ from a3cli.work.manifests import (
     Calibration,
     CalibrationManifest,
     Fingerprint,
-    Part,
     Sizes,
     Solution,
     SolutionManifest,
@@ -37,6 +36,7 @@ from a3cli.work.manifests import (
     calibration_content,
 )
 from a3cli.work.record import Record
+from a3cli.work.schema import Part
 from a3cli.work.sealed import name_differences, read_manifest
 
 SOURCE_REMEDY = "run a3 calibrate on the source again"

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from a3cli.errors import A3Error
 from a3cli.settings.problems import find_problems
 from a3cli.work.files import Json, read_json
-from a3cli.work.manifests import Part
+from a3cli.work.schema import Part
 
 
 class Gate(Part):

@@ -10,15 +10,10 @@ raises `A3Error` for everything that the caller can mend. All stages are resumab
 """
 
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
-from transformers.utils import logging
 
 from a3cli.errors import A3Error
 from a3cli.models.source import opened_work
@@ -39,6 +34,7 @@ from a3cli.settings.keywords import keywords_of, refuse_unknown, settings_from
 from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate as run_evaluate
 from a3cli.stages.export import export as run_export
+from a3cli.stages.libraries import quiet_libraries
 from a3cli.stages.plan import plan as run_plan
 from a3cli.stages.publish import export_and_push, open_repository, push
 from a3cli.stages.run import calibrated
@@ -334,22 +330,3 @@ def work_of(work: PathOrName, source: PathOrName | None) -> Work:
 
 def name_of(model: PathOrName) -> str:
     return model if isinstance(model, str) else str(Path(model))
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Turn off bars and advice of transformers and the Hub's client; restore their settings afterwards."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    bars_of_hub = not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # the client's too
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the client warns if the environment forbids its bars
-            if bars:
-                logging.enable_progress_bar()
-            if bars and not bars_of_hub:
-                disable_progress_bars()

@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import partial
 
 from a3cli.errors import A3Error
-from a3cli.models import costs
+from a3cli.models import costs, uniform
 from a3cli.models.config import read_shape
 from a3cli.models.families import LayerSizes, ModelShape
 from a3cli.models.model import read_stock
@@ -184,7 +184,7 @@ def stays_near(settings: SolveSettings, shape: ModelShape, head_multiple: int, m
         return False
     if settings.budget is None or any(budget is not None for _, budget in parts):
         return True
-    cuts = costs.least_cuts(shape, settings.budget, heads=heads, widths=widths)
+    cuts = uniform.least_cuts(shape, settings.budget, heads=heads, widths=widths)
     both = [removed for size, removed in cuts if size.qk < heads[-1] and size.mlp < widths[-1]]
     reached = both or [removed for _, removed in cuts]
     return bool(reached) and not overshoots(settings.budget, max(reached))

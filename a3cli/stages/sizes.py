@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from a3cli.errors import A3Error
 from a3cli.methods import Curves
-from a3cli.models import costs
+from a3cli.models import costs, uniform
 from a3cli.models.families import LayerSizes, ModelShape
 from a3cli.report.figures import human_bytes
 from a3cli.settings import COMPONENTS, Component, PlanSettings, SolveSettings
@@ -32,7 +32,7 @@ class Need:
     """
 
     whole: int | None
-    count: costs.Count
+    count: uniform.Count
     cached: int | None
 
 
@@ -105,7 +105,7 @@ def planned_size(
     With a budget of the KV cache alone the MLP keeps its width.
     """
     need = find_need(settings, shape, stored)
-    return costs.equal_cuts(
+    return uniform.equal_cuts(
         shape,
         need.whole or 0,
         need.count,
@@ -139,14 +139,14 @@ def as_sizes(
 
 
 def find_items(
-    settings: SolveSettings | PlanSettings, shape: ModelShape, curves: list[Curves], count: costs.Count
+    settings: SolveSettings | PlanSettings, shape: ModelShape, curves: list[Curves], count: uniform.Count
 ) -> tuple[Items, Items]:
     """Return the items to choose of attention and of the MLP; `count` says what they remove."""
     find = per_layer_items if settings.shape == "per-layer" else stock_items
     return find(shape, curves, count)
 
 
-def stock_items(shape: ModelShape, curves: list[Curves], count: costs.Count) -> tuple[Items, Items]:
+def stock_items(shape: ModelShape, curves: list[Curves], count: uniform.Count) -> tuple[Items, Items]:
     """Return two items to choose: one head size for QK and OV of all layers, and one MLP width."""
     total = {c: {size: sum(curve[c][size] for curve in curves) for size in curves[0][c]} for c in curves[0]}
     heads = sorted(total["qk"].keys() & total["ov"].keys())
@@ -154,7 +154,7 @@ def stock_items(shape: ModelShape, curves: list[Curves], count: costs.Count) -> 
     return [attention], [[choice_of(shape, count, shape.layers, loss, mlp=m) for m, loss in total["mlp"].items()]]
 
 
-def per_layer_items(shape: ModelShape, curves: list[Curves], count: costs.Count) -> tuple[Items, Items]:
+def per_layer_items(shape: ModelShape, curves: list[Curves], count: uniform.Count) -> tuple[Items, Items]:
     """Return the items to choose: QK and OV of each layer in turn, and the MLP of each layer."""
     items: dict[Component, Items] = {
         component: [
@@ -166,14 +166,14 @@ def per_layer_items(shape: ModelShape, curves: list[Curves], count: costs.Count)
     return [item for pair in zip(items["qk"], items["ov"], strict=True) for item in pair], items["mlp"]
 
 
-def choice_of(shape: ModelShape, count: costs.Count, layers: int, loss: float, **sizes: int) -> Choice:
+def choice_of(shape: ModelShape, count: uniform.Count, layers: int, loss: float, **sizes: int) -> Choice:
     """Return the choice of these sizes in so many layers."""
     removed, cached = removals(shape, count, **sizes)
     return Choice(next(iter(sizes.values())), layers * removed, loss, layers * cached)
 
 
 @lru_cache(1 << 16)  # the same for each of many layers
-def removals(shape: ModelShape, count: costs.Count, **sizes: int) -> tuple[int, int]:
+def removals(shape: ModelShape, count: uniform.Count, **sizes: int) -> tuple[int, int]:
     """Return what these sizes remove from one layer of what is counted, and of the values in its KV cache."""
     full, smaller = shape.full_sizes, replace(shape.full_sizes, **sizes)
     cached = costs.kv_bytes_per_token(shape, [full], 1) - costs.kv_bytes_per_token(shape, [smaller], 1)
@@ -192,7 +192,7 @@ def recount(kept: Items, counted: Items) -> Items:
 
 
 def keep_to_budget(
-    items: Items, budget: float | None, count: costs.Count, shape: ModelShape, settings: SolveSettings
+    items: Items, budget: float | None, count: uniform.Count, shape: ModelShape, settings: SolveSettings
 ) -> Items:
     """Restrict the choices of attention or the MLP to those that its own budget selects."""
     if budget is None:

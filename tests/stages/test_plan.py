@@ -13,7 +13,7 @@ import torch
 from transformers import NemotronConfig
 
 from a3cli.methods import refits
-from a3cli.models import costs
+from a3cli.models import costs, uniform
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.config import read_shape
 from a3cli.models.families import LayerSizes
@@ -204,14 +204,14 @@ def test_budgets_are_reached_by_the_least_unlike_sizes():
     total = costs.linear_weights(shape, shape.sizes)
     for budget in (0.0, 0.1, 0.25, 0.4, 0.7):
         needed = costs.share_of(budget, total)
-        size = costs.equal_cuts(shape, needed, costs.linear_weights, head_multiple=4, mlp_multiple=8)
+        size = uniform.equal_cuts(shape, needed, costs.linear_weights, head_multiple=4, mlp_multiple=8)
         removed = total - costs.linear_weights(shape, [size] * 2)
         assert removed >= budget * total
         assert abs(size.qk / 16 - size.mlp / 128) <= 0.2
     none, most = 0, costs.share_of(0.97, total)
-    whole = costs.equal_cuts(shape, none, costs.linear_weights, head_multiple=4, mlp_multiple=8)
+    whole = uniform.equal_cuts(shape, none, costs.linear_weights, head_multiple=4, mlp_multiple=8)
     assert whole == LayerSizes(16, 16, 128)
-    assert costs.equal_cuts(shape, most, costs.linear_weights, head_multiple=8, mlp_multiple=64) is None
+    assert uniform.equal_cuts(shape, most, costs.linear_weights, head_multiple=8, mlp_multiple=64) is None
 
 
 def describe_shape(**sizes):

@@ -79,8 +79,8 @@ def test_a_table_compares_them(a3, recipe, tmp_path):
     assert rows["q10"][3:6] == [str(manifest["sizes"][0][key]) for key in ("qk", "ov", "mlp")]
     assert rows["q10"][7] == f"{manifest['kv_bytes_per_token']['after']:,}"
     evaluation = json.loads((tmp_path / "work" / "solutions" / ".q10.evaluation.json").read_text())["result"]
-    assert rows["q10"][8:] == [f"{evaluation['perplexity']:,.4f}", f"{evaluation['kl']:.4f}"]
-    assert rows["source"][8] == f"{evaluation['source_perplexity']:,.4f}"
+    assert rows["q10"][8:] == [f"{evaluation['perplexity']:,.2f}", f"{evaluation['kl']:.4f}"]
+    assert rows["source"][8] == f"{evaluation['source_perplexity']:,.2f}"
     assert f"q37.5: {tmp_path / 'out' / 'q37.5'}" in outcome.stdout
     stages = ("calibrate", "solve", "export", "eval")
     lines = [line.split() for line in outcome.stderr.splitlines() if line.split()[0] in stages]
