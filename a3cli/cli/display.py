@@ -13,7 +13,7 @@ from a3cli.report.figures import (
     compare,
     compare_one,
     describe_budgets,
-    describe_in_sample,
+    describe_loss,
     human,
     human_bytes,
     percent,
@@ -58,8 +58,8 @@ def print_solution(solution: "Solution", warnings: Sequence[str], memory: int | 
     _print_comparisons([*compare(solution, labels, IN_UNITS), *(served.rows() if served else [])])
     _print_context(solution)
     print_sentence(_describe_removed(solution))
-    if solution.in_sample is not None:
-        print_sentence(describe_in_sample(solution.in_sample))
+    if solution.measured_loss is not None:
+        print_sentence(describe_loss(solution.measured_loss))
     warn(warnings)
 
 

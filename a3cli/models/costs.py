@@ -237,19 +237,19 @@ def stream_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int, r
     return (7 if rounds else 5) * hidden_state_bytes(shape, samples, seq_len, itemsize)
 
 
-IN_SAMPLE_TOKENS = 4096  # of the calibration text, on which a solution is measured
+MEASURED_TOKENS = 4096  # on which a solution is measured
 HEAD_TOKENS = 256  # whose logits are in memory at once
 
 
-def in_sample_flops(shape: ModelShape, sizes: Sequence[LayerSizes], vocabulary: int, seq_len: int) -> int:
-    """Return the FLOPs of measuring a solution on the calibration text: forwards of both models, and logits."""
+def measuring_flops(shape: ModelShape, sizes: Sequence[LayerSizes], vocabulary: int, seq_len: int) -> int:
+    """Return the FLOPs of measuring a solution: forwards of both models, and logits."""
     forwards = sum(prefill_flops_per_token(shape, each, seq_len) for each in (shape.sizes, sizes))
-    return IN_SAMPLE_TOKENS * (forwards + 4 * vocabulary * shape.hidden_size)
+    return MEASURED_TOKENS * (forwards + 4 * vocabulary * shape.hidden_size)
 
 
-def in_sample_memory(shape: ModelShape, vocabulary: int, itemsize: int) -> int:
+def measuring_memory(shape: ModelShape, vocabulary: int, itemsize: int) -> int:
     """Return the bytes of measuring a solution: hidden states of both models, and a layer or the head with logits."""
-    states = 2 * IN_SAMPLE_TOKENS * shape.hidden_size * itemsize
+    states = 2 * MEASURED_TOKENS * shape.hidden_size * itemsize
     head = vocabulary * (shape.hidden_size * itemsize + 4 * HEAD_TOKENS * 4)  # logits, and probabilities of both
     return states + max(layer_bytes(shape, itemsize), head)
 

@@ -10,7 +10,7 @@ from a3cli.settings.budgets import given_budgets
 
 if TYPE_CHECKING:
     from a3cli.settings import PlanSettings, SolveSettings
-    from a3cli.work.manifests import Change, InSample, Solution
+    from a3cli.work.manifests import Change, MeasuredLoss, Solution
 
 Format = Callable[[float], str]
 TITLES: dict[Component, str] = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
@@ -59,13 +59,14 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def describe_in_sample(found: "InSample") -> str:
-    """Return in a sentence how much worse a solution predicts the text that it was calibrated on."""
+def describe_loss(found: "MeasuredLoss") -> str:
+    """Return in a sentence how much worse a solution predicts text."""
+    which = "that were held out" if found.held_out else "of the calibration itself, where the loss is smallest"
     before, after = found.perplexity.before, found.perplexity.after
     return (
-        f"on {found.tokens:,} tokens of the calibration text, perplexity goes from {before:.4g} to {after:.4g} "
+        f"on {found.tokens:,} tokens {which}, perplexity goes from {before:.4g} to {after:.4g} "
         f"({after / before - 1:+.1%}), and the most likely next token stays the same at {found.top1_agreement:.0%} of "
-        "positions; other text can lose more"
+        "positions"
     )
 
 

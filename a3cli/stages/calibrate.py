@@ -20,6 +20,7 @@ from a3cli.stages.calibration_folder import (
     known_text,
     record_source,
     remove_leftovers,
+    tokens_content,
     with_files,
     write_hashed,
 )
@@ -27,7 +28,8 @@ from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
 from a3cli.stream.memory import choose_batch_size
 from a3cli.stream.sweep import Sweep
-from a3cli.text.blocks import CONTEXT, check_fit, sample_blocks
+from a3cli.text.blocks import CONTEXT, POOL, check_fit, sample_blocks
+from a3cli.text.counted import counting
 from a3cli.text.documents import TextRead, check_reachable, describe_all
 from a3cli.text.sources import check_mixture
 from a3cli.text.tokenizer import load_tokenizer
@@ -118,6 +120,7 @@ class Calibration:
         self.full_mlp = settings.mlp_stats == "full"
         self.record = Record(work.calibration_progress, request)
         self.reads = [TextRead() for _ in settings.parts]
+        self.held_out = torch.empty(0)  # blocks of the text that are not calibrated on
 
     @property
     def finished(self) -> list[Json]:
@@ -133,7 +136,7 @@ class Calibration:
         """Run or resume the calibration; return the manifest."""
         fitting = self._fitting_batch(processes)
         kept = processes.from_main(lambda: self._kept(overwrite=overwrite))
-        blocks = processes.from_main(self._cut) if kept is None else kept
+        blocks = processes.from_main(lambda: self._cut(progress)) if kept is None else kept
         try:
             if kept is None:
                 processes.from_main(lambda: self._begin(blocks, fitting))
@@ -244,15 +247,22 @@ class Calibration:
         there = bytes_on_disk(self.work.calibration.glob("hidden-*.bin"))
         check_space(self.work.folder, needed - there, "calibration")
 
-    def _cut(self) -> torch.Tensor:
+    def _cut(self, progress: Progress) -> torch.Tensor:
         """Return the blocks `[N, T]` of a new calibration."""
-        source = self.model.source
+        source, text = self.model.source, self.settings.text
+        assert text.samples is not None
         tokenizer = load_tokenizer(source.folder, trust_remote_code=self.settings.trust_remote_code)
         parts = self.settings.parts
         if len(parts) > 1:
             check_reachable(parts, purpose="calibrate")
-        blocks = torch.cat([sample_blocks(tokenizer, *each) for each in zip(parts, self.reads, strict=True)])
-        check_fit(blocks, source.config, source.name)
+        pool = POOL * text.samples * text.block_tokens
+        with counting(progress, "reading the calibration text", tokenizer, pool) as counted:
+            sampled = [
+                sample_blocks(counted, part, read, held_out=costs.MEASURED_TOKENS * (part.samples or 0) // text.samples)
+                for part, read in zip(parts, self.reads, strict=True)
+            ]
+        blocks, self.held_out = (torch.cat(each) for each in zip(*sampled, strict=True))
+        check_fit([*blocks, *self.held_out], source.config, source.name)
         self._check_space()
         return blocks
 
@@ -260,7 +270,7 @@ class Calibration:
         """Clear the folder and record this calibration in it."""
         clear(self.work)
         self.work.calibration.mkdir(exist_ok=True)
-        write_tensors(self.work.tokens, {"tokens": blocks})
+        write_tensors(self.work.tokens, tokens_content(blocks, self.held_out))
         self.record.request |= with_files(self.record.request, self.reads)
         self.record.finish(
             self.work.tokens.name,

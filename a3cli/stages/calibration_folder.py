@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.shards import PlannedTensor, write_shard
@@ -20,6 +22,11 @@ from a3cli.work.folder import Work
 from a3cli.work.machine import Machine
 from a3cli.work.manifests import CalibrationManifest
 from a3cli.work.sealed import check_request, read_manifest, read_undamaged, write_manifest
+
+
+def tokens_content(blocks: torch.Tensor, held_out: torch.Tensor) -> Tensors:
+    """Return the content of the tokens file: the blocks `[N, T]`, and those `[M, T]` that are not calibrated on."""
+    return {"tokens": blocks} | ({"held_out": held_out} if len(held_out) else {})
 
 
 def describe_request(

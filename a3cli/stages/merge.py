@@ -15,7 +15,7 @@ from a3cli.errors import A3Error
 from a3cli.report.inspection import read_source
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.samples import NAMES, merge_samples
-from a3cli.stages.calibration_folder import clear_solutions
+from a3cli.stages.calibration_folder import clear_solutions, tokens_content
 from a3cli.stages.context import read_calibration
 from a3cli.text.documents import describe_all
 from a3cli.work.draft import drafting
@@ -156,9 +156,11 @@ def write_merged(
         check_hash(work.tokens, calibration.tokens_hash, REMEDY)
     with drafting(target.calibration, {**request, "versions": versions()}) as draft:
         draft.check_space(bytes_on_disk(parts[0].calibration.iterdir()), "the merged calibration")
-        tokens = torch.cat([read_tensors(work.tokens, REMEDY)["tokens"] for work in parts])
+        read = [read_tensors(work.tokens, REMEDY) for work in parts]
+        tokens = torch.cat([each["tokens"] for each in read])
+        held_out = torch.cat([each.get("held_out", each["tokens"][:0]) for each in read])
         tokens_file = draft.folder / target.tokens.name
-        write_tensors(tokens_file, {"tokens": tokens})
+        write_tensors(tokens_file, tokens_content(tokens, held_out))
         hashes = []
         for layer in range(len(calibrations[0].layers)):
             name = target.statistics(layer).name

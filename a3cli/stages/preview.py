@@ -14,6 +14,7 @@ from a3cli.stages.calibrate import for_source
 from a3cli.stages.calibration_folder import comparable, describe_request, known_text, recorded_calibration
 from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import for_models
+from a3cli.stages.publish import kept_push
 from a3cli.stages.recipe import Recipe
 from a3cli.stages.run import check_outputs, is_asked_for, is_reported, kept_evaluation, kept_verification
 from a3cli.stages.solve import describe_request as describe_solution
@@ -112,7 +113,7 @@ def find_states(recipe: Recipe, work: Work) -> Iterator[tuple[str, State]]:
     if state.state != "finished" or solution is None:
         return
     state, manifest = state_of_export(recipe, solution)
-    yield "export", state
+    yield "export", with_upload(state, manifest, recipe, work)
     if state.state != "finished" or manifest is None:
         return
     if recipe.verify and kept_verification(recipe.verify, work, manifest):
@@ -177,6 +178,15 @@ def state_of_export(recipe: Recipe, solution: SolutionManifest) -> tuple[State, 
         ), None
     begun = recipe.out.with_name(f".{recipe.out.name}.a3-progress.json").is_file()
     return (State("unfinished") if begun else TO_DO), None
+
+
+def with_upload(state: State, manifest: Manifest | None, recipe: Recipe, work: Work) -> State:
+    """Return the state of an export with what is known of its upload, if the recipe asks for one."""
+    repository = recipe.export.push_to_hub
+    if repository is None or manifest is None:
+        return state
+    found = kept_push(manifest, recipe.export, work)
+    return State(state.state, f"uploaded to {found.url}" if found else f"the upload to {repository} is left")
 
 
 def differs(recorded: Json, wanted: Json, nested: str) -> str:

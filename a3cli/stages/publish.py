@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 # Files of an earlier upload that loaders would read beside the new ones.
 LOADED = ("*.safetensors", "*.safetensors.index.json", "modeling_a3_*.py")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
-REFUSALS = {
-    401: "the Hub refused the token; run `hf auth login` (a token in HF_TOKEN has precedence)",
-    403: "the token has no right to write there; run `hf auth login` with one that has, or use another repository",
+REFUSALS = {  # by status: what failed, and what to do
+    401: ("the Hub refused the token", "run `hf auth login` (a token in HF_TOKEN has precedence)"),
+    403: ("the token has no right to write there", "run `hf auth login` with one that has, or use another repository"),
 }
 
 
@@ -110,7 +110,7 @@ def open_repository(settings: ExportSettings) -> Repository | None:
     if get_token() is None:
         raise A3Error(f"--push-to-hub {name}: there is no token; run `hf auth login`, or set HF_TOKEN")
     if reason := unreachable():
-        raise A3Error(f"--push-to-hub {name}: {reason}; rerun the same command when it can be, or leave out the option")
+        raise A3Error(f"--push-to-hub {name}: {reason}; rerun the same command later, or leave out --push-to-hub")
     try:
         api = HfApi()
         url = api.create_repo(name, private=not settings.public, exist_ok=True)
@@ -154,7 +154,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     names = [*manifest.files, MANIFEST]
-    stale = [file for file in repository.files if file not in names and any(fnmatch(file, form) for form in LOADED)]
+    stale = [file for file in repository.files if file not in names and is_loaded(file)]
     size = human_bytes(sum((out / name).stat().st_size for name in names))
     try:
         with reporting(progress, f"uploading {size} to {repository.name}"), quiet_client():
@@ -173,6 +173,11 @@ def push(
         ) from error
     log.info("uploaded %s to %s", out, repository.url)
     return Pushed(repository.name, repository.url, str(commit.oid), repository.private)
+
+
+def is_loaded(file: str) -> bool:
+    """Return whether loaders would read a repository's file; they read none in a subfolder."""
+    return "/" not in file and any(fnmatch(file, form) for form in LOADED)
 
 
 def push_command(out: Path, settings: ExportSettings, work: Work) -> str:
@@ -218,7 +223,11 @@ def explain(error: Exception) -> str:
     if answered is None:
         return first_line(chain[-1])
     status = answered.response.status_code  # type: ignore[attr-defined]
-    return REFUSALS.get(status) or f"the Hub answered {status}: {first_line(answered)}"
+    said = first_line(answered) if (message := getattr(answered, "server_message", None)) is None else str(message)
+    if status not in REFUSALS:
+        return f"the Hub answered {status}: {said}"
+    what, remedy = REFUSALS[status]
+    return f"{what} ({' '.join(said.split())}); {remedy}"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from a3cli.settings import COMPONENTS, SolveSettings
 from a3cli.settings.budgets import SINCE
 from a3cli.stages.context import AGAIN, Run, check_settings, check_settings_of_model, open_run, read_calibration
 from a3cli.stages.correction import correct, cuts_of, drop_steps, one_shot_file
-from a3cli.stages.in_sample import measure_in_sample
+from a3cli.stages.measured_loss import measure_loss
 from a3cli.stages.probe import probe, weigh
 from a3cli.stages.result import (
     describe_layers,
@@ -123,7 +123,7 @@ def write_solution(run: Run, analysed: Analysed) -> SolutionManifest:
             "rope_slots": describe_slots(run, sizes, slots),
             "context": run.context,
             "predicted_loss": predicted_loss(analysed.curves, sizes),
-            "in_sample": measure_in_sample(run, cuts_of(draft, sizes, slots, layer_file)),
+            "measured_loss": measure_loss(run, cuts_of(draft, sizes, slots, layer_file)),
             "predicted_score_error": mean_by_distance([each["score_error"] for each in written]),
             "per_layer": describe_layers(run, written, analysed.curves),
             "layers": hashes,

@@ -8,7 +8,7 @@ offsets, uniformly among all such placements. Of a folder that has more, each fi
 import itertools
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,8 +30,17 @@ def log_skipped(settings: TextSettings, read: TextRead) -> None:
         log.info("dataset %s: %s", settings.dataset, read.skipping)
 
 
-def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None = None) -> torch.Tensor:
-    """Return `samples` blocks `[N, T]` int64 for calibration; `read` records their source.
+class Sampled(NamedTuple):
+    """Blocks `[N, T]` int64 to calibrate on, and blocks `[M, T]` of the text between them; M is 0 if there is none."""
+
+    blocks: torch.Tensor
+    held_out: torch.Tensor
+
+
+def sample_blocks(
+    tokenizer: Any, settings: TextSettings, read: TextRead | None = None, *, held_out: int = 0
+) -> Sampled:
+    """Return `samples` blocks for calibration, and others of `held_out` tokens or more; `read` records their source.
 
     Raises A3Error if there is too little text.
     """
@@ -52,8 +61,22 @@ def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None 
     # non-overlapping blocks is possible.
     generator = torch.Generator().manual_seed(settings.seed)
     offsets = torch.randint(slack + 1, (settings.samples,), generator=generator).sort().values
-    starts = offsets + length * torch.arange(settings.samples)
-    return torch.stack([stream[start : start + length] for start in starts])
+    starts = (offsets + length * torch.arange(settings.samples)).tolist()
+    others = places_between(starts, length, len(stream), most=-(-held_out // length))
+    return Sampled(cut(stream, starts, length), cut(stream, others, length))
+
+
+def places_between(starts: list[int], length: int, end: int, *, most: int) -> list[int]:
+    """Return at most `most` places of blocks in the text between others, evenly spread over all such places."""
+    gaps = zip([0, *(start + length for start in starts)], [*starts, end], strict=True)
+    places = [place for first, last in gaps for place in range(first, last - length + 1, length)]
+    count = min(most, len(places))
+    return [places[index * len(places) // count] for index in range(count)]
+
+
+def cut(stream: torch.Tensor, starts: list[int], length: int) -> torch.Tensor:
+    """Return the blocks `[N, T]` that begin at these places."""
+    return torch.stack([stream[start : start + length] for start in starts]) if starts else stream.new_empty(0, length)
 
 
 def evaluation_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None = None) -> list[torch.Tensor]:

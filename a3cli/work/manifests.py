@@ -153,9 +153,10 @@ class Perplexity(Part):
     after: Loss
 
 
-class InSample(Part):
-    """The figures of `a3 eval` on some of the text that the solution was calibrated on."""
+class MeasuredLoss(Part):
+    """The figures of `a3 eval`, measured right after solving."""
 
+    held_out: bool = Field(description="whether the tokens are none of those that were calibrated on")
     tokens: Size = Field(description="number of predicted tokens")
     perplexity: Perplexity
     kl: Loss = Field(description="KL(source ‖ compressed), nats per token")
@@ -245,7 +246,7 @@ class Solution(Part):
     )
     context: Size
     predicted_loss: ByComponent
-    in_sample: InSample | None = Field(
+    measured_loss: MeasuredLoss | None = Field(
         default=None, description="null if logits are not finite; older solutions have none"
     )
     predicted_score_error: ByDistance

@@ -349,7 +349,7 @@ def test_source_replaced_after_calibration(a3, work, source, checkpoint, tmp_pat
     refused(a3(*SOLVE, "--overwrite", "--work", work), str(source), "calibrate")
     assert snapshot(tmp_path) == before
     shutil.rmtree(source)
-    refused(a3("export", tmp_path / "out", "--work", work), str(source), "calibrate")
+    refused(a3("export", tmp_path / "out", "--work", work), str(source), "give --source NEWPATH")
 
 
 def edit(path: Path) -> None:
@@ -474,7 +474,7 @@ def test_an_unfinished_calibration_outlives_every_failure(a3, source, text_file,
 
     def interrupting(self, **at):
         plain(self, **at)
-        if at["layer"] == 1:
+        if at.get("layer") == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -127,7 +127,7 @@ def test_an_unfinished_mixture_resumes(a3, folder, monkeypatch):
 
     def interrupting(self, **at):
         plain(self, **at)
-        if at["layer"] == 1:
+        if at.get("layer") == 1:
             raise KeyboardInterrupt
 
     command = ("calibrate", "source", *MIXED, *CUT)

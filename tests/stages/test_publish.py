@@ -111,10 +111,11 @@ def test_a_name_without_owner_is_ones_own(export, hub):
 def test_weights_of_an_earlier_upload_do_not_stay(export, hub, tmp_path):
     """Loaders would read `model.safetensors` in place of the new shards."""
     assert export("--push-to-hub", REPO).code == 0
-    hub.repositories[REPO].files |= {"notes.md": b"of the owner", "modeling_a3_llama.py": b"old"}
+    own = {"notes.md": b"of the owner", "onnx/model.safetensors": b"of the owner too"}
+    hub.repositories[REPO].files |= {**own, "modeling_a3_llama.py": b"old"}
     assert "model.safetensors" in uploaded(hub)
     assert export("--push-to-hub", REPO, "--max-shard-size", "100KB", out="sharded").code == 0
-    assert uploaded(hub) == {**snapshot(tmp_path / "sharded"), "notes.md": b"of the owner"}
+    assert uploaded(hub) == snapshot(tmp_path / "sharded") | own
     assert "model.safetensors" not in uploaded(hub)
     assert len(hub.repositories[REPO].commits) == 2
 
@@ -147,7 +148,7 @@ def test_nothing_listens(export, online, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "failing", "words"),
     [
-        ("other/model", {}, ("the token has no right to write there", "hf auth login")),
+        ("other/model", {}, ("no right to write there (You don't have the rights to create", "; run `hf auth login`")),
         (REPO, {"/create": 401}, ("the Hub refused the token", "hf auth login", "HF_TOKEN")),
         (REPO, {"/create": 503}, ("the Hub answered 503",)),
     ],
@@ -255,13 +256,16 @@ def test_a_recipe_uploads_once(a3, recipe, hub, tmp_path):
     """An export that fails a gate is not uploaded, and a finished run asks the Hub nothing."""
     assert a3("run", recipe, "--set", "eval.fail_if=[kl > 0]").code == 1
     assert not hub.repositories[REPO].commits
+    assert f"# export: finished; the upload to {REPO} is left" in a3("run", recipe, "--dry-run").stdout.splitlines()
     found = a3("run", recipe, "--json").json
     assert found["export"]["hub"]["url"] == f"{hub.endpoint}/{REPO}"
     assert uploaded(hub) == snapshot(tmp_path / "out")
     hub.asked.clear()
+    place = f"{hub.endpoint}/{REPO}"
+    assert f"# export: finished; uploaded to {place}" in a3("run", recipe, "--dry-run").stdout.splitlines()
     again = a3("run", recipe)
     assert "nothing was left to do" in again.stdout
-    assert f"{hub.endpoint}/{REPO}" in again.stdout
+    assert place in again.stdout
     assert not hub.asked
     assert a3("run", recipe, "--set", f"export.push_to_hub={OWNER}/other").code == 0
     assert uploaded(hub, f"{OWNER}/other") == snapshot(tmp_path / "out")

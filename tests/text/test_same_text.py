@@ -69,7 +69,7 @@ def test_an_unfinished_calibration_resumes_with_another_spelling(
 
     def interrupting(self, **at):
         plain(self, **at)
-        if at["layer"] == 1:
+        if at.get("layer") == 1:
             raise KeyboardInterrupt
 
     command = ("calibrate", checkpoint("llama-gqa"), *SHORT, "--work", tmp_path / "work", "--dataset")

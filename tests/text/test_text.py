@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from a3cli.errors import A3Error
 from a3cli.settings import TextSettings
-from a3cli.text.blocks import evaluation_blocks, sample_blocks
+from a3cli.text.blocks import evaluation_blocks, places_between, sample_blocks
 from a3cli.text.documents import TextRead, row_documents
 from a3cli.text.identity import files_now
 from a3cli.text.pool import LEAST, read_pool
@@ -40,7 +41,8 @@ def test_blocks_are_disjoint_runs_of_the_stream(tmp_path_factory, extra, samples
     all_tokens = tokens_of(stream)
     if len(all_tokens) < samples * seq_len:
         return
-    blocks = sample_blocks(TOKENIZER, text_settings(path, samples=samples, seq_len=seq_len, seed=seed))
+    wanted = text_settings(path, samples=samples, seq_len=seq_len, seed=seed)
+    blocks = sample_blocks(TOKENIZER, wanted).blocks
     assert blocks.shape == (samples, seq_len)
     position = 0
     for block in blocks.tolist():
@@ -55,17 +57,28 @@ def test_every_placement_is_reached(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("abcdefgh")
     placements = {
-        tuple(block[0].item() for block in sample_blocks(TOKENIZER, text_settings(path, samples=2, seq_len=3, seed=s)))
+        tuple(sample_blocks(TOKENIZER, text_settings(path, samples=2, seq_len=3, seed=s)).blocks[:, 0].tolist())
         for s in range(100)
     }
     first = tokens_of("abcdefgh")
     assert placements == {(first[a], first[b]) for a in range(6) for b in range(a + 3, 6)}
 
 
+@given(gaps=st.lists(st.integers(0, 20), min_size=1, max_size=8), length=st.integers(1, 6), most=st.integers(0, 9))
+def test_what_is_held_out_lies_between_the_blocks(gaps, length, most):
+    """As many as asked for, or as have room; none overlaps another or a block that is calibrated on."""
+    starts = [sum(gaps[: i + 1]) + i * length for i in range(len(gaps) - 1)]
+    end = sum(gaps) + length * len(starts)
+    found = places_between(starts, length, end, most=most)
+    assert len(found) == min(most, sum(gap // length for gap in gaps))
+    taken = sorted([*starts, *found])
+    assert all(after - before >= length for before, after in pairwise([*taken, end]))
+
+
 def test_seed_decides(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("".join(chr(97 + i % 26) * (i % 7) for i in range(300)))
-    one, again, other = (sample_blocks(TOKENIZER, text_settings(path, seed=seed)) for seed in (1, 1, 2))
+    one, again, other = (sample_blocks(TOKENIZER, text_settings(path, seed=seed)).blocks for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
@@ -401,10 +414,10 @@ def test_more_files_than_blocks(tmp_path):
     asked = text_settings(tmp_path, samples=8, seq_len=20)
     stream = TOKENIZER.decode(list(read_pool(TOKENIZER, asked, 8 * 8 * 20, TextRead())))
     assert {chr(0x100 + number) for number in range(50)} | {*"row"} == {*stream} - {"\n", "\ufffd"}
-    blocks = sample_blocks(TOKENIZER, asked, read := TextRead())
+    blocks = sample_blocks(TOKENIZER, asked, read := TextRead()).blocks
     assert len(read.files) == 51
     assert read.rows == 2 * read.skipped > 0
-    assert torch.equal(blocks, sample_blocks(TOKENIZER, asked))
+    assert torch.equal(blocks, sample_blocks(TOKENIZER, asked).blocks)
 
 
 def test_what_would_be_read_again(tmp_path, monkeypatch):
