@@ -50,7 +50,11 @@ def describe_texts(calibration: "Calibration", quoted: Callable[[str], str]) -> 
 
 def describe_mixture(mixture: "list[MixturePart] | None", quoted: Callable[[str], str]) -> str:
     """Describe each text of a mixture with its number of blocks; nothing if there is none."""
-    return " and ".join(describe_read(part, quoted, f"{part.text.samples} blocks") for part in mixture or ())
+    return " and ".join(describe_read(part, quoted, count_blocks(part.text.samples or 0)) for part in mixture or ())
+
+
+def count_blocks(blocks: int) -> str:
+    return "1 block" if blocks == 1 else f"{blocks:,} blocks"
 
 
 def describe_read(part: "Ingredient | MixturePart", quoted: Callable[[str], str], *notes: str) -> str:

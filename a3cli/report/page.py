@@ -19,7 +19,7 @@ from a3cli.report.layers import LayerState
 from a3cli.report.manifest import ExportSummary
 from a3cli.report.measured import Measured, as_recorded, read_evaluation
 from a3cli.report.names import describe_texts, public_name
-from a3cli.report.serving import Serving, serving_of
+from a3cli.report.serving import Serving, serving_of, serving_warnings
 from a3cli.runtimes import Verdict, summarise
 from a3cli.settings import COMPONENTS, LOSSES, Component
 from a3cli.work.escape import printable
@@ -86,7 +86,8 @@ def write_report(found: Inspection, measured: list[Measured], html: Path, memory
     if not is_page(html, found, measured, memory):
         with replacing(html) as partial:
             partial.write_text(render(found, measured, served), "utf-8")
-    return Report(html, found.warnings, measured, served)
+    unknown = serving_warnings(found.solution, memory) if found.solution else []
+    return Report(html, [*found.warnings, *unknown], measured, served)
 
 
 def is_page(html: Path, found: Inspection, measured: list[Measured], memory: int | None = None) -> bool:

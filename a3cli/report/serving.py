@@ -58,3 +58,10 @@ def serving_of(solution: "Solution", memory: int | None, dtype: str = "source") 
     exported = ITEMSIZES.get(dtype, item)
     kept = cache.before, cache.after * exported // item
     return Serving(cache.tokens, kept, (weights.before, weights.after * exported // item), memory)
+
+
+def serving_warnings(solution: "Solution", memory: int | None) -> list[str]:
+    """Return a warning if it is not known what fits a memory."""
+    if memory is None or solution.kv_cache is not None:
+        return []
+    return ["--memory: an earlier version of a3 solved this and did not record the KV cache; solve with --overwrite"]

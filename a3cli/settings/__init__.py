@@ -73,13 +73,22 @@ AutoBatchSize = Annotated[
 ]
 
 
+OF_EACH = {
+    "text_field": Field(description="Field that holds the text; one for all sets, or one each."),
+    "split": Field(description="Split of a Hub data set; one for all sets, or one each."),
+}
+
+
 class CalibrateSettings(Settings):
     model: Annotated[str, Field(description="Local folder or Hub id of a safetensors checkpoint.")]
     revision: Revision = None
     text: Annotated[
         TextSettings,
         TextOptions(
-            {"dataset": Field(description="Name, Hub id, file or folder[:weight] (default: wikitext2).")},
+            {
+                "dataset": Field(description="Name, Hub id, file or folder[:weight] (default: wikitext2)."),
+                **OF_EACH,
+            },
             parts="texts",
         ),
     ]
@@ -248,8 +257,7 @@ class EvalSettings(Settings):
         TextOptions(
             {
                 "dataset": Field(description="As for calibrate; repeatable (default: wikitext2)."),
-                "text_field": Field(description="Field that holds the text; one for all sets, or one each."),
-                "split": Field(description="Split of a Hub data set; one for all sets, or one each."),
+                **OF_EACH,
                 "samples": MOST_BLOCKS,
             },
             omitted=("seed",),

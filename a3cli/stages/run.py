@@ -16,6 +16,7 @@ from a3cli.report.inspection import describe
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.report.measured import figures_of
 from a3cli.report.page import Report, is_page, write_report
+from a3cli.report.serving import serving_warnings
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.settings.options import command_words
 from a3cli.settings.report import ReportSettings
@@ -114,9 +115,9 @@ def run_solution(
         solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=running.stop)
     with running.stage("export", label) as report:
         manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=running.stop)
-    results = SolutionResults(
-        work.name, recipe.out, solution, manifest, warnings_of(solution, work), memory=recipe.solve.memory
-    )
+    memory = recipe.solve.memory
+    warnings = [*warnings_of(solution, work), *serving_warnings(solution, memory)]
+    results = SolutionResults(work.name, recipe.out, solution, manifest, warnings, memory)
     if recipe.verify:
         with running.stage("verify", label) as report:
             results.verification = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite, progress=report)

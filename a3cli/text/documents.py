@@ -13,7 +13,7 @@ from a3cli.errors import A3Error, first_line
 from a3cli.settings import TextSettings
 from a3cli.text.reach import unreachable
 from a3cli.text.rows import chat_field, chat_of, text_field, text_of
-from a3cli.text.sources import ALIASES, FORMATS, check_exists, hub_id, local_files
+from a3cli.text.sources import ALIASES, FORMATS, check_exists, check_on_hub, hub_id, local_files
 from a3cli.work.files import Json, hash_file
 from a3cli.work.manifests import TextRead as RecordedRead
 
@@ -54,11 +54,14 @@ def describe_all(reads: Sequence[TextRead | RecordedRead]) -> Json:
 
 
 def check_reachable(texts: Sequence[TextSettings], *, purpose: str) -> None:
-    """Check that data sets of the Hub are in the cache if the Hub cannot be reached. Raises A3Error."""
+    """Check that the Hub has its data sets, or the cache if the Hub cannot be reached. Raises A3Error."""
     on_hub = [text for text in texts if not Path(text.dataset).exists()]
-    if on_hub and (reason := unreachable()):
-        for text in on_hub:
+    reason = unreachable() if on_hub else None
+    for text in on_hub:
+        if reason:
             load_hub_dataset(text, purpose=purpose, reason=reason)
+        else:
+            check_on_hub(text)
 
 
 def documents(tokenizer: Any, settings: TextSettings, *, purpose: str, read: TextRead) -> Iterator[Iterable[str]]:
@@ -188,7 +191,7 @@ def row_documents(
         chats = chat_field(row, settings)
         rendered = settings.chat or chats
         text = chat_of(row, tokenizer, settings, where) if rendered else text_of(row, settings, where)
-        if chats and not settings.chat and settings.dataset not in read.recognised:
+        if chats and text and not settings.chat and settings.dataset not in read.recognised:
             log.info("dataset %s: no field 'text'; its %r go through the chat template", settings.dataset, chats)
             read.recognised.add(settings.dataset)
         read.rows += 1

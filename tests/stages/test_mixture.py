@@ -70,7 +70,7 @@ def test_all_stages_run_from_a_mixture(a3, folder):
     assert [list(part["text_files"]) for part in parts.values()] == [[name] for name in BLOCKS]
     assert parts["rows.jsonl"]["text_read"] == {"rows": 11, "skipped": 1, "whole": True}
     assert made.json["text_read"] == {"rows": 31, "skipped": 1, "whole": True}
-    said = "a.txt (3 blocks) and rows.jsonl (2 blocks; 11 rows, 1 without text skipped) and chats.jsonl (1 blocks; 20"
+    said = "a.txt (3 blocks) and rows.jsonl (2 blocks; 11 rows, 1 without text skipped) and chats.jsonl (1 block; 20"
     assert said in " ".join(a3("inspect").stdout.split())
     probed = ("--sensitivity", "probe", "--probe-blocks", 3, "--probe-points", 1, "--sequential", "--refit-rounds", 0)
     assert a3(*SOLVE, *probed).code == 0
@@ -182,6 +182,25 @@ def test_mixtures_that_cannot_be(a3, folder):
 def test_a_mixture_is_checked_offline_before_any_text_is_read(a3, folder, monkeypatch):
     monkeypatch.setattr("a3cli.stages.calibrate.sample_blocks", pytest.fail)
     refused(a3("calibrate", "source", *CUT, "--dataset", "a.txt", "--dataset", "c4"), "dataset c4", "--dataset FILE")
+
+
+def test_every_set_is_looked_for_on_the_hub_before_any_text_is_read(a3, folder, monkeypatch):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    asked = []
+
+    def missing(self, name, **options):
+        asked.append(name)
+        if name == "owner/typo":
+            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+
+    monkeypatch.setattr("a3cli.text.documents.unreachable", lambda: None)
+    monkeypatch.setattr(HfApi, "dataset_info", missing)
+    monkeypatch.setattr("a3cli.stages.calibrate.sample_blocks", pytest.fail)
+    texts = ("--dataset", "a.txt:1", "--dataset", "owner/name:part:1", "--dataset", "owner/typo:1")
+    refused(a3("calibrate", "source", *CUT, *texts), "'owner/typo': the Hub has no such data set")
+    assert asked == ["owner/name", "owner/typo"]
 
 
 def test_mixtures_merge(a3, folder):

@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from a3cli.models.checkpoint import resolve_model
 from a3cli.models.model import describe
+from a3cli.work.files import read_json
+from a3cli.work.folder import Work
+from a3cli.work.sealed import write_manifest
 from tests.conftest import CONTEXT, SHORT
 from tests.helpers.commands import RECIPE
 
@@ -67,6 +70,20 @@ def test_solve_and_report_say_what_fits(shape, a3, work, tmp_path):
     text = re.sub(r"<[^>]*>", " ", page.read_text("utf-8"))
     assert re.search(r"KV cache at the full context \(256 tokens\)\s+131 kB\s+65.5 kB", text)
     assert re.search(rf"beside the weights\s+3\s+{fit}\s", text)
+
+
+def test_a_solution_of_an_earlier_version_does_not_know(a3, work, tmp_path):
+    command = (*(each for each in SOLVE if each != "--overwrite"), "--kv-budget", 0.5, "--name", "old", "--work", work)
+    assert a3(*command).code == 0
+    path = Work(work).named("old").solution_manifest
+    manifest = {key: value for key, value in read_json(path).items() if key not in ("kv_cache", "sha256")}
+    write_manifest(path, manifest)
+    outcome = a3(*command, "--memory", "1MB", "--json")
+    assert "sequences" not in outcome.json
+    assert outcome.json["warnings"][-1].startswith("--memory: an earlier version of a3")
+    assert "KV cache at the full context" not in a3(*command).stdout
+    page = ("--html", tmp_path / "report.html", "--name", "old", "--memory", "1MB", "--json")
+    assert a3("report", work, *page).json["warnings"][-1].startswith("--memory: ")
 
 
 def test_the_context_that_is_served_counts(a3, work):
