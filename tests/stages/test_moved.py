@@ -62,9 +62,10 @@ def test_the_same_bytes_and_the_next_command(a3, work, source, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     outcome = a3("export", "after", "--work", work, "--source", "new/source")
     assert snapshot(tmp_path / "after") == snapshot(tmp_path / "before")
+    assert outcome.code == 0
+    outcome = a3("verify", "after", "--work", work, "--require-reference")
     following = outcome.stdout.splitlines()[-1].removeprefix("next: a3 ")
     assert shlex.split(following) == ["eval", "after", "--against", "new/source"]
-    assert a3("verify", "after", "--work", work, "--require-reference").code == 0
     moved.rename(source)
     outcome = a3("verify", "after", "--work", work, "--require-reference")
     assert outcome.code == 1
@@ -135,6 +136,7 @@ def test_a_hub_id_may_lie_in_a_folder_and_keeps_its_name(a3, cached, text_file, 
     assert outcome.code == 0, outcome
     assert snapshot(tmp_path / "after") == snapshot(tmp_path / "before")  # also the card's base model
     assert "base_model: owner/name" in (tmp_path / "after" / "README.md").read_text()
+    outcome = a3("verify", tmp_path / "after", *work)
     following = shlex.split(outcome.stdout.splitlines()[-1].removeprefix("next: a3 "))
     assert following == ["eval", str(tmp_path / "after"), "--against", str(local)]
     found = a3("inspect", tmp_path / "work", "--json").json
