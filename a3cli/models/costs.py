@@ -238,6 +238,7 @@ def stream_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int, r
 
 
 MEASURED_TOKENS = 4096  # on which a solution is measured
+HELD_OUT_TOKENS = MEASURED_TOKENS  # that a calibration keeps for it
 HEAD_TOKENS = 256  # whose logits are in memory at once
 
 

@@ -258,7 +258,7 @@ class Calibration:
         pool = POOL * text.samples * text.block_tokens
         with counting(progress, "reading the calibration text", tokenizer, pool) as counted:
             sampled = [
-                sample_blocks(counted, part, read, held_out=costs.MEASURED_TOKENS * (part.samples or 0) // text.samples)
+                sample_blocks(counted, part, read, held_out=costs.HELD_OUT_TOKENS * (part.samples or 0) // text.samples)
                 for part, read in zip(parts, self.reads, strict=True)
             ]
         blocks, self.held_out = (torch.cat(each) for each in zip(*sampled, strict=True))

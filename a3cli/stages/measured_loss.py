@@ -6,7 +6,7 @@ some of that, where it loses less than elsewhere.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -65,16 +65,24 @@ def compare_logits(source: Decoder, blocks: torch.Tensor, states: Sequence[State
     """Return the sums of `evaluate.sum_blocks` over all blocks; norm and head are the same in both models."""
     rows = []
     with source.head() as head:
-        for index, tokens in enumerate(blocks):
-            for start in range(0, len(tokens) - 1, costs.HEAD_TOKENS):
-                places = slice(start, min(start + costs.HEAD_TOKENS, len(tokens) - 1))
-                log_q, log_p = (
-                    head(each.read(index, 1)[:, places])[0].float().log_softmax(-1) for each in states
-                )  # of the source, and of the smaller model
-                targets = tokens[places.start : places.stop + 1]
-                likelihoods = [negative_log_likelihood(each, targets, name) for each in (log_p, log_q)]
-                rows.append([len(targets) - 1, *likelihoods, *divergence(log_p, log_q)])
+        for chosen, places in pieces(*blocks.shape):
+            of_source, of_smaller = (
+                head(each.read(chosen.start, len(chosen))[:, places.start : places.stop]).float().log_softmax(-1)
+                for each in states
+            )
+            targets = blocks[chosen.start : chosen.stop, places.start : places.stop + 1]
+            for tokens, log_q, log_p in zip(targets, of_source, of_smaller, strict=True):
+                likelihoods = [negative_log_likelihood(each, tokens, name) for each in (log_p, log_q)]
+                rows.append([len(places), *likelihoods, *divergence(log_p, log_q)])
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def pieces(blocks: int, length: int) -> Iterator[tuple[range, range]]:
+    """Yield blocks, and places in them whose next token is predicted, of at most `HEAD_TOKENS` tokens together."""
+    together = max(1, costs.HEAD_TOKENS // length)
+    for first in range(0, blocks, together):
+        for start in range(0, length - 1, costs.HEAD_TOKENS):
+            yield range(first, min(first + together, blocks)), range(start, min(start + costs.HEAD_TOKENS, length - 1))
 
 
 def describe(sums: torch.Tensor) -> Json:

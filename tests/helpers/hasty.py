@@ -1,20 +1,25 @@
-"""Few steps of refinement of query and key maps, for tests of properties that hold after any number."""
+"""Few steps of refinement and few tokens to measure, for tests of properties that hold with any number."""
 
 from typing import Any
 
 from a3cli.methods import maps
 from a3cli.methods.attention import Effort
+from a3cli.models import costs
 
-FEW = {"QUICK": Effort(iterations=2, few=True), "THOROUGH": Effort(iterations=4)}
+FEW = [
+    (maps, "QUICK", Effort(iterations=2, few=True)),
+    (maps, "THOROUGH", Effort(iterations=4)),
+    (costs, "MEASURED_TOKENS", 64),
+]
 
 
 def make_hasty(patch: Any) -> None:
     """Limit the steps with pytest's `patch`, which restores them."""
-    for name, effort in FEW.items():
-        patch.setattr(maps, name, effort)
+    for module, name, value in FEW:
+        patch.setattr(module, name, value)
 
 
 def make_hasty_for_good() -> None:
     """Limit the steps in a process of its own."""
-    for name, effort in FEW.items():
-        setattr(maps, name, effort)
+    for module, name, value in FEW:
+        setattr(module, name, value)

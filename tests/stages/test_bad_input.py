@@ -429,7 +429,7 @@ def no_file_larger(size: int) -> Iterator[None]:
     ],
 )
 def test_a_disk_that_fills_up_in_a_calibration(size, stops_at, a3, source, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("a3cli.models.costs.MEASURED_TOKENS", 0)  # the file of tokens must be the smallest
+    monkeypatch.setattr("a3cli.models.costs.HELD_OUT_TOKENS", 0)  # the file of tokens must be the smallest
     before = snapshot(tmp_path)
     with no_file_larger(size):
         outcome = a3("calibrate", source, "--dataset", text_file, *SHORT, "--quiet", "--work", tmp_path / "a" / "work")

@@ -7,10 +7,13 @@ from transformers import AutoModelForCausalLM
 
 from a3cli.models import costs
 from a3cli.stages.evaluate import describe_sums, sum_blocks
-from a3cli.stages.measured_loss import choose_blocks
+from a3cli.stages.measured_loss import choose_blocks, pieces
 from tests.conftest import SHORT, SOLVE
 
-pytestmark = pytest.mark.usefixtures("hasty")
+
+@pytest.fixture(autouse=True)
+def all_tokens(hasty, monkeypatch):
+    monkeypatch.setattr(costs, "MEASURED_TOKENS", 4096)
 
 
 class Whole:
@@ -53,6 +56,15 @@ def test_blocks_are_evenly_spread(count, length, chosen):
     found = choose_blocks(blocks)
     assert found[:, 0].tolist() == chosen
     assert found.shape[1] == min(length, costs.MEASURED_TOKENS)
+
+
+@pytest.mark.parametrize(("blocks", "length"), [(3, 1000), (1, 256), (40, 32), (7, 100), (2, 2)])
+def test_every_prediction_is_in_one_piece(blocks, length):
+    seen = torch.zeros(blocks, length - 1)
+    for chosen, places in pieces(blocks, length):
+        assert len(chosen) * len(places) <= costs.HEAD_TOKENS
+        seen[chosen.start : chosen.stop, places.start : places.stop] += 1
+    assert torch.equal(seen, torch.ones_like(seen))
 
 
 def test_logits_that_are_not_finite_are_a_warning(a3, checkpoint, text_file, tmp_path, monkeypatch):
