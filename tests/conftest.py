@@ -24,10 +24,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
 
+from a3cli.models.families import FAMILIES
+from a3cli.settings import Component
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
 from tests.helpers.checkers import forked
@@ -91,6 +95,13 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen2ForCausalLM,
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},  # from the second layer on
     ),
+    "qwen3-gqa": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "qwen3-bias": (Qwen3Config, Qwen3ForCausalLM, {"attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3-window": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},  # from the second layer on
+    ),
     "starcoder2-gqa": (Starcoder2Config, Starcoder2ForCausalLM, {}),
     "starcoder2-window": (
         Starcoder2Config,
@@ -151,6 +162,11 @@ def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
             else:
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+def can_cut(name: str, component: Component, *, shape: str = "stock") -> bool:
+    """Return whether the family of a model of the table lets this shape cut a component."""
+    return component in FAMILIES[MODELS[name][0].model_type].compressible(shape)
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:

@@ -6,9 +6,11 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from a3cli.models.families import LayerSizes, ModelShape, Role
+from a3cli.settings import COMPONENTS, Component
 from a3cli.solvers.sampling import sampled_blocks, sampled_queries
 
 ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
@@ -172,7 +174,9 @@ def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
     values = query**2 * d + VALUE_ROUNDS * (refit_output + kept**2 * d + (VALUE_STEPS + 1) * step)
     ranks, coordinates = shape.head_dim // head_multiple, shape.head_dim // (1 if shape.passed_dims else 2)
     slots = ranks * ROUNDS * shape.kv_heads * 10 * coordinates**3 // 2 * 4  # ten complex products per round
-    return paper_flops(shape) + 2 * (select + refit_mlp + refit_output + values + SMALL * slots)
+    return paper_flops(shape) + 2 * (
+        select + refit_mlp + (refit_output + values) * (size.ov < shape.head_dim) + SMALL * slots
+    )
 
 
 REFINEMENTS = 32  # evaluations of the loss and its gradient on all samples, for the projections and for the curves
@@ -297,22 +301,31 @@ def corrected_bytes(shape: ModelShape, size: LayerSizes, method: str, rounds: in
     return 2 * (solution_bytes(shape, size, method) + refit_bytes(shape, size, rounds))
 
 
-def uniform_sizes(shape: ModelShape, budget: float, *, head_multiple: int, mlp_multiple: int) -> LayerSizes | None:
+def uniform_sizes(
+    shape: ModelShape,
+    budget: float,
+    *,
+    components: Sequence[Component] = COMPONENTS,
+    head_multiple: int,
+    mlp_multiple: int,
+) -> LayerSizes | None:
     """Return sizes that remove at least `budget` of the linear weights from every layer, or None if none do.
 
-    Attention and MLP are cut as equally as rounding allows.
+    The components, of which the MLP is one, are cut as equally as rounding allows.
     """
     total = linear_weights(shape, shape.sizes[:1])
     needed = math.ceil(Fraction(str(budget)) * total)
     channel = len(shape.mlp_roles) * shape.hidden_size
-    found = []
-    for head in (*range(head_multiple, shape.head_dim, head_multiple), shape.head_dim):
-        of_heads = total - linear_weights(shape, [LayerSizes(head, head, shape.intermediate_size)])
+    found, full = [], shape.full_sizes
+    smaller = range(head_multiple, shape.head_dim, head_multiple) if {"qk", "ov"} & {*components} else ()
+    for head in (*smaller, shape.head_dim):
+        size = replace(full, **{name: head for name in ("qk", "ov") if name in components})
+        of_heads = total - linear_weights(shape, [size])
         most = shape.intermediate_size - max(0, math.ceil((needed - of_heads) / channel))
         width = most if most == shape.intermediate_size else most // mlp_multiple * mlp_multiple
         if width > 0:
             unlike = abs(head / shape.head_dim - width / shape.intermediate_size)
-            found.append((unlike, -width, LayerSizes(head, head, width)))
+            found.append((unlike, -width, replace(size, mlp=width)))
     return min(found, key=lambda each: each[:2])[2] if found else None
 
 

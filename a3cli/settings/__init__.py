@@ -12,14 +12,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from typing_extensions import Self
 
 from a3cli.errors import A3Error
+from a3cli.settings.components import COMPONENTS as COMPONENTS
+from a3cli.settings.components import Component as Component
+from a3cli.settings.components import Components
 from a3cli.settings.gates import Gate, parse_gate
 from a3cli.settings.names import check_name
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
 from a3cli.settings.problems import find_problems
 from a3cli.settings.seq_len import known_seq_len, resolved_seq_len
 
-Component = Literal["qk", "ov", "mlp"]
-COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Sensitivity = Literal["residual", "probe"]
 # How config.json of a stock export describes RoPE of smaller heads; a3cli/runtimes says which runtime loads what.
@@ -132,12 +133,6 @@ class CalibrateSettings(Settings):
     ] = 1
 
 
-def _not_empty(components: tuple[Component, ...]) -> tuple[Component, ...]:
-    if not components:
-        raise ValueError("name at least one of qk, ov, mlp")
-    return tuple(c for c in COMPONENTS if c in components)
-
-
 class SolveSettings(Settings):
     budget: Annotated[Fraction | None, CUT, Field(description=BUDGET_HELP)] = None
     attention_budget: Annotated[Fraction | None, CUT, Field(description="Fraction of q, k, v and o to remove.")] = None
@@ -149,9 +144,7 @@ class SolveSettings(Settings):
     context: Annotated[
         int | None, HOW, Field(ge=2, description="Longest text to serve, in tokens (default: the model's).")
     ] = None
-    components: Annotated[
-        tuple[Component, ...], CUT, AfterValidator(_not_empty), Field(description="Comma list of what may be cut.")
-    ] = COMPONENTS
+    components: Components = None
     head_multiple: HeadMultiple = 16
     mlp_multiple: MlpMultiple = 64
     min_head: Annotated[int, CUT, Field(ge=1, description="Smallest head size.")] = 1
@@ -179,6 +172,11 @@ class SolveSettings(Settings):
         int | None, MACHINE, Field(ge=1, description="Layers solved in parallel (default: one per core).")
     ] = None
     name: SolutionName = None
+
+    @property
+    def cut(self) -> tuple[Component, ...]:
+        """Return the components that may be cut: all, unless the settings or the model's family name fewer."""
+        return self.components or COMPONENTS
 
 
 def parse_size(text: Any) -> Any:

@@ -15,7 +15,7 @@ from a3cli.errors import A3Error
 from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint, find_dtype
 from a3cli.models.config import check_sizes, read_shape
-from a3cli.models.families import LayerSizes, ModelShape, family_of
+from a3cli.models.families import Family, LayerSizes, ModelShape, family_of
 from a3cli.models.hub import (
     ADAPTER,
     INDEX,
@@ -36,6 +36,7 @@ from a3cli.settings.seq_len import resolved_seq_len
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
 from a3cli.stages.rounding import planned_warnings
+from a3cli.stages.sizes import in_brackets, multiples_of, removed_weights
 from a3cli.work.files import Json
 
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -67,9 +68,11 @@ def plan(settings: PlanSettings) -> Json:
     dtype = read_dtype(raw, folder)
     compute = settings.dtype if settings.dtype != "auto" else "float32" if settings.devices == "cpu" else dtype
     shape = read_shape(config)
-    size = choose_sizes(settings, shape)
+    family = family_of(config.model_type)
+    components = family.compressible(settings.shape)
+    size = choose_sizes(settings, shape, family)
     parameters = count_parameters(stock)
-    run = Run(settings, shape, size, ITEMSIZES[dtype], ITEMSIZES[compute], parameters, config.vocab_size)
+    run = Run(settings, shape, size, ITEMSIZES[dtype], ITEMSIZES[compute], parameters, config.vocab_size, components)
     rates = find_rates(settings, compute)
     return {
         "model": settings.model,
@@ -77,6 +80,8 @@ def plan(settings: PlanSettings) -> Json:
         "weights": {"checked": weights.checked, "reason": weights.reason},
         "dtype": dtype,
         "layers": shape.layers,
+        "components": list(components),
+        "whole_heads": family.why_whole(settings.shape),
         **describe_model(run),
         "disk_bytes": asdict(estimate_disk(run)),
         "device_memory_bytes": asdict(estimate_device_memory(run)),
@@ -84,7 +89,7 @@ def plan(settings: PlanSettings) -> Json:
         "seconds": estimate_seconds(run, rates),
         "machine": describe_machine(run, rates, compute),
         "runtimes": [asdict(verdict) for verdict in judge_plan(raw, folder, run)],
-        "warnings": planned_warnings(settings, shape, size),
+        "warnings": planned_warnings(settings, shape, size, components),
     }
 
 
@@ -154,17 +159,20 @@ def read_dtype(raw: Json, folder: Path) -> str:
     return dtype
 
 
-def choose_sizes(settings: PlanSettings, shape: ModelShape) -> LayerSizes:
-    """Return the sizes of every layer. Raises A3Error for a budget that rounding does not allow."""
-    found = costs.uniform_sizes(
-        shape, settings.budget, head_multiple=settings.head_multiple, mlp_multiple=settings.mlp_multiple
+def choose_sizes(settings: PlanSettings, shape: ModelShape, family: Family) -> LayerSizes:
+    """Return the sizes of every layer. Raises A3Error for a budget that rounding or the family does not allow."""
+    components, head, mlp = family.compressible(settings.shape), settings.head_multiple, settings.mlp_multiple
+    found = costs.uniform_sizes(shape, settings.budget, components=components, head_multiple=head, mlp_multiple=mlp)
+    if found is not None:
+        return found
+    least = {"qk": min(head, shape.head_dim), "ov": min(head, shape.head_dim), "mlp": min(mlp, shape.intermediate_size)}
+    removed = removed_weights(shape, **{name: least[name] for name in components})
+    why = family.why_whole(settings.shape)
+    raise A3Error(
+        f"budget {settings.budget} cannot be reached: {','.join(components)} with {multiples_of(settings, components)} "
+        f"remove at most {removed / costs.linear_weights(shape, shape.sizes[:1]):.4f}{in_brackets(why)}; lower the "
+        "budget or the multiples" + (", or use --shape per-layer" if why and settings.shape == "stock" else "")
     )
-    if found is None:
-        raise A3Error(
-            f"budget {settings.budget} cannot be reached with head multiple {settings.head_multiple} and MLP multiple "
-            f"{settings.mlp_multiple}; lower the budget or the multiples"
-        )
-    return found
 
 
 def count_parameters(stock: StockClass) -> int:
@@ -185,6 +193,7 @@ def describe_model(run: Run) -> Json:
         "budget_asked": run.settings.budget,
         "budget_reached": (total - costs.linear_weights(shape, after)) / total,
         "head_size": pair(shape.head_dim, run.size.qk),
+        "value_head_size": pair(shape.head_dim, run.size.ov),
         "mlp_width": pair(shape.intermediate_size, run.size.mlp),
         "parameters": pair(run.parameters, run.kept_parameters),
         "bytes": pair(run.parameters * item, run.kept_parameters * item),

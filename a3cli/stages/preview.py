@@ -12,7 +12,7 @@ from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.settings import CalibrateSettings, Settings
 from a3cli.stages.calibrate import for_source
 from a3cli.stages.calibration_folder import comparable, describe_request, known_text, recorded_calibration
-from a3cli.stages.context import check_settings
+from a3cli.stages.context import calibrated_family, known_family, resolve_settings
 from a3cli.stages.evaluate import for_models
 from a3cli.stages.recipe import Recipe
 from a3cli.stages.run import is_asked_for, kept_evaluation, kept_verification
@@ -59,7 +59,7 @@ def preview(recipe: Recipe, *, overwrite: bool) -> Preview:
 
     Raises A3Error for settings that contradict each other, and for manifests that are damaged.
     """
-    check_settings(recipe.solve)
+    resolve_settings(recipe.solve, known_family(recipe.calibrate.model, recipe.calibrate.revision))
     work = Work(recipe.work, recipe.solve.name)
     asked = {"calibrate", "solve", "export", *(["verify"] if recipe.verify else [])}
     if recipe.evaluation is not None:
@@ -122,7 +122,8 @@ def state_of_solution(recipe: Recipe, work: Work) -> tuple[State, SolutionManife
         return (State("unfinished") if begun else TO_DO), None
     solution = SolutionManifest.read(work.solution_manifest, AGAIN)
     calibration = CalibrationManifest.read(work.calibration_manifest, AGAIN)
-    recorded, wanted = solution.request.plain(), describe_solution(recipe.solve, calibration)
+    settings = resolve_settings(recipe.solve, calibrated_family(work))
+    recorded, wanted = solution.request.plain(), describe_solution(settings, calibration)
     if recorded != wanted:
         return State("other settings", differs(recorded, wanted, "settings")), None
     return State("finished"), solution

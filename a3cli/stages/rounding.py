@@ -1,9 +1,10 @@
 """Warn if rounding sizes to multiples removes far more than a budget asks for, and name multiples that do not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from functools import partial
+from itertools import compress
 
 from a3cli.errors import A3Error
 from a3cli.models import costs
@@ -12,7 +13,7 @@ from a3cli.models.families import LayerSizes, ModelShape
 from a3cli.models.model import read_stock, recorded_source
 from a3cli.report.figures import asked, percent
 from a3cli.report.long_range import solution_warnings
-from a3cli.settings import PlanSettings, SolveSettings
+from a3cli.settings import Component, PlanSettings, SolveSettings
 from a3cli.solvers.allocate import sizes
 from a3cli.stages.sizes import removed_weights
 from a3cli.work.folder import Work
@@ -33,14 +34,21 @@ def rounding_warnings(solution: Solution, find_shape: Callable[[], ModelShape | 
     settings = solution.request.settings
     overshot = [each for each in budgets_of(solution) if overshoots(*each[1:])]
     shape = find_shape() if overshot else None
+    cuts = cuts_of(settings.cut)
     if not overshot or shape is None:
-        return [describe(*each, settings, "lower these multiples") for each in overshot]
-    cuts = bool({"qk", "ov"} & set(settings.components)), "mlp" in settings.components
+        return [describe(*each, settings, cuts, "lower these multiples") for each in overshot]
     remedy = suggest(settings, cuts, partial(stays_near, settings, shape))
-    return [describe(*each, settings, remedy) for each in overshot]
+    return [describe(*each, settings, cuts, remedy) for each in overshot]
 
 
-def planned_warnings(settings: PlanSettings, shape: ModelShape, size: LayerSizes) -> list[str]:
+def cuts_of(components: Sequence[Component]) -> tuple[bool, bool]:
+    """Return whether heads and whether the MLP are cut."""
+    return bool({"qk", "ov"} & set(components)), "mlp" in components
+
+
+def planned_warnings(
+    settings: PlanSettings, shape: ModelShape, size: LayerSizes, components: Sequence[Component]
+) -> list[str]:
     """Return a warning if a plan's sizes overshoot the budget. Layers with sizes of their own come nearer to it."""
 
     def removed(planned: LayerSizes | None) -> float:
@@ -48,13 +56,16 @@ def planned_warnings(settings: PlanSettings, shape: ModelShape, size: LayerSizes
         return 1 - costs.linear_weights(shape, [planned]) / total if planned else 1.0
 
     def near(head: int, mlp: int) -> bool:
-        planned = costs.uniform_sizes(shape, settings.budget, head_multiple=head, mlp_multiple=mlp)
+        planned = costs.uniform_sizes(
+            shape, settings.budget, components=components, head_multiple=head, mlp_multiple=mlp
+        )
         return not overshoots(settings.budget, removed(planned))
 
     if settings.shape == "per-layer" or not overshoots(settings.budget, removed(size)):
         return []
-    remedy = suggest(settings, (True, True), near)
-    return [describe("--budget", settings.budget, removed(size), settings, remedy)]
+    cuts = cuts_of(components)
+    remedy = suggest(settings, cuts, near)
+    return [describe("--budget", settings.budget, removed(size), settings, cuts, remedy)]
 
 
 def budgets_of(solution: Solution) -> Iterator[tuple[str, float, float]]:
@@ -76,10 +87,18 @@ def overshoots(budget: float, reached: float) -> bool:
     return 0 < budget < reached / (1 + EXCESS)
 
 
-def describe(option: str, budget: float, reached: float, settings: SolveSettings | PlanSettings, remedy: str) -> str:
+def describe(
+    option: str,
+    budget: float,
+    reached: float,
+    settings: SolveSettings | PlanSettings,
+    cuts: tuple[bool, bool],
+    remedy: str,
+) -> str:
+    multiples = (f"--head-multiple {settings.head_multiple}", f"--mlp-multiple {settings.mlp_multiple}")
     return (
         f"{option}: {asked(budget)} were asked for, {percent(reached, 1)} are removed, since sizes are rounded to "
-        f"--head-multiple {settings.head_multiple} and --mlp-multiple {settings.mlp_multiple}; {remedy}"
+        f"{' and '.join(compress(multiples, cuts))}; {remedy}"
     )
 
 
@@ -95,7 +114,7 @@ def suggest(settings: SolveSettings | PlanSettings, cuts: tuple[bool, bool], nea
     tried += [(one, other) for one in heads for other in widths]
     found = next((each for each in tried if near(*each)), None)
     if found is None:
-        tried_to = f"{HEAD_MULTIPLES[-1]} (heads) and {MLP_MULTIPLES[-1]} (MLP)"
+        tried_to = " and ".join(compress((f"{HEAD_MULTIPLES[-1]} (heads)", f"{MLP_MULTIPLES[-1]} (MLP)"), cuts))
         finer = "; --shape per-layer has finer steps" if settings.shape == "stock" else ""
         return f"no multiple down to {tried_to} comes within a tenth of the budget{finer}"
     options = [f"--head-multiple {found[0]}"] * (found[0] < head) + [f"--mlp-multiple {found[1]}"] * (found[1] < mlp)
@@ -110,9 +129,9 @@ def stays_near(settings: SolveSettings, shape: ModelShape, head_multiple: int, m
     if settings.shape == "per-layer":
         return steps_are_small(settings, shape, head_multiple, mlp_multiple)
     heads, widths = [shape.head_dim], [shape.intermediate_size]
-    if {"qk", "ov"} & set(settings.components):
+    if {"qk", "ov"} & set(settings.cut):
         heads = sizes(shape.head_dim, head_multiple, least=settings.min_head)
-    if "mlp" in settings.components:
+    if "mlp" in settings.cut:
         widths = sizes(shape.intermediate_size, mlp_multiple, least=settings.min_mlp)
     parts = ((heads, settings.attention_budget), (widths, settings.mlp_budget))
     if any(budget is not None and not has_size_near(choices, budget) for choices, budget in parts):
@@ -137,7 +156,7 @@ def steps_are_small(settings: SolveSettings, shape: ModelShape, head_multiple: i
     head, width = max(0, shape.head_dim - head_multiple), max(0, shape.intermediate_size - mlp_multiple)
     attention = min(removed_weights(shape, qk=head), removed_weights(shape, ov=head))
     mlp = removed_weights(shape, mlp=width)
-    cut = [attention] * bool({"qk", "ov"} & set(settings.components)) + [mlp] * ("mlp" in settings.components)
+    cut = [attention] * bool({"qk", "ov"} & set(settings.cut)) + [mlp] * ("mlp" in settings.cut)
     weights = costs.attention_weights(shape, shape.sizes), costs.mlp_weights(shape, shape.sizes)
     budgets = (
         (settings.attention_budget, attention, weights[0]),

@@ -16,7 +16,7 @@ from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.settings.options import command_words
 from a3cli.stages.calibrate import calibrate
-from a3cli.stages.context import check_settings
+from a3cli.stages.context import known_family, resolve_settings
 from a3cli.stages.evaluate import evaluate, for_models
 from a3cli.stages.export import export
 from a3cli.stages.recipe import Recipe
@@ -72,7 +72,7 @@ def run_recipe(
     Raises A3Error if a stage does, and before the first one for settings that contradict each other; raises Interrupted
     at the end of the step in which `stop` was set off.
     """
-    check_settings(recipe.solve)
+    resolve_settings(recipe.solve, known_family(recipe.calibrate.model, recipe.calibrate.revision))
     work = Work(recipe.work, recipe.solve.name)
     before = when_written(recipe, work)
     log.info("calibrate")

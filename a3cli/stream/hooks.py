@@ -24,7 +24,10 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Itera
 
     handles = [
         layer.register_forward_pre_hook(listener.begin, with_kwargs=True),
-        *(submodule(role).register_forward_hook(partial(listener.add_heads, role)) for role in listener.HEADS),
+        *(
+            layer.get_submodule(family.heads(role)).register_forward_hook(partial(listener.add_heads, role))
+            for role in listener.HEADS
+        ),
         submodule("o").register_forward_pre_hook(listener.add_attention),
         # The MLP's norm reads the stream after attention; the layer returns the stream after the MLP.
         submodule("mlp_norm").register_forward_pre_hook(listener.add_stream_after_attention),
@@ -51,9 +54,9 @@ class _Listener:
     def begin(self, _layer: nn.Module, _args: Any, kwargs: Arguments) -> None:
         self._called_with.update(kwargs)
 
-    def add_heads(self, role: Role, _linear: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        self._heads[role] = output
-        self._moments.add_heads(role, output)
+    def add_heads(self, role: Role, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        self._heads[role] = heads = output.flatten(2)  # a norm returns each head by itself
+        self._moments.add_heads(role, heads)
 
     def add_attention(self, _output_projection: nn.Module, args: tuple[torch.Tensor]) -> None:
         self._moments.add_attention_output(args[0])
