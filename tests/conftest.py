@@ -26,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
@@ -65,6 +67,7 @@ LONGROPE = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+NO_ROPE = {"no_rope_layer_interval": 2, "pad_token_id": None}  # every second layer has no RoPE
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 # name → (config class, model class, differences from the common sizes)
@@ -101,6 +104,16 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen3Config,
         Qwen3ForCausalLM,
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},  # from the second layer on
+    ),
+    "smollm3-bias": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        NO_ROPE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN},
+    ),
+    "smollm3-window": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        NO_ROPE | {"use_sliding_window": True, "sliding_window": 24},  # where there is no RoPE
     ),
     "starcoder2-gqa": (Starcoder2Config, Starcoder2ForCausalLM, {}),
     "starcoder2-window": (

@@ -15,9 +15,9 @@ from a3cli.stream.decoder import Arguments, hidden_states_of
 
 
 @contextmanager
-def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Iterator[None]:
-    """Hook the roles of one layer so that every forward adds to its moments."""
-    listener = _Listener(moments)
+def moments_of(layer: nn.Module, family: Family, moments: LayerMoments, *, rotates: bool = True) -> Iterator[None]:
+    """Hook the roles of one layer so that every forward adds to its moments; `rotates` says whether it has RoPE."""
+    listener = _Listener(moments, rotates=rotates)
 
     def submodule(role: Role) -> nn.Module:
         return layer.get_submodule(family.module(role))
@@ -46,8 +46,8 @@ class _Listener:
 
     HEADS: tuple[Role, ...] = ("q", "k", "v")
 
-    def __init__(self, moments: LayerMoments) -> None:
-        self._moments = moments
+    def __init__(self, moments: LayerMoments, *, rotates: bool) -> None:
+        self._moments, self._rotates = moments, rotates
         self._heads: Tensors = {}
         self._called_with: Arguments = {}
 
@@ -61,6 +61,8 @@ class _Listener:
     def add_attention(self, _output_projection: nn.Module, args: tuple[torch.Tensor]) -> None:
         self._moments.add_attention_output(args[0])
         if (rotation := self._called_with.get("position_embeddings")) is not None:
+            if not self._rotates:  # models give every layer the rotation
+                rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
             self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
         self._heads.clear()  # before the MLP, which needs the memory
 

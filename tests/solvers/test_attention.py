@@ -254,6 +254,7 @@ def test_queries_that_are_kept(length, kept):
         "nemotron-gqa",
         "granite-gqa",
         "qwen3-window",
+        "smollm3-window",
     ],
 )
 def test_samples_are_the_models_own(name, a3, checkpoint, text_file, tmp_path):
@@ -328,7 +329,7 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
     assert predicted["refined"] < predicted["closed_form"]
 
 
-@pytest.mark.parametrize("name", ["llama-yarn", "qwen3-bias", "qwen3-window"])
+@pytest.mark.parametrize("name", ["llama-yarn", "qwen3-bias", "qwen3-window", "smollm3-bias"])
 def test_energy_of_attention_is_that_of_the_models_own(name, a3, checkpoint, text_file, tmp_path):
     """Compare it with attention that weighs all visible keys alike, on the validation blocks."""
     from transformers import AutoModelForCausalLM

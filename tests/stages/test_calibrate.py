@@ -85,7 +85,16 @@ def test_fewer_tokens_than_channels_are_solved_or_refused_in_one_line(a3, checkp
 
 @pytest.mark.parametrize(
     "name",
-    ["llama-gqa", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa", "qwen3-window"],
+    [
+        "llama-gqa",
+        "llama-yarn",
+        "mistral-gqa",
+        "starcoder2-gqa",
+        "nemotron-gqa",
+        "granite-gqa",
+        "qwen3-window",
+        "smollm3-bias",
+    ],
 )
 def test_attention_mass_is_that_of_the_models_own_attention(name, a3, checkpoint, text_file, tmp_path):
     from transformers import AutoModelForCausalLM

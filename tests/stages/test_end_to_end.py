@@ -191,7 +191,9 @@ def test_a_configuration_without_head_dim(name, options, a3, checkpoint, text_fi
     assert torch.equal(*(logits(model) for model in models))
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-longrope", "starcoder2-gqa", "nemotron-gqa", "qwen3-window"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "llama-longrope", "starcoder2-gqa", "nemotron-gqa", "qwen3-window", "smollm3-window"]
+)
 def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file, tmp_path):
     out = run_chain(
         a3, checkpoint(name), text_file, tmp_path, "--budget", 0.25, "--head-multiple", 2, "--mlp-multiple", 8
@@ -205,7 +207,9 @@ def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file,
     assert texts[0].tolist() == texts[1].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-bias", "llama-yarn", "starcoder2-gqa", "nemotron-gqa", "qwen3-bias"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa-bias", "llama-yarn", "starcoder2-gqa", "nemotron-gqa", "qwen3-bias", "smollm3-bias"]
+)
 def test_budget_zero_keeps_every_byte(name, a3, checkpoint, text_file, tmp_path):
     source = checkpoint(name)
     out = run_chain(a3, source, text_file, tmp_path, "--budget", 0)

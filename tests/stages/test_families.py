@@ -238,3 +238,30 @@ def test_pareto_compares_what_a_norm_on_heads_allows(a3, work_of_qwen3):
     assert reached == {"best, per-layer"}
     assert all(size["qk"] == 16 for point in points if "error" not in point for size in point["sizes"])
     assert all(STOCK_TOO in point["error"] for point in points if "error" in point)
+
+
+# Layers without RoPE
+
+
+@pytest.mark.parametrize("name", ["smollm3-bias", "smollm3-window"])
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+def test_heads_keep_their_size_where_some_layers_have_no_rope(name, shape, a3, checkpoint, text_file, tmp_path):
+    work, out = ("--work", tmp_path / "work"), tmp_path / "out"
+    assert a3("calibrate", checkpoint(name), "--dataset", text_file, *SHORT, *work).code == 0
+    solved = a3(*SOLVE, "--shape", shape, *work, "--json").json
+    assert {size["qk"] for size in solved["sizes"]} == {16}
+    assert ({size["ov"] for size in solved["sizes"]} == {16}) == (shape == "stock")
+    assert a3("export", out, *work).code == 0
+    verified = a3("verify", out, *work, "--require-reference", "--trust-remote-code", "--quiet")
+    assert verified.code == 0, verified
+    why = "some layers have no RoPE, so query and key heads keep their size"
+    refused(a3(*SOLVE, "--components", "qk", "--shape", "per-layer", "--overwrite", *work), "'smollm3'", why)
+
+
+@pytest.mark.parametrize("said", [[1], "1,0", 1])
+def test_layers_without_rope_that_are_not_named_one_by_one(said, a3, checkpoint, text_file, tmp_path):
+    folder = shutil.copytree(checkpoint("smollm3-bias"), tmp_path / "source")
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "no_rope_layers": said}))
+    outcome = a3("calibrate", folder, "--dataset", text_file, "--work", tmp_path / "work")
+    refused(outcome, "config.json", "no_rope_layers")

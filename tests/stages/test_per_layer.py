@@ -206,10 +206,10 @@ class LiteralAttention(torch.nn.Module):
         stock, length, heads = self.stock, len(row), 4
         group = stock.num_key_value_groups
         time = torch.arange(length)
-        turn = torch.polar(
-            torch.full((length, len(self.slots)), float(self.factor), dtype=torch.float64),
-            time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64),
-        )
+        angles = time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64)
+        turn = torch.polar(torch.full_like(angles, float(self.factor)), angles)
+        if not getattr(stock, "use_rope", True):
+            turn = torch.ones_like(turn)
         scale = getattr(stock.config, "attention_multiplier", 1 / 4)
         seen = time[:, None] >= time
         # In model types whose layers have different windows, each layer stores its own.
@@ -316,6 +316,7 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
         "starcoder2-window",
         "nemotron-gqa",
         "qwen3-window",
+        "smollm3-window",
     ],
 )
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):

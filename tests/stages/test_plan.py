@@ -164,12 +164,26 @@ def test_what_a_plan_says_of_heads_that_stay_whole(a3, config):
     assert found["components"] == ["mlp"]
 
 
+def test_published_smollm3(a3, config):
+    """Every fourth layer has no RoPE; config.json does not say the head size."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+    more = {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 5e6, "max_position_embeddings": 65536}
+    found = a3("plan", config(model_type="smollm3", no_rope_layers=[1, 1, 1, 0] * 9, **sizes, **more), "--json").json
+    assert found["parameters"]["before"] == 3_075_098_624  # the figure on its model card
+    assert found["components"] == ["mlp"]
+    assert found["head_size"] == {"before": 128, "after": 128}
+    assert "some layers have no RoPE" in found["whole_heads"]
+    assert 0.25 <= found["budget_reached"] < 0.26
+
+
 def test_a_mixture_of_qwen3_experts_is_refused(a3, config):
     """The sizes of Qwen3-30B-A3B."""
     sizes = qwen3_config(2048, 6144, 48, 32, tied=False)
     experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
     folder = config(**{**sizes, **experts, "model_type": "qwen3_moe", "num_key_value_heads": 4})
-    refused(a3("plan", folder), "'qwen3_moe' is not supported", "qwen2, qwen3, starcoder2", "docs/add-a-family.md")
+    refused(
+        a3("plan", folder), "'qwen3_moe' is not supported", "qwen2, qwen3, smollm3, starcoder2", "docs/add-a-family.md"
+    )
 
 
 @pytest.mark.parametrize("name", ["nemotron-gqa", "nemotron-mha-bias"])

@@ -76,6 +76,7 @@ def zero_pairs(model: Any, layer: int, statistics: dict[str, torch.Tensor], rank
         "nemotron-gqa",
         "granite-gqa",
         "qwen3-gqa",
+        "smollm3-window",
     ],
 )
 def test_probes_equal_the_zeroed_stock_model(a3, calibrated, name):

@@ -86,6 +86,7 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
         "nemotron-gqa",
         "granite-gqa",
         "qwen3-bias",
+        "smollm3-bias",
     ],
 )
 def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):

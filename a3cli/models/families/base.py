@@ -60,6 +60,7 @@ class Family:
     softmax_scale: str | None = None  # the config entry of the softmax scale; None: head_dim ** -0.5
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
+    rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
     carried: tuple[str, ...] = ()  # prefixes of tensors that the stock class does not know, copied as they are
@@ -82,7 +83,9 @@ class Family:
     @property
     def whole_heads(self) -> str | None:
         """Return why query and key heads must keep their size; None if they may be smaller."""
-        return "a norm follows each query and key head, so these keep their size" if self.head_norms else None
+        if self.head_norms:
+            return "a norm follows each query and key head, so these keep their size"
+        return "some layers have no RoPE, so query and key heads keep their size" if self.rotating_layers else None
 
     def compressible(self, shape: str) -> tuple[Component, ...]:
         """Return the components that can be made smaller in an export of this shape, "stock" or "per-layer".
@@ -183,6 +186,7 @@ class ModelShape:
     passed_dims: int = 0  # dims of a query or key head that RoPE does not rotate
     fixed_scale: float | None = None  # softmax scale that does not depend on the head size
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
+    still_layers: tuple[int, ...] = ()  # layers without RoPE
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
