@@ -12,11 +12,11 @@ from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.settings import CalibrateSettings, Settings
 from a3cli.stages.calibrate import for_source
 from a3cli.stages.calibration_folder import comparable, describe_request, known_text, recorded_calibration
-from a3cli.stages.context import check_settings
+from a3cli.stages.context import calibrated_family, resolve_settings
 from a3cli.stages.evaluate import for_models
 from a3cli.stages.publish import kept_push
 from a3cli.stages.recipe import Recipe
-from a3cli.stages.run import check_outputs, is_asked_for, is_reported, kept_evaluation, kept_verification
+from a3cli.stages.run import check_each, check_outputs, is_asked_for, is_reported, kept_evaluation, kept_verification
 from a3cli.stages.solve import describe_request as describe_solution
 from a3cli.work.files import Json
 from a3cli.work.folder import Work
@@ -86,8 +86,7 @@ def preview(recipe: Recipe, *, overwrite: bool) -> Preview:
     """
     check_outputs(recipe)
     every = recipe.each()
-    for each in every:
-        check_settings(each.solve)
+    check_each(every)
     return Preview(recipe, [(each, states_of(each, overwrite=overwrite)) for each in every])
 
 
@@ -160,7 +159,8 @@ def state_of_solution(recipe: Recipe, work: Work) -> tuple[State, SolutionManife
         return (State("unfinished") if begun else TO_DO), None
     solution = SolutionManifest.read(work.solution_manifest, AGAIN)
     calibration = CalibrationManifest.read(work.calibration_manifest, AGAIN)
-    recorded, wanted = solution.request.plain(), describe_solution(recipe.solve, calibration)
+    settings = resolve_settings(recipe.solve, calibrated_family(work))
+    recorded, wanted = solution.request.plain(), describe_solution(settings, calibration)
     if recorded != wanted:
         return State("other settings", differs(recorded, wanted, "settings")), None
     return State("finished"), solution

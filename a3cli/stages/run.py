@@ -22,7 +22,7 @@ from a3cli.settings.options import command_words
 from a3cli.settings.report import ReportSettings
 from a3cli.settings.texts import mixture_options
 from a3cli.stages.calibrate import calibrate
-from a3cli.stages.context import check_settings
+from a3cli.stages.context import known_family, resolve_settings
 from a3cli.stages.evaluate import evaluate, for_models
 from a3cli.stages.export import export
 from a3cli.stages.publish import Pushed, Repository, keep_push, kept_push, open_repository, push
@@ -79,8 +79,7 @@ def run_recipe(
     """
     running, every = Running(overwrite, progress, stop, quiet), recipe.each()
     check_outputs(recipe)
-    for each in every:
-        check_settings(each.solve)
+    check_each(every)
     before = [when_written(each) for each in every]
     repositories = [None if pushed_before(each, running) else open_repository(each.export) for each in every]
     with running.stage("calibrate") as report:
@@ -93,6 +92,17 @@ def run_recipe(
     ]
     unchanged = before == [when_written(each) for each in every]
     return RunResults(calibration, found, recipe.several, finished_before=unchanged)
+
+
+def check_each(every: list[Recipe]) -> None:
+    """Check the solution's settings of each recipe. Raises A3Error if they contradict each other or the model's family.
+
+    The family is known if the model's config.json is on this machine.
+    """
+    source = every[0].calibrate
+    family = known_family(source.model, source.revision)
+    for each in every:
+        resolve_settings(each.solve, family)
 
 
 def check_outputs(recipe: Recipe) -> None:

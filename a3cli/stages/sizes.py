@@ -7,7 +7,7 @@ from functools import lru_cache
 from a3cli.errors import A3Error
 from a3cli.methods import Curves
 from a3cli.models import costs, uniform
-from a3cli.models.families import LayerSizes, ModelShape
+from a3cli.models.families import Family, LayerSizes, ModelShape
 from a3cli.report.figures import human_bytes
 from a3cli.settings import COMPONENTS, Component, PlanSettings, SolveSettings
 from a3cli.solvers.allocate import Choice, allocate, allocate_jointly
@@ -77,18 +77,20 @@ def describe_size(settings: SolveSettings | PlanSettings, removed: int, stored: 
     return f"{human_bytes(left)} ({left:,} bytes)"
 
 
-def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves], stored: Stored) -> list[LayerSizes]:
+def choose_sizes(
+    settings: SolveSettings, shape: ModelShape, curves: list[Curves], stored: Stored, family: Family
+) -> list[LayerSizes]:
     """Return each layer's sizes for the budgets. Raises A3Error if rounding or components do not allow them."""
     need = find_need(settings, shape, stored)
     heads, mlp = find_items(settings, shape, curves, costs.linear_weights)
-    heads = keep_to_budget(heads, settings.attention_budget, costs.attention_weights, shape, settings)
-    mlp = keep_to_budget(mlp, settings.mlp_budget, costs.mlp_weights, shape, settings)
+    heads = keep_to_budget(heads, settings.attention_budget, costs.attention_weights, shape, settings, family)
+    mlp = keep_to_budget(mlp, settings.mlp_budget, costs.mlp_weights, shape, settings, family)
     if need.whole is None and need.cached is not None and settings.mlp_budget is None:
         mlp = [[max(item, key=lambda choice: choice.size)] for item in mlp]
     if need.count is not costs.linear_weights:
         counted = find_items(settings, shape, curves, need.count)
         heads, mlp = recount(heads, counted[0]), recount(mlp, counted[1])
-    check_reach(settings, need, shape, stored, [*heads, *mlp])
+    check_reach(settings, need, shape, stored, [*heads, *mlp], family)
     if need.cached is None:
         chosen = allocate([*heads, *mlp], need.whole or 0)
         return as_sizes(settings, shape, chosen[: len(heads)], chosen[len(heads) :])
@@ -98,9 +100,9 @@ def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves
 
 
 def planned_size(
-    settings: PlanSettings, shape: ModelShape, stored: Stored, head_multiple: int, mlp_multiple: int
+    settings: PlanSettings, shape: ModelShape, stored: Stored, family: Family, head_multiple: int, mlp_multiple: int
 ) -> LayerSizes | None:
-    """Return sizes for all layers that meet the budgets and cut attention and MLP alike, or None if none do.
+    """Return sizes for all layers that meet the budgets and cut what the family allows alike, or None if none do.
 
     With a budget of the KV cache alone the MLP keeps its width.
     """
@@ -111,6 +113,7 @@ def planned_size(
         need.count,
         head_multiple=head_multiple,
         mlp_multiple=mlp_multiple,
+        components=family.compressible(settings.shape),
         kv_budget=settings.kv_budget or 0.0,
     )
 
@@ -120,12 +123,13 @@ def check_budgets(
     shape: ModelShape,
     allowed: Mapping[Component, Sequence[int]],
     stored: Stored,
+    family: Family,
 ) -> None:
     """Raise A3Error for budgets that no choice of the `allowed` sizes meets, whatever the losses are."""
     need = find_need(settings, shape, stored)
     curves: list[Curves] = [{c: dict.fromkeys(sizes, 0.0) for c, sizes in allowed.items()}] * shape.layers
     heads, mlp = find_items(settings, shape, curves, need.count)
-    check_reach(settings, need, shape, stored, [*heads, *mlp])
+    check_reach(settings, need, shape, stored, [*heads, *mlp], family)
 
 
 def as_sizes(
@@ -192,7 +196,7 @@ def recount(kept: Items, counted: Items) -> Items:
 
 
 def keep_to_budget(
-    items: Items, budget: float | None, count: uniform.Count, shape: ModelShape, settings: SolveSettings
+    items: Items, budget: float | None, count: uniform.Count, shape: ModelShape, settings: SolveSettings, family: Family
 ) -> Items:
     """Restrict the choices of attention or the MLP to those that its own budget selects."""
     if budget is None:
@@ -203,9 +207,10 @@ def keep_to_budget(
     except ValueError:
         attention = count is costs.attention_weights
         name, multiple = ("attention", settings.head_multiple) if attention else ("MLP", settings.mlp_multiple)
+        why = in_brackets(family.why_whole(settings.shape)) if attention else ""
         raise A3Error(
             f"{name} budget {budget} cannot be reached: multiples of {multiple} remove at most "
-            f"{most_of(items) / weights:.4f}; lower the budget, the multiple or the least size"
+            f"{most_of(items) / weights:.4f}{why}; lower the budget, the multiple or the least size"
         ) from None
 
 
@@ -214,29 +219,53 @@ def most_of(items: Items) -> int:
 
 
 def check_reach(
-    settings: SolveSettings | PlanSettings, need: Need, shape: ModelShape, stored: Stored, items: Items
+    settings: SolveSettings | PlanSettings, need: Need, shape: ModelShape, stored: Stored, items: Items, family: Family
 ) -> None:
     """Raise A3Error naming each budget that is missed even if everything is removed that may be."""
-    problems, components, least = [], ",".join(COMPONENTS), ""
-    if isinstance(settings, SolveSettings):
-        components, least = ",".join(settings.components), ", or the least sizes (--min-head, --min-mlp)"
+    problems, cut = [], cut_of(settings, family)
+    why = family.why_whole(settings.shape)
+    because, other = in_brackets(why), ", or use --shape per-layer" if why and settings.shape == "stock" else ""
     cached = sum(max(choice.cached for choice in item) for item in items)
     if need.cached is not None and cached < need.cached:
         total = costs.kv_bytes_per_token(shape, shape.sizes, 1)
+        heads: list[Component] = [component for component in cut if component != "mlp"]
         problems.append(
-            f"--kv-budget {settings.kv_budget} cannot be reached: {components} with head multiple "
-            f"{settings.head_multiple} remove at most {cached / total:.4f} of the KV cache; lower --kv-budget or "
-            f"--head-multiple{least}"
+            f"--kv-budget {settings.kv_budget} cannot be reached: {','.join(heads)} with "
+            f"{multiples_of(settings, heads)} remove at most {cached / total:.4f} of the KV cache{because}; lower "
+            f"--kv-budget or --head-multiple{least_sizes(settings, heads)}{other}"
         )
     if need.whole is not None and most_of(items) < need.whole:
-        multiples = f"head multiple {settings.head_multiple} and MLP multiple {settings.mlp_multiple}"
         share = most_of(items) / costs.linear_weights(shape, shape.sizes)
         reach, advice = f"remove at most {share:.4f}", "lower the budget or"
         if settings.budget is None:
             reach, advice = f"leave at least {describe_size(settings, most_of(items), stored)}", "give more, or lower"
         problems.append(
-            f"{describe_target(settings)} cannot be reached: {components} with {multiples} {reach}; {advice} "
-            f"the multiples{least}"
+            f"{describe_target(settings)} cannot be reached: {','.join(cut)} with {multiples_of(settings, cut)} "
+            f"{reach}{because}; {advice} the multiples{least_sizes(settings, cut)}{other}"
         )
     if problems:
         raise A3Error("; ".join(problems))
+
+
+def cut_of(settings: SolveSettings | PlanSettings, family: Family) -> Sequence[Component]:
+    """Return the components that may be cut: in a plan all that the family allows."""
+    return settings.cut if isinstance(settings, SolveSettings) else family.compressible(settings.shape)
+
+
+def multiples_of(settings: SolveSettings | PlanSettings, cut: Sequence[Component]) -> str:
+    """Return the multiples to which the sizes of these components are rounded, for a message."""
+    heads = [f"head multiple {settings.head_multiple}"] if {"qk", "ov"} & {*cut} else []
+    mlp = [f"MLP multiple {settings.mlp_multiple}"] if "mlp" in cut else []
+    return " and ".join(heads + mlp)
+
+
+def least_sizes(settings: SolveSettings | PlanSettings, cut: Sequence[Component]) -> str:
+    """Return the advice to lower the least sizes of these components; none for a plan, which does not have them."""
+    if not isinstance(settings, SolveSettings):
+        return ""
+    options = ["--min-head"] * bool({"qk", "ov"} & {*cut}) + ["--min-mlp"] * ("mlp" in cut)
+    return f", or the least sizes ({', '.join(options)})"
+
+
+def in_brackets(why: str | None) -> str:
+    return f" ({why})" if why else ""

@@ -28,7 +28,13 @@ class Whole:
 
 
 @pytest.mark.parametrize("how", [(), ("--shape", "per-layer"), ("--method", "paper"), ("--sequential",)])
-@pytest.mark.parametrize("name", ["llama-gqa", pytest.param("nemotron-mha-bias", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-gqa",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("nemotron-mha-bias", "qwen3-gqa", "smollm3-bias")),
+    ],
+)
 def test_it_equals_whole_models_on_those_blocks(name, how, a3, checkpoint, text_file, tmp_path):
     source, work, out = checkpoint(name), tmp_path / "work", tmp_path / "out"
     assert a3("calibrate", source, "--dataset", text_file, *SHORT, "--work", work).code == 0

@@ -1,5 +1,6 @@
 """The KV cache that is predicted is the one that transformers holds; and how many sequences fit beside the weights."""
 
+import itertools
 import re
 
 import pytest
@@ -27,8 +28,13 @@ def measured_cache(folder, length: int) -> int:
     return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values)) // 2
 
 
-@pytest.mark.parametrize("shape", ["stock", "per-layer"])
-@pytest.mark.parametrize("name", ["llama-gqa", "nemotron-mha-bias", "mistral-gqa", "qwen2-window"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *itertools.product(["llama-gqa", "nemotron-mha-bias", "mistral-gqa", "qwen2-window"], ["stock", "per-layer"]),
+        *itertools.product(["qwen3-window", "smollm3-window"], ["per-layer"]),  # values alone get smaller
+    ],
+)
 def test_the_cache_has_the_bytes_that_were_predicted(name, shape, a3, checkpoint, text_file, tmp_path):
     """Also in layers with a sliding window of 24 tokens; for 40 % of the cache, at the full context."""
     source, place = checkpoint(name), ("--work", tmp_path / "work")

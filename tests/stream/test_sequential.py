@@ -77,7 +77,17 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
 @pytest.mark.parametrize("shape", ["stock", "per-layer"])
 @pytest.mark.parametrize(
     "name",
-    ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "llama-longrope", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"],
+    [
+        "llama-gqa",
+        "llama-gqa-bias",
+        "mistral-gqa",
+        "llama-longrope",
+        "starcoder2-gqa",
+        "nemotron-gqa",
+        "granite-gqa",
+        "qwen3-bias",
+        "smollm3-bias",
+    ],
 )
 def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):
     source = checkpoint(name)
@@ -114,7 +124,10 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
         "llama-gqa-bias",
         "mistral-gqa",
         "starcoder2-gqa",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("starcoder2-window", "nemotron-gqa", "granite-gqa")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("starcoder2-window", "nemotron-gqa", "granite-gqa", "qwen3-gqa")
+        ),
     ],
 )
 def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
