@@ -16,9 +16,9 @@ export TOKENIZERS_PARALLELISM = true
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
-# Three at a time for two cores, one thread each: tests are mostly small models, and some wait for their own processes.
+# Four at a time for two cores, one thread each: tests are mostly small models, and some wait for their own processes.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow

@@ -19,6 +19,10 @@ wanda_structured  |W| ‖x‖ (Wanda, arXiv 2306.11695) summed over structures, 
 magnitude         The same structures by the norm of their weights.
 
 `modegpt_mlp`, `wanda_mlp` and `magnitude_mlp` remove everything from the MLP and leave attention unchanged.
+
+`per_head_svd` makes only the KV cache smaller, in the form of Palu (arXiv 2407.21118, its M-LRD): each head's key and
+value projection is of low rank, and the cache holds `r` numbers in place of the `h` of a value, and of a key before
+RoPE. Every step computes the keys of all cached tokens from them. Palu's choice of ranks per layer is omitted.
 """
 
 import copy
@@ -205,6 +209,19 @@ def factor_ranks(shape: ModelShape, target: float) -> tuple[dict[str, int], int]
             ranks[role] += 1
             stored += price[role]
     return ranks, stored
+
+
+@torch.no_grad()
+def per_head_svd(calibration: Calibration, rank: int, *, whitened: bool) -> Any:
+    """Return the model with keys and values of this rank in each head; `whitened` by the input's second moments."""
+    model, h = copy.deepcopy(calibration.model), calibration.shape.head_dim
+    for layer, grams in zip(model.model.layers, calibration.grams, strict=True):
+        for role in ("k", "v"):
+            heads = weight_of(layer, role).split(h)
+            gram = grams[INPUT_OF[role]]
+            smaller = [truncate_whitened(W, gram, rank) if whitened else truncate(W, rank) for W in heads]
+            set_weight(layer, role, torch.cat(smaller))
+    return model
 
 
 # --- smaller heads and MLPs -----------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def test_the_examples_run(folder):
         r"\d+\.\d% of the decoder's linear weights removed",
         r"perplexity \d+\.\d \(source \d+\.\d\), KL \d+\.\d{3} nats",
         r"\{.*\}",
+        r"reading the calibration text: \d+ of 4096 tokens",
         r"layer 1 of 2: .*",
         r"layer 2 of 2: 512 of 512 tokens",
         r"solve\(\) has no setting 'budgett' \(did you mean 'budget'\?\); .*",

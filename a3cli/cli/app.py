@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from a3cli import __version__
-from a3cli.cli import display, next_command
+from a3cli.cli import display, next_command, runs
 from a3cli.cli.console import print_json, set_up_output, show
 from a3cli.cli.exits import ErrorsToExitCodes, report_bug
 from a3cli.cli.looking import looking
@@ -24,6 +24,7 @@ from a3cli.cli.options import (
     Output,
     Overwrite,
     Quiet,
+    SourceOption,
     WorkOption,
     check_output,
     option,
@@ -90,6 +91,7 @@ def calibrate(
 def solve(
     settings: SolveSettings,
     work: WorkOption = DEFAULT_WORK,
+    source: SourceOption = None,
     max_minutes: MaxMinutes = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -97,14 +99,18 @@ def solve(
 ) -> None:
     """Choose head and MLP sizes for a budget and compute each layer's projections."""
     set_up_output(quiet=quiet)
+    from a3cli.report.serving import serving_warnings
     from a3cli.stages.rounding import warnings_of
     from a3cli.stages.solve import solve as run
     from a3cli.work.interrupt import stopping
 
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
-        manifest = run(settings, open_work(work), overwrite=overwrite, progress=progress, stop=stop)
-    warnings = warnings_of(manifest, open_work(work))
-    print_json({**manifest.plain(), "warnings": warnings}) if as_json else display.print_solution(manifest, warnings)
+        manifest = run(settings, open_work(work, source), overwrite=overwrite, progress=progress, stop=stop)
+    warnings = [*warnings_of(manifest, open_work(work)), *serving_warnings(manifest, settings.memory)]
+    if as_json:
+        print_json(display.solution_json(manifest, warnings, settings.memory))
+    else:
+        display.print_solution(manifest, warnings, settings.memory)
     if not (as_json or quiet):
         next_command.after_solution(work, settings.name)
 
@@ -114,6 +120,7 @@ def solve(
 def pareto(
     settings: ParetoSettings,
     work: WorkOption = DEFAULT_WORK,
+    source: SourceOption = None,
     plot: Annotated[Path | None, option(panel=OUTPUT, help="Write a plot to this .png, .svg or .pdf file.")] = None,
     output: Output = None,
     max_minutes: MaxMinutes = None,
@@ -129,7 +136,7 @@ def pareto(
     check_output("--plot", plot, suffixes=(".png", ".svg", ".pdf"))
     check_output("--output", output)
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
-        result = run(settings, open_work(work), progress=progress, stop=stop)
+        result = run(settings, open_work(work, source), progress=progress, stop=stop)
     if plot:
         draw(result, plot)
     show(result, display.print_pareto, as_json=as_json, output=output)
@@ -141,20 +148,21 @@ def export(
     settings: ExportSettings,
     out: Annotated[Path, typer.Argument(help="Folder to write: empty or not there yet.")],
     work: WorkOption = DEFAULT_WORK,
+    source: SourceOption = None,
     max_minutes: MaxMinutes = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the smaller model as a standard checkpoint that stock loaders read."""
     set_up_output(quiet=quiet)
-    from a3cli.stages.export import export as run
+    from a3cli.stages.publish import export_and_push as run
     from a3cli.work.interrupt import stopping
 
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
-        manifest = run(out, settings, open_work(work), progress=progress, stop=stop)
-    print_json(manifest) if as_json else display.print_export(manifest, str(out))
+        exported = run(out, settings, open_work(work, source), progress=progress, stop=stop)
+    print_json(exported) if as_json else display.print_export(exported, str(out))
     if not (as_json or quiet):
-        next_command.after_export(out, manifest, work)
+        next_command.after_export(out, exported.manifest, work)
 
 
 @app.command(name="eval")
@@ -191,6 +199,7 @@ def verify(
     settings: VerifySettings,
     out: Annotated[Path, typer.Argument(help="Folder that a3 export wrote.")],
     work: WorkOption = DEFAULT_WORK,
+    source: SourceOption = None,
     junit: Junit = None,
     output: Output = None,
     as_json: AsJson = False,
@@ -205,7 +214,7 @@ def verify(
     check_output("--junit", junit)
     check_output("--output", output)
     with sweep_progress(quiet=quiet) as progress:
-        result = run(out, settings, open_work(work), progress=progress)
+        result = run(out, settings, open_work(work, source), progress=progress)
     if junit:
         write_junit(junit, "a3 verify", cases(result))
     show(result, display.print_verification, as_json=as_json, output=output)
@@ -242,18 +251,17 @@ def run(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run all stages of a recipe: calibrate, solve, export, verify, eval.
+    """Run all stages of a recipe: calibrate, solve, export, verify, eval, report.
+
+    With a list of budgets the later stages run for each of them, and a table compares them.
 
     Resumable: rerun the same command after a stop. A finished run is left as it is. The exit code is 1 if a gate of
     the recipe (fail_if) or a check of verify failed, also in a run that had finished before.
     """
     set_up_output(quiet=quiet)
-    from a3cli.settings.gates import raise_for_failures
     from a3cli.stages.preview import preview
     from a3cli.stages.recipe import read_recipe
-    from a3cli.stages.rounding import warnings_of
     from a3cli.stages.run import run_recipe
-    from a3cli.stages.verify import raise_for_failures as raise_for_failed_checks
     from a3cli.work.interrupt import stopping
 
     settings = read_recipe(recipe, work=work, out=out, changes=changes or [])
@@ -261,19 +269,15 @@ def run(
         settings = settings.model_copy(update={"verify": False})
     if dry_run:
         previewed = preview(settings, overwrite=overwrite)
-        print_json(previewed) if as_json else display.print_preview(previewed)
+        print_json(previewed) if as_json else runs.print_preview(previewed)
         return
     progress = partial(sweep_progress, quiet=quiet)
     with stopping(max_minutes) as stop:
         results = run_recipe(settings, overwrite=overwrite, progress=progress, stop=stop, quiet=quiet)
-    warnings = warnings_of(results.solution, open_work(settings.work))
-    print_json(results) if as_json else display.print_run(results, str(settings.out), warnings)
+    print_json(results) if as_json else runs.print_run(results)
     if results.finished_before and not (as_json or quiet):
-        display.print_finished(str(settings.out))
-    if results.verification is not None:
-        raise_for_failed_checks(results.verification)
-    if results.evaluation is not None:
-        raise_for_failures(results.evaluation["datasets"])
+        runs.print_finished(str(settings.out))
+    results.raise_for_failures()
 
 
 stats = OnceTyper(help="Statistics of finished calibrations.", no_args_is_help=True)
@@ -301,7 +305,11 @@ def merge(
 app.add_typer(looking)
 
 
-def open_work(folder: Path) -> "Work":
+def open_work(folder: Path, source: str | None = None) -> "Work":
+    if source is not None:
+        from a3cli.models.source import opened_work
+
+        return opened_work(folder, source)
     from a3cli.work.folder import Work
 
     return Work(folder)

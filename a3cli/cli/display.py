@@ -12,22 +12,22 @@ from a3cli.report.figures import (
     asked,
     compare,
     compare_one,
-    describe_in_sample,
+    describe_budgets,
+    describe_loss,
     human,
     human_bytes,
     percent,
 )
 from a3cli.report.names import describe_context, public_dataset
+from a3cli.report.serving import Serving, serving_of
 from a3cli.runtimes import NO
 from a3cli.settings import COMPONENTS, Component
 from a3cli.settings.gates import describe
 from a3cli.work.escape import printable
 
 if TYPE_CHECKING:
-    from a3cli.report.manifest import Manifest
     from a3cli.report.page import Report
-    from a3cli.stages.preview import Preview
-    from a3cli.stages.run import RunResults
+    from a3cli.stages.publish import Exported
     from a3cli.work.manifests import CalibrationManifest, Solution
 
 Json = dict[str, Any]
@@ -43,7 +43,9 @@ def print_calibration(manifest: "CalibrationManifest") -> None:
     )
 
 
-def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
+def print_solution(solution: "Solution", warnings: Sequence[str], memory: int | None = None) -> None:
+    """Print sizes and costs before and after, also of serving in `memory`, predicted losses and warnings."""
+    served = serving_of(solution, memory)
     labels = {
         "qk": "head size of QK",
         "ov": "head size of OV",
@@ -53,25 +55,33 @@ def print_solution(solution: "Solution", warnings: Sequence[str]) -> None:
         "kv_bytes_per_token": "KV cache, bytes per token",
         "prefill_flops_per_token": f"prefill FLOPs per token at {solution.prefill_flops_per_token.seq_len:,}",
     }
-    _print_comparisons(compare(solution, labels, IN_UNITS))
+    _print_comparisons([*compare(solution, labels, IN_UNITS), *(served.rows() if served else [])])
     _print_context(solution)
     print_sentence(_describe_removed(solution))
-    if solution.in_sample is not None:
-        print_sentence(describe_in_sample(solution.in_sample))
-    _warn(warnings)
+    if solution.measured_loss is not None:
+        print_sentence(describe_loss(solution.measured_loss))
+    warn(warnings)
 
 
-def _warn(warnings: Iterable[str]) -> None:
+def solution_json(solution: "Solution", warnings: Sequence[str], memory: int | None) -> Json:
+    """Return what `print_solution` prints as JSON has it, with all that the manifest records."""
+    served = serving_of(solution, memory)
+    return {**solution.plain(), **(served.plain() if served else {}), "warnings": warnings}
+
+
+def warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         log.warning("%s", warning)
 
 
 def _describe_removed(solution: "Solution") -> str:
-    removed, budget = percent(solution.budget_reached, 2), asked(solution.budget_asked)
-    of_asked = f" (asked: {budget})" if budget else ""
-    weights, disk = solution.parameters, solution.bytes
+    settings, weights, disk = solution.request.settings, solution.parameters, solution.bytes
+    removed = f"{percent(solution.budget_reached, 2)} of the decoder's linear weights"
+    if settings.kv_budget is not None:
+        kv = solution.kv_bytes_per_token
+        removed = f"{percent(1 - kv.after / kv.before, 2)} of the KV cache and {removed}"
     return (
-        f"removed {removed} of the decoder's linear weights{of_asked}: {human(weights.before)} parameters become "
+        f"removed {removed} (asked: {describe_budgets(settings)}): {human(weights.before)} parameters become "
         f"{human(weights.after)}, {human_bytes(disk.before)} become {human_bytes(disk.after)}"
     )
 
@@ -79,7 +89,7 @@ def _describe_removed(solution: "Solution") -> str:
 def _print_comparisons(rows: Iterable[Comparison]) -> None:
     table = new_table("", figures=("before", "after", "after / before"))
     for each in rows:
-        table.add_row(each.label, each.before, each.after, f"{each.share:.3f}")
+        table.add_row(each.label, each.before, each.after, "–" if each.share is None else f"{each.share:.3f}")
     print_table(table)
 
 
@@ -125,12 +135,14 @@ def print_plan(result: Json) -> None:
         "prefill_flops_per_token": f"prefill FLOPs per token at {result['prefill_flops_per_token']['seq_len']:,}",
     }
     changes = ((label, result[key], IN_UNITS.get(key)) for key, label in labels.items())
-    _print_comparisons(compare_one(label, each["before"], [each["after"]], show) for label, each, show in changes)
+    costs = [compare_one(label, each["before"], [each["after"]], show) for label, each, show in changes]
+    _print_comparisons([*costs, *_planned_serving(result).rows()])
     own = result["shape"] == "per-layer"
     only_one = len(result["components"]) == 1 and not own
     means = "are means: each layer will have its own" if own else "are the same in all layers"
     print_sentence(
-        f"removes {percent(result['budget_reached'], 2)} of the decoder's linear weights, {_describe_parts(**result)}; "
+        f"removes {percent(result['budget_reached'], 2)} of the decoder's linear weights (asked: {result['asked']}), "
+        f"{_describe_parts(**result)}; "
         f"sizes {means}.{'' if only_one else ' a3 calibrate measures how to share the budget better.'}"
     )
     _print_stages(result["seconds"], result["peak_ram_bytes"], **result["disk_bytes"])
@@ -142,13 +154,23 @@ def print_plan(result: Json) -> None:
     print_sentence(_describe_rates(result["machine"]))
     print_sentence(_describe_weights(**result["weights"]))
     _print_runtimes(result["runtimes"])
-    _warn(result["warnings"])
+    warn(result["warnings"])
 
 
-def _describe_parts(components: Sequence[Component], whole_heads: str | None, **_others: Any) -> str:
+def _planned_serving(result: Json) -> Serving:
+    cache, weights, memory = result["kv_cache"], result["bytes"], result.get("sequences", {}).get("memory")
+    both = [(each["before"], each["after"]) for each in (cache, weights)]
+    return Serving(cache["tokens"], both[0], both[1], memory)
+
+
+def _describe_parts(
+    components: Sequence[Component], whole_heads: str | None, mlp_width: dict[str, int], **_others: Any
+) -> str:
     """Return what a plan cuts, and why it leaves the rest."""
     parts = {"qk,ov,mlp": "attention and MLP alike", "ov,mlp": "value heads and MLP alike", "mlp": "from the MLP alone"}
     said = parts.get(",".join(components), " and ".join(TITLES[component] for component in components))
+    if mlp_width["before"] == mlp_width["after"]:
+        said = "all of them from attention"
     return f"{said}: {whole_heads}" if whole_heads else said
 
 
@@ -193,36 +215,6 @@ def _describe_weights(checked: str, reason: str | None) -> str:
     }[checked]
 
 
-def print_run(results: "RunResults", out: str, warnings: Sequence[str]) -> None:
-    print_calibration(results.calibration)
-    print_solution(results.solution, warnings)
-    if results.evaluation is not None:
-        print_evaluation(results.evaluation)
-    if results.verification is not None:
-        print_verification(results.verification)
-    print_export(results.export, out)
-
-
-def print_preview(preview: "Preview") -> None:
-    """Print the recipe with every setting, and as a comment above each stage how far it is."""
-    import yaml
-
-    content = preview.plain()
-    for name in ("work", "out"):
-        print_line(printable(yaml.safe_dump({name: content[name]}, allow_unicode=True, width=10**6).rstrip()))
-    for name, stage in content["stages"].items():
-        print_line(printable(f"# {name}: {stage['state']}" + (f"; {stage['detail']}" if stage["detail"] else "")))
-        dumped = yaml.safe_dump({name: stage["settings"]}, allow_unicode=True, sort_keys=False, width=10**6)
-        for line in dumped.splitlines():
-            print_line(printable(line))
-    if preview.recipe.verify is False:
-        print_line("verify: false")
-
-
-def print_finished(out: str) -> None:
-    print_line(f"nothing was left to do: this run had finished; the export is in {printable(out)}")
-
-
 def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
@@ -231,7 +223,8 @@ def duration(spent: float) -> str:
     return f"{spent:.0f} s" if spent < 120 else f"{spent / 60:.0f} min" if spent < 7200 else f"{spent / 3600:.1f} h"
 
 
-def print_export(manifest: "Manifest", out: str) -> None:
+def print_export(exported: "Exported", out: str) -> None:
+    manifest = exported.manifest
     files = [Path(out) / name for name in manifest.files if name.endswith(".safetensors")]
     written = human_bytes(sum(file.stat().st_size for file in files))
     print_sentence(
@@ -241,6 +234,9 @@ def print_export(manifest: "Manifest", out: str) -> None:
     _print_runtimes([each.plain() for each in manifest.runtimes])
     _print_context(manifest.solution)
     print_line(printable(out))
+    if exported.pushed:
+        visible = "private" if exported.pushed.private else "public"
+        print_line(f"uploaded, {visible}: {printable(exported.pushed.url)}")
 
 
 def _print_runtimes(verdicts: list[Json]) -> None:
@@ -249,7 +245,7 @@ def _print_runtimes(verdicts: list[Json]) -> None:
         table.add_row(each["runtime"], each["loads"], each["note"])
     print_table(table)
     refusing = [each["runtime"] for each in verdicts if each["loads"] == NO]
-    _warn([f"not loaded by {', '.join(refusing)}: see the table's notes"] if refusing else [])
+    warn([f"not loaded by {', '.join(refusing)}: see the table's notes"] if refusing else [])
 
 
 def _print_context(solution: "Solution") -> None:
@@ -332,5 +328,5 @@ def _print_tasks(tasks: Json) -> None:
 
 
 def print_report(report: "Report") -> None:
-    _warn(report.warnings)
+    warn(report.warnings)
     print_line(printable(str(report.html)))

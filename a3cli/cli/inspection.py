@@ -8,7 +8,7 @@ from rich.text import Text
 
 from a3cli.cli.console import print_line, print_sentence
 from a3cli.cli.tables import new_table, print_table
-from a3cli.report.figures import TITLES, asked, percent, spread
+from a3cli.report.figures import TITLES, describe_budgets, percent, spread
 from a3cli.report.names import describe_texts
 from a3cli.settings import COMPONENTS
 from a3cli.work.escape import printable
@@ -33,7 +33,8 @@ def print_inspection(found: "Inspection") -> None:
         removed = f"{percent(solution.budget_reached, 2)} of the decoder's linear weights removed"
         named = f" as {found.name}" if found.name else ""
         settings = f"--method {solution.request.settings.method} --shape {solution.shape}"
-        print_sentence(f"solved{named} with {settings}: {removed}")
+        asked = describe_budgets(solution.request.settings)
+        print_sentence(f"solved{named} with {settings}: {removed} (asked: {asked})")
     if any(each.name for each in found.solutions):
         print_table(_solutions_table(found.solutions))
     if found.layers:
@@ -52,7 +53,7 @@ def _solutions_table(solutions: "Sequence[SolutionSummary]") -> Table:
         sizes = (spread([getattr(size, component) for size in each.sizes]) for component in COMPONENTS)
         loss = sum(getattr(each.predicted_loss, component) for component in COMPONENTS)
         name = (each.name or "without a name") + ("" if each.current else " (of another calibration)")
-        table.add_row(name, asked(each.budget_asked), percent(each.budget_reached, 2), *sizes, f"{loss:.4g}")
+        table.add_row(name, each.asked, percent(each.budget_reached, 2), *sizes, f"{loss:.4g}")
     return table
 
 

@@ -14,6 +14,7 @@ from a3cli.cli.options import (
     OnceTyper,
     Output,
     Quiet,
+    SourceOption,
     check_output,
     option,
     with_settings,
@@ -22,6 +23,7 @@ from a3cli.errors import A3Error
 from a3cli.settings import DEFAULT_WORK
 from a3cli.settings.generation import GenerateSettings
 from a3cli.settings.options import OUTPUT
+from a3cli.settings.report import ReportSettings, ServingSettings
 
 looking = OnceTyper()
 
@@ -29,6 +31,7 @@ looking = OnceTyper()
 @looking.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
+    source: SourceOption = None,
     name: Name = None,
     output: Output = None,
     as_json: AsJson = False,
@@ -39,13 +42,16 @@ def inspect(
     from a3cli.report.inspection import describe
 
     check_output("--output", output)
-    show(describe(folder, name), inspection.print_inspection, as_json=as_json, output=output)
+    show(describe(folder, name, source), inspection.print_inspection, as_json=as_json, output=output)
 
 
 @looking.command()
+@with_settings(ServingSettings)
 def report(
+    settings: ServingSettings,
     folder: Annotated[Path, typer.Argument(envvar="A3_WORK", help="Work folder or export.")] = DEFAULT_WORK,
-    html: Annotated[Path | None, option(panel=OUTPUT, help="Write the page to this file.")] = None,
+    source: SourceOption = None,
+    html: Annotated[Path | None, option(panel=OUTPUT, help=ReportSettings.model_fields["html"].description)] = None,
     name: Name = None,
     evaluation: Evaluations = None,
     as_json: AsJson = False,
@@ -59,7 +65,7 @@ def report(
     if html is None:
         raise A3Error("no file to write: give --html FILE")
     check_output("--html", html)
-    result = write_report(describe(folder, name), read_evaluations(evaluation or []), html)
+    result = write_report(describe(folder, name, source), read_evaluations(evaluation or []), html, settings.memory)
     print_json(result) if as_json else display.print_report(result)
 
 

@@ -41,9 +41,10 @@ def after_verification(out: Path, work: "Work") -> None:
     if not work.source.is_file():
         return
     source = SourceRecord.read(work.source, "run a3 calibrate on the source again")
+    on_hub = source.revision is not None and source.folder is None
     options = {
-        "against": source.model if source.revision else nearby(source.model),
-        "against_revision": source.revision,
+        "against": source.model if on_hub else nearby(source.place),
+        "against_revision": source.revision if on_hub else None,
         "follow_symlinks": source.follow_symlinks,
         "trust_remote_code": needs_code(read_export_manifest(out / MANIFEST)),
     }

@@ -14,7 +14,8 @@ from typer.core import TyperCommand
 
 from a3cli.errors import A3Error
 from a3cli.settings import DEFAULT_DATASET, ExportSettings, Settings, TextSettings, make_settings
-from a3cli.settings.options import MACHINE, OUTPUT, PANELS, Option, TextOptions, option_of
+from a3cli.settings.options import HOW, MACHINE, OUTPUT, PANELS, Option, TextOptions, option_of
+from a3cli.settings.texts import read_datasets
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", Option, TextOptions)
@@ -23,10 +24,9 @@ UsageError: Any = typer.BadParameter.__base__
 
 # How to use several data sets with commands that take one.
 ONE_DATASET = {
-    "calibrate": "a3 calibrate takes one data set; run it once for each with its own --work, and add the calibrations "
-    "up with a3 stats merge",
     "pareto": "a3 pareto measures on one data set; run it once for each",
 }
+EACH = ("text_field", "split")  # settings of a text that may differ between data sets
 
 
 class OnceCommand(TyperCommand):
@@ -58,6 +58,9 @@ def option(*names: str, panel: Option, **details: Any) -> Any:
 
 WorkOption = Annotated[
     Path, option("--work", panel=OUTPUT, envvar="A3_WORK", help="Work folder, shared by the stages.")
+]
+SourceOption = Annotated[
+    str | None, option("--source", panel=HOW, help="Where the calibrated source is now, if it was moved.")
 ]
 Overwrite = Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace the result of other settings.")]
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print the full result as JSON on stdout.")]
@@ -117,11 +120,17 @@ def panel_place(parameter: inspect.Parameter) -> int:
 
 def parameters_of(kind: type[Settings]) -> Iterator[inspect.Parameter]:
     """Yield a parameter of the command line for each setting, with nested text settings in their place."""
-    for name, field in kind.model_fields.items():
+    for name, field in settings_shown(kind):
         if nested := marker(field, TextOptions):
-            yield from text_parameters(nested, several=form_of(field) == "many")
+            yield from text_parameters(nested, several=form_of(field) == "many" or nested.parts is not None)
         else:
             yield make_parameter(name, field, field, repeatable=form_of(field) == "many")
+
+
+def settings_shown(kind: type[Settings]) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the settings but for the texts of a mixture, for which the options of a text are repeated."""
+    mixtures = [nested.parts for field in kind.model_fields.values() if (nested := marker(field, TextOptions))]
+    yield from ((name, field) for name, field in kind.model_fields.items() if name not in mixtures)
 
 
 def text_parameters(nested: TextOptions, *, several: bool) -> Iterator[inspect.Parameter]:
@@ -206,13 +215,32 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 def read_settings(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings from the command line's values: lists as tuples, text settings nested."""
-    return {name: read_setting(name, field, values) for name, field in kind.model_fields.items()}
+    read = {name: read_setting(name, field, values) for name, field in settings_shown(kind)}
+    for name, field in kind.model_fields.items():
+        if (nested := marker(field, TextOptions)) and nested.parts:
+            read |= read_mixture(name, nested.parts, read[name])
+    return read
+
+
+def read_mixture(name: str, parts: str, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a text, or what the texts of a mixture share and these texts."""
+    found = read_datasets(text["dataset"] or [DEFAULT_DATASET])
+    names = [each["dataset"] for each in found]
+    fields, splits = (for_each(option_of((part,)), text[part], names) for part in EACH)
+    texts = [
+        {**each, "text_field": field, "split": split} for each, field, split in zip(found, fields, splits, strict=True)
+    ]
+    if len(texts) == 1:
+        return {name: {**text, **texts[0]}}
+    return {name: {part: value for part, value in text.items() if part not in ("dataset", *EACH)}, parts: texts}
 
 
 def read_setting(name: str, field: FieldInfo, values: Mapping[str, Any]) -> Any:
     form = form_of(field)
     if nested := marker(field, TextOptions):
         text = {part: values[part] for part in text_names(nested)}
+        if nested.parts:
+            return text
         if form == "many":
             return texts_of(text, values)
         return None if text["dataset"] is None else text
@@ -232,8 +260,7 @@ def comma_list(text: str | None) -> tuple[str, ...]:
 def texts_of(text: Mapping[str, Any], values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the settings of each data set; without one it is the default, unless tasks are measured instead."""
     datasets = text["dataset"] or ([] if comma_list(values["tasks"]) else [DEFAULT_DATASET])
-    fields = for_each("--text-field", text["text_field"], datasets)
-    splits = for_each("--split", text["split"], datasets)
+    fields, splits = (for_each(option_of((part,)), text[part], datasets) for part in EACH)
     return [
         {**text, "dataset": dataset, "text_field": field, "split": split}
         for dataset, field, split in zip(datasets, fields, splits, strict=True)

@@ -27,7 +27,7 @@ class Step:
 
     name: str
     done: int
-    total: int
+    total: int | None  # None if it is not known
     unit: str
     started: float
     task: Any = None
@@ -36,13 +36,15 @@ class Step:
     @property
     def place(self) -> str:
         """Return how far the step is, such as `3 of 32 layers`."""
+        if self.total is None:
+            return f"{self.done:,} {self.unit}"
         if self.unit == "bytes":
             return f"{human_bytes(self.done)} of {human_bytes(self.total)}"
         return f"{self.done:,} of {self.total:,} {self.unit}" if self.unit else ""
 
     def line(self, now: float) -> str:
         spent = now - self.started
-        left = spent * (self.total - self.done) / self.done if self.done else None
+        left = spent * (self.total - self.done) / self.done if self.done and self.total is not None else None
         times = f"{duration(spent)} so far" if left is None else f"{duration(left)} left"
         return f"{self.name}: {', '.join(filter(None, (self.place, times)))}"
 
@@ -86,7 +88,7 @@ class SweepProgress:
         *,
         step: str | None = None,
         done: int = 0,
-        total: int = 1,
+        total: int | None = 1,
         unit: str = "",
         layer: int = 0,
         layers: int = 1,
@@ -108,9 +110,9 @@ class SweepProgress:
             elif self.swept and self.bar is None and self.clock() - self.last_line >= SILENT_FOR:
                 self._log_sweep(self.swept)
 
-    def _report(self, name: str, done: int, total: int, unit: str) -> None:
+    def _report(self, name: str, done: int, total: int | None, unit: str) -> None:
         known = self.steps.get(name)
-        if done >= total:
+        if total is not None and done >= total:
             if known is not None:
                 self._end(known)
             return

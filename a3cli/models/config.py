@@ -26,6 +26,7 @@ def read_shape(config: Any) -> ModelShape:
         fixed_scale=read_multiplier(config, family.softmax_scale),
         residual_multiplier=read_multiplier(config, family.residual_multiplier) or 1.0,
         still_layers=read_still_layers(family, config),
+        windows=read_windows(config),
     )
     shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
     sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)
@@ -36,6 +37,15 @@ def read_shape(config: Any) -> ModelShape:
             f"layers {shape.layers})"
         )
     return shape
+
+
+def read_windows(config: Any) -> tuple[int | None, ...]:
+    """Return the window of each layer's attention, None for full attention, as transformers' cache reads them."""
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not isinstance(window, int):
+        return ()
+    types = types or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def read_multiplier(config: Any, key: str | None) -> float | None:

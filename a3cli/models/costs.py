@@ -4,13 +4,10 @@
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 
 from a3cli.models.families import LayerSizes, ModelShape, Role
-from a3cli.settings import COMPONENTS, Component
 from a3cli.solvers.sampling import sampled_blocks, sampled_queries
 
 ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
@@ -45,15 +42,28 @@ def bias_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     return sum(shape.linear_shapes(size)[role][0] for size in sizes for role in roles)
 
 
+def shrinking_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
+    """Return the number of linear weights and of biases that shrink with them."""
+    return linear_weights(shape, sizes) + bias_parameters(shape, sizes)
+
+
 def removed_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Return the number of parameters that are removed, with biases."""
-    before, after = (linear_weights(shape, s) + bias_parameters(shape, s) for s in (shape.sizes, sizes))
-    return before - after
+    return shrinking_parameters(shape, shape.sizes) - shrinking_parameters(shape, sizes)
 
 
 def kv_bytes_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int) -> int:
     """Return the bytes of the KV cache for one token."""
     return sum(shape.kv_heads * (size.qk + size.ov) for size in sizes) * bytes_per_value
+
+
+def kv_cache_bytes(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int, tokens: int) -> int:
+    """Return the bytes of one sequence's KV cache of so many tokens; a sliding window keeps all but one of its own."""
+    windows = shape.windows or (None,) * len(sizes)
+    kept = (tokens if window is None else min(tokens, max(0, window - 1)) for window in windows)
+    return sum(
+        held * kv_bytes_per_token(shape, [size], bytes_per_value) for held, size in zip(kept, sizes, strict=True)
+    )
 
 
 def prefill_flops_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], seq_len: int) -> int:
@@ -229,19 +239,19 @@ def stream_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int, r
     return (7 if rounds else 5) * hidden_state_bytes(shape, samples, seq_len, itemsize)
 
 
-IN_SAMPLE_TOKENS = 4096  # of the calibration text, on which a solution is measured
+MEASURED_TOKENS = 4096  # on which a solution is measured
 HEAD_TOKENS = 256  # whose logits are in memory at once
 
 
-def in_sample_flops(shape: ModelShape, sizes: Sequence[LayerSizes], vocabulary: int, seq_len: int) -> int:
-    """Return the FLOPs of measuring a solution on the calibration text: forwards of both models, and logits."""
+def measuring_flops(shape: ModelShape, sizes: Sequence[LayerSizes], vocabulary: int, seq_len: int) -> int:
+    """Return the FLOPs of measuring a solution: forwards of both models, and logits."""
     forwards = sum(prefill_flops_per_token(shape, each, seq_len) for each in (shape.sizes, sizes))
-    return IN_SAMPLE_TOKENS * (forwards + 4 * vocabulary * shape.hidden_size)
+    return MEASURED_TOKENS * (forwards + 4 * vocabulary * shape.hidden_size)
 
 
-def in_sample_memory(shape: ModelShape, vocabulary: int, itemsize: int) -> int:
+def measuring_memory(shape: ModelShape, vocabulary: int, itemsize: int) -> int:
     """Return the bytes of measuring a solution: hidden states of both models, and a layer or the head with logits."""
-    states = 2 * IN_SAMPLE_TOKENS * shape.hidden_size * itemsize
+    states = 2 * MEASURED_TOKENS * shape.hidden_size * itemsize
     head = vocabulary * (shape.hidden_size * itemsize + 4 * HEAD_TOKENS * 4)  # logits, and probabilities of both
     return states + max(layer_bytes(shape, itemsize), head)
 
@@ -301,51 +311,6 @@ def corrected_bytes(shape: ModelShape, size: LayerSizes, method: str, rounds: in
     return 2 * (solution_bytes(shape, size, method) + refit_bytes(shape, size, rounds))
 
 
-def uniform_sizes(
-    shape: ModelShape,
-    budget: float,
-    *,
-    components: Sequence[Component] = COMPONENTS,
-    head_multiple: int,
-    mlp_multiple: int,
-) -> LayerSizes | None:
-    """Return sizes that remove at least `budget` of the linear weights from every layer, or None if none do.
-
-    The components, of which the MLP is one, are cut as equally as rounding allows.
-    """
-    total = linear_weights(shape, shape.sizes[:1])
-    needed = math.ceil(Fraction(str(budget)) * total)
-    channel = len(shape.mlp_roles) * shape.hidden_size
-    found, full = [], shape.full_sizes
-    smaller = range(head_multiple, shape.head_dim, head_multiple) if {"qk", "ov"} & {*components} else ()
-    for head in (*smaller, shape.head_dim):
-        size = replace(full, **{name: head for name in ("qk", "ov") if name in components})
-        of_heads = total - linear_weights(shape, [size])
-        most = shape.intermediate_size - max(0, math.ceil((needed - of_heads) / channel))
-        width = most if most == shape.intermediate_size else most // mlp_multiple * mlp_multiple
-        if width > 0:
-            unlike = abs(head / shape.head_dim - width / shape.intermediate_size)
-            found.append((unlike, -width, replace(size, mlp=width)))
-    return min(found, key=lambda each: each[:2])[2] if found else None
-
-
-def least_cuts(
-    shape: ModelShape, budget: float, *, heads: Sequence[int], widths: Sequence[int]
-) -> list[tuple[LayerSizes, float]]:
-    """Return the sizes, the same in every layer, that remove at least `budget` and none of which could be larger.
-
-    A choice of least loss is among them, since no size loses less than a larger one. `heads` and `widths` are the
-    sizes to choose from, ascending; beside each choice is the fraction of the linear weights that it removes.
-    """
-    total = linear_weights(shape, shape.sizes[:1])
-    needed = math.ceil(Fraction(str(budget)) * total)
-    channel = len(shape.mlp_roles) * shape.hidden_size
-    found: list[tuple[LayerSizes, float]] = []
-    for head in reversed(heads):
-        of_heads = total - linear_weights(shape, [LayerSizes(head, head, shape.intermediate_size)])
-        most = shape.intermediate_size - max(0, math.ceil((needed - of_heads) / channel))
-        fitting = bisect_right(widths, most)
-        if fitting and (not found or widths[fitting - 1] > found[-1][0].mlp):  # else a larger head has this width too
-            size = LayerSizes(head, head, widths[fitting - 1])
-            found.append((size, 1 - linear_weights(shape, [size]) / total))
-    return found
+def share_of(budget: float, total: int) -> int:
+    """Return a budget's share of a count, rounded up; exact for the decimal number as typed."""
+    return math.ceil(Fraction(str(budget)) * total)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from a3cli.errors import A3Error
-from a3cli.models.checkpoint import Checkpoint, resolve_model, same_content
+from a3cli.models.checkpoint import Checkpoint, same_content
 from a3cli.models.config import check_rope, check_rope_spellings, read_shape
 from a3cli.models.families import Family, ModelShape, family_of
-from a3cli.models.hub import find_folder, read_config, refuse_per_layer
+from a3cli.models.hub import refuse_per_layer
 from a3cli.models.rope import Rope, read_rope
+from a3cli.models.source import REMEDY, open_recorded
 from a3cli.models.stock import StockClass, match_tensors, read_stock_class
 from a3cli.work.files import Json
 from a3cli.work.folder import Work
@@ -133,23 +134,16 @@ def check_activation(name: str) -> None:
         raise ValueError(f"hidden_act is {name!r}, which transformers does not know")
 
 
-def recorded_source(work: Work) -> tuple[Path, Json, str]:
-    """Return folder, config.json and name of a work folder's source. Raises A3Error if it is not on this machine."""
-    recorded = SourceRecord.read(work.source, "run a3 calibrate on the source again")
-    folder = find_folder(recorded.model, recorded.revision, files=("config.json",), cached_only=True)
-    return folder, read_config(folder, recorded.model), recorded.model
-
-
 def open_calibrated_source(work: Work, calibration: CalibrationManifest, *, full_check: bool = False) -> Model:
     """Return the checkpoint that a calibration was made from. Raises A3Error if it is no longer the same.
 
     Samples of its content are compared; with `full_check` all of it, if the calibration did that too.
     """
-    recorded = SourceRecord.read(work.source, "run a3 calibrate on the source again")
+    recorded = SourceRecord.read(work.source, REMEDY)
     try:
-        source = resolve_model(recorded.model, recorded.revision, follow_symlinks=recorded.follow_symlinks)
+        source = open_recorded(recorded)
     except A3Error as error:
-        raise A3Error(f"the source of {work.folder}: {error}; if it was moved, run a3 calibrate on it again") from error
+        raise A3Error(f"the source of {work.folder}: {error}; if it was moved, give --source NEWPATH") from error
     expected, found = calibration.request.source.plain(), source.fingerprint(full=full_check)
     if full_check and "in_full" not in expected:
         raise A3Error(
@@ -160,6 +154,6 @@ def open_calibrated_source(work: Work, calibration: CalibrationManifest, *, full
         raise A3Error(
             f"{source.name}, named in {work.source}, is not the checkpoint of {work.calibration_manifest} "
             f"(differs in {differs}); "
-            "restore the source, or run a3 calibrate again"
+            "restore the source, give --source NEWPATH if it was moved, or run a3 calibrate again"
         )
     return describe(source, calibrated=True)

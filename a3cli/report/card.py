@@ -9,7 +9,7 @@ from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.families import ModelShape
 from a3cli.models.model import Model
 from a3cli.report.commands import calibrate_commands, export_command, solve_command
-from a3cli.report.figures import TITLES, asked, compare, percent
+from a3cli.report.figures import TITLES, compare, describe_budgets, percent
 from a3cli.report.long_range import solution_warnings
 from a3cli.report.manifest import ExportFacts
 from a3cli.report.measured import Measured
@@ -130,7 +130,7 @@ def describe_solution(shape: ModelShape, solution: Solution) -> Json:
     return {
         "rows": compare(solution, LABELS),
         "removed": percent(solution.budget_reached, 2),
-        "asked": asked(solution.budget_asked) or "per component",
+        "asked": describe_budgets(solution.request.settings),
         "method": describe_method(solution),
         "predicted": ", ".join(f"{title} {value:.4g}" for title, value in losses),
         "unit": LOSSES[solution.request.settings.sensitivity],

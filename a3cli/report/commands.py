@@ -8,9 +8,10 @@ from itertools import zip_longest
 from a3cli.report.names import public_dataset
 from a3cli.settings import DEFAULT_WORK, Settings, SolveSettings
 from a3cli.settings.options import command_words
+from a3cli.settings.texts import MixedText, mixture_options
 from a3cli.work.escape import printable
 from a3cli.work.files import Json
-from a3cli.work.manifests import CalibrationRequest, Ingredient, MadeWith
+from a3cli.work.manifests import CalibrationRequest, Ingredient, MadeWith, MixturePart
 
 
 def recorded_settings(settings: Settings) -> Json:
@@ -46,6 +47,7 @@ def calibrate_command(
         "revision": revision,
         **recorded_settings(part.text),
         "dataset": public_dataset(part.text.dataset),
+        **mixture_options([mixed_text(each) for each in part.mixture or ()]),
         "device": part.device,
         "batch_size": part.batch_size,
         "dtype": request.dtype,
@@ -57,6 +59,11 @@ def calibrate_command(
     }
     comment = "# Not all layers were calibrated with these blocks per batch and processes: they may differ"
     return [*([] if alike else [comment]), command("calibrate", base, options)]
+
+
+def mixed_text(part: MixturePart) -> MixedText:
+    name, text = public_dataset(part.text.dataset), part.text
+    return MixedText(dataset=name, weight=part.weight, text_field=text.text_field, split=text.split)
 
 
 def division(made_with: Sequence[MadeWith]) -> tuple[Json, bool]:

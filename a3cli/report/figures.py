@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from a3cli.settings import COMPONENTS, Component
+from a3cli.settings.budgets import given_budgets
 
 if TYPE_CHECKING:
-    from a3cli.work.manifests import Change, InSample, Solution
+    from a3cli.settings import PlanSettings, SolveSettings
+    from a3cli.work.manifests import Change, MeasuredLoss, Solution
 
 Format = Callable[[float], str]
 TITLES: dict[Component, str] = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
@@ -17,12 +19,12 @@ UNITS = ("", "k", "M", "G", "T", "P")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of a before/after table: a size or cost as it is shown, and the remaining fraction, from 0 to 1."""
+    """A row of a before/after table: a size or cost as it is shown, and the remaining fraction, None of nothing."""
 
     label: str
     before: str
     after: str
-    share: float
+    share: float | None
 
 
 def compare(
@@ -57,19 +59,35 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def describe_in_sample(found: "InSample") -> str:
-    """Return in a sentence how much worse a solution predicts the text that it was calibrated on."""
+def describe_loss(found: "MeasuredLoss") -> str:
+    """Return in a sentence how much worse a solution predicts text."""
+    which = "that were held out" if found.held_out else "of the calibration itself, where the loss is smallest"
     before, after = found.perplexity.before, found.perplexity.after
     return (
-        f"on {found.tokens:,} tokens of the calibration text, perplexity goes from {before:.4g} to {after:.4g} "
+        f"on {found.tokens:,} tokens {which}, perplexity goes from {before:.4g} to {after:.4g} "
         f"({after / before - 1:+.1%}), and the most likely next token stays the same at {found.top1_agreement:.0%} of "
-        "positions; other text can lose more"
+        "positions"
     )
 
 
-def asked(budget: float | None) -> str:
-    """Return a budget as it was asked for, empty if budgets were given per component."""
-    return "" if budget is None else f"{100 * budget:g} %"
+def asked(budget: float) -> str:
+    """Return the fraction of a budget as it was asked for."""
+    return f"{100 * budget:g} %"
+
+
+def describe_budgets(settings: "SolveSettings | PlanSettings") -> str:
+    """Return what settings ask for, like `25 %`, `40 % of the KV cache` or `at most 10 GB`."""
+    given = {name: getattr(settings, name) for name in given_budgets(settings)}
+    whole = " of the weights" if len(given) > 1 else ""
+    said: dict[str, Callable[[Any], str]] = {
+        "budget": lambda share: f"{asked(share)}{whole}",
+        "budget_bytes": lambda most: f"at most {human_bytes(most)}",
+        "budget_params": lambda most: f"at most {human(most)} parameters",
+        "kv_budget": lambda share: f"{asked(share)} of the KV cache",
+        "attention_budget": lambda share: f"{asked(share)} of attention",
+        "mlp_budget": lambda share: f"{asked(share)} of the MLP",
+    }
+    return " and ".join(said[name](value) for name, value in given.items())
 
 
 def human_bytes(count: float) -> str:

@@ -14,7 +14,7 @@ from a3cli.solvers.linalg import effective_rank
 from a3cli.solvers.moments import gram_blocks, unpack_upper
 from a3cli.work.files import check_hash, open_tensors
 from a3cli.work.folder import Work
-from a3cli.work.manifests import Part
+from a3cli.work.schema import Part
 
 SINGULAR = 1e-10  # of the largest eigenvalue: the solvers' default floor
 WIDEST_SPECTRUM = 2048  # largest width whose eigenvalues are all computed: wider ones take a minute per layer

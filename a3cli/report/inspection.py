@@ -10,9 +10,11 @@ import torch
 from pydantic import SerializeAsAny, ValidationError
 
 from a3cli.errors import A3Error
-from a3cli.models.checkpoint import Checkpoint, resolve_model
+from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.families import family_of
+from a3cli.models.source import open_recorded, opened_work
 from a3cli.report.concerns import find_concerns
+from a3cli.report.figures import describe_budgets
 from a3cli.report.health import REMEDY, Dimensions, describe_statistics
 from a3cli.report.layers import LayerState, describe_layers
 from a3cli.report.manifest import MANIFEST, ExportSummary, read_export_manifest
@@ -27,7 +29,6 @@ from a3cli.work.manifests import (
     Calibration,
     CalibrationManifest,
     Fingerprint,
-    Part,
     Sizes,
     Solution,
     SolutionManifest,
@@ -36,6 +37,7 @@ from a3cli.work.manifests import (
     calibration_content,
 )
 from a3cli.work.record import Record
+from a3cli.work.schema import Part
 from a3cli.work.sealed import name_differences, read_manifest
 
 SOURCE_REMEDY = "run a3 calibrate on the source again"
@@ -59,6 +61,7 @@ class SolutionSummary(Part):
     name: str | None
     current: bool  # solved from the calibration that the folder has now
     budget_asked: float | None
+    asked: str  # all budgets in words
     budget_reached: float
     full_size: Sizes
     sizes: list[Sizes]
@@ -90,16 +93,19 @@ class Inspection(Part):
         return super().plain(**which) | {"layers": layers, "measured": as_recorded(self.measured)}
 
 
-def describe(path: Path, name: str | None = None) -> Inspection:
+def describe(path: Path, name: str | None = None, source: str | None = None) -> Inspection:
     """Return the folder's stage, source, settings, hashes, layers and warnings, and its solution of this name.
 
-    Raises A3Error for other folders, and if there is no such solution.
+    `source` is where a work folder's source was moved. Raises A3Error for other folders, and if there is no such
+    solution.
     """
     if (path / MANIFEST).is_file():
+        if source is not None:
+            raise A3Error(f"{path} is an export, which is inspected without its source: leave out --source")
         if name is not None:
             raise A3Error(f"{path} is an export, which has one solution: leave out --name")
         return describe_export(path)
-    work = choose_solution(Work(path), name)
+    work = choose_solution(opened_work(path, source), name)
     if work.calibration_manifest.is_file() or work.calibration_progress.is_file():
         return describe_work(work)
     raise A3Error(f"{path} is neither a work folder with a calibration nor an a3 export; give one of these")
@@ -185,7 +191,7 @@ def describe_work(work: Work) -> Inspection:
     if stored and not solution:
         warnings.append(f"{work.solution_manifest} was solved from another calibration: {work.solve_again}")
     if source is None:
-        warnings.append("the source was not found: bytes and token texts are missing")
+        warnings.append("the source was not found: bytes and token texts are missing; if it was moved, give --source")
     under_way = isinstance(calibration, CalibrationProgress)
     return Inspection(
         path=str(work.folder),
@@ -228,6 +234,7 @@ def summarise(name: str | None, solution: SolutionManifest, calibration: Calibra
         name=name,
         current=solution.request.calibration == calibration.sha256,
         budget_asked=solution.budget_asked,
+        asked=describe_budgets(solution.request.settings),
         budget_reached=solution.budget_reached,
         full_size=solution.full_size,
         sizes=solution.sizes,
@@ -279,10 +286,10 @@ def open_source(recorded: SourceRecord) -> Checkpoint | None:
 
     Raises A3Error for a local folder with a damaged checkpoint.
     """
-    if Path(recorded.model).is_dir():
-        return resolve_model(recorded.model, follow_symlinks=recorded.follow_symlinks)
+    if Path(recorded.place).is_dir():
+        return open_recorded(recorded)
     try:
-        return resolve_model(recorded.model, recorded.revision, cached_only=True)
+        return open_recorded(recorded, cached_only=True)
     except A3Error:
         return None
 

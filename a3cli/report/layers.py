@@ -2,7 +2,8 @@
 
 from a3cli.report.health import Dimensions, Health, LayerHealth
 from a3cli.settings import Component
-from a3cli.work.manifests import Curve, Part, Solution
+from a3cli.work.manifests import Curve, Solution
+from a3cli.work.schema import Part
 
 
 class Bytes(Part):

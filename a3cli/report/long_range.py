@@ -22,12 +22,13 @@ def solution_warnings(solution: "Solution") -> list[str]:
     distance = max(beyond, key=lambda each: beyond[each])
     of_layers = [by_distance(layer.score_error)[distance] for layer in solution.per_layer]
     worst = max(range(len(of_layers)), key=lambda layer: of_layers[layer])
+    smaller = "--budget or --attention-budget" if solution.request.settings.kv_budget is None else "--kv-budget"
     within = max(error for each, error in mean.items() if each < length)
     return [
         f"QK: the predicted error of attention scores is {percent(beyond[distance])} at distance {distance:,} "
         f"({percent(of_layers[worst])} in layer {worst}), beyond the {length:,} tokens of a calibration block, within "
         f"which it is at most {percent(within)}: calibrate with a longer --seq-len, lower the served context "
-        f"(a3 solve --context {length}), or keep more of the heads (a smaller --budget or --attention-budget)"
+        f"(a3 solve --context {length}), or keep more of the heads (a smaller {smaller})"
     ]
 
 

@@ -12,7 +12,8 @@ from pydantic import ConfigDict, Field, model_validator
 from a3cli.report.measured import Measured
 from a3cli.runtimes.rules import Loads
 from a3cli.work.files import Json, read_json
-from a3cli.work.manifests import Calibration, FileHash, Part, Sealed, Sha256, Size, Solution, Source, Versions
+from a3cli.work.manifests import Calibration, Solution, Source, Versions
+from a3cli.work.schema import FileHash, Part, Sealed, Sha256, Size
 from a3cli.work.sealed import unaltered
 
 MANIFEST = "a3_manifest.json"

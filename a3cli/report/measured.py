@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from a3cli.errors import A3Error
 from a3cli.settings.problems import find_problems
 from a3cli.work.files import Json, read_json
-from a3cli.work.manifests import Part
+from a3cli.work.schema import Part
 
 
 class Gate(Part):
@@ -36,6 +36,14 @@ class Measured(Part):
 def as_recorded(measured: Sequence[Measured]) -> list[Json]:
     """Return figures as manifests and cards hold them."""
     return [each.model_dump() for each in measured]
+
+
+def figures_of(evaluation: Json | None) -> list[Measured]:
+    """Return one entry per data set of an evaluation's result; none without a result, or if a figure is not finite."""
+    try:
+        return [Measured.model_validate(each) for each in (evaluation or {"datasets": []})["datasets"]]
+    except ValidationError:
+        return []
 
 
 def read_evaluation(path: Path) -> list[Measured]:

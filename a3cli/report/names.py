@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from a3cli.settings.texts import joined_name
 from a3cli.work.files import Json
 
 if TYPE_CHECKING:
-    from a3cli.work.manifests import Calibration, Solution, TextRead
+    from a3cli.work.manifests import Calibration, Ingredient, MixturePart, Solution, TextRead
 
 # A Hub id of `--dataset`, optionally with a configuration; and the suffixes of local files.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
@@ -31,22 +32,40 @@ def public_dataset(dataset: str) -> str:
 def public_request(request: Json) -> Json:
     """Return a calibration's request, or a part of a merged one, without local paths."""
     named = {**request, "text": {**request["text"], "dataset": public_dataset(request["text"]["dataset"])}}
+    if "mixture" in request:
+        named["mixture"] = [public_request(part) for part in request["mixture"]]
+        named["text"]["dataset"] = joined_name(part["text"]["dataset"] for part in named["mixture"])
     return named | {"merged": [public_request(part) for part in request["merged"]]} if "merged" in request else named
 
 
 def describe_texts(calibration: "Calibration", quoted: Callable[[str], str]) -> str:
     """Describe what a calibration, or each of its merged parts, has read: data set, files, rows."""
     request = calibration.request
-    parts = [(part.text.dataset, part.text_files, part.text_read) for part in request.merged or ()]
-    parts = parts or [(request.text.dataset, request.text_files, calibration.text_read)]
-    return " and ".join(describe_text(*part, quoted) for part in parts)
+    if request.merged:
+        merged = (describe_mixture(part.mixture, quoted) or describe_read(part, quoted) for part in request.merged)
+        return " and ".join(merged)
+    own = describe_text(request.text.dataset, request.text_files, calibration.text_read, quoted)
+    return describe_mixture(request.mixture, quoted) or own
+
+
+def describe_mixture(mixture: "list[MixturePart] | None", quoted: Callable[[str], str]) -> str:
+    """Describe each text of a mixture with its number of blocks; nothing if there is none."""
+    return " and ".join(describe_read(part, quoted, count_blocks(part.text.samples or 0)) for part in mixture or ())
+
+
+def count_blocks(blocks: int) -> str:
+    return "1 block" if blocks == 1 else f"{blocks:,} blocks"
+
+
+def describe_read(part: "Ingredient | MixturePart", quoted: Callable[[str], str], *notes: str) -> str:
+    return describe_text(part.text.dataset, part.text_files, part.text_read, quoted, *notes)
 
 
 def describe_text(
-    dataset: str, text_files: dict[str, str], read: "TextRead | None", quoted: Callable[[str], str]
+    dataset: str, text_files: dict[str, str], read: "TextRead | None", quoted: Callable[[str], str], *first: str
 ) -> str:
     name, files = public_dataset(dataset), list(text_files)
-    notes = []
+    notes = list(first)
     if files and files != [name]:
         more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
         notes.append(f"read: {', '.join(map(quoted, files[:FILES_NAMED]))}{more}")

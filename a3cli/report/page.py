@@ -13,12 +13,13 @@ from markupsafe import Markup
 
 from a3cli.report import charts
 from a3cli.report.commands import calibrate_commands, export_command, recorded_settings, solve_command
-from a3cli.report.figures import TITLES, Comparison, compare, human, human_bytes
+from a3cli.report.figures import TITLES, Comparison, compare, describe_budgets, human, human_bytes
 from a3cli.report.inspection import Inspection
 from a3cli.report.layers import LayerState
 from a3cli.report.manifest import ExportSummary
 from a3cli.report.measured import Measured, as_recorded, read_evaluation
-from a3cli.report.names import public_name
+from a3cli.report.names import describe_texts, public_name
+from a3cli.report.serving import Serving, serving_of, serving_warnings
 from a3cli.runtimes import Verdict, summarise
 from a3cli.settings import COMPONENTS, LOSSES, Component
 from a3cli.work.escape import printable
@@ -33,9 +34,16 @@ class Report:
     html: Path
     warnings: list[str]
     measured: list[Measured]
+    served: Serving | None = None
 
     def plain(self) -> Json:
-        return {"html": str(self.html), "warnings": self.warnings, "measured": as_recorded(self.measured)}
+        """Return the content as JSON has it."""
+        return {
+            "html": str(self.html),
+            "warnings": self.warnings,
+            "measured": as_recorded(self.measured),
+            **(self.served.plain() if self.served else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -69,16 +77,31 @@ def read_evaluations(files: Sequence[Path]) -> list[Measured]:
     return [each for file in files for each in read_evaluation(file)]
 
 
-def write_report(found: Inspection, measured: list[Measured], html: Path) -> Report:
-    """Write the page, with known figures if none are given; return its path and its content."""
-    measured = measured or found.measured
-    page = render(found, measured)
-    with replacing(html) as partial:
-        partial.write_text(page, "utf-8")
-    return Report(html, found.warnings, measured)
+def write_report(found: Inspection, measured: list[Measured], html: Path, memory: int | None = None) -> Report:
+    """Write the page, with known figures if none are given; return its path and its content.
+
+    A file that is this page already is left as it is.
+    """
+    measured, served = measured or found.measured, find_serving(found, memory)
+    if not is_page(html, found, measured, memory):
+        with replacing(html) as partial:
+            partial.write_text(render(found, measured, served), "utf-8")
+    unknown = serving_warnings(found.solution, memory) if found.solution else []
+    return Report(html, [*found.warnings, *unknown], measured, served)
 
 
-def render(found: Inspection, measured: list[Measured]) -> str:
+def is_page(html: Path, found: Inspection, measured: list[Measured], memory: int | None = None) -> bool:
+    """Return whether a file is the page with this content."""
+    return html.is_file() and html.read_bytes() == render(found, measured, find_serving(found, memory)).encode()
+
+
+def find_serving(found: Inspection, memory: int | None) -> Serving | None:
+    """Return what serving the result takes; None without a solution."""
+    dtype = found.export.dtype if found.export else "source"
+    return serving_of(found.solution, memory, dtype) if found.solution else None
+
+
+def render(found: Inspection, measured: list[Measured], served: Serving | None = None) -> str:
     environment = Environment(
         loader=PackageLoader("a3cli.report"),
         autoescape=True,
@@ -87,7 +110,7 @@ def render(found: Inspection, measured: list[Measured]) -> str:
         undefined=StrictUndefined,
         finalize=_finalize,
     )
-    return environment.get_template("report.html").render(**content(found, measured)) + "\n"
+    return environment.get_template("report.html").render(**content(found, measured, served)) + "\n"
 
 
 def _finalize(value: Any) -> Any:
@@ -95,7 +118,7 @@ def _finalize(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def content(found: Inspection, measured: list[Measured]) -> Json:
+def content(found: Inspection, measured: list[Measured], served: Serving | None) -> Json:
     """Return the template's content, by section."""
     return {
         "name": public_name(str(found.source.model), found.source.revision),
@@ -113,17 +136,17 @@ def content(found: Inspection, measured: list[Measured]) -> Json:
         "files": sorted(found.export.files.items()) if found.export else [],
         "loads_with": describe_runtimes(found.export) if found.export else None,
         "versions": found.versions.plain(),
-        **solution_content(found),
+        **solution_content(found, served),
     }
 
 
-def solution_content(found: Inspection) -> Json:
+def solution_content(found: Inspection, served: Serving | None) -> Json:
     """Return the content of the sections about a solution; None for each if there is no solution."""
     solution = found.solution
     if solution is None:
         return dict.fromkeys(("changes", "curves", "loss", "map", "rope", "score_error", "context"))
     return {
-        "changes": changes(solution),
+        "changes": changes(solution, served),
         "curves": [error_curves(solution, component) for component in COMPONENTS],
         "loss": LOSSES[solution.request.settings.sensitivity],
         "map": size_map(found.layers),
@@ -153,9 +176,9 @@ def tiles(found: Inspection, measured: list[Measured]) -> list[Tile]:
 
 
 def solution_tiles(solution: Solution) -> list[Tile]:
-    kv, size, asked = solution.kv_bytes_per_token, solution.bytes, solution.budget_asked
+    kv, size, asked = solution.kv_bytes_per_token, solution.bytes, describe_budgets(solution.request.settings)
     return [
-        Tile("decoder weights", f"−{solution.budget_reached:.1%}", "" if asked is None else f"asked: {asked:.1%}"),
+        Tile("decoder weights", f"−{solution.budget_reached:.1%}", f"asked: {asked}"),
         Tile("checkpoint", human_bytes(size.after), f"was {human_bytes(size.before)}"),
         Tile("KV cache", f"−{1 - kv.after / kv.before:.1%}", f"{kv.after:,} bytes per token"),
     ]
@@ -173,7 +196,7 @@ def calibration_tile(calibration: Calibration) -> Tile:
     return Tile("calibrated on", f"{calibration.tokens:,}", f"tokens in {blocks} blocks of {length}")
 
 
-def changes(solution: Solution) -> list[Comparison]:
+def changes(solution: Solution, served: Serving | None) -> list[Comparison]:
     """Return the rows of the before/after table."""
     labels = {
         "qk": "query and key head size",
@@ -184,7 +207,8 @@ def changes(solution: Solution) -> list[Comparison]:
         "kv_bytes_per_token": "KV cache, bytes per token",
         "prefill_flops_per_token": f"FLOPs per token, prompt of {solution.prefill_flops_per_token.seq_len:,}",
     }
-    return compare(solution, labels, {"bytes": human_bytes, "prefill_flops_per_token": human})
+    rows = compare(solution, labels, {"bytes": human_bytes, "prefill_flops_per_token": human})
+    return rows + (served.rows() if served else [])
 
 
 def size_map(layers: list[LayerState]) -> list[tuple[int, list[SizeCell]]]:
@@ -221,6 +245,8 @@ def settings(found: Inspection) -> list[tuple[str, Json]]:
         "device": request.device,
         "dtype": request.dtype,
     }
+    if request.mixture:
+        calibrating["mixture"] = describe_texts(found.calibration, quoted=str)
     groups = [("calibrate", calibrating)]
     if found.solution:
         groups.append(("solve", recorded_settings(found.solution.request.settings)))

@@ -8,18 +8,20 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from typing_extensions import Self
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from a3cli.errors import A3Error
+from a3cli.settings.base import Settings as Settings
+from a3cli.settings.budgets import Budget, BudgetBytes, BudgetParams, Fraction, KvBudget, Memory, parse_size
 from a3cli.settings.components import COMPONENTS as COMPONENTS
 from a3cli.settings.components import Component as Component
 from a3cli.settings.components import Components
 from a3cli.settings.gates import Gate, parse_gate
-from a3cli.settings.names import check_name
+from a3cli.settings.names import Public, PushToHub, SolutionName
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
 from a3cli.settings.problems import find_problems
-from a3cli.settings.seq_len import known_seq_len, resolved_seq_len
+from a3cli.settings.texts import MixedText, SeqLen, name_mixture, part_settings, weigh_alike
+from a3cli.settings.texts import TextSettings as TextSettings
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Sensitivity = Literal["residual", "probe"]
@@ -32,16 +34,9 @@ LOSSES: dict[Sensitivity, str] = {
     "residual": "squared error relative to the residual stream",
     "probe": "KL(source ‖ compressed) as probed, nats a token",
 }
-BUDGET_HELP = "Fraction of the decoder's linear weights to remove."
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, MACHINE]
 
 # Settings of several stages.
-SolutionName = Annotated[
-    Annotated[str, AfterValidator(check_name)] | None,
-    OUTPUT,
-    Field(description="Name of the solution, to keep several (default: none)."),
-]
 Revision = Annotated[str | None, HOW, Field(description="Branch, tag or commit of a Hub id.")]
 RemoteCode = Annotated[bool, HOW, Field(description="Run code that comes with the model.")]
 FollowSymlinks = Annotated[bool, HOW, Field(description="Follow symbolic links out of the model's folder.")]
@@ -55,41 +50,9 @@ Shape = Annotated[
 HeadMultiple = Annotated[int, CUT, Field(ge=1, description="Make head sizes a multiple of this.")]
 MlpMultiple = Annotated[int, CUT, Field(ge=1, description="Make MLP widths a multiple of this.")]
 Weighting = Annotated[Sensitivity, HOW, Field(description="Weight losses as predicted, or by KL probed in one sweep.")]
-SeqLen = Annotated[
-    Annotated[int, Field(ge=2)] | None,
-    TEXT,
-    Field(description="Tokens per block (default: 2048, or the context if shorter)."),
-]
 Device = Annotated[str, MACHINE, Field(description="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[DtypeName, MACHINE, Field(description="auto: float32 on a CPU, the checkpoint's on a GPU.")]
 BatchSize = Annotated[int, MACHINE, Field(ge=1, description="Batch size, in blocks.")]
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-
-class TextSettings(Settings):
-    """Which text, and how many blocks of how many tokens are cut from it."""
-
-    dataset: Annotated[str, TEXT, Field(description="Name (README.md), Hub id[:config], or text file or folder.")]
-    text_field: Annotated[
-        str | None, TEXT, Field(description="Field of a row that holds the text (default: text).")
-    ] = None
-    split: Annotated[str | None, TEXT, Field(description="Split of a Hub data set.")] = None
-    chat: Annotated[bool, TEXT, Field(description="Render each row's messages or conversations as a chat.")] = False
-    samples: Annotated[int | None, TEXT, Field(ge=1, description="Number of blocks.")] = 128
-    seq_len: SeqLen = None
-    seed: Annotated[int, TEXT, Field(ge=0, description="Seed of the blocks' places in the text.")] = 0
-
-    @property
-    def block_tokens(self) -> int:
-        """Return the tokens per block of resolved settings."""
-        return known_seq_len(self.seq_len)
-
-    def for_context(self, context: Any) -> Self:
-        """Return resolved settings, for a model of this context."""
-        return self.model_copy(update={"seq_len": resolved_seq_len(self.seq_len, context)})
 
 
 def parse_batch_size(text: Any) -> Any:
@@ -111,10 +74,30 @@ AutoBatchSize = Annotated[
 ]
 
 
+OF_EACH = {
+    "text_field": Field(description="Field that holds the text; one for all sets, or one each."),
+    "split": Field(description="Split of a Hub data set; one for all sets, or one each."),
+}
+
+
 class CalibrateSettings(Settings):
     model: Annotated[str, Field(description="Local folder or Hub id of a safetensors checkpoint.")]
     revision: Revision = None
-    text: Annotated[TextSettings, TextOptions({"dataset": Field(default=DEFAULT_DATASET)})]
+    text: Annotated[
+        TextSettings,
+        TextOptions(
+            {
+                "dataset": Field(description="Name, Hub id, file or folder[:weight] (default: wikitext2)."),
+                **OF_EACH,
+            },
+            parts="texts",
+        ),
+    ]
+    texts: Annotated[
+        tuple[MixedText, ...],
+        AfterValidator(weigh_alike),
+        Field(description="Texts of a mixture, which share the settings of `text`."),
+    ] = ()
     device: Device = "auto"
     devices: Annotated[str | None, MACHINE, Field(description="Devices of consecutive layers, like cuda:0,cuda:1.")] = (
         None
@@ -132,9 +115,22 @@ class CalibrateSettings(Settings):
         int, MACHINE, Field(ge=1, description="Processes on this machine that share the blocks.")
     ] = 1
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_mixture(cls, values: Any) -> Any:
+        return name_mixture(values)
+
+    @property
+    def parts(self) -> tuple[TextSettings, ...]:
+        """Return the text, or the texts of a mixture with their blocks. Raises A3Error if there are too few blocks."""
+        return part_settings(self.text, self.texts) if self.texts else (self.text,)
+
 
 class SolveSettings(Settings):
-    budget: Annotated[Fraction | None, CUT, Field(description=BUDGET_HELP)] = None
+    budget: Budget = None
+    kv_budget: KvBudget = None
+    budget_bytes: BudgetBytes = None
+    budget_params: BudgetParams = None
     attention_budget: Annotated[Fraction | None, CUT, Field(description="Fraction of q, k, v and o to remove.")] = None
     mlp_budget: Annotated[Fraction | None, CUT, Field(description="Fraction of the MLP's weights to remove.")] = None
     method: Annotated[
@@ -171,25 +167,13 @@ class SolveSettings(Settings):
     num_processes: Annotated[
         int | None, MACHINE, Field(ge=1, description="Layers solved in parallel (default: one per core).")
     ] = None
+    memory: Memory = None
     name: SolutionName = None
 
     @property
     def cut(self) -> tuple[Component, ...]:
         """Return the components that may be cut: all, unless the settings or the model's family name fewer."""
         return self.components or COMPONENTS
-
-
-def parse_size(text: Any) -> Any:
-    """Return the bytes of '5GB', '500MB', '1.5GiB' or a plain number of bytes."""
-    if not isinstance(text, str):
-        return text
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1, "": 1}
-    number = text.strip().rstrip("BGIKMbgikm")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        return int(float(number) * units[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise ValueError("must have the form 5GB, 500MB or 2GiB") from None
 
 
 class ExportSettings(Settings):
@@ -211,6 +195,8 @@ class ExportSettings(Settings):
         Option("Output", "--eval"),
         Field(description="Show figures from this file of `a3 eval --json`; repeatable."),
     ] = ()
+    push_to_hub: PushToHub = None
+    public: Public = False
 
 
 def parse_budgets(text: Any) -> Any:
@@ -269,8 +255,7 @@ class EvalSettings(Settings):
         TextOptions(
             {
                 "dataset": Field(description="As for calibrate; repeatable (default: wikitext2)."),
-                "text_field": Field(description="Field that holds the text; one for all sets, or one each."),
-                "split": Field(description="Split of a Hub data set; one for all sets, or one each."),
+                **OF_EACH,
                 "samples": MOST_BLOCKS,
             },
             omitted=("seed",),
@@ -314,7 +299,10 @@ class PlanSettings(Settings):
     model: Annotated[str, Field(description="Local folder or Hub id; weights are not downloaded.")]
     revision: Revision = None
     follow_symlinks: FollowSymlinks = False
-    budget: Annotated[Fraction, CUT, Field(description=BUDGET_HELP)] = 0.25
+    budget: Annotated[Budget, Field(description="Fraction of linear weights to remove (default: 0.25).")] = None
+    kv_budget: KvBudget = None
+    budget_bytes: BudgetBytes = None
+    budget_params: BudgetParams = None
     shape: Shape = "stock"
     samples: Annotated[int, TEXT, Field(ge=1, description="Number of blocks.")] = 128
     seq_len: SeqLen = None
@@ -333,6 +321,7 @@ class PlanSettings(Settings):
     disk_gbps: Annotated[Rate, Field(description="Disk speed in GB/s (default: 2).")] = None
     tflops: Annotated[Rate, Field(description="Matmul TFLOP/s in --dtype (default: CPU 0.3, GPU 200).")] = None
     solve_tflops: Annotated[Rate, Field(description="Matmul TFLOP/s in float64 (default: CPU 0.15, GPU 10).")] = None
+    memory: Memory = None
     measure: Annotated[bool, MACHINE, Field(description="Measure the rates that are not given; takes seconds.")] = False
 
 
@@ -344,5 +333,5 @@ def make_settings(kind: type[S], **values: Any) -> S:
     try:
         return kind(**values)
     except ValidationError as error:
-        problems = (each.describe(option_of(each.keys)) for each in find_problems(error, kind))
+        problems = (each.describe(option_of(each.keys) if each.keys else None) for each in find_problems(error, kind))
         raise A3Error("bad settings: " + "; ".join(problems)) from None

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from a3cli.errors import A3Error
 from a3cli.settings import DEFAULT_DATASET, Settings, TextSettings, make_settings
 from a3cli.settings.options import TextOptions
+from a3cli.settings.texts import read_datasets
 
 S = TypeVar("S", bound=Settings)
 
@@ -23,9 +24,16 @@ def settings_from(kind: type[S], function: str, values: Mapping[str, Any]) -> S:
     name, options = nested
     text = {key: value for key, value in values.items() if key in text_keywords(options)}
     rest = {key: value for key, value in values.items() if key not in text}
-    if name in rest and text:
-        raise A3Error(f"{function}(): give either {name} or {', '.join(sorted(text))}, which describe a text as well")
-    if name not in rest:
+    mixed = options.parts in rest
+    clashing = sorted(text) if name in rest else ["dataset"] if mixed and "dataset" in text else []
+    if clashing:
+        several = options.parts if mixed and name not in rest else name
+        raise A3Error(f"{function}(): give either {several} or {', '.join(clashing)}, which describe a text as well")
+    if mixed:
+        rest.setdefault(name, text)
+    elif options.parts and name not in rest:
+        rest |= nest_mixture(name, options.parts, text)
+    elif name not in rest:
         rest[name] = nest_text(name, options, text, tasks=bool(rest.get("tasks")))
     return make_settings(kind, **rest)
 
@@ -58,6 +66,17 @@ def nest_text(name: str, options: TextOptions, text: Mapping[str, Any], *, tasks
     datasets = one.pop("dataset", () if tasks else DEFAULT_DATASET)
     datasets = [datasets] if isinstance(datasets, str) or not isinstance(datasets, Iterable) else datasets
     return [{**one, "dataset": dataset} for dataset in datasets]
+
+
+def nest_mixture(name: str, parts: str, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a text, or of a mixture of several data sets NAME[:WEIGHT] what its texts share, and these texts."""
+    datasets = text.get("dataset", DEFAULT_DATASET)
+    if isinstance(datasets, str) or not isinstance(datasets, Iterable):
+        return {name: {**text, "dataset": datasets}}
+    texts = read_datasets([str(each) for each in datasets])
+    if len(texts) == 1:
+        return {name: {**text, **texts[0]}}
+    return {name: {key: value for key, value in text.items() if key != "dataset"}, parts: texts}
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:

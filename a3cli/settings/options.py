@@ -22,10 +22,16 @@ class TextOptions:
     """Show the settings of a nested TextSettings as options.
 
     `changed` holds a pydantic field for each setting with another default or help text; `omitted` have no option.
+    With `parts`, several data sets are a mixture, whose texts are the setting of that name.
     """
 
     changed: Mapping[str, Any]
     omitted: tuple[str, ...] = ()
+    parts: str | None = None
+
+
+class Each(tuple[str, ...]):
+    """Values of an option that is given once for each."""
 
 
 def option_of(place: tuple[int | str, ...]) -> str:
@@ -46,6 +52,8 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             words += option_words(value)
+        elif isinstance(value, Each):
+            words += [word for each in value for word in (option_of((name,)), each)]
         elif value is True:
             words.append(option_of((name,)))
         elif value is not None and value is not False:

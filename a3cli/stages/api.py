@@ -10,17 +10,13 @@ raises `A3Error` for everything that the caller can mend. All stages are resumab
 """
 
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
-from transformers.utils import logging
-
 from a3cli.errors import A3Error
+from a3cli.models.source import opened_work
 from a3cli.report.manifest import Manifest
 from a3cli.settings import (
     DEFAULT_DATASET,
@@ -33,11 +29,14 @@ from a3cli.settings import (
     SolveSettings,
     VerifySettings,
 )
+from a3cli.settings.budgets import BUDGETS, DEFAULT_BUDGET
 from a3cli.settings.keywords import keywords_of, refuse_unknown, settings_from
-from a3cli.stages.context import known_family, resolve_settings
+from a3cli.stages.allowed import known_family, resolve_settings
 from a3cli.stages.evaluate import evaluate as run_evaluate
 from a3cli.stages.export import export as run_export
+from a3cli.stages.libraries import quiet_libraries
 from a3cli.stages.plan import plan as run_plan
+from a3cli.stages.publish import export_and_push, open_repository, push
 from a3cli.stages.run import calibrated
 from a3cli.stages.solve import solve as run_solve
 from a3cli.stages.verify import verify as run_verify
@@ -72,7 +71,8 @@ def calibrate(
             from 0, the number of layers, and tokens through this layer of all calibration tokens. Other steps call
             `progress(step=…, done=…, total=…, unit=…)`: the step's name, and how many of how many units are done.
         **settings: Fields of `CalibrateSettings`, and those of its text, such as `dataset`, `samples` (blocks) and
-            `seq_len` (tokens per block).
+            `seq_len` (tokens per block). A list of data sets, as in `dataset=["a.txt:0.7", "b.jsonl:0.3"]` or
+            `texts=[{"dataset": "a.txt", "weight": 0.7}, …]`, is a mixture.
 
     Returns:
         The calibration's manifest: settings, text that was read, and hashes of the statistics.
@@ -99,6 +99,7 @@ def solve(
     budget: float | None = None,
     overwrite: bool = False,
     max_minutes: float | None = None,
+    source: PathOrName | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> SolutionManifest:
@@ -106,9 +107,11 @@ def solve(
 
     Args:
         work: Work folder with the calibration.
-        budget: Fraction, in [0, 1), of the decoder's linear weights to remove; or give other budgets in `settings`.
+        budget: Fraction, in [0, 1), of the decoder's linear weights to remove; or give other budgets in `settings`:
+            `kv_budget`, `budget_bytes` (bytes, or text like `"10GB"`), `budget_params`.
         overwrite: Replace a solution with other settings.
         max_minutes: Stop after the layer in which this time, in minutes, has passed.
+        source: New place of the source, if it was moved since it was calibrated.
         progress: As for `calibrate`.
         **settings: Fields of `SolveSettings`.
 
@@ -122,7 +125,7 @@ def solve(
     asked = settings_from(SolveSettings, "solve", {**settings, "budget": budget})
     with quiet_libraries():
         return run_solve(
-            asked, Work(Path(work)), overwrite=overwrite, progress=progress or silent, stop=Stop(max_minutes)
+            asked, work_of(work, source), overwrite=overwrite, progress=progress or silent, stop=Stop(max_minutes)
         )
 
 
@@ -131,6 +134,7 @@ def export(
     work: PathOrName = DEFAULT_WORK,
     *,
     max_minutes: float | None = None,
+    source: PathOrName | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Manifest:
@@ -140,20 +144,25 @@ def export(
         out: Folder to write: empty or not there yet, or with `overwrite=True` an earlier export.
         work: Work folder with the solution.
         max_minutes: Stop after the weight file in which this time, in minutes, has passed.
+        source: New place of the source, if it was moved since it was calibrated.
         progress: As for `calibrate`.
-        **settings: Fields of `ExportSettings`; `max_shard_size` in bytes, or as text like `"5GB"`.
+        **settings: Fields of `ExportSettings`; `max_shard_size` in bytes, or as text like `"5GB"`. With
+            `push_to_hub="OWNER/NAME"` the export is then uploaded; its URL is logged.
 
     Returns:
         The export's manifest: what it was made from, sizes, runtimes that load it, and the hash of each file.
 
     Raises:
-        A3Error: For a solution that is missing or altered, a source that changed, or an `out` that is in use.
+        A3Error: For a solution that is missing or altered, a source that changed, or an `out` that is in use; for a
+            repository that cannot be written to, before any work.
         CheckFailed: If `check_reproducible=True` and two writes differ.
         Interrupted: After `max_minutes`; the same call resumes.
     """
     asked = settings_from(ExportSettings, "export", settings)
     with quiet_libraries():
-        return run_export(Path(out), asked, Work(Path(work)), stop=Stop(max_minutes), progress=progress or silent)
+        return export_and_push(
+            Path(out), asked, work_of(work, source), stop=Stop(max_minutes), progress=progress or silent
+        ).manifest
 
 
 def evaluate(
@@ -191,13 +200,19 @@ def evaluate(
 
 
 def verify(
-    out: PathOrName, work: PathOrName = DEFAULT_WORK, *, progress: Progress | None = None, **settings: Any
+    out: PathOrName,
+    work: PathOrName = DEFAULT_WORK,
+    *,
+    source: PathOrName | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> Json:
     """Check an export as users load it: complete, unaltered, finite, and equal to the solution.
 
     Args:
         out: Folder that `export` or `compress` wrote.
         work: Work folder that it was made from; without it, comparison with the solution is skipped.
+        source: New place of the source, if it was moved since it was calibrated.
         progress: As for `calibrate`.
         **settings: Fields of `VerifySettings`.
 
@@ -210,7 +225,7 @@ def verify(
     """
     asked = settings_from(VerifySettings, "verify", settings)
     with quiet_libraries():
-        return run_verify(Path(out), asked, Work(Path(work)), progress=progress or silent)
+        return run_verify(Path(out), asked, work_of(work, source), progress=progress or silent)
 
 
 def plan(model: PathOrName, **settings: Any) -> Json:
@@ -233,8 +248,8 @@ def plan(model: PathOrName, **settings: Any) -> Json:
 def compress(
     model: PathOrName,
     out: PathOrName,
-    budget: float | None = 0.25,
-    dataset: str = DEFAULT_DATASET,
+    budget: float | None = None,
+    dataset: str | Sequence[str] = DEFAULT_DATASET,
     *,
     work: PathOrName | None = None,
     overwrite: bool = False,
@@ -248,8 +263,10 @@ def compress(
     Args:
         model: Local folder or Hub id of a safetensors checkpoint.
         out: Folder to write: empty or not there yet, or with `overwrite` an earlier export.
-        budget: Fraction, in [0, 1), of the decoder's linear weights to remove; None if `settings` has another budget.
-        dataset: Calibration text: a known name, a Hub id, or a text file or folder.
+        budget: Fraction, in [0, 1), of the decoder's linear weights to remove: 0.25 unless `settings` has another
+            budget, like `kv_budget` or `budget_bytes`.
+        dataset: Calibration text: a known name, a Hub id, or a text file or folder; or a list of these, a mixture, each
+            perhaps with `:WEIGHT`.
         work: Work folder to keep, for `verify` and for other budgets. By default it is `.NAME.a3-work` beside `out`,
             which is removed after a success only. After an error or a kill it stays, and the same call resumes.
         overwrite: Redo all stages, and replace an earlier export.
@@ -266,8 +283,9 @@ def compress(
         A3Error: As the stages do; before any work for settings that contradict each other and an `out` in use.
         Interrupted: After `max_minutes`; the same call resumes.
     """
-    given = {**settings, "model": name_of(model), "budget": budget}
-    if "text" not in settings:
+    others = any(settings.get(name) is not None for name in BUDGETS)
+    given = {**settings, "model": name_of(model), "budget": DEFAULT_BUDGET if budget is None and not others else budget}
+    if not settings.keys() & {"text", "texts"}:
         given["dataset"] = dataset
     refuse_unknown("compress", given, keywords_of(CalibrateSettings) | keywords_of(SolveSettings))
     calibration = settings_from(CalibrateSettings, "compress", known_to(CalibrateSettings, given))
@@ -279,9 +297,12 @@ def compress(
     check_free(target, folder, overwrite=written.overwrite)
     report, stop = progress or silent, Stop(max_minutes)
     with quiet_libraries():
+        repository = open_repository(written)
         calibrated(calibration, folder, overwrite=overwrite, progress=report, stop=stop, quiet=True)
         run_solve(solution, folder, overwrite=overwrite, progress=report, stop=stop)
         manifest = run_export(target, written, folder, stop=stop, progress=report)
+        if repository:
+            push(target, manifest, repository, written, folder, report)
     if work is None:
         shutil.rmtree(folder.folder)
     return manifest
@@ -303,24 +324,9 @@ def check_free(out: Path, work: Work, *, overwrite: bool) -> None:
         raise A3Error(f"{out} is not an empty folder; use overwrite=True to replace an earlier export, or another out")
 
 
+def work_of(work: PathOrName, source: PathOrName | None) -> Work:
+    return opened_work(Path(work), None if source is None else name_of(source))
+
+
 def name_of(model: PathOrName) -> str:
     return model if isinstance(model, str) else str(Path(model))
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Turn off bars and advice of transformers and the Hub's client; restore their settings afterwards."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    bars_of_hub = not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # the client's too
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the client warns if the environment forbids its bars
-            if bars:
-                logging.enable_progress_bar()
-            if bars and not bars_of_hub:
-                disable_progress_bars()

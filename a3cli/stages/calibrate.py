@@ -20,15 +20,18 @@ from a3cli.stages.calibration_folder import (
     known_text,
     record_source,
     remove_leftovers,
+    tokens_content,
+    with_files,
     write_hashed,
 )
 from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates, States, StatesInMemory, StatesOnDisk
 from a3cli.stream.memory import choose_batch_size
 from a3cli.stream.sweep import Sweep
-from a3cli.text.blocks import CONTEXT, check_fit, sample_blocks
-from a3cli.text.documents import TextRead
-from a3cli.text.sources import check_texts
+from a3cli.text.blocks import CONTEXT, POOL, check_fit, sample_blocks
+from a3cli.text.counted import counting
+from a3cli.text.documents import TextRead, check_reachable, describe_all
+from a3cli.text.sources import check_mixture
 from a3cli.text.tokenizer import load_tokenizer
 from a3cli.work.files import (
     Json,
@@ -71,7 +74,7 @@ def calibrate(
     with joined(meeting_device(settings)) as processes, ExitStack() as held:
         model, machine = processes.main_first(lambda: open_model(settings))
         settings = for_source(settings, model.source)
-        processes.from_main(lambda: check_texts([settings.text]))
+        processes.from_main(lambda: check_mixture(settings.parts))
         processes.from_main(lambda: held.enter_context(work.locked()))
         request = processes.from_main(lambda: describe_request(settings, model.source, machine, known_text(work)))
         finished = processes.from_main(lambda: finished_manifest(work, request, settings, overwrite=overwrite))
@@ -116,7 +119,8 @@ class Calibration:
         self.settings, self.work, self.model, self.machine, self.stop = settings, work, model, machine, stop
         self.full_mlp = settings.mlp_stats == "full"
         self.record = Record(work.calibration_progress, request)
-        self.read = TextRead()
+        self.reads = [TextRead() for _ in settings.parts]
+        self.held_out = torch.empty(0)  # blocks of the text that are not calibrated on
 
     @property
     def finished(self) -> list[Json]:
@@ -132,7 +136,7 @@ class Calibration:
         """Run or resume the calibration; return the manifest."""
         fitting = self._fitting_batch(processes)
         kept = processes.from_main(lambda: self._kept(overwrite=overwrite))
-        blocks = processes.from_main(self._cut) if kept is None else kept
+        blocks = processes.from_main(lambda: self._cut(progress)) if kept is None else kept
         try:
             if kept is None:
                 processes.from_main(lambda: self._begin(blocks, fitting))
@@ -243,12 +247,22 @@ class Calibration:
         there = bytes_on_disk(self.work.calibration.glob("hidden-*.bin"))
         check_space(self.work.folder, needed - there, "calibration")
 
-    def _cut(self) -> torch.Tensor:
+    def _cut(self, progress: Progress) -> torch.Tensor:
         """Return the blocks `[N, T]` of a new calibration."""
-        source = self.model.source
+        source, text = self.model.source, self.settings.text
+        assert text.samples is not None
         tokenizer = load_tokenizer(source.folder, trust_remote_code=self.settings.trust_remote_code)
-        blocks = sample_blocks(tokenizer, self.settings.text, self.read)
-        check_fit(blocks, source.config, source.name)
+        parts = self.settings.parts
+        if len(parts) > 1:
+            check_reachable(parts, purpose="calibrate")
+        pool = POOL * text.samples * text.block_tokens
+        with counting(progress, "reading the calibration text", tokenizer, pool) as counted:
+            sampled = [
+                sample_blocks(counted, part, read, held_out=costs.MEASURED_TOKENS * (part.samples or 0) // text.samples)
+                for part, read in zip(parts, self.reads, strict=True)
+            ]
+        blocks, self.held_out = (torch.cat(each) for each in zip(*sampled, strict=True))
+        check_fit([*blocks, *self.held_out], source.config, source.name)
         self._check_space()
         return blocks
 
@@ -256,12 +270,12 @@ class Calibration:
         """Clear the folder and record this calibration in it."""
         clear(self.work)
         self.work.calibration.mkdir(exist_ok=True)
-        write_tensors(self.work.tokens, {"tokens": blocks})
-        self.record.request |= {"text_files": self.read.files}
+        write_tensors(self.work.tokens, tokens_content(blocks, self.held_out))
+        self.record.request |= with_files(self.record.request, self.reads)
         self.record.finish(
             self.work.tokens.name,
             hash=hash_file(self.work.tokens),
-            text_read=self.read.describe(),
+            text_read=describe_all(self.reads),
             versions=versions(),
             batch_size=batch_size,
             hidden_states={},

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from a3cli.errors import A3Error
 from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.models import costs
-from a3cli.models.families import Family, family_of
-from a3cli.models.hub import find_folder, read_config
-from a3cli.models.model import Model, open_calibrated_source, recorded_source
+from a3cli.models.model import Model, open_calibrated_source
+from a3cli.models.source import recorded_source
 from a3cli.settings import SolveSettings
+from a3cli.settings.budgets import budget_problems
+from a3cli.stages.sizes import Stored
 from a3cli.work.files import check_hashes
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
@@ -49,6 +50,11 @@ class Run:
     def context(self) -> int:
         """Return the length of the longest text to serve, in tokens."""
         return self.settings.context or self.model.rope.context
+
+    @property
+    def stored(self) -> Stored:
+        source = self.model.source
+        return Stored(source.parameters(), source.bytes(), source.dtype.itemsize)
 
     def method(self) -> Method[Any]:
         return METHODS[self.settings.method](self.model, self.settings, self.machine)
@@ -132,62 +138,9 @@ def check_settings_of_model(settings: SolveSettings, model: Model) -> None:
         )
 
 
-def known_family(model: str, revision: str | None) -> Family | None:
-    """Return the family of a model whose config.json is on this machine, None for any other model."""
-    with suppress(A3Error):
-        folder = find_folder(model, revision, files=("config.json",), cached_only=True)
-        return family_of(read_config(folder, model).get("model_type"))
-    return None
-
-
-def calibrated_family(work: Work) -> Family | None:
-    """Return the family of a work folder's source, None if there is none on this machine."""
-    with suppress(A3Error):
-        _, config, _ = recorded_source(work)
-        return family_of(config.get("model_type"))
-    return None
-
-
-def resolve_settings(settings: SolveSettings, family: Family | None) -> SolveSettings:
-    """Return settings that name the components that may be cut: by default all that the family allows in this shape.
-
-    Raises A3Error if they contradict each other or the family.
-    """
-    components = settings.cut
-    if family is not None:
-        check_family(settings, family)
-        components = settings.components or family.compressible(settings.shape)
-    resolved = settings.model_copy(update={"components": components})
-    check_settings(resolved)
-    return resolved
-
-
-def check_family(settings: SolveSettings, family: Family) -> None:
-    """Raise A3Error for components, or a budget of attention, that a family does not allow in this shape."""
-    allowed, heads = family.compressible(settings.shape), {"qk", "ov"}
-    why = family.why_whole(settings.shape)
-    of_family = f"of model_type {family.model_type!r} with --shape {settings.shape}" + (f": {why}" if why else "")
-    if settings.attention_budget and not heads & {*allowed}:
-        other = "--shape per-layer, or " if heads & {*family.compressible("per-layer")} else ""
-        raise A3Error(
-            f"--attention-budget {settings.attention_budget}: a3 cannot compress attention {of_family}; "
-            f"use {other}--budget or --mlp-budget alone"
-        )
-    named = settings.components or ()
-    if refused := [component for component in named if component not in allowed]:
-        raise A3Error(
-            f"--components {','.join(named)}: a3 cannot compress {' and '.join(refused)} {of_family}; "
-            f"use --components {','.join(allowed)}"
-        )
-
-
 def check_settings(settings: SolveSettings) -> None:
     """Check that settings do not contradict each other. Raises A3Error naming all problems."""
-    problems = []
-    if settings.budget is None and settings.attention_budget is None and settings.mlp_budget is None:
-        problems.append("no budget: give --budget (or --attention-budget and --mlp-budget)")
-    if None not in (settings.budget, settings.attention_budget, settings.mlp_budget):
-        problems.append("--budget, --attention-budget and --mlp-budget contradict each other: give two at most")
+    problems = budget_problems(settings)
     attention = {"qk", "ov"} & set(settings.cut)
     if len(attention) == 1 and settings.shape == "stock":
         problems.append(
@@ -196,6 +149,8 @@ def check_settings(settings: SolveSettings) -> None:
         )
     if settings.attention_budget and not attention:
         problems.append("--attention-budget needs qk and ov among --components")
+    if settings.kv_budget and not attention:
+        problems.append("--kv-budget needs qk and ov among --components, since the MLP has no KV cache")
     if settings.mlp_budget and "mlp" not in settings.cut:
         problems.append("--mlp-budget needs mlp among --components")
     if settings.rope_form != "auto" and (settings.method, settings.shape) != ("best", "stock"):

@@ -39,6 +39,7 @@ class Run:
     item: int  # bytes per number of the calibration's dtype
     parameters: int  # of the source
     vocabulary: int
+    context: int
     components: tuple[Component, ...] = COMPONENTS  # that may be cut
 
     @property
@@ -143,7 +144,7 @@ def estimate_ram(run: Run) -> dict[str, int]:
     solve["best"] += at_once * costs.refine_memory(shape, run.settings.samples, run.seq_len)
     corrected = costs.sequential_memory(shape, run.size, run.item) + device.batch
     solve["best --sequential"] = max(solve["best"], costs.held_bytes(shape) + corrected)
-    measuring = 0 if run.on_gpu else costs.in_sample_memory(shape, run.vocabulary, run.item)
+    measuring = 0 if run.on_gpu else costs.measuring_memory(shape, run.vocabulary, run.item)
     measured = costs.held_bytes(shape) + measuring
     solve = {method: max(needed, measured) for method, needed in solve.items()}
     largest = shape.hidden_size * shape.intermediate_size * item
@@ -172,7 +173,7 @@ def estimate_seconds(run: Run, rates: Rates) -> dict[str, float]:
     kept = (statistics + hidden) / rates.disk + statistics / (HASH_GBPS * 1e9)
     checked = statistics / rates.disk + statistics / (HASH_GBPS * 1e9)
     moved = run.parameters * run.source_item + disk.export
-    measured = costs.in_sample_flops(shape, run.sizes, run.vocabulary, run.seq_len) / rates.compute
+    measured = costs.measuring_flops(shape, run.sizes, run.vocabulary, run.seq_len) / rates.compute
     spent = {
         "calibrate": max(compute, read) + kept,
         **{

@@ -23,6 +23,7 @@ from a3cli.settings.generation import GenerateSettings
 from a3cli.stages.answers import Answers, LoadedModel, batches, open_models, short_name
 from a3cli.stages.tasks import open_tasks, run_tasks
 from a3cli.text.blocks import CONTEXT, check_fit, evaluation_blocks
+from a3cli.text.counted import counting
 from a3cli.text.documents import TextRead
 from a3cli.text.sources import check_texts
 from a3cli.text.tokenizer import load_tokenizer
@@ -113,8 +114,9 @@ def read_blocks(
 ) -> tuple[list[torch.Tensor], TextRead]:
     """Return a data set's blocks and the record of what was read."""
     read = TextRead()
-    with reporting(progress, f"reading {short_name(text.dataset)}"):
-        blocks = evaluation_blocks(tokenizer, text, read)
+    limit = None if text.samples is None else text.samples * text.block_tokens
+    with counting(progress, f"reading {short_name(text.dataset)}", tokenizer, limit) as counted:
+        blocks = evaluation_blocks(counted, text, read)
     check_fit(blocks, checkpoint.config, checkpoint.name)
     return blocks, read
 

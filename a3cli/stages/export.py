@@ -19,6 +19,7 @@ from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.shards import write_index
 from a3cli.models.shipped import shipped_files
 from a3cli.report.card import model_card
+from a3cli.report.figures import human_bytes
 from a3cli.report.manifest import MANIFEST, ExportFacts, Manifest, Runtime, read_export_manifest
 from a3cli.report.measured import Measured, as_recorded, read_evaluation
 from a3cli.report.names import public_dataset, public_name, public_request
@@ -81,6 +82,7 @@ def export(
         check_target(out, model.source, work, overwrite=settings.overwrite)
         shards = plan_weights(model, solution, settings)
         inputs = Inputs(settings, model, calibration, solution, measured, shards)
+        warn_of_size(inputs, out)
         with holding_target(out.resolve()), drafting(out.resolve(), request) as draft:
             draft.check_space(inputs.bytes, "export")
             manifest = write_checkpoint(draft, inputs, progress, stop)
@@ -89,6 +91,20 @@ def export(
                 with making_scratch(work.scratch), drafting(work.scratch / "export", request) as second:
                     check_same_files(manifest, write_checkpoint(second, inputs, progress, stop), out)
             return manifest
+
+
+def warn_of_size(inputs: Inputs, out: Path) -> None:
+    """Warn if weights in another dtype than the source's take more than the solution was asked for."""
+    most = inputs.solution.manifest.request.settings.budget_bytes
+    if most is not None and inputs.bytes > most:
+        log.warning(
+            "%s: %s of weights in %s, more than --budget-bytes %s, which counts them in the source's dtype; "
+            "export with --dtype source, or solve for fewer bytes",
+            out,
+            human_bytes(inputs.bytes),
+            inputs.settings.dtype,
+            human_bytes(most),
+        )
 
 
 def read_evaluations(settings: ExportSettings) -> list[Measured]:

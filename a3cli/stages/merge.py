@@ -15,8 +15,9 @@ from a3cli.errors import A3Error
 from a3cli.report.inspection import read_source
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.samples import NAMES, merge_samples
-from a3cli.stages.calibration_folder import clear_solutions
+from a3cli.stages.calibration_folder import clear_solutions, tokens_content
 from a3cli.stages.context import read_calibration
+from a3cli.text.documents import describe_all
 from a3cli.work.draft import drafting
 from a3cli.work.files import (
     Json,
@@ -104,6 +105,7 @@ def ingredients(calibration: Calibration) -> list[Ingredient]:
         device=request.device,
         batch_size=request.batch_size,
         made_with=calibration.made_with or [],
+        **({"mixture": request.mixture} if request.mixture else {}),
     )
     return [own]
 
@@ -111,18 +113,12 @@ def ingredients(calibration: Calibration) -> list[Ingredient]:
 def merged_reading(merged: Sequence[Ingredient]) -> Json | None:
     """Return the counts of rows over all texts; None if one of them has none."""
     parts = [each.text_read for each in merged if each.text_read is not None]
-    if len(parts) < len(merged):
-        return None
-    return {
-        "rows": sum(part.rows for part in parts),
-        "skipped": sum(part.skipped for part in parts),
-        "whole": all(part.whole for part in parts),
-    }
+    return describe_all(parts) if len(parts) == len(merged) else None
 
 
 def merged_request(calibrations: Sequence[Calibration]) -> Json:
     """Return the merged calibration's request, with its parts."""
-    first = calibrations[0].request.plain()
+    first = calibrations[0].request.plain(exclude={"mixture"})
     merged = [each for calibration in calibrations for each in ingredients(calibration)]
     text = {
         **first["text"],
@@ -160,9 +156,11 @@ def write_merged(
         check_hash(work.tokens, calibration.tokens_hash, REMEDY)
     with drafting(target.calibration, {**request, "versions": versions()}) as draft:
         draft.check_space(bytes_on_disk(parts[0].calibration.iterdir()), "the merged calibration")
-        tokens = torch.cat([read_tensors(work.tokens, REMEDY)["tokens"] for work in parts])
+        read = [read_tensors(work.tokens, REMEDY) for work in parts]
+        tokens = torch.cat([each["tokens"] for each in read])
+        held_out = torch.cat([each.get("held_out", each["tokens"][:0]) for each in read])
         tokens_file = draft.folder / target.tokens.name
-        write_tensors(tokens_file, {"tokens": tokens})
+        write_tensors(tokens_file, tokens_content(tokens, held_out))
         hashes = []
         for layer in range(len(calibrations[0].layers)):
             name = target.statistics(layer).name

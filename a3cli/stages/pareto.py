@@ -183,7 +183,7 @@ def settings_of(settings: ParetoSettings, variant: Json, budget: float) -> Solve
 def point(run: Run, curves: list[Curves]) -> Json:
     """Return sizes, costs and predicted loss at one budget."""
     try:
-        sizes = choose_sizes(run.settings, run.model.shape, curves, run.model.family)
+        sizes = choose_sizes(run.settings, run.model.shape, curves, run.stored, run.model.family)
     except A3Error as error:
         return {"budget_asked": run.settings.budget, "error": str(error)}
     wanted = ("budget_asked", "budget_reached", "parameters", "bytes", "kv_bytes_per_token", "sizes")
@@ -208,8 +208,8 @@ def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path, 
     return evaluate(
         EvalSettings(
             model=str(out),
-            against=source.model,
-            against_revision=source.revision,
+            against=source.place,
+            against_revision=None if source.folder else source.revision,
             follow_symlinks=source.follow_symlinks,
             texts=(text,),
             bootstrap=0,

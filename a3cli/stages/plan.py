@@ -30,13 +30,18 @@ from a3cli.models.hub import (
 )
 from a3cli.models.model import describe, read_stock
 from a3cli.models.stock import Shape, StockClass, match_tensors
+from a3cli.report.figures import describe_budgets
+from a3cli.report.serving import Serving
 from a3cli.runtimes import Verdict, judge, tokenizer_class_of
-from a3cli.settings import PlanSettings
+from a3cli.settings import Component, PlanSettings
+from a3cli.settings.budgets import DEFAULT_BUDGET, budget_problems, given_budgets
 from a3cli.settings.seq_len import resolved_seq_len
+from a3cli.solvers.allocate import sizes
+from a3cli.stages.allowed import check_heads
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
 from a3cli.stages.rounding import planned_warnings
-from a3cli.stages.sizes import in_brackets, multiples_of, removed_weights
+from a3cli.stages.sizes import Stored, check_budgets, planned_size
 from a3cli.work.files import Json
 
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -60,6 +65,7 @@ def plan(settings: PlanSettings) -> Json:
     Raises A3Error for a model that does not exist or is not supported, for weights that a3 calibrate would refuse, and
     for a budget that rounding does not allow.
     """
+    settings = with_budget(settings)
     folder = find_folder(settings.model, settings.revision, files=("config.json", INDEX, ADAPTER))
     raw = read_config(folder, settings.model)
     check_config(raw, folder, settings)
@@ -70,9 +76,11 @@ def plan(settings: PlanSettings) -> Json:
     shape = read_shape(config)
     family = family_of(config.model_type)
     components = family.compressible(settings.shape)
-    size = choose_sizes(settings, shape, family)
-    parameters = count_parameters(stock)
-    run = Run(settings, shape, size, ITEMSIZES[dtype], ITEMSIZES[compute], parameters, config.vocab_size, components)
+    parameters, item = count_parameters(stock), ITEMSIZES[dtype]
+    stored = Stored(parameters, parameters * item, item)
+    size = choose_sizes(settings, shape, stored, family)
+    context = config.max_position_embeddings
+    run = Run(settings, shape, size, item, ITEMSIZES[compute], parameters, config.vocab_size, context, components)
     rates = find_rates(settings, compute)
     return {
         "model": settings.model,
@@ -89,8 +97,17 @@ def plan(settings: PlanSettings) -> Json:
         "seconds": estimate_seconds(run, rates),
         "machine": describe_machine(run, rates, compute),
         "runtimes": [asdict(verdict) for verdict in judge_plan(raw, folder, run)],
-        "warnings": planned_warnings(settings, shape, size, components),
+        "warnings": planned_warnings(settings, shape, size, stored, components),
     }
+
+
+def with_budget(settings: PlanSettings) -> PlanSettings:
+    """Return settings that have a budget. Raises A3Error for budgets that contradict each other."""
+    if not given_budgets(settings):
+        return settings.model_copy(update={"budget": DEFAULT_BUDGET})
+    if problems := budget_problems(settings):
+        raise A3Error("bad settings: " + "; ".join(problems))
+    return settings
 
 
 def check_config(raw: Json, folder: Path, settings: PlanSettings) -> None:
@@ -159,20 +176,17 @@ def read_dtype(raw: Json, folder: Path) -> str:
     return dtype
 
 
-def choose_sizes(settings: PlanSettings, shape: ModelShape, family: Family) -> LayerSizes:
+def choose_sizes(settings: PlanSettings, shape: ModelShape, stored: Stored, family: Family) -> LayerSizes:
     """Return the sizes of every layer. Raises A3Error for a budget that rounding or the family does not allow."""
+    check_heads(settings, family)
     components, head, mlp = family.compressible(settings.shape), settings.head_multiple, settings.mlp_multiple
-    found = costs.uniform_sizes(shape, settings.budget, components=components, head_multiple=head, mlp_multiple=mlp)
-    if found is not None:
-        return found
-    least = {"qk": min(head, shape.head_dim), "ov": min(head, shape.head_dim), "mlp": min(mlp, shape.intermediate_size)}
-    removed = removed_weights(shape, **{name: least[name] for name in components})
-    why = family.why_whole(settings.shape)
-    raise A3Error(
-        f"budget {settings.budget} cannot be reached: {','.join(components)} with {multiples_of(settings, components)} "
-        f"remove at most {removed / costs.linear_weights(shape, shape.sizes[:1]):.4f}{in_brackets(why)}; lower the "
-        "budget or the multiples" + (", or use --shape per-layer" if why and settings.shape == "stock" else "")
-    )
+    whole = {"qk": shape.head_dim, "ov": shape.head_dim, "mlp": shape.intermediate_size}
+    multiples: dict[Component, int] = {"qk": head, "ov": head, "mlp": mlp}
+    allowed = {c: sizes(whole[c], each) if c in components else [whole[c]] for c, each in multiples.items()}
+    check_budgets(settings, shape, allowed, stored, family)
+    found = planned_size(settings, shape, stored, head, mlp, components)
+    assert found is not None, "the budgets are within reach"
+    return found
 
 
 def count_parameters(stock: StockClass) -> int:
@@ -188,9 +202,11 @@ def describe_model(run: Run) -> Json:
     def pair(old: int, new: int) -> Json:
         return {"before": old, "after": new}
 
+    served = serving(run)
     return {
         "shape": run.settings.shape,
         "budget_asked": run.settings.budget,
+        "asked": describe_budgets(run.settings),
         "budget_reached": (total - costs.linear_weights(shape, after)) / total,
         "head_size": pair(shape.head_dim, run.size.qk),
         "value_head_size": pair(shape.head_dim, run.size.ov),
@@ -198,11 +214,22 @@ def describe_model(run: Run) -> Json:
         "parameters": pair(run.parameters, run.kept_parameters),
         "bytes": pair(run.parameters * item, run.kept_parameters * item),
         "kv_bytes_per_token": pair(*(costs.kv_bytes_per_token(shape, each, item) for each in (before, after))),
+        "kv_cache": {"tokens": served.tokens, **pair(*served.cache)},
+        **served.plain(),
         "prefill_flops_per_token": {
             "seq_len": seq_len,
             **pair(*(costs.prefill_flops_per_token(shape, each, seq_len) for each in (before, after))),
         },
     }
+
+
+def serving(run: Run) -> Serving:
+    """Return what serving the model takes at its full context."""
+    cache = (
+        costs.kv_cache_bytes(run.shape, sizes, run.source_item, run.context) for sizes in (run.shape.sizes, run.sizes)
+    )
+    weights = run.parameters * run.source_item, run.kept_parameters * run.source_item
+    return Serving(run.context, (next(cache), next(cache)), weights, run.settings.memory)
 
 
 def describe_machine(run: Run, rates: Rates, compute: str) -> Json:

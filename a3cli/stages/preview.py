@@ -1,6 +1,6 @@
 """Tell what `a3 run` would do: the settings of every stage, and how far each stage is. Writes and downloads nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,13 @@ from a3cli.errors import A3Error
 from a3cli.models.checkpoint import resolve_model
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.settings import CalibrateSettings, Settings
+from a3cli.stages.allowed import calibrated_family, known_family, resolve_settings
 from a3cli.stages.calibrate import for_source
 from a3cli.stages.calibration_folder import comparable, describe_request, known_text, recorded_calibration
-from a3cli.stages.context import calibrated_family, known_family, resolve_settings
 from a3cli.stages.evaluate import for_models
+from a3cli.stages.publish import kept_push
 from a3cli.stages.recipe import Recipe
-from a3cli.stages.run import is_asked_for, kept_evaluation, kept_verification
+from a3cli.stages.run import check_outputs, is_asked_for, is_reported, kept_evaluation, kept_verification
 from a3cli.stages.solve import describe_request as describe_solution
 from a3cli.work.files import Json
 from a3cli.work.folder import Work
@@ -33,39 +34,72 @@ class State:
     state: Literal["finished", "unfinished", "not started", "other settings"]
     detail: str = ""
 
+    def describe(self) -> str:
+        return f"{self.state}; {self.detail}" if self.detail else self.state
+
 
 TO_DO = State("not started")
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A recipe with the state of each of its stages."""
+    """A recipe, and for each of its solutions its own recipe with the state of each stage."""
 
     recipe: Recipe
-    states: dict[str, State]
+    each: list[tuple[Recipe, dict[str, State]]]
 
     def plain(self) -> Json:
-        """Return the recipe as JSON has it, with `state` and `detail` of each stage."""
+        """Return the recipe as JSON has it, with `state` and `detail` of each stage; several solutions in a list."""
         content = plain_recipe(self.recipe)
-        stages = {
-            name: {"state": state.state, "detail": state.detail, "settings": content[name]}
-            for name, state in self.states.items()
-        }
-        return {"work": content["work"], "out": content["out"], "stages": stages}
+        folders = {name: content[name] for name in ("work", "out")}
+        if not self.recipe.several:
+            return {**folders, "stages": described(*self.each[0])}
+        shared, listed = {}, []
+        for recipe, states in self.each:
+            stages = described(recipe, states)
+            shared = {"calibrate": stages.pop("calibrate")}
+            listed.append({"name": recipe.solve.name, "out": str(recipe.out), "stages": stages})
+        return {**folders, "stages": shared, "solutions": listed}
+
+    def sections(self) -> Iterator[tuple[str, list[str], Json]]:
+        """Yield each stage's name, how far it is for each solution, and its settings in the recipe."""
+        content = plain_recipe(self.recipe)
+        for stage in self.each[0][1]:
+            several = self.recipe.several and stage != "calibrate"
+            found = [(f"{stage} {recipe.solve.name}", states[stage]) for recipe, states in self.each]
+            shown = found if several else [(stage, found[0][1])]
+            yield stage, [": ".join((name, state.describe())) for name, state in shown], content[stage]
+
+
+def described(recipe: Recipe, states: Mapping[str, State]) -> Json:
+    content = plain_recipe(recipe)
+    return {
+        name: {"state": state.state, "detail": state.detail, "settings": content[name]}
+        for name, state in states.items()
+    }
 
 
 def preview(recipe: Recipe, *, overwrite: bool) -> Preview:
-    """Return the state of each stage that the recipe has. Files are not hashed again.
+    """Return the state of each stage that the recipe has, of each solution. Files are not hashed again.
 
     Raises A3Error for settings that contradict each other, and for manifests that are damaged.
     """
-    resolve_settings(recipe.solve, known_family(recipe.calibrate.model, recipe.calibrate.revision))
-    work = Work(recipe.work, recipe.solve.name)
+    check_outputs(recipe)
+    every = recipe.each()
+    for each in every:
+        resolve_settings(each.solve, known_family(recipe.calibrate.model, recipe.calibrate.revision))
+    return Preview(recipe, [(each, states_of(each, overwrite=overwrite)) for each in every])
+
+
+def states_of(recipe: Recipe, *, overwrite: bool) -> dict[str, State]:
+    """Return the state of each stage of one solution, in their order."""
     asked = {"calibrate", "solve", "export", *(["verify"] if recipe.verify else [])}
     if recipe.evaluation is not None:
         asked.add("eval")
-    found = {} if overwrite else dict(find_states(recipe, work))
-    return Preview(recipe, {name: found.get(name, TO_DO) for name in plain_recipe(recipe) if name in asked})
+    if recipe.report is not None:
+        asked.add("report")
+    found = {} if overwrite else dict(find_states(recipe, Work(recipe.work, recipe.solve.name)))
+    return {name: found.get(name, TO_DO) for name in plain_recipe(recipe) if name in asked}
 
 
 def find_states(recipe: Recipe, work: Work) -> Iterator[tuple[str, State]]:
@@ -79,13 +113,17 @@ def find_states(recipe: Recipe, work: Work) -> Iterator[tuple[str, State]]:
     if state.state != "finished" or solution is None:
         return
     state, manifest = state_of_export(recipe, solution)
-    yield "export", state
+    yield "export", with_upload(state, manifest, recipe, work)
     if state.state != "finished" or manifest is None:
         return
     if recipe.verify and kept_verification(recipe.verify, work, manifest):
         yield "verify", State("finished")
-    if recipe.evaluation and kept_evaluation(for_models(recipe.evaluation), work, manifest):
+    asked = recipe.evaluation
+    evaluation = kept_evaluation(for_models(asked), work, manifest) if asked else None
+    if evaluation:
         yield "eval", State("finished")
+    if recipe.report and (evaluation or not asked) and is_reported(recipe.report, recipe, evaluation):
+        yield "report", State("finished")
 
 
 def state_of_calibration(settings: CalibrateSettings, work: Work) -> State:
@@ -143,6 +181,15 @@ def state_of_export(recipe: Recipe, solution: SolutionManifest) -> tuple[State, 
     return (State("unfinished") if begun else TO_DO), None
 
 
+def with_upload(state: State, manifest: Manifest | None, recipe: Recipe, work: Work) -> State:
+    """Return the state of an export with what is known of its upload, if the recipe asks for one."""
+    repository = recipe.export.push_to_hub
+    if repository is None or manifest is None:
+        return state
+    found = kept_push(manifest, recipe.export, work)
+    return State(state.state, f"uploaded to {found.url}" if found else f"the upload to {repository} is left")
+
+
 def differs(recorded: Json, wanted: Json, nested: str) -> str:
     return f"differs in {differences(recorded, wanted, nested)}; use --overwrite or another --work"
 
@@ -157,12 +204,17 @@ def plain_recipe(recipe: Recipe) -> Json:
         "export": plain_settings(recipe.export),
         "verify": plain_settings(recipe.verify) if recipe.verify else False,
     }
-    return sections | ({} if recipe.evaluation is None else {"eval": plain_settings(recipe.evaluation)})
+    optional = {"eval": recipe.evaluation, "report": recipe.report}
+    return sections | {name: plain_settings(found) for name, found in optional.items() if found is not None}
 
 
 def plain_settings(settings: Settings) -> Json:
     """Return settings as a recipe has them, with gates as text."""
     content: Json = settings.model_dump(mode="json")
+    if isinstance(settings, CalibrateSettings) and settings.texts:
+        del content["text"]["dataset"]  # the name of the mixture
+    elif isinstance(settings, CalibrateSettings):
+        del content["texts"]
     if "fail_if" in content:
         content["fail_if"] = [gate["text"] for gate in content["fail_if"]]
     return content

@@ -7,6 +7,7 @@ weights are read once more for each of its cuts), and memory holds one layer and
 take 2 · (1 + probes) times the hidden states of the probe's blocks. Resumable at the unfinished layer.
 """
 
+import itertools
 import logging
 import math
 from dataclasses import replace
@@ -19,6 +20,7 @@ import torch
 from a3cli.errors import A3Error
 from a3cli.methods import Analysis, Curves, Method
 from a3cli.settings import COMPONENTS, Component
+from a3cli.settings.shares import divide
 from a3cli.solvers.moments import Tensors
 from a3cli.stages.context import AGAIN, Run
 from a3cli.stream.batches import Batching, Calls, embed_all, layer_step, stream
@@ -26,6 +28,7 @@ from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates, TwoFiles
 from a3cli.stream.smaller import Cut, SmallerDecoder
 from a3cli.work.files import Json, check_space, hash_file, read_tensors
+from a3cli.work.manifests import CalibrationRequest
 from a3cli.work.progress import reporting
 from a3cli.work.record import Record, computed_once
 from a3cli.work.sealed import versions
@@ -76,9 +79,8 @@ class _Sweep:
     def __init__(self, run: Run, method: Method[Any], analysis: Analysis[Any], probes: list[Probe]) -> None:
         self.run, self.method, self.analysis, self.probes = run, method, analysis, probes
         self.model, self.machine, self.folder = run.model, run.machine, run.work.probes
-        self.blocks = read_tensors(run.work.tokens, "run a3 calibrate --overwrite")["tokens"][
-            : run.settings.probe_blocks
-        ]
+        tokens = read_tensors(run.work.tokens, "run a3 calibrate --overwrite")["tokens"]
+        self.blocks = tokens[probed_blocks(run.calibration.request, len(tokens), run.settings.probe_blocks)]
         self.batch_size = run.settings.batch_size
         self.layers = run.layers
         # Streams have one dtype, and a sweep stays on one kind of device.
@@ -176,6 +178,17 @@ class _Sweep:
                 )
             measured[each.layer].setdefault(each.component, {})[each.size] = total / self.blocks.numel()
         return measured
+
+
+def probed_blocks(request: CalibrationRequest, blocks: int, most: int) -> list[int]:
+    """Return the first blocks; of a mixture the first of each text, in proportion and one at least if that is possible.
+
+    A mixture has its blocks in the order of its texts.
+    """
+    counts = [part.text.samples or 0 for part in request.mixture or ()] or [blocks]
+    wanted = divide(counts, min(most, blocks), least=int(most >= len(counts)))
+    starts = [0, *itertools.accumulate(counts)]
+    return [start + i for start, own in zip(starts, wanted, strict=False) for i in range(own)]
 
 
 def describe_request(run: Run) -> Json:

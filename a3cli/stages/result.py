@@ -37,6 +37,11 @@ def describe_result(run: Run, sizes: list[LayerSizes]) -> Json:
             "before": costs.kv_bytes_per_token(shape, before, item),
             "after": costs.kv_bytes_per_token(shape, sizes, item),
         },
+        "kv_cache": {
+            "tokens": run.context,
+            "before": costs.kv_cache_bytes(shape, before, item, run.context),
+            "after": costs.kv_cache_bytes(shape, sizes, item, run.context),
+        },
         "prefill_flops_per_token": {
             "seq_len": seq_len,
             "before": costs.prefill_flops_per_token(shape, before, seq_len),

@@ -1,23 +1,27 @@
 """Warn if rounding sizes to multiples removes far more than a budget asks for, and name multiples that do not."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import compress
 
 from a3cli.errors import A3Error
-from a3cli.models import costs
+from a3cli.models import costs, uniform
 from a3cli.models.config import read_shape
 from a3cli.models.families import LayerSizes, ModelShape
-from a3cli.models.model import read_stock, recorded_source
-from a3cli.report.figures import asked, percent
+from a3cli.models.model import read_stock
+from a3cli.models.source import recorded_source
+from a3cli.report.figures import asked, human, human_bytes, percent
 from a3cli.report.long_range import solution_warnings
-from a3cli.settings import Component, PlanSettings, SolveSettings
+from a3cli.settings import COMPONENTS, Component, PlanSettings, SolveSettings
+from a3cli.settings.budgets import given_budgets
 from a3cli.solvers.allocate import sizes
-from a3cli.stages.sizes import removed_weights
+from a3cli.stages.sizes import Stored, planned_size, removed_weights
 from a3cli.work.folder import Work
-from a3cli.work.manifests import Solution
+from a3cli.work.manifests import Change, Solution
 
 EXCESS = 0.1  # of a budget, which rounding may add without a warning
 HEAD_MULTIPLES, MLP_MULTIPLES = (8, 4, 2), (32, 16, 8)  # smaller ones to suggest
@@ -29,16 +33,36 @@ def warnings_of(solution: Solution, work: Work) -> list[str]:
     return [*solution_warnings(solution), *rounding_warnings(solution, lambda: source_shape(work))]
 
 
+@dataclass(frozen=True)
+class Excess:
+    """A budget with the fraction that it asks for and the one that was removed, and both as text."""
+
+    option: str
+    budget: float
+    reached: float
+    said: str = ""
+
+    @property
+    def too_large(self) -> bool:
+        return overshoots(self.budget, self.reached)
+
+    def describe(self, settings: SolveSettings | PlanSettings, cuts: tuple[bool, bool], remedy: str) -> str:
+        multiples = (f"--head-multiple {settings.head_multiple}", f"--mlp-multiple {settings.mlp_multiple}")
+        said = self.said or f"{asked(self.budget)} were asked for, {percent(self.reached, 1)} are removed"
+        return f"{self.option}: {said}, since sizes are rounded to {' and '.join(compress(multiples, cuts))}; {remedy}"
+
+
 def rounding_warnings(solution: Solution, find_shape: Callable[[], ModelShape | None]) -> list[str]:
     """Return a warning for each budget that was overshot. Without a shape it names no multiple."""
     settings = solution.request.settings
-    overshot = [each for each in budgets_of(solution) if overshoots(*each[1:])]
+    overshot = [each for each in budgets_of(solution) if each.too_large]
     shape = find_shape() if overshot else None
     cuts = cuts_of(settings.cut)
     if not overshot or shape is None:
-        return [describe(*each, settings, cuts, "lower these multiples") for each in overshot]
-    remedy = suggest(settings, cuts, partial(stays_near, settings, shape))
-    return [describe(*each, settings, cuts, remedy) for each in overshot]
+        return [each.describe(settings, cuts, "lower these multiples") for each in overshot]
+    suggested = (True, False) if given_budgets(settings) == ["kv_budget"] else cuts
+    remedy = suggest(settings, suggested, partial(stays_near, with_fraction(settings, solution, shape), shape))
+    return [each.describe(settings, cuts, remedy) for each in overshot]
 
 
 def cuts_of(components: Sequence[Component]) -> tuple[bool, bool]:
@@ -46,60 +70,92 @@ def cuts_of(components: Sequence[Component]) -> tuple[bool, bool]:
     return bool({"qk", "ov"} & set(components)), "mlp" in components
 
 
-def planned_warnings(
-    settings: PlanSettings, shape: ModelShape, size: LayerSizes, components: Sequence[Component]
-) -> list[str]:
-    """Return a warning if a plan's sizes overshoot the budget. Layers with sizes of their own come nearer to it."""
+def with_fraction(settings: SolveSettings, solution: Solution, shape: ModelShape) -> SolveSettings:
+    """Return settings with the largest size of the result as a fraction of the linear weights to remove."""
+    parameters, item = solution.parameters, solution.bytes.before / solution.parameters.before
+    most = settings.budget_params
+    if settings.budget_bytes is not None:
+        most = math.floor(settings.budget_bytes / item)
+    if most is None:
+        return settings
+    share = max(0.0, (parameters.before - most) / costs.linear_weights(shape, shape.sizes))
+    return settings.model_copy(update={"budget": share, "budget_bytes": None, "budget_params": None})
 
-    def removed(planned: LayerSizes | None) -> float:
-        total = costs.linear_weights(shape, shape.sizes[:1])
-        return 1 - costs.linear_weights(shape, [planned]) / total if planned else 1.0
+
+def planned_warnings(
+    settings: PlanSettings,
+    shape: ModelShape,
+    size: LayerSizes,
+    stored: Stored,
+    components: Sequence[Component] = COMPONENTS,
+) -> list[str]:
+    """Return a warning if a plan's sizes overshoot a budget. Layers with sizes of their own come nearer to it."""
 
     def near(head: int, mlp: int) -> bool:
-        planned = costs.uniform_sizes(
-            shape, settings.budget, components=components, head_multiple=head, mlp_multiple=mlp
-        )
-        return not overshoots(settings.budget, removed(planned))
+        planned = planned_size(settings, shape, stored, head, mlp, components)
+        return planned is not None and not overshot_by(settings, shape, planned, stored)
 
-    if settings.shape == "per-layer" or not overshoots(settings.budget, removed(size)):
+    overshot = overshot_by(settings, shape, size, stored)
+    if settings.shape == "per-layer" or not overshot:
         return []
     cuts = cuts_of(components)
-    remedy = suggest(settings, cuts, near)
-    return [describe("--budget", settings.budget, removed(size), settings, cuts, remedy)]
+    suggested = (True, False) if given_budgets(settings) == ["kv_budget"] else cuts
+    remedy = suggest(settings, suggested, near)
+    return [each.describe(settings, cuts, remedy) for each in overshot]
 
 
-def budgets_of(solution: Solution) -> Iterator[tuple[str, float, float]]:
-    """Yield the option of each budget, what it asks for and what was removed.
+def overshot_by(settings: PlanSettings, shape: ModelShape, size: LayerSizes, stored: Stored) -> list[Excess]:
+    """Return the budgets that sizes planned for all layers overshoot."""
+    sizes, heads = [size] * shape.layers, 1 - (size.qk + size.ov) / (2 * shape.head_dim)
+    if settings.kv_budget is not None:
+        near = heads - settings.head_multiple / shape.head_dim < settings.kv_budget
+        found = [Excess("--kv-budget", settings.kv_budget, heads)] if near else []
+    else:
+        left = stored.parameters - costs.removed_parameters(shape, sizes)
+        count = Change(before=stored.parameters, after=left), Change(before=stored.bytes, after=left * stored.item)
+        removed = 1 - costs.linear_weights(shape, sizes) / costs.linear_weights(shape, shape.sizes)
+        found = list(budgets_of_whole(settings, removed, *count))
+    return [each for each in found if each.too_large]
 
-    A budget of the whole beside one of attention or MLP is left out: the latter may ask for more than the former.
+
+def budgets_of(solution: Solution) -> Iterator[Excess]:
+    """Yield each budget with what was removed.
+
+    A budget of the whole beside one of attention, KV cache or MLP is left out: the latter may ask for more than the
+    former. So is one of the KV cache if heads are smaller than it makes them, for a budget of the whole.
     """
     settings, full, count = solution.request.settings, solution.full_size, len(solution.sizes)
+    heads = 1 - sum(size.qk + size.ov for size in solution.sizes) / (count * (full.qk + full.ov))
     if settings.attention_budget is not None:
-        heads = sum(size.qk + size.ov for size in solution.sizes)
-        yield "--attention-budget", settings.attention_budget, 1 - heads / (count * (full.qk + full.ov))
+        yield Excess("--attention-budget", settings.attention_budget, heads)
+    step = settings.head_multiple / full.qk / (1 if settings.shape == "stock" else 2 * count)
+    if settings.kv_budget is not None and heads - step < settings.kv_budget:
+        yield Excess("--kv-budget", settings.kv_budget, heads)
     if settings.mlp_budget is not None:
-        yield "--mlp-budget", settings.mlp_budget, 1 - sum(size.mlp for size in solution.sizes) / (count * full.mlp)
-    if settings.budget is not None and settings.attention_budget is None and settings.mlp_budget is None:
-        yield "--budget", settings.budget, solution.budget_reached
+        width = sum(size.mlp for size in solution.sizes) / (count * full.mlp)
+        yield Excess("--mlp-budget", settings.mlp_budget, 1 - width)
+    if settings.attention_budget is None and settings.kv_budget is None and settings.mlp_budget is None:
+        yield from budgets_of_whole(settings, solution.budget_reached, solution.parameters, solution.bytes)
+
+
+def budgets_of_whole(
+    settings: SolveSettings | PlanSettings, removed: float, parameters: Change, size: Change
+) -> Iterator[Excess]:
+    """Yield the budget of the whole with what was removed: a fraction of the linear weights, or of all."""
+    if settings.budget is not None:
+        yield Excess("--budget", settings.budget, removed)
+    limits = (
+        ("--budget-bytes", settings.budget_bytes, size, human_bytes),
+        ("--budget-params", settings.budget_params, parameters, human),
+    )
+    for option, most, change, show in limits:
+        if most is not None:
+            said = f"at most {show(most).rstrip()} were asked for, {show(change.after).rstrip()} are left"
+            yield Excess(option, 1 - most / change.before, 1 - change.after / change.before, said)
 
 
 def overshoots(budget: float, reached: float) -> bool:
     return 0 < budget < reached / (1 + EXCESS)
-
-
-def describe(
-    option: str,
-    budget: float,
-    reached: float,
-    settings: SolveSettings | PlanSettings,
-    cuts: tuple[bool, bool],
-    remedy: str,
-) -> str:
-    multiples = (f"--head-multiple {settings.head_multiple}", f"--mlp-multiple {settings.mlp_multiple}")
-    return (
-        f"{option}: {asked(budget)} were asked for, {percent(reached, 1)} are removed, since sizes are rounded to "
-        f"{' and '.join(compress(multiples, cuts))}; {remedy}"
-    )
 
 
 def suggest(settings: SolveSettings | PlanSettings, cuts: tuple[bool, bool], near: Near) -> str:
@@ -133,12 +189,12 @@ def stays_near(settings: SolveSettings, shape: ModelShape, head_multiple: int, m
         heads = sizes(shape.head_dim, head_multiple, least=settings.min_head)
     if "mlp" in settings.cut:
         widths = sizes(shape.intermediate_size, mlp_multiple, least=settings.min_mlp)
-    parts = ((heads, settings.attention_budget), (widths, settings.mlp_budget))
+    parts = ((heads, settings.attention_budget), (heads, settings.kv_budget), (widths, settings.mlp_budget))
     if any(budget is not None and not has_size_near(choices, budget) for choices, budget in parts):
         return False
-    if settings.budget is None or settings.attention_budget is not None or settings.mlp_budget is not None:
+    if settings.budget is None or any(budget is not None for _, budget in parts):
         return True
-    cuts = costs.least_cuts(shape, settings.budget, heads=heads, widths=widths)
+    cuts = uniform.least_cuts(shape, settings.budget, heads=heads, widths=widths)
     both = [removed for size, removed in cuts if size.qk < heads[-1] and size.mlp < widths[-1]]
     reached = both or [removed for _, removed in cuts]
     return bool(reached) and not overshoots(settings.budget, max(reached))
@@ -160,6 +216,7 @@ def steps_are_small(settings: SolveSettings, shape: ModelShape, head_multiple: i
     weights = costs.attention_weights(shape, shape.sizes), costs.mlp_weights(shape, shape.sizes)
     budgets = (
         (settings.attention_budget, attention, weights[0]),
+        (settings.kv_budget, shape.head_dim - head, 2 * shape.layers * shape.head_dim),
         (settings.mlp_budget, mlp, weights[1]),
         (settings.budget, min(cut), sum(weights)),
     )

@@ -1,4 +1,4 @@
-"""Run a recipe's stages: calibrate, solve, export, verify unless disabled, and eval if it has that section.
+"""Run a recipe's stages: calibrate, solve, export, verify unless disabled, eval and report if it has these sections.
 
 Each stage finds out from its files whether it is done, so a rerun resumes, and a finished recipe does nothing.
 """
@@ -6,25 +6,34 @@ Each stage finds out from its files whether it is done, so a rerun resumes, and 
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from a3cli.errors import A3Error
+from a3cli.report.inspection import describe
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
+from a3cli.report.measured import figures_of
+from a3cli.report.page import Report, is_page, write_report
+from a3cli.report.serving import serving_warnings
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.settings.options import command_words
+from a3cli.settings.report import ReportSettings
+from a3cli.settings.texts import mixture_options
+from a3cli.stages.allowed import known_family, resolve_settings
 from a3cli.stages.calibrate import calibrate
-from a3cli.stages.context import known_family, resolve_settings
 from a3cli.stages.evaluate import evaluate, for_models
 from a3cli.stages.export import export
+from a3cli.stages.publish import Pushed, Repository, keep_push, kept_push, open_repository, push
 from a3cli.stages.recipe import Recipe
+from a3cli.stages.rounding import warnings_of
+from a3cli.stages.run_results import RunResults, SolutionResults
 from a3cli.stages.solve import solve
 from a3cli.stages.verify import verify
 from a3cli.text.identity import as_compared, describe_text, files_now
 from a3cli.text.sources import check_texts
-from a3cli.work.files import Json, check_hashes, hash_json
+from a3cli.work.files import Json, check_hashes, hash_json, making
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest
@@ -35,26 +44,21 @@ from a3cli.work.sealed import read_if_request_matches, read_manifest, versions, 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class RunResults:
-    """The results of a recipe's stages; None for a stage that did not run."""
+@dataclass(frozen=True)
+class Running:
+    """How stages run: `overwrite` restarts all of them, `quiet` also applies to processes."""
 
-    calibration: CalibrationManifest
-    solution: SolutionManifest
-    export: Manifest
-    verification: Json | None = None
-    evaluation: Json | None = None
-    finished_before: bool = False  # nothing was left to do
+    overwrite: bool
+    progress: Callable[[], AbstractContextManager[Progress]]
+    stop: Stop
+    quiet: bool
 
-    def plain(self) -> Json:
-        """Return the results as JSON has them, by the stage's name."""
-        stages = {"verify": self.verification, "eval": self.evaluation}
-        return {
-            "calibrate": self.calibration.plain(),
-            "solve": self.solution.plain(),
-            "export": self.export.plain(),
-            **{stage: result for stage, result in stages.items() if result is not None},
-        }
+    @contextmanager
+    def stage(self, name: str, solution: str | None = None) -> Iterator[Progress]:
+        """Log a stage's name, with that of the solution if there are several, and yield its progress."""
+        log.info("%s", f"{name} {solution}" if solution else name)
+        with self.progress() as report:
+            yield report
 
 
 def run_recipe(
@@ -67,36 +71,108 @@ def run_recipe(
 ) -> RunResults:
     """Run all stages and return their results; `overwrite` restarts all, `quiet` also applies to processes.
 
-    An export that fails a check of `verify` is not evaluated.
+    With several budgets there is one calibration, and the other stages run for each of them. An export that fails a
+    check of `verify` is not evaluated, and one that fails that or a gate is not uploaded.
 
     Raises A3Error if a stage does, and before the first one for settings that contradict each other; raises Interrupted
     at the end of the step in which `stop` was set off.
     """
-    resolve_settings(recipe.solve, known_family(recipe.calibrate.model, recipe.calibrate.revision))
-    work = Work(recipe.work, recipe.solve.name)
-    before = when_written(recipe, work)
-    log.info("calibrate")
-    with progress() as report:
-        calibration = calibrated(recipe.calibrate, work, overwrite=overwrite, progress=report, stop=stop, quiet=quiet)
-    log.info("solve")
-    with progress() as report:
-        solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=stop)
-    log.info("export")
-    with progress() as report:
-        manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=stop)
-    results = RunResults(calibration, solution, manifest)
+    running, every = Running(overwrite, progress, stop, quiet), recipe.each()
+    check_outputs(recipe)
+    for each in every:
+        resolve_settings(each.solve, known_family(recipe.calibrate.model, recipe.calibrate.revision))
+    before = [when_written(each) for each in every]
+    repositories = [None if pushed_before(each, running) else open_repository(each.export) for each in every]
+    with running.stage("calibrate") as report:
+        calibration = calibrated(
+            recipe.calibrate, Work(recipe.work), overwrite=overwrite, progress=report, stop=stop, quiet=quiet
+        )
+    found = [
+        run_solution(each, running, repository, label=each.solve.name if recipe.several else None)
+        for each, repository in zip(every, repositories, strict=True)
+    ]
+    unchanged = before == [when_written(each) for each in every]
+    return RunResults(calibration, found, recipe.several, finished_before=unchanged)
+
+
+def check_outputs(recipe: Recipe) -> None:
+    """Raise A3Error if the page is a folder, or if the exports of several budgets would lie in that of another."""
+    for html in (each.report.html for each in recipe.each() if each.report):
+        if html.is_dir():
+            raise A3Error(f"report.html {html}: it is a folder")
+    if recipe.several and (recipe.out / MANIFEST).is_file():
+        raise A3Error(
+            f"{recipe.out} is an export, and those of several budgets are written to folders in it; choose another out"
+        )
+
+
+def run_solution(
+    recipe: Recipe, running: Running, repository: Repository | None, *, label: str | None
+) -> SolutionResults:
+    """Run the stages after the calibration for one solution; `label` is its name in log lines."""
+    work, overwrite = Work(recipe.work, recipe.solve.name), running.overwrite
+    with running.stage("solve", label) as report:
+        solution = solve(recipe.solve, work, overwrite=overwrite, progress=report, stop=running.stop)
+    with running.stage("export", label) as report:
+        manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=running.stop)
+    memory = recipe.solve.memory
+    warnings = [*warnings_of(solution, work), *serving_warnings(solution, memory)]
+    results = SolutionResults(work.name, recipe.out, solution, manifest, warnings, memory)
     if recipe.verify:
-        log.info("verify")
-        with progress() as report:
+        with running.stage("verify", label) as report:
             results.verification = verified(recipe.verify, recipe, work, manifest, overwrite=overwrite, progress=report)
-        if not results.verification["passed"]:
+        if not results.passed:
             return results
     if recipe.evaluation is not None:
-        log.info("eval")
-        with progress() as report:
+        with running.stage("eval", label) as report:
             results.evaluation = evaluated(recipe.evaluation, work, manifest, overwrite=overwrite, progress=report)
-    results.finished_before = before == when_written(recipe, work)
+    if recipe.report is not None:
+        with running.stage("report", label):
+            results.report = reported(recipe.report, recipe, results.evaluation)
+    if recipe.export.push_to_hub and results.passed:
+        with running.stage("upload", label) as report:
+            results.pushed = pushed(recipe, work, manifest, repository, overwrite=overwrite, progress=report)
     return results
+
+
+def reported(settings: ReportSettings, recipe: Recipe, evaluation: Json | None) -> Report:
+    """Write the page of the export with the figures of its evaluation, unless it is written already."""
+    with making(settings.html.parent):
+        return write_report(describe(recipe.out), figures_of(evaluation), settings.html, settings.memory)
+
+
+def is_reported(settings: ReportSettings, recipe: Recipe, evaluation: Json | None) -> bool:
+    """Return whether the page is written, with these figures."""
+    return is_page(settings.html, describe(recipe.out), figures_of(evaluation), settings.memory)
+
+
+def pushed_before(recipe: Recipe, running: Running) -> bool:
+    """Return whether the recipe's export was uploaded, as far as can be told before it is checked."""
+    with suppress(A3Error):  # missing or damaged
+        manifest = read_export_manifest(recipe.out / MANIFEST)
+        work = Work(recipe.work, recipe.solve.name)
+        return not running.overwrite and kept_push(manifest, recipe.export, work) is not None
+    return False
+
+
+def pushed(
+    recipe: Recipe,
+    work: Work,
+    manifest: Manifest,
+    repository: Repository | None,
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> Pushed:
+    """Upload the export unless that was done; return where it is."""
+    if not overwrite and (found := kept_push(manifest, recipe.export, work)):
+        return found
+    repository = repository or open_repository(recipe.export)
+    assert repository is not None
+    settings = recipe.export.model_copy(update={"name": recipe.solve.name})
+    done = push(recipe.out, manifest, repository, settings, work, progress)
+    keep_push(done, manifest, recipe.export, work)
+    return done
 
 
 def calibrated(
@@ -109,17 +185,21 @@ def calibrated(
     return calibrate(settings, work, overwrite=overwrite, progress=progress, stop=stop)
 
 
-def when_written(recipe: Recipe, work: Work) -> dict[Path, int]:
+def when_written(recipe: Recipe) -> dict[Path, int]:
     """Return when each stage's last file was written, in nanoseconds; a stage that does anything writes it."""
-    own = (work.calibration_manifest, work.solution_manifest, work.verification, work.evaluation)
-    return {file: file.stat().st_mtime_ns for file in (*own, recipe.out / MANIFEST) if file.is_file()}
+    work = Work(recipe.work, recipe.solve.name)
+    stages = [work.calibration_manifest, work.solution_manifest, recipe.out / MANIFEST]
+    results = [work.verification, work.evaluation, work.publication, *([recipe.report.html] if recipe.report else [])]
+    return {file: file.stat().st_mtime_ns for file in (*stages, *results) if file.is_file()}
 
 
 def calibrate_in_processes(
     settings: CalibrateSettings, work: Work, *, overwrite: bool, stop: Stop, quiet: bool
 ) -> None:
     """Run `a3 calibrate` with these settings and their number of processes."""
-    options = settings.model_dump(exclude={"model", "num_processes"})
+    options = settings.model_dump(exclude={"model", "num_processes", "texts"})
+    if settings.texts:
+        options["text"] |= mixture_options(settings.texts)
     options |= {"work": work.folder, "overwrite": overwrite, "quiet": quiet}
     if stop.deadline < math.inf:
         options["max_minutes"] = max(0.0, stop.deadline - time.monotonic()) / 60

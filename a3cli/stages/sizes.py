@@ -1,65 +1,178 @@
-"""Choose sizes for a budget from error curves."""
+"""Choose sizes for budgets from error curves."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import replace
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import compress
 
 from a3cli.errors import A3Error
 from a3cli.methods import Curves
-from a3cli.models import costs
+from a3cli.models import costs, uniform
 from a3cli.models.families import Family, LayerSizes, ModelShape
+from a3cli.report.figures import human_bytes
 from a3cli.settings import COMPONENTS, Component, PlanSettings, SolveSettings
-from a3cli.solvers.allocate import Choice, allocate
+from a3cli.solvers.allocate import Choice, allocate, allocate_jointly
 
 Items = list[list[Choice]]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """All weights of the source: how many, their bytes, and the bytes of one."""
+
+    parameters: int
+    bytes: int
+    item: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What must be removed at least: so much of what `count` counts, and so many values of the KV cache for one token.
+
+    The budget of the whole is None if there is none.
+    """
+
+    whole: int | None
+    count: uniform.Count
+    cached: int | None
+
+
+def find_need(settings: SolveSettings | PlanSettings, shape: ModelShape, stored: Stored) -> Need:
+    """Return what the budgets demand. Raises A3Error if the source is smaller than the result may be."""
+    cached = None
+    if settings.kv_budget is not None:
+        cached = costs.share_of(settings.kv_budget, costs.kv_bytes_per_token(shape, shape.sizes, 1))
+    if settings.budget is not None:
+        weights = costs.linear_weights(shape, shape.sizes)
+        return Need(costs.share_of(settings.budget, weights), costs.linear_weights, cached)
+    above = parameters_above(settings, stored)
+    if above is not None and above < 0:
+        size = describe_size(settings, 0, stored)
+        raise A3Error(f"{describe_target(settings)}: the source is already smaller, with {size}; give a lower one")
+    return Need(above, costs.shrinking_parameters, cached)
+
+
+def parameters_above(settings: SolveSettings | PlanSettings, stored: Stored) -> int | None:
+    """Return how many parameters are above the largest size of the result, or None if that is not limited."""
+    if settings.budget_params is not None:
+        return stored.parameters - settings.budget_params
+    if settings.budget_bytes is not None:
+        return -((settings.budget_bytes - stored.bytes) // stored.item)
+    return None
+
+
+def describe_target(settings: SolveSettings | PlanSettings) -> str:
+    """Return the budget of the whole as an option with its value."""
+    if settings.budget_bytes is not None:
+        return f"--budget-bytes {human_bytes(settings.budget_bytes)}"
+    if settings.budget_params is not None:
+        return f"--budget-params {settings.budget_params:,}"
+    return f"budget {settings.budget}"
+
+
+def describe_size(settings: SolveSettings | PlanSettings, removed: int, stored: Stored) -> str:
+    """Return the size without so many parameters, in the unit of the budget."""
+    if settings.budget_bytes is None:
+        return f"{stored.parameters - removed:,} parameters"
+    left = stored.bytes - removed * stored.item
+    return f"{human_bytes(left)} ({left:,} bytes)"
+
+
 def choose_sizes(
-    settings: SolveSettings, shape: ModelShape, curves: list[Curves], family: Family | None = None
+    settings: SolveSettings, shape: ModelShape, curves: list[Curves], stored: Stored, family: Family | None = None
 ) -> list[LayerSizes]:
-    """Return each layer's sizes for the budget. Raises A3Error if rounding or components do not allow it.
+    """Return each layer's sizes for the budgets. Raises A3Error if rounding or components do not allow them.
 
     The error says why the family keeps heads whole, if it does.
     """
-    attention, mlp = per_layer_items(shape, curves) if settings.shape == "per-layer" else stock_items(shape, curves)
-    weights = costs.attention_weights(shape, shape.sizes), costs.mlp_weights(shape, shape.sizes)
-    why = family.why_whole(settings.shape) if family else None
-    attention = keep_to_budget(attention, settings.attention_budget, weights[0], "attention", settings, why)
-    mlp = keep_to_budget(mlp, settings.mlp_budget, weights[1], "MLP", settings)
-    total = sum(weights)
-    try:
-        chosen = allocate([*attention, *mlp], weights_to_remove(settings.budget or 0.0, total))
-    except ValueError:
-        most = sum(max(choice.removed for choice in item) for item in [*attention, *mlp])
-        raise A3Error(
-            f"budget {settings.budget} cannot be reached: {','.join(settings.cut)} with "
-            f"{multiples_of(settings, settings.cut)} remove at most {most / total:.4f}{in_brackets(why)}; "
-            f"lower the budget, the multiples or the least sizes ({', '.join(least_sizes(settings.cut))})"
-            + (", or use --shape per-layer" if why and settings.shape == "stock" else "")
-        ) from None
-    heads, widths = [c.size for c in chosen[: len(attention)]], [c.size for c in chosen[len(attention) :]]
+    need = find_need(settings, shape, stored)
+    heads, mlp = find_items(settings, shape, curves, costs.linear_weights)
+    why = why_whole(settings, family)
+    heads = keep_to_budget(heads, settings.attention_budget, costs.attention_weights, shape, settings, why)
+    mlp = keep_to_budget(mlp, settings.mlp_budget, costs.mlp_weights, shape, settings)
+    if need.whole is None and need.cached is not None and settings.mlp_budget is None:
+        mlp = [[max(item, key=lambda choice: choice.size)] for item in mlp]
+    if need.count is not costs.linear_weights:
+        counted = find_items(settings, shape, curves, need.count)
+        heads, mlp = recount(heads, counted[0]), recount(mlp, counted[1])
+    check_reach(settings, need, shape, stored, [*heads, *mlp], family)
+    if need.cached is None:
+        chosen = allocate([*heads, *mlp], need.whole or 0)
+        return as_sizes(settings, shape, chosen[: len(heads)], chosen[len(heads) :])
+    parts = [heads] if settings.shape == "stock" else [heads[0::2], heads[1::2]]
+    *of_heads, widths = allocate_jointly(parts, mlp, need.whole or 0, need.cached)
+    return as_sizes(settings, shape, [head for layer in zip(*of_heads, strict=True) for head in layer], widths)
+
+
+def planned_size(
+    settings: PlanSettings,
+    shape: ModelShape,
+    stored: Stored,
+    head_multiple: int,
+    mlp_multiple: int,
+    components: Sequence[Component] = COMPONENTS,
+) -> LayerSizes | None:
+    """Return sizes for all layers that meet the budgets and cut all components alike, or None if none do.
+
+    With a budget of the KV cache alone the MLP keeps its width.
+    """
+    need = find_need(settings, shape, stored)
+    return uniform.equal_cuts(
+        shape,
+        need.whole or 0,
+        need.count,
+        components=components,
+        head_multiple=head_multiple,
+        mlp_multiple=mlp_multiple,
+        kv_budget=settings.kv_budget or 0.0,
+    )
+
+
+def check_budgets(
+    settings: SolveSettings | PlanSettings,
+    shape: ModelShape,
+    allowed: Mapping[Component, Sequence[int]],
+    stored: Stored,
+    family: Family | None = None,
+) -> None:
+    """Raise A3Error for budgets that no choice of the `allowed` sizes meets, whatever the losses are."""
+    need = find_need(settings, shape, stored)
+    curves: list[Curves] = [{c: dict.fromkeys(sizes, 0.0) for c, sizes in allowed.items()}] * shape.layers
+    heads, mlp = find_items(settings, shape, curves, need.count)
+    check_reach(settings, need, shape, stored, [*heads, *mlp], family)
+
+
+def as_sizes(
+    settings: SolveSettings, shape: ModelShape, heads: Sequence[Choice], widths: Sequence[Choice]
+) -> list[LayerSizes]:
+    """Return each layer's sizes from the choices of `find_items`."""
     if settings.shape == "stock":
-        return [LayerSizes(heads[0], heads[0], widths[0])] * shape.layers
-    return [LayerSizes(*sizes) for sizes in zip(heads[0::2], heads[1::2], widths, strict=True)]
+        return [LayerSizes(heads[0].size, heads[0].size, widths[0].size)] * shape.layers
+    chosen = zip(heads[0::2], heads[1::2], widths, strict=True)
+    return [LayerSizes(qk.size, ov.size, mlp.size) for qk, ov, mlp in chosen]
 
 
-def stock_items(shape: ModelShape, curves: list[Curves]) -> tuple[Items, Items]:
+def find_items(
+    settings: SolveSettings | PlanSettings, shape: ModelShape, curves: list[Curves], count: uniform.Count
+) -> tuple[Items, Items]:
+    """Return the items to choose of attention and of the MLP; `count` says what they remove."""
+    find = per_layer_items if settings.shape == "per-layer" else stock_items
+    return find(shape, curves, count)
+
+
+def stock_items(shape: ModelShape, curves: list[Curves], count: uniform.Count) -> tuple[Items, Items]:
     """Return two items to choose: one head size for QK and OV of all layers, and one MLP width."""
     total = {c: {size: sum(curve[c][size] for curve in curves) for size in curves[0][c]} for c in curves[0]}
     heads = sorted(total["qk"].keys() & total["ov"].keys())
-    attention = [
-        Choice(r, shape.layers * removed_weights(shape, qk=r, ov=r), total["qk"][r] + total["ov"][r]) for r in heads
-    ]
-    mlp = [Choice(m, shape.layers * removed_weights(shape, mlp=m), loss) for m, loss in total["mlp"].items()]
-    return [attention], [mlp]
+    attention = [choice_of(shape, count, shape.layers, total["qk"][r] + total["ov"][r], qk=r, ov=r) for r in heads]
+    return [attention], [[choice_of(shape, count, shape.layers, loss, mlp=m) for m, loss in total["mlp"].items()]]
 
 
-def per_layer_items(shape: ModelShape, curves: list[Curves]) -> tuple[Items, Items]:
+def per_layer_items(shape: ModelShape, curves: list[Curves], count: uniform.Count) -> tuple[Items, Items]:
     """Return the items to choose: QK and OV of each layer in turn, and the MLP of each layer."""
     items: dict[Component, Items] = {
         component: [
-            [Choice(size, removed_weights(shape, **{component: size}), loss) for size, loss in curve[component].items()]
+            [choice_of(shape, count, 1, loss, **{component: size}) for size, loss in curve[component].items()]
             for curve in curves
         ]
         for component in COMPONENTS
@@ -67,14 +180,38 @@ def per_layer_items(shape: ModelShape, curves: list[Curves]) -> tuple[Items, Ite
     return [item for pair in zip(items["qk"], items["ov"], strict=True) for item in pair], items["mlp"]
 
 
+def choice_of(shape: ModelShape, count: uniform.Count, layers: int, loss: float, **sizes: int) -> Choice:
+    """Return the choice of these sizes in so many layers."""
+    removed, cached = removals(shape, count, **sizes)
+    return Choice(next(iter(sizes.values())), layers * removed, loss, layers * cached)
+
+
+@lru_cache(1 << 16)  # the same for each of many layers
+def removals(shape: ModelShape, count: uniform.Count, **sizes: int) -> tuple[int, int]:
+    """Return what these sizes remove from one layer of what is counted, and of the values in its KV cache."""
+    full, smaller = shape.full_sizes, replace(shape.full_sizes, **sizes)
+    cached = costs.kv_bytes_per_token(shape, [full], 1) - costs.kv_bytes_per_token(shape, [smaller], 1)
+    return count(shape, [full]) - count(shape, [smaller]), cached
+
+
 def removed_weights(shape: ModelShape, **sizes: int) -> int:
     """Return the weights removed from one layer if its components `qk`, `ov` or `mlp` have these sizes."""
-    full = shape.sizes[0]
-    return costs.linear_weights(shape, [full]) - costs.linear_weights(shape, [replace(full, **sizes)])
+    return removals(shape, costs.linear_weights, **sizes)[0]
+
+
+def recount(kept: Items, counted: Items) -> Items:
+    """Return the choices of `counted` that `kept` has."""
+    sizes = [{choice.size for choice in item} for item in kept]
+    return [[choice for choice in item if choice.size in of_item] for item, of_item in zip(counted, sizes, strict=True)]
 
 
 def keep_to_budget(
-    items: Items, budget: float | None, weights: int, name: str, settings: SolveSettings, why: str | None = None
+    items: Items,
+    budget: float | None,
+    count: uniform.Count,
+    shape: ModelShape,
+    settings: SolveSettings,
+    why: str | None = None,
 ) -> Items:
     """Restrict the choices of attention or the MLP to those that its own budget selects.
 
@@ -82,32 +219,77 @@ def keep_to_budget(
     """
     if budget is None:
         return items
+    weights = count(shape, shape.sizes)
     try:
-        return [[choice] for choice in allocate(items, weights_to_remove(budget, weights))]
+        return [[choice] for choice in allocate(items, costs.share_of(budget, weights))]
     except ValueError:
-        multiple = settings.head_multiple if name == "attention" else settings.mlp_multiple
-        most = sum(max(choice.removed for choice in item) for item in items) / weights
+        attention = count is costs.attention_weights
+        name, multiple = ("attention", settings.head_multiple) if attention else ("MLP", settings.mlp_multiple)
         raise A3Error(
             f"{name} budget {budget} cannot be reached: multiples of {multiple} remove at most "
-            f"{most:.4f}{in_brackets(why)}; lower the budget, the multiple or the least size"
+            f"{most_of(items) / weights:.4f}{in_brackets(why)}; lower the budget, the multiple or the least size"
         ) from None
 
 
-def weights_to_remove(budget: float, weights: int) -> int:
-    """Return the budget's share of the weights, rounded up; exact for the decimal number as typed."""
-    return math.ceil(Fraction(str(budget)) * weights)
+def most_of(items: Items) -> int:
+    return sum(max(choice.removed for choice in item) for item in items)
+
+
+def check_reach(
+    settings: SolveSettings | PlanSettings,
+    need: Need,
+    shape: ModelShape,
+    stored: Stored,
+    items: Items,
+    family: Family | None,
+) -> None:
+    """Raise A3Error naming each budget that is missed even if everything is removed that may be."""
+    problems, cut, why = [], cut_by(settings, family), in_brackets(why_whole(settings, family))
+    others = other_remedies(settings, cut) + (", or use --shape per-layer" if why and settings.shape == "stock" else "")
+    cached = sum(max(choice.cached for choice in item) for item in items)
+    if need.cached is not None and cached < need.cached:
+        total = costs.kv_bytes_per_token(shape, shape.sizes, 1)
+        problems.append(
+            f"--kv-budget {settings.kv_budget} cannot be reached: {','.join(cut)} with head multiple "
+            f"{settings.head_multiple} remove at most {cached / total:.4f} of the KV cache{why}; lower --kv-budget or "
+            f"--head-multiple{others}"
+        )
+    if need.whole is not None and most_of(items) < need.whole:
+        share = most_of(items) / costs.linear_weights(shape, shape.sizes)
+        reach, advice = f"remove at most {share:.4f}", "lower the budget or"
+        if settings.budget is None:
+            reach, advice = f"leave at least {describe_size(settings, most_of(items), stored)}", "give more, or lower"
+        problems.append(
+            f"{describe_target(settings)} cannot be reached: {','.join(cut)} with {multiples_of(settings, cut)} "
+            f"{reach}{why}; {advice} the multiples{others}"
+        )
+    if problems:
+        raise A3Error("; ".join(problems))
+
+
+def cut_by(settings: SolveSettings | PlanSettings, family: Family | None) -> Sequence[Component]:
+    """Return the components that may be cut."""
+    if isinstance(settings, SolveSettings):
+        return settings.cut
+    return family.compressible(settings.shape) if family else COMPONENTS
+
+
+def why_whole(settings: SolveSettings | PlanSettings, family: Family | None) -> str | None:
+    return family.why_whole(settings.shape) if family else None
 
 
 def multiples_of(settings: SolveSettings | PlanSettings, cut: Sequence[Component]) -> str:
     """Return the multiples to which the sizes of these components are rounded, for a message."""
-    heads = [f"head multiple {settings.head_multiple}"] if {"qk", "ov"} & {*cut} else []
-    mlp = [f"MLP multiple {settings.mlp_multiple}"] if "mlp" in cut else []
-    return " and ".join(heads + mlp)
+    multiples = (f"head multiple {settings.head_multiple}", f"MLP multiple {settings.mlp_multiple}")
+    return " and ".join(compress(multiples, ({"qk", "ov"} & {*cut}, "mlp" in cut)))
 
 
-def least_sizes(cut: Sequence[Component]) -> list[str]:
-    """Return the options of the least sizes of these components."""
-    return ["--min-head"] * bool({"qk", "ov"} & {*cut}) + ["--min-mlp"] * ("mlp" in cut)
+def other_remedies(settings: SolveSettings | PlanSettings, cut: Sequence[Component]) -> str:
+    """Return which least sizes to lower, for a message; a plan has none."""
+    if isinstance(settings, PlanSettings):
+        return ""
+    least = compress(("--min-head", "--min-mlp"), ({"qk", "ov"} & {*cut}, "mlp" in cut))
+    return f", or the least sizes ({', '.join(least)})"
 
 
 def in_brackets(why: str | None) -> str:

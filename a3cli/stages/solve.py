@@ -6,18 +6,12 @@ from typing import Any
 from a3cli.methods import Analysis, Curves, Method, Slots
 from a3cli.models import costs
 from a3cli.models.families import LayerSizes
-from a3cli.settings import SolveSettings
-from a3cli.stages.context import (
-    AGAIN,
-    Run,
-    calibrated_family,
-    check_settings_of_model,
-    open_run,
-    read_calibration,
-    resolve_settings,
-)
+from a3cli.settings import COMPONENTS, SolveSettings
+from a3cli.settings.budgets import SINCE
+from a3cli.stages.allowed import calibrated_family, resolve_settings
+from a3cli.stages.context import AGAIN, Run, check_settings_of_model, open_run, read_calibration
 from a3cli.stages.correction import correct, cuts_of, drop_steps, one_shot_file
-from a3cli.stages.in_sample import measure_in_sample
+from a3cli.stages.measured_loss import measure_loss
 from a3cli.stages.probe import probe, weigh
 from a3cli.stages.result import (
     describe_layers,
@@ -27,7 +21,7 @@ from a3cli.stages.result import (
     predicted_loss,
     score_errors,
 )
-from a3cli.stages.sizes import choose_sizes
+from a3cli.stages.sizes import check_budgets, choose_sizes
 from a3cli.work.draft import Draft, drafting
 from a3cli.work.files import Json, write_tensors
 from a3cli.work.folder import Work, layer_file
@@ -36,6 +30,8 @@ from a3cli.work.machine import explaining_memory, return_freed_memory
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest, finished_manifest
 from a3cli.work.progress import Progress, reporting
 from a3cli.work.sealed import versions
+
+NOT_IN_BYTES = {"num_processes", "name", "memory"}  # settings that do not change the bytes of a solution
 
 
 @dataclass(frozen=True)
@@ -63,12 +59,16 @@ def solve(
         if work.solution_manifest.is_file() and not overwrite:
             return finished_solution(work, describe_request(settings, calibration))
         run = open_run(settings, work, calibration, progress, stop or Stop())
+        check_settings_of_model(settings, run.model)
+        allowed = {component: run.method().sizes(component) for component in COMPONENTS}
+        check_budgets(settings, run.model.shape, allowed, run.stored, run.model.family)
         return write_solution(run, analyse(run))
 
 
 def describe_request(settings: SolveSettings, calibration: CalibrationManifest) -> Json:
     """Return everything that a solution depends on."""
-    chosen = settings.model_dump(mode="json", exclude={"num_processes", "name"})  # they do not change the bytes
+    unsaid = {name for name in SINCE if getattr(settings, name) is None}
+    chosen = settings.model_dump(mode="json", exclude={*NOT_IN_BYTES, *unsaid})
     return {"settings": chosen, "calibration": calibration.sha256}
 
 
@@ -109,7 +109,7 @@ def analyse(run: Run) -> Analysed:
 def write_solution(run: Run, analysed: Analysed) -> SolutionManifest:
     """Choose sizes from a finished analysis and write each layer's projections; return the manifest."""
     with reporting(run.progress, "choosing sizes"):
-        sizes = choose_sizes(run.settings, run.model.shape, analysed.curves, run.model.family)
+        sizes = choose_sizes(run.settings, run.model.shape, analysed.curves, run.stored, run.model.family)
         slots = analysed.method.choose_slots(analysed.analysis, sizes)
     request = describe_request(run.settings, run.calibration)
     with drafting(run.work.solution, {**request, **describe_choice(run, sizes, slots)}) as draft, explaining_memory():
@@ -124,7 +124,7 @@ def write_solution(run: Run, analysed: Analysed) -> SolutionManifest:
             "rope_slots": describe_slots(run, sizes, slots),
             "context": run.context,
             "predicted_loss": predicted_loss(analysed.curves, sizes),
-            "in_sample": measure_in_sample(run, cuts_of(draft, sizes, slots, layer_file)),
+            "measured_loss": measure_loss(run, cuts_of(draft, sizes, slots, layer_file)),
             "predicted_score_error": mean_by_distance([each["score_error"] for each in written]),
             "per_layer": describe_layers(run, written, analysed.curves),
             "layers": hashes,

@@ -2,28 +2,27 @@
 
 docs/text.md describes how: rows are joined by a blank line and tokenised as one stream, the stream is read until it
 holds `POOL` times the tokens asked for (or ends), and N blocks that do not overlap are placed in it at seeded random
-offsets, uniformly among all such placements.
+offsets, uniformly among all such placements. Of a folder that has more, each file gives a part of these tokens.
 """
 
 import itertools
 import logging
-from array import array
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 
-from a3cli.errors import A3Error, first_line
+from a3cli.errors import A3Error
 from a3cli.settings import TextSettings
-from a3cli.text.documents import TextRead, documents
+from a3cli.text.documents import TextRead
+from a3cli.text.pool import read_pool
+from a3cli.text.stream import token_stream
 from a3cli.work.files import Json
 
 log = logging.getLogger(__name__)
 
 POOL = 8
-SEPARATOR = "\n\n"
 CONTEXT = "max_position_embeddings"  # the entry of config.json
-TEXT_CHUNK = 1 << 16
 
 
 def log_skipped(settings: TextSettings, read: TextRead) -> None:
@@ -31,8 +30,17 @@ def log_skipped(settings: TextSettings, read: TextRead) -> None:
         log.info("dataset %s: %s", settings.dataset, read.skipping)
 
 
-def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None = None) -> torch.Tensor:
-    """Return `samples` blocks `[N, T]` int64 for calibration; `read` records their source.
+class Sampled(NamedTuple):
+    """Blocks `[N, T]` int64 to calibrate on, and blocks `[M, T]` of the text between them; M is 0 if there is none."""
+
+    blocks: torch.Tensor
+    held_out: torch.Tensor
+
+
+def sample_blocks(
+    tokenizer: Any, settings: TextSettings, read: TextRead | None = None, *, held_out: int = 0
+) -> Sampled:
+    """Return `samples` blocks for calibration, and others of `held_out` tokens or more; `read` records their source.
 
     Raises A3Error if there is too little text.
     """
@@ -40,8 +48,7 @@ def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None 
     read = read or TextRead()
     length = settings.block_tokens
     wanted = settings.samples * length
-    tokens = itertools.islice(token_stream(tokenizer, settings, purpose="calibrate", read=read), POOL * wanted)
-    stream = torch.tensor(array("q", tokens), dtype=torch.int64)
+    stream = torch.tensor(read_pool(tokenizer, settings, POOL * wanted, read), dtype=torch.int64)
     slack = len(stream) - wanted
     if slack < 0:
         raise A3Error(
@@ -54,8 +61,22 @@ def sample_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None 
     # non-overlapping blocks is possible.
     generator = torch.Generator().manual_seed(settings.seed)
     offsets = torch.randint(slack + 1, (settings.samples,), generator=generator).sort().values
-    starts = offsets + length * torch.arange(settings.samples)
-    return torch.stack([stream[start : start + length] for start in starts])
+    starts = (offsets + length * torch.arange(settings.samples)).tolist()
+    others = places_between(starts, length, len(stream), most=-(-held_out // length))
+    return Sampled(cut(stream, starts, length), cut(stream, others, length))
+
+
+def places_between(starts: list[int], length: int, end: int, *, most: int) -> list[int]:
+    """Return at most `most` places of blocks in the text between others, evenly spread over all such places."""
+    gaps = zip([0, *(start + length for start in starts)], [*starts, end], strict=True)
+    places = [place for first, last in gaps for place in range(first, last - length + 1, length)]
+    count = min(most, len(places))
+    return [places[index * len(places) // count] for index in range(count)]
+
+
+def cut(stream: torch.Tensor, starts: list[int], length: int) -> torch.Tensor:
+    """Return the blocks `[N, T]` that begin at these places."""
+    return torch.stack([stream[start : start + length] for start in starts]) if starts else stream.new_empty(0, length)
 
 
 def evaluation_blocks(tokenizer: Any, settings: TextSettings, read: TextRead | None = None) -> list[torch.Tensor]:
@@ -85,51 +106,3 @@ def check_fit(blocks: Iterable[torch.Tensor], config: Json, model: str) -> None:
                 f"the tokenizer of {model} gives token {int(block.max())}, its vocabulary has {vocabulary}; "
                 "use the tokenizer files of this model"
             )
-
-
-def token_stream(
-    tokenizer: Any, settings: TextSettings, *, purpose: str, read: TextRead | None = None
-) -> Iterator[int]:
-    """Yield the token ids of the whole text, with one BOS at the beginning if the tokenizer adds one."""
-    first = True
-    for text in texts(tokenizer, settings, purpose=purpose, read=read or TextRead()):
-        try:
-            tokens = tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
-        except Exception as error:  # tokenizer settings that no library checks on loading
-            raise A3Error(f"dataset {settings.dataset}: the model's tokenizer fails: {first_line(error)}") from error
-        yield from tokens
-        first = False
-
-
-def texts(tokenizer: Any, settings: TextSettings, *, purpose: str, read: TextRead) -> Iterator[str]:
-    """Yield pieces of text of about 64 KiB, tokenised one by one: encodings take about 100 times the text's size."""
-    pending: list[str] = []
-    size = 0
-    for piece in pieces(tokenizer, settings, purpose=purpose, read=read):
-        pending.append(piece)
-        size += len(piece)
-        if size >= TEXT_CHUNK:
-            yield "".join(pending)
-            pending, size = [], 0
-    if pending:
-        yield "".join(pending)
-
-
-def pieces(tokenizer: Any, settings: TextSettings, *, purpose: str, read: TextRead) -> Iterator[str]:
-    """Yield all documents in pieces, with the separator between documents.
-
-    Raises A3Error if there are rows and none of them has text.
-    """
-    begun = False
-    for document in documents(tokenizer, settings, purpose=purpose, read=read):
-        for index, piece in enumerate(document):
-            if begun and index == 0:
-                yield SEPARATOR
-            begun = True
-            yield piece
-    read.whole = True
-    if read.skipped and not begun:
-        raise A3Error(
-            f"dataset {settings.dataset}: all of its {read.rows} rows are without text; use another data set, "
-            "or choose another field with --text-field"
-        )

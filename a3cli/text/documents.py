@@ -1,8 +1,9 @@
 """Read the documents of a text: local files, and data sets of the Hub. The only importer of `datasets`."""
 
 import itertools
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 from a3cli.errors import A3Error, first_line
 from a3cli.settings import TextSettings
 from a3cli.text.reach import unreachable
-from a3cli.text.rows import chat_of, text_field, text_of
-from a3cli.text.sources import ALIASES, FORMATS, check_exists, hub_id, local_files
+from a3cli.text.rows import chat_field, chat_of, text_field, text_of
+from a3cli.text.sources import ALIASES, FORMATS, check_exists, check_on_hub, hub_id, local_files
 from a3cli.work.files import Json, hash_file
+from a3cli.work.manifests import TextRead as RecordedRead
+
+log = logging.getLogger(__name__)
 
 LARGE_TEXT = 1 << 26  # bytes
 LARGEST_RATIO = 200  # of unpacked to packed bytes; text reaches ten
@@ -28,15 +32,36 @@ class TextRead:
     rows: int = 0  # of files other than .txt, and of Hub data sets
     skipped: int = 0  # rows without text
     whole: bool = False  # whether the data set was read to its end
+    from_each: bool = False  # whether a folder was too large for that and each of its files gave a share
+    recognised: set[str] = field(default_factory=set)  # files and sets whose chats the log has mentioned
 
     def describe(self) -> Json:
         """Return the counts for a manifest."""
-        return {"rows": self.rows, "skipped": self.skipped, "whole": self.whole}
+        counts = {"rows": self.rows, "skipped": self.skipped, "whole": self.whole}
+        return counts | ({"from_each": True} if self.from_each else {})
 
     @property
     def skipping(self) -> str:
         """Return how many rows were skipped, in words; empty if none."""
         return f"skipped {self.skipped} of {self.rows} rows without text" if self.skipped else ""
+
+
+def describe_all(reads: Sequence[TextRead | RecordedRead]) -> Json:
+    """Return the counts of several texts together."""
+    rows, skipped = sum(each.rows for each in reads), sum(each.skipped for each in reads)
+    whole, from_each = all(each.whole for each in reads), any(each.from_each for each in reads)
+    return TextRead(rows=rows, skipped=skipped, whole=whole, from_each=from_each).describe()
+
+
+def check_reachable(texts: Sequence[TextSettings], *, purpose: str) -> None:
+    """Check that the Hub has its data sets, or the cache if the Hub cannot be reached. Raises A3Error."""
+    on_hub = [text for text in texts if not Path(text.dataset).exists()]
+    reason = unreachable() if on_hub else None
+    for text in on_hub:
+        if reason:
+            load_hub_dataset(text, purpose=purpose, reason=reason)
+        else:
+            check_on_hub(text)
 
 
 def documents(tokenizer: Any, settings: TextSettings, *, purpose: str, read: TextRead) -> Iterator[Iterable[str]]:
@@ -48,14 +73,19 @@ def documents(tokenizer: Any, settings: TextSettings, *, purpose: str, read: Tex
         return
     for file in local_files(path):
         read.files[name_in(path, file)] = hash_text_file(file)
-        if file.suffix == ".txt":
-            yield read_lines(file)
-        else:
-            if file.suffix == ".parquet":
-                check_parquet(file)
-            one = settings.model_copy(update={"dataset": str(file)})  # what an error names
-            loaded = load(FORMATS[file.suffix], one, data_files=str(file), split="train")
-            yield from row_documents(loaded, tokenizer, one, read)
+        yield from file_documents(file, tokenizer, settings, read)
+
+
+def file_documents(file: Path, tokenizer: Any, settings: TextSettings, read: TextRead) -> Iterator[Iterable[str]]:
+    """Yield the documents of one local file of a data set."""
+    if file.suffix == ".txt":
+        yield read_lines(file)
+        return
+    if file.suffix == ".parquet":
+        check_parquet(file)
+    one = settings.model_copy(update={"dataset": str(file)})  # what an error names
+    loaded = load(FORMATS[file.suffix], one, data_files=str(file), split="train")
+    yield from row_documents(loaded, tokenizer, one, read)
 
 
 def name_in(path: Path, file: Path) -> str:
@@ -96,13 +126,13 @@ def check_parquet(file: Path) -> None:
         raise A3Error(f"dataset {file}: {sizes} are no text; use another file")
 
 
-def load_hub_dataset(settings: TextSettings, *, purpose: str) -> Iterable[Json]:
-    """Stream a Hub data set: an alias, or `owner/name[:configuration]`."""
+def load_hub_dataset(settings: TextSettings, *, purpose: str, reason: str | None = None) -> Iterable[Json]:
+    """Stream a Hub data set: an alias, or `owner/name[:configuration]`. `reason` says why the Hub is out of reach."""
     name, _, configuration = settings.dataset.partition(":")
     path, usual, train, test = ALIASES.get(name, (name, None, "train", "test"))
     split = settings.split or (train if purpose == "calibrate" else test)
     options = {"name": configuration or usual, "split": split}
-    if reason := unreachable():
+    if reason := reason or unreachable():
         return load_cached(path, settings, reason, **options)
     return load(path, settings, **options)
 
@@ -147,7 +177,7 @@ def load(path: str, settings: TextSettings, **options: Any) -> Iterable[Json]:
 def row_documents(
     loaded: Iterable[Json], tokenizer: Any, settings: TextSettings, read: TextRead
 ) -> Iterator[tuple[str]]:
-    """Yield the text of each non-empty row, and count the others."""
+    """Yield the text of each non-empty row, and count the others. Rows with messages in place of text are chats."""
     keep_empty = hub_id(settings.dataset) == LINES and not settings.chat
     iterator = iter(loaded)
     for number in itertools.count(1):
@@ -158,9 +188,14 @@ def row_documents(
         if row is None:
             return
         where = f"dataset {settings.dataset}, row {number}"
-        text = chat_of(row, tokenizer, settings, where) if settings.chat else text_of(row, settings, where)
+        chats = chat_field(row, settings)
+        rendered = settings.chat or chats
+        text = chat_of(row, tokenizer, settings, where) if rendered else text_of(row, settings, where)
+        if chats and text and not settings.chat and settings.dataset not in read.recognised:
+            log.info("dataset %s: no field 'text'; its %r go through the chat template", settings.dataset, chats)
+            read.recognised.add(settings.dataset)
         read.rows += 1
-        if text.strip() or (keep_empty and row[text_field(settings)] is not None):
+        if text.strip() or (keep_empty and row.get(text_field(settings)) is not None):
             yield (text,)
         else:
             read.skipped += 1

@@ -33,9 +33,9 @@ def as_compared(text: Json, files: Json) -> Json:
 def files_now(settings: TextSettings, files: Json, *, whole: bool) -> Json:
     """Return the hash of each local file that reading the same text again would open; none for a set on the Hub.
 
-    `files` were opened when it was read before, to the end of the data set if `whole`; only as many are hashed. They
-    are returned if the same content would be read, perhaps of files with other names. Raises A3Error if the data set is
-    not there.
+    `files` were opened when it was read before, all of the data set if `whole`; only as many are hashed. They are
+    returned if the same content would be read, perhaps of files with other names. Raises A3Error if the data set is not
+    there.
     """
     check_exists(settings)
     path = Path(settings.dataset)

@@ -14,6 +14,13 @@ def text_field(settings: TextSettings) -> str:
     return settings.text_field or "text"
 
 
+def chat_field(row: Json, settings: TextSettings) -> str | None:
+    """Return the field with a row's messages if they stand in for its text: it has no `text`, and none was named."""
+    if text_field(settings) != "text" or "text" in row:
+        return None
+    return next((name for name in CHATS if name in row and isinstance(row[name], list | None)), None)
+
+
 def text_of(row: Json, settings: TextSettings, where: str) -> str:
     """Return a row's text, empty for null. Raises A3Error if there is no such field or it holds something else."""
     field = text_field(settings)
@@ -67,7 +74,7 @@ def render_chat(tokenizer: Any, messages: list[Json], where: str) -> str:
     except Exception as error:  # templates are programs
         if getattr(tokenizer, "chat_template", None) is None:
             raise A3Error(
-                f"{where}: the model's tokenizer has no chat template; add a chat_template.jinja to the model's "
-                "folder, or leave out --chat"
+                f"{where}: the model's tokenizer has no chat template for its messages; add a chat_template.jinja to "
+                "the model's folder, or name a field with text (--text-field, without --chat)"
             ) from error
         raise A3Error(f"{where}: the chat template failed: {first_line(error)}") from error

@@ -38,6 +38,18 @@ def check_texts(texts: Sequence[TextSettings]) -> None:
         raise A3Error(f"dataset {names}: --split names a split of a Hub data set, and this is local; leave out --split")
 
 
+def check_mixture(texts: Sequence[TextSettings]) -> None:
+    """Check the texts of a calibration. Raises A3Error, also if one is there twice: it would give the same blocks."""
+    check_texts(texts)
+    seen = set()
+    for text in texts:
+        path = Path(text.dataset)
+        key = (str(path.resolve()) if path.exists() else text.dataset, text.text_field, text.split)
+        if key in seen:
+            raise A3Error(f"dataset {text.dataset} is given twice, and its text would count twice; give it once")
+        seen.add(key)
+
+
 def check_exists(settings: TextSettings) -> None:
     """Check that a data set has readable local files or is a Hub id. Raises A3Error."""
     path, name = Path(settings.dataset), settings.dataset.partition(":")[0]

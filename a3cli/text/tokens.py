@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from a3cli.work.manifests import Part
+from a3cli.work.schema import Part
 
 NGRAM = 13  # tokens; a repeated sequence of this length is a copy rather than a phrase
 OVERLAP = 0.5  # share of a block's n-grams in another block from which on the two count as duplicates

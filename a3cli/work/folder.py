@@ -14,11 +14,13 @@ manifest is written last, so a folder with a manifest is a finished stage. Only 
     .solution.a3-partial/            an unfinished solution; .solution.a3-progress.json lists its finished files
     solutions/NAME/                  a solution with a name: the same files; unfinished ones lie beside it
     solutions/.NAME.evaluation.json, .NAME.verification.json   what a recipe with that name measured and checked
+    solutions/.NAME.publication.json   where it uploaded the export
     channels/layer-000.json …        the order of greedy channel selection, reused by every later solution
     probes/best-stock.json …         measured sensitivities of a method and shape
     probes/progress.json, streams-{0,1}.bin   during the measurement
     pareto.json                      finished points of `a3 pareto`
     evaluation.json                  the figures that a recipe measured, and the export's hash
+    publication.json                 where a recipe uploaded the export, and the export's hash
     .lock, .scratch/                 the lock of a writing stage; its temporary files
 """
 
@@ -55,6 +57,7 @@ class Work:
         self.coming_hidden_states = self.calibration / "hidden-next.bin"
         self.evaluation = self._of_solution("evaluation.json")
         self.verification = self._of_solution("verification.json")
+        self.publication = self._of_solution("publication.json")
         self.scratch = folder / ".scratch"  # removed when the command ends, at the latest when the next one starts
 
     def _of_solution(self, file: str) -> Path:
@@ -77,7 +80,8 @@ class Work:
 
     def beside_named(self) -> list[Path]:
         """Return the drafts, records and results that lie beside the solutions with a name."""
-        kinds = ("a3-partial", "a3-replaced", "a3-progress.json", "evaluation.json", "verification.json")
+        results = ("evaluation.json", "verification.json", "publication.json")
+        kinds = ("a3-partial", "a3-replaced", "a3-progress.json", *results)
         return [path for kind in kinds for path in self.named_solutions.glob(f".*.{kind}")]
 
     @property

@@ -6,66 +6,19 @@ closed: an unknown field makes a manifest invalid.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from typing_extensions import Self
+from pydantic import Field
 
-from a3cli.errors import A3Error
 from a3cli.settings import SolveSettings, TextSettings
-from a3cli.settings.problems import find_problems
-from a3cli.work.files import Json, hash_json, read_json, write_json
-from a3cli.work.sealed import check_request, unaltered, versions
+from a3cli.work.files import Json
+from a3cli.work.schema import Count, FileHash, Loss, Pair, Part, Sealed, Sha256, ShardHash, Share, Size
+from a3cli.work.sealed import check_request, versions
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of JSON content
-FileHash = Annotated[str, Field(pattern="^blake3:[0-9a-f]{64}$")]
-ShardHash = Annotated[str, Field(pattern="^(sampled-)?blake3:[0-9a-f]{64}$")]
 TextFiles = Annotated[
     dict[str, FileHash],
     Field(description="hash of each local file that was read, by its path in the data set; empty for a Hub data set"),
 ]
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=1)]
-Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Pair = Annotated[float, Field(ge=0)]
-
-
-class Part(BaseModel):
-    """A part of a manifest. Its Python names may differ from the file's: `config` is `config.json` there."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    def plain(self, **which: Any) -> Json:
-        """Return the content as JSON has it, without entries that were never set."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True, **which)
-
-
-class Sealed(Part):
-    """A manifest: a file with a hash of its own content."""
-
-    sha256: Sha256 = Field(description="hash of the rest of the file")
-
-    @classmethod
-    def write(cls, path: Path, content: Json) -> Self:
-        """Write a manifest with this content and return it."""
-        sealed = {**content, "sha256": hash_json(content)}
-        manifest = cls.model_validate(sealed)
-        write_json(path, sealed)
-        return manifest
-
-    @classmethod
-    def read(cls, path: Path, remedy: str) -> Self:
-        """Return the manifest in a file. Raises A3Error if it is missing, malformed, altered or of another version."""
-        return cls.parse(unaltered(read_json(path, remedy), path, remedy), path, remedy)
-
-    @classmethod
-    def parse(cls, content: Json, path: Path, remedy: str) -> Self:
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = find_problems(error, cls)[0].describe()
-            raise A3Error(f"{path} does not follow the schema of this version of a3 ({first}); {remedy}") from None
 
 
 class Fingerprint(Part):
@@ -95,12 +48,22 @@ class TextRead(Part):
     rows: Count = Field(description="rows read; text of .txt files is not counted")
     skipped: Count = Field(description="rows without text: null, empty or only white space")
     whole: bool = Field(description="whether the data set was read to its end")
+    from_each: bool = Field(default=False, description="whether each file of a larger folder gave a share")
 
 
 class RecordedText(TextSettings):
     """The settings of a text that was read, with its tokens per block."""
 
     seq_len: Annotated[int, Field(ge=2, description="Tokens per block.")]
+
+
+class MixturePart(Part):
+    """One of the texts of a mixture."""
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False, description="relative to the other weights")]
+    text: RecordedText = Field(description="its settings; `samples` is its number of blocks")
+    text_files: TextFiles
+    text_read: TextRead | None = None
 
 
 class Ingredient(Part):
@@ -114,6 +77,7 @@ class Ingredient(Part):
     device: str
     batch_size: Size | Literal["auto"]
     made_with: list[MadeWith] = Field(description="one entry per layer")
+    mixture: list[MixturePart] | None = None
 
 
 class CalibrationRequest(Part):
@@ -126,6 +90,9 @@ class CalibrationRequest(Part):
     device: str
     dtype: str
     trust_remote_code: bool = Field(description="whether code of the source's tokenizer or model could run")
+    mixture: list[MixturePart] | None = Field(
+        default=None, description="the texts of a mixture, in the order of their blocks; `text` has what they share"
+    )
     merged: list[Ingredient] | None = None
 
 
@@ -162,6 +129,14 @@ class Flops(Change):
     seq_len: Size
 
 
+class KvCache(Part):
+    """Bytes of one sequence's KV cache."""
+
+    tokens: Size
+    before: Count
+    after: Count
+
+
 class Curve(Part):
     size: list[Size] = Field(min_length=1)
     loss: list[Loss] = Field(min_length=1)
@@ -178,9 +153,10 @@ class Perplexity(Part):
     after: Loss
 
 
-class InSample(Part):
-    """The figures of `a3 eval` on some of the text that the solution was calibrated on."""
+class MeasuredLoss(Part):
+    """The figures of `a3 eval`, measured right after solving."""
 
+    held_out: bool = Field(description="whether the tokens are none of those that were calibrated on")
     tokens: Size = Field(description="number of predicted tokens")
     perplexity: Perplexity
     kl: Loss = Field(description="KL(source ‖ compressed), nats per token")
@@ -260,6 +236,9 @@ class Solution(Part):
     parameters: Change
     bytes: Change
     kv_bytes_per_token: Change
+    kv_cache: KvCache | None = Field(
+        default=None, description="at the full context, of sliding windows what they hold; null for an earlier a3"
+    )
     prefill_flops_per_token: Flops
     rope_slots: list[Pair] | list[list[Pair]] | None = Field(
         description="source pair whose frequency each slot has, including pairs that RoPE does not rotate; "
@@ -267,7 +246,7 @@ class Solution(Part):
     )
     context: Size
     predicted_loss: ByComponent
-    in_sample: InSample | None = Field(
+    measured_loss: MeasuredLoss | None = Field(
         default=None, description="null if logits are not finite; older solutions have none"
     )
     predicted_score_error: ByDistance
@@ -322,3 +301,9 @@ class SourceRecord(Sealed):
     follow_symlinks: bool = False
     fingerprint: Fingerprint
     small_files: dict[str, FileHash] = Field(description="hash of each carried file: tokenizer, chat template, licence")
+    folder: str | None = Field(default=None, description="where the files of a Hub id lie; null for the Hub's cache")
+
+    @property
+    def place(self) -> str:
+        """Return the folder, or the Hub id if its files are in the Hub's cache."""
+        return self.folder or self.model

@@ -10,13 +10,14 @@ class Progress(Protocol):
     """Called with the progress of a step, from any thread.
 
     A sweep reports after each batch: its tokens through the current layer. Any other step has a name, and is `done` of
-    `total` in `unit`, from 0 when it starts to `total` when it ends, and without a unit only starts and ends.
+    `total` in `unit`, from 0 when it starts to `total` when it ends, and without a unit only starts and ends. Where it
+    is not known before, as for a text that is read whole, `total` is None until the end.
     """
 
     @overload
     def __call__(self, *, layer: int, layers: int, tokens: int, total_tokens: int) -> None: ...
     @overload
-    def __call__(self, *, step: str, done: int, total: int, unit: str) -> None: ...
+    def __call__(self, *, step: str, done: int, total: int | None, unit: str) -> None: ...
 
 
 def silent(**_at: object) -> None:
@@ -24,7 +25,7 @@ def silent(**_at: object) -> None:
 
 
 @contextmanager
-def reporting(progress: Progress, step: str, total: int = 1, unit: str = "") -> Iterator[Callable[..., None]]:
+def reporting(progress: Progress, step: str, total: int | None = 1, unit: str = "") -> Iterator[Callable[..., None]]:
     """Report the start and the end of a step; yield a function to call as parts finish: one, or as many as given.
 
     Threads may call it.
@@ -35,10 +36,12 @@ def reporting(progress: Progress, step: str, total: int = 1, unit: str = "") -> 
         nonlocal done
         with lock:
             done += parts
-            progress(step=step, done=min(done, total - 1), total=total, unit=unit)  # it ends with the block
+            at = done if total is None else min(done, total - 1)  # it ends with the block
+            progress(step=step, done=at, total=total, unit=unit)
 
     progress(step=step, done=0, total=total, unit=unit)
     try:
         yield finished
     finally:
-        progress(step=step, done=total, total=total, unit=unit)
+        end = done if total is None else total
+        progress(step=step, done=end, total=end, unit=unit)

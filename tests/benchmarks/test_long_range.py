@@ -64,7 +64,7 @@ def test_text_and_tokens_are_the_same(task, tmp_path):
 
     (tmp_path / "text.txt").write_text(task.to_text(tokens))
     settings = TextSettings(dataset=str(tmp_path / "text.txt"), samples=3, seq_len=64)
-    assert torch.equal(sample_blocks(load_tokenizer(tmp_path), settings), tokens)  # blocks are whole sequences
+    assert torch.equal(sample_blocks(load_tokenizer(tmp_path), settings).blocks, tokens)  # blocks are whole sequences
 
 
 def test_the_sketch_looks_where_it_should(task):

@@ -98,6 +98,7 @@ def test_results_go_to_stdout_and_all_else_to_stderr(a3, checkpoint, text_file, 
 STAGE_OF = {
     "stats merge": "a3cli.stages.merge.merge",
     "run": "a3cli.stages.run.run_recipe",
+    "export": "a3cli.stages.publish.export_and_push",
     "eval": "a3cli.stages.evaluate.evaluate",
 }
 STAGE_OF |= {"inspect": "a3cli.report.inspection.describe", "report": "a3cli.report.inspection.describe"}

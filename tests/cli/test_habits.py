@@ -52,7 +52,8 @@ def complete(a3, monkeypatch):
 
 def test_commands_options_and_choices_are_completed(complete):
     assert complete("cal") == ["calibrate"]
-    assert complete("solve", "--bud") == ["--budget"]
+    assert complete("solve", "--budget-b") == ["--budget-bytes"]
+    assert complete("solve", "--kv") == ["--kv-budget"]
     assert complete("solve", "--method", "p") == ["paper"]
     assert complete("export", "out", "--dtype", "f") == ["float32", "float16"]
     assert complete("stats", "m") == ["merge"]

@@ -163,6 +163,95 @@ def test_a_bar_shows_a_step_that_has_lasted(clock):
     assert bar.tasks == []
 
 
+def test_a_bar_without_a_total_moves(clock):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    bar = Progress(TextColumn("{task.description} {task.fields[speed]}"), console=console, auto_refresh=False)
+    clock.progress = SweepProgress(bar, clock)
+    with bar, reporting(clock.progress, "reading", None, "tokens") as read:
+        clock.go_on(4)
+        read(131072)
+        bar.refresh()
+        (task,) = bar.tasks
+        assert (task.completed, task.total) == (131072, None)
+    assert "reading 131,072 tokens" in out.getvalue()
+    assert bar.tasks == []
+
+
+@pytest.fixture
+def long_text(text_file, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text(8 * text_file.read_text("utf-8"), "utf-8")
+    return path
+
+
+@pytest.fixture
+def slow_tokenizer(clock, monkeypatch):
+    """Each call of a tokenizer takes 20 seconds, as of a model with a slow one."""
+    from a3cli.text import tokenizer
+
+    def load(folder, **options):
+        loaded = tokenizer.load_tokenizer(folder, **options)
+
+        def encode(text, **options):
+            clock.go_on(20)
+            return loaded(text, **options)
+
+        return encode
+
+    for stage in ("calibrate", "evaluate"):
+        monkeypatch.setattr(f"a3cli.stages.{stage}.load_tokenizer", load)
+
+
+def silences(lines) -> list[float]:
+    times = [1000.0, *(at for at, _ in lines)]
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+@pytest.mark.usefixtures("slow_tokenizer")
+def test_calibrate_says_how_much_text_it_has_read(clock, lines, checkpoint, long_text, tmp_path, monkeypatch):
+    """The blocks are chosen from eight times as many tokens as they have."""
+    from a3cli.settings import CalibrateSettings
+    from a3cli.stages.calibrate import calibrate
+    from a3cli.work.folder import Work
+
+    monkeypatch.setattr("a3cli.stages.calibrate.Sweep.run", lambda *_: 1 / 0)  # the text has been read
+    text = {"dataset": str(long_text), "samples": 500, "seq_len": 64}
+    settings = CalibrateSettings(model=str(checkpoint("llama-gqa")), text=text, device="cpu")
+    progress = without_terminal(clock)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(settings, Work(tmp_path / "work"), overwrite=False, progress=progress)
+    found = [line for _, line in lines if line.startswith("reading the calibration text: ")]
+    assert len(found) >= 3
+    counts = [int(re.search(r": ([\d,]+) of 256,000 tokens, ", line)[1].replace(",", "")) for line in found]
+    assert counts == sorted(counts)
+    assert counts[-1] > 65536
+    assert found[-1].endswith(" left")
+    assert max(silences(lines)) <= 30
+    assert progress.steps == {}
+
+
+@pytest.mark.usefixtures("slow_tokenizer")
+def test_eval_says_how_much_text_it_has_read(clock, lines, checkpoint, long_text):
+    """Of a text that is read whole, it cannot say how much is left."""
+    from a3cli.models.checkpoint import resolve_model
+    from a3cli.settings import TextSettings
+    from a3cli.stages import evaluate
+
+    opened = resolve_model(str(checkpoint("llama-gqa")))
+    tokenizer = evaluate.load_tokenizer(opened.folder)
+    whole = TextSettings(dataset=str(long_text), samples=None, seq_len=64)
+    blocks, _ = evaluate.read_blocks(whole, tokenizer, opened, without_terminal(clock))
+    assert sum(map(len, blocks)) > 200_000
+    assert re.fullmatch(rf"reading long\.txt: {sum(map(len, blocks)):,} tokens, \d+ s so far", lines[-1][1])
+    assert max(silences(lines)) <= 30
+    lines.clear()
+    part = whole.model_copy(update={"samples": 3000})
+    blocks, _ = evaluate.read_blocks(part, tokenizer, opened, without_terminal(clock))
+    assert sum(map(len, blocks)) == 192_000
+    assert re.fullmatch(r"reading long\.txt: [\d,]+ of 192,000 tokens, \d+ s left", lines[-1][1])
+
+
 @pytest.fixture
 def all_is_long(monkeypatch):
     """Each report of each step is shown."""

@@ -22,7 +22,11 @@ from tests.helpers.commands import COMMANDS, RECIPE, chain, commands_of
 from tests.helpers.terminals import Shown, Terminal, run_all
 
 XTERM = "xterm-256color"
-TERMINALS = [Terminal(XTERM, 80, 24), Terminal(XTERM, 200, 50), Terminal("dumb", 80, 24)]
+TERMINALS = [
+    Terminal(XTERM, 80, 24),
+    pytest.param(Terminal(XTERM, 200, 50), marks=pytest.mark.slow),
+    pytest.param(Terminal("dumb", 80, 24), marks=pytest.mark.slow),
+]
 LONG = "a-folder-with-quite-a-long-name-for-the-text-that-is-measured"  # 60 columns
 PROBE = ("--method", "paper", "--sensitivity", "probe", "--probe-points", 1, "--probe-blocks", 1)
 FRAME = re.compile("[━─│┃┏┓┗┛┡┩┠┨┯┷┿╇╈┳┻╋┼├┤┬┴└┘┌┐╭╮╰╯]")

@@ -159,7 +159,7 @@ def test_damaged_under_way(name, damage, whole, a3, text_file, tmp_path, monkeyp
 
     def interrupting(self, **at):
         plain(self, **at)
-        if at["layer"] == 1:
+        if at.get("layer") == 1:
             raise KeyboardInterrupt
 
     places = (whole / "source", "work"), (whole / "other" / "source", "other")

@@ -72,7 +72,7 @@ def mutations(manifest):
 def may_be_gone(path):
     """Return whether the schema allows this entry to be missing."""
     inside = {"settings", "text", "damping", *OPEN} & {name for name in path[:-1] if isinstance(name, str)}
-    return bool(inside) or path[-1] in ("head_dim", "intermediate_size", "in_full", "in_sample")
+    return bool(inside) or path[-1] in ("head_dim", "intermediate_size", "in_full", "measured_loss", "kv_cache")
 
 
 OPEN = {"files", "shards", "tokenizer", "text_files"}  # any file name is allowed; the hashes are checked

@@ -27,6 +27,7 @@ from a3cli.settings import (
     TextSettings,
     option_of,
 )
+from a3cli.settings.texts import MixedText, joined_name
 from a3cli.stages.calibration_folder import describe_request
 from a3cli.stages.merge import merged_request
 from a3cli.work.machine import Machine
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("hasty")
 # Settings that a card's commands omit, each with the reason why the bytes of the weights do not depend on it.
 UNSAID: dict[type[Settings], dict[str, str]] = {
     TextSettings: {},
+    MixedText: {},
     CalibrateSettings: {
         "devices": "they take whole layers in turn; their kind is said as --device",
         "follow_symlinks": "it allows reading through links; what is read is the same",
@@ -45,6 +47,7 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
     },
     SolveSettings: {
         "num_processes": "each layer is solved by one thread, however many there are",
+        "memory": "figures are compared with it",
         "name": "it says where the same bytes are kept",
     },
     ExportSettings: {
@@ -54,12 +57,14 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
         "full_check": "the source is compared with what calibration saw; nothing is written from it",
         "check_reproducible": "the second export is removed",
         "evaluations": "figures of the export itself, in README.md and a3_manifest.json alone",
+        "push_to_hub": "it says where a copy of the same bytes goes",
+        "public": "it says who sees that copy",
     },
 }
 # Settings whose option has another name, or that have no option of their own.
 OTHER_OPTION = {"model": "model", "evaluations": "--eval"}
 # Options that are not settings: paths, time limits and verbosity.
-NO_SETTING = {"--work", "--overwrite", "--max-minutes", "--json", "--quiet", "out"}
+NO_SETTING = {"--work", "--source", "--overwrite", "--max-minutes", "--json", "--quiet", "out"}
 STAGES: dict[str, type[Settings]] = {"calibrate": CalibrateSettings, "solve": SolveSettings, "export": ExportSettings}
 
 COUNTS = st.integers(1, 2**40)
@@ -82,6 +87,7 @@ CALIBRATE = {
     "model": FILES,
     "revision": st.none() | st.from_regex("[0-9a-f]{40}", fullmatch=True),
     "text": st.builds(TextSettings, **TEXT),
+    "texts": st.just(()),  # a mixture has a test of its own
     "device": st.sampled_from(["cpu", "cuda"]),  # the device that was chosen, also by `auto`
     "dtype": DTYPES,
     "batch_size": st.none() | COUNTS,
@@ -90,8 +96,17 @@ CALIBRATE = {
     "full_check": st.booleans(),
     "num_processes": st.integers(1, 100),
 }
+MIXED = {
+    "dataset": TEXT["dataset"] | st.just("owner/name:2024"),
+    "weight": st.floats(0, exclude_min=True, allow_infinity=False),
+    "text_field": st.none() | NAMES,
+    "split": st.none() | NAMES,
+}
 SOLVE = {
     "budget": st.none() | FRACTIONS,
+    "kv_budget": st.none() | FRACTIONS,
+    "budget_bytes": st.none() | COUNTS,
+    "budget_params": st.none() | COUNTS,
     "attention_budget": st.none() | FRACTIONS,
     "mlp_budget": st.none() | FRACTIONS,
     "method": st.sampled_from(["best", "paper"]),
@@ -115,7 +130,13 @@ SOLVE = {
     "batch_size": COUNTS,
 }
 EXPORT = {"dtype": DTYPES | st.just("source"), "max_shard_size": COUNTS}
-TRIED = {TextSettings: TEXT, CalibrateSettings: CALIBRATE, SolveSettings: SOLVE, ExportSettings: EXPORT}
+TRIED = {
+    TextSettings: TEXT,
+    MixedText: MIXED,
+    CalibrateSettings: CALIBRATE,
+    SolveSettings: SOLVE,
+    ExportSettings: EXPORT,
+}
 
 
 @pytest.mark.parametrize("kind", TRIED, ids=lambda kind: kind.__name__)
@@ -128,7 +149,7 @@ def test_every_setting_is_tried_or_cannot_change_a_byte(kind):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_has_an_option(stage, command_line):
     options = {name for parameter in command_line.commands[stage].params for name in parameter.opts}
-    fields = {*STAGES[stage].model_fields} - {"text"} | (
+    fields = {*STAGES[stage].model_fields} - {"text", "texts"} | (
         {*TextSettings.model_fields} if stage == "calibrate" else set()
     )
     expected = {OTHER_OPTION.get(name, option_of((name,))) for name in fields}
@@ -171,7 +192,8 @@ class Calibrated:
 
 @st.composite
 def calibrations(draw, checkpoint, **same: Any) -> Calibrated:
-    settings = CalibrateSettings(**{name: draw(strategy) for name, strategy in CALIBRATE.items()} | same)
+    drawn = {name: draw(strategy) for name, strategy in CALIBRATE.items() if name not in same}
+    settings = CalibrateSettings(**drawn, **same)
     machine = Machine(torch.device(settings.device), getattr(torch, settings.dtype))
     batch_size = settings.batch_size or draw(COUNTS)
     manifest = {
@@ -183,8 +205,11 @@ def calibrations(draw, checkpoint, **same: Any) -> Calibrated:
         "blocks": [settings.text.samples, settings.text.seq_len],
         "sha256": draw(st.from_regex("[0-9a-f]{64}", fullmatch=True)),
     }
-    text = settings.text.model_copy(update={"dataset": public_dataset(settings.text.dataset)})
-    return Calibrated(settings, manifest, settings.model_copy(update={"text": text, "batch_size": batch_size}))
+    texts = tuple(each.model_copy(update={"dataset": public_dataset(each.dataset)}) for each in settings.texts)
+    name = joined_name(each.dataset for each in texts) if texts else public_dataset(settings.text.dataset)
+    text = settings.text.model_copy(update={"dataset": name})
+    same_bytes = {"text": text, "texts": texts, "batch_size": batch_size}
+    return Calibrated(settings, manifest, settings.model_copy(update=same_bytes))
 
 
 def named(settings: CalibrateSettings) -> CalibrateSettings:
@@ -203,6 +228,28 @@ def test_calibrate_commands_have_every_setting(data, opened, settings_of):
     manifest = Calibration.model_validate(made.manifest)
     (line,) = calibrate_commands(made.settings.model, made.settings.revision, manifest.request, manifest.made_with)
     assert settings_of(line) == named(made.expected)
+
+
+@hypothesis.settings(max_examples=50)
+@given(data=st.data())
+def test_the_command_of_a_mixture_has_every_setting(data, opened, settings_of):
+    """Also of one that is a part of a merged calibration."""
+    text = {name: data.draw(TEXT[name]) for name in ("samples", "seq_len", "seed", "chat")}
+    mixed = st.builds(MixedText, **MIXED)
+    texts = data.draw(st.lists(mixed, min_size=2, max_size=4, unique_by=lambda each: public_dataset(each.dataset)))
+    text["samples"] += len(texts)
+    made = data.draw(calibrations(opened, text=text, texts=texts))
+    manifest = Calibration.model_validate(made.manifest)
+    (line,) = calibrate_commands(made.settings.model, made.settings.revision, manifest.request, manifest.made_with)
+    found = settings_of(line)
+    assert found.parts == made.expected.parts
+    assert found == named(made.expected)
+    other = data.draw(calibrations(opened))
+    merged = merged_request([manifest, Calibration.model_validate(other.manifest)])
+    assert "mixture" not in merged
+    request = CalibrationRequest.model_validate(merged)
+    again = settings_of(calibrate_commands(made.settings.model, None, request, None)[0])
+    assert again.parts == made.expected.parts
 
 
 @hypothesis.settings(max_examples=30)
@@ -261,6 +308,11 @@ UNUSUAL = {
          "--refit-rounds", 0),
         ("--max-shard-size", "40KB"),
     ),
+    "of the cache": (
+        ("--samples", 3, "--batch-size", 3),
+        ("--kv-budget", 0.3, "--budget-params", "70K", "--head-multiple", 2, "--mlp-multiple", 8, "--method", "paper"),
+        (),
+    ),
     "as many blocks as fit": (("--samples", 3), ("--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2), ()),
 }  # fmt: skip
 
@@ -305,6 +357,21 @@ def follow(a3, card: str) -> None:
     for line in lines:
         outcome = a3(*shlex.split(line))
         assert outcome.code == 0, (line, outcome.stderr)
+
+
+def test_the_commands_of_a_mixture_give_the_same_bytes(a3, checkpoint, text_file, tmp_path, monkeypatch):
+    begin(tmp_path / "here", checkpoint, text_file, monkeypatch)
+    Path("rows.jsonl").write_text(json.dumps({"body": text_file.read_text("utf-8")[:3000]}) + "\n")
+    texts = ("--dataset", "text.txt:2", "--dataset", "./rows.jsonl:1", "--text-field", "", "--text-field", "body")
+    options = ("--samples", 5, "--seq-len", 32, "--seed", 4, "--batch-size", 2)
+    assert a3("calibrate", "source", *texts, *options).code == 0
+    assert a3("solve", "--budget", 0.25, "--mlp-multiple", 8, "--head-multiple", 2).code == 0
+    assert a3("export", "OUT").code == 0
+    ours = snapshot(Path("OUT"))
+    begin(tmp_path / "there", checkpoint, text_file, monkeypatch)
+    shutil.copy(tmp_path / "here" / "rows.jsonl", "rows.jsonl")
+    follow(a3, ours["README.md"].decode())
+    assert snapshot(Path("OUT")) == ours
 
 
 def test_the_commands_of_a_merged_calibration_give_the_same_bytes(a3, checkpoint, text_file, tmp_path, monkeypatch):

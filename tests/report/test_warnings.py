@@ -5,7 +5,8 @@ import json
 import pytest
 
 from a3cli.report.long_range import LARGE_SCORE_ERROR, solution_warnings
-from a3cli.work.manifests import ByDistance, Flops, Layer, Solution
+from a3cli.settings import SolveSettings
+from a3cli.work.manifests import ByDistance, Flops, Layer, Solution, SolutionRequest
 from tests.conftest import CONTEXT
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -16,6 +17,7 @@ def solution(*layers, length=16):
     """Return a manifest's entry for layers with these errors at DISTANCES; its mean is that of the first one."""
     errors = [ByDistance(distance=DISTANCES, relative=relative) for relative in layers]
     return Solution.model_construct(
+        request=SolutionRequest.model_construct(settings=SolveSettings(budget=0.25)),
         prefill_flops_per_token=Flops(before=1, after=1, seq_len=length),
         predicted_score_error=errors[0],
         per_layer=[Layer.model_construct(score_error=error) for error in errors],

@@ -86,7 +86,7 @@ def test_a_mistyped_key_of_a_recipe_is_recognised(recipe):
         "eval.texts.0.dataset is missing; eval.texts.0.datset: unknown key; did you mean dataset?"
     )
     assert recipe(verify={"dtyp": "float32"}) == "verify.dtyp: unknown key; did you mean dtype?"
-    assert recipe(extra=1) == "extra: unknown key; known are work, out, calibrate, solve, export, verify, eval"
+    assert recipe(extra=1) == "extra: unknown key; known are work, out, calibrate, solve, export, verify, eval, report"
 
 
 def test_other_problems_of_a_recipe(recipe):

@@ -18,7 +18,7 @@ from a3cli.stages.calibrate import calibrate
 from a3cli.work.files import read_json
 from a3cli.work.folder import Work
 from a3cli.work.progress import silent
-from tests.conftest import SHORT, SOLVE, but, refused
+from tests.conftest import SHORT, SOLVE, refused
 
 
 @pytest.fixture
@@ -186,6 +186,9 @@ def test_whole_heads_are_shown_as_whole(a3, work_of_qwen3, tmp_path):
         (("--components", "qk,ov,mlp"), ("cannot compress qk and ov", STOCK_TOO, "use --components mlp")),
         (("--components", "qk", "--shape", "per-layer"), (f"{WHOLE}; use --components ov,mlp",)),
         (("--attention-budget", 0.1), ("cannot compress attention", STOCK_TOO, "use --shape per-layer")),
+        (("--kv-budget", 0.1), ("--kv-budget 0.1: a3 cannot compress attention", STOCK_TOO, "use --shape per-layer")),
+        (("--kv-budget", 0.46, "--shape", "per-layer"), ("remove at most 0.4375 of the KV cache", WHOLE)),
+        (("--budget-params", 1000), ("mlp with MLP multiple 8 leave at least", STOCK_TOO, "--shape per-layer")),
         (
             ("--budget", 0.58),
             ("mlp with MLP multiple 8 remove at most 0.55", STOCK_TOO, "(--min-mlp)", "--shape per-layer"),
@@ -198,8 +201,8 @@ def test_whole_heads_are_shown_as_whole(a3, work_of_qwen3, tmp_path):
     ],
 )
 def test_what_a_norm_on_heads_forbids_is_refused_with_the_reason(options, words, a3, work_of_qwen3):
-    command = but(("solve", "--budget", 0.2, "--head-multiple", 2, "--mlp-multiple", 8), *options)
-    refused(a3(*command, "--work", work_of_qwen3), *words)
+    command = ("solve", "--head-multiple", 2, "--mlp-multiple", 8, *options, "--work", work_of_qwen3)
+    refused(a3(*command, *(() if "budget" in options[0] else ("--budget", 0.2))), *words)
 
 
 def test_budgets_of_attention_and_mlp_where_only_values_are_cut(a3, work_of_qwen3):
@@ -208,6 +211,13 @@ def test_budgets_of_attention_and_mlp_where_only_values_are_cut(a3, work_of_qwen
     (found, *_) = [a3(*command, *budgets, "--work", work_of_qwen3, "--json").json]
     assert {size["mlp"] for size in found["sizes"]} == {96}
     assert sum(16 - size["ov"] for size in found["sizes"]) / (2 * 32) >= 0.25
+
+
+def test_a_budget_of_the_cache_where_only_values_are_cut(a3, work_of_qwen3):
+    command = ("solve", "--kv-budget", 0.3, "--head-multiple", 2, "--shape", "per-layer", "--method", "paper", "--json")
+    found = a3(*command, "--work", work_of_qwen3).json
+    assert 0.3 <= 1 - found["kv_bytes_per_token"]["after"] / found["kv_bytes_per_token"]["before"] <= 0.34
+    assert {(size["qk"], size["mlp"]) for size in found["sizes"]} == {(16, 96)}
 
 
 def test_a_recipe_for_heads_with_a_norm_fails_before_it_calibrates(a3, checkpoint, text_file, tmp_path):

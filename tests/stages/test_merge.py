@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a3cli.solvers.samples import NAMES
+from a3cli.text.blocks import Sampled
 from tests.conftest import but, refused, reseal, snapshot
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -49,7 +50,7 @@ def test_merged_halves_are_the_whole(a3, halves, checkpoint, text_file, tmp_path
     """The whole is calibrated on exactly the halves' blocks."""
     merged = a3("stats", "merge", *halves, "--into", tmp_path / "merged", "--json").json
     blocks = torch.cat([load_file(work / "calibration" / "tokens.safetensors")["tokens"] for work in halves])
-    monkeypatch.setattr("a3cli.stages.calibrate.sample_blocks", lambda tokenizer, settings, read: blocks)
+    monkeypatch.setattr("a3cli.stages.calibrate.sample_blocks", lambda *_, **__: Sampled(blocks, blocks[:0]))
     calibrate(a3, checkpoint("llama-gqa"), text_file, tmp_path / "whole", "--samples", 12)
     for layer in range(2):
         name = f"calibration/layer-{layer:03d}.safetensors"

@@ -82,6 +82,7 @@ def test_plot_is_a_picture(a3, work, tmp_path, suffix):
         assert text.count("<path") > 10
 
 
+@pytest.mark.slow
 def test_sequential_corrects_ours_and_leaves_the_paper_as_published(a3, work, text_file):
     text = ("--dataset", text_file, "--seq-len", 60, "--samples", 3)
     command = ("pareto", "--budgets", "0.3", *ROUNDING, *text, "--work", work, "--json")

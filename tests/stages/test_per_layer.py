@@ -518,6 +518,7 @@ def test_weights_have_the_planned_shapes_and_untouched_ones_their_bytes(small):
 def test_card_and_manifest_say_how_to_load(small, capsys):
     from a3cli.cli.display import print_export
     from a3cli.report.manifest import read_export_manifest
+    from a3cli.stages.publish import Exported
 
     card, manifest = (small / "README.md").read_text(), json.loads((small / "a3_manifest.json").read_text())
     assert "trust_remote_code=True" in card
@@ -526,7 +527,7 @@ def test_card_and_manifest_say_how_to_load(small, capsys):
         "modeling_a3_base.py",
         "modeling_a3_llama.py",
     ]
-    print_export(read_export_manifest(small / "a3_manifest.json"), str(small))
+    print_export(Exported(read_export_manifest(small / "a3_manifest.json")), str(small))
     assert "trust_remote_code=True" in capsys.readouterr().out
     assert {each["runtime"]: each["loads"] for each in manifest["runtimes"]}["llama.cpp"] == "no"
 

@@ -13,7 +13,7 @@ import torch
 from transformers import NemotronConfig
 
 from a3cli.methods import refits
-from a3cli.models import costs
+from a3cli.models import costs, uniform
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.config import read_shape
 from a3cli.models.families import LayerSizes
@@ -153,11 +153,15 @@ def test_what_a_plan_says_of_heads_that_stay_whole(a3, config):
     folder = config(**qwen3_config(*QWEN3_SIZES["Qwen3-0.6B"][0]))
     why = "a norm follows each query and key head, so these keep their size"
     said = " ".join(a3("plan", folder).stdout.split())
-    assert f"25.00 % of the decoder's linear weights, from the MLP alone: {why}, and the stock shape" in said
+    assert f"25.00 % of the decoder's linear weights (asked: 25 %), from the MLP alone: {why}, and the stock" in said
     said = " ".join(a3("plan", folder, "--shape", "per-layer").stdout.split())
     assert f"value heads and MLP alike: {why}; sizes are means" in said
     assert "head size of OV" in said
     refused(a3("plan", folder, "--budget", 0.6), "mlp with MLP multiple 64 remove at most 0.5875", why, "per-layer")
+    refused(a3("plan", folder, "--kv-budget", 0.2), "--kv-budget 0.2: a3 cannot compress attention", why, "per-layer")
+    cached = a3("plan", folder, "--kv-budget", 0.2, "--shape", "per-layer", "--json").json
+    assert cached["kv_bytes_per_token"]["after"] <= 0.8 * cached["kv_bytes_per_token"]["before"]
+    assert (cached["head_size"]["after"], cached["value_head_size"]["after"]) == (128, 64)
     whole = {"shape": "stock", "whole_heads": f"{why}, and the stock shape has one size for all heads"}
     found = a3("plan", folder, "--json").json
     assert {key: found[key] for key in whole} == whole
@@ -292,12 +296,15 @@ def test_budgets_are_reached_by_the_least_unlike_sizes():
     shape = describe_shape(hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate_size=128)
     total = costs.linear_weights(shape, shape.sizes)
     for budget in (0.0, 0.1, 0.25, 0.4, 0.7):
-        size = costs.uniform_sizes(shape, budget, head_multiple=4, mlp_multiple=8)
+        needed = costs.share_of(budget, total)
+        size = uniform.equal_cuts(shape, needed, costs.linear_weights, head_multiple=4, mlp_multiple=8)
         removed = total - costs.linear_weights(shape, [size] * 2)
         assert removed >= budget * total
         assert abs(size.qk / 16 - size.mlp / 128) <= 0.2
-    assert costs.uniform_sizes(shape, 0.0, head_multiple=4, mlp_multiple=8) == LayerSizes(16, 16, 128)
-    assert costs.uniform_sizes(shape, 0.97, head_multiple=8, mlp_multiple=64) is None
+    none, most = 0, costs.share_of(0.97, total)
+    whole = uniform.equal_cuts(shape, none, costs.linear_weights, head_multiple=4, mlp_multiple=8)
+    assert whole == LayerSizes(16, 16, 128)
+    assert uniform.equal_cuts(shape, most, costs.linear_weights, head_multiple=8, mlp_multiple=64) is None
 
 
 def describe_shape(**sizes):

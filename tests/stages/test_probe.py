@@ -133,10 +133,10 @@ def test_predicted_losses_are_called_what_they_are(a3, calibrated, tmp_path):
     _, work = calibrated("llama-gqa")
     out, page = tmp_path / "out", tmp_path / "page.html"
     for options, unit in ((PROBE, "KL(source ‖ compressed) as probed"), ((), "squared error relative to the residual")):
-        solved = a3("solve", "--budget", 0.2, *ROUNDING, *options, "--work", work, "--overwrite")
+        assert a3("solve", "--budget", 0.2, *ROUNDING, *options, "--work", work, "--overwrite").code == 0
         assert a3("export", out, "--work", work, "--overwrite").code == 0
         assert a3("report", out, "--html", page).code == 0
-        for text in (solved.stdout, (out / "README.md").read_text("utf-8"), page.read_text("utf-8")):
+        for text in ((out / "README.md").read_text("utf-8"), page.read_text("utf-8")):
             assert unit[1:] in " ".join(text.split())
 
 

@@ -326,6 +326,7 @@ SHIPPED = {
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "tiny": str(ROOT / "demo" / "model"),
+    "tiny-budgets": str(ROOT / "demo" / "model"),
 }
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from a3cli.models import costs
+from a3cli.models import costs, uniform
 from a3cli.models.checkpoint import resolve_model
 from a3cli.models.families import LayerSizes
 from a3cli.models.model import describe
@@ -106,7 +106,7 @@ def test_least_cuts_are_those_of_which_no_size_can_be_larger(name, checkpoint):
             for head, width in enough
             if not any((h >= head and w >= width and (h, w) != (head, width)) for h, w in enough)
         }
-        found = costs.least_cuts(shape, float(budget), heads=heads, widths=widths)
+        found = uniform.least_cuts(shape, float(budget), heads=heads, widths=widths)
         assert {(size.qk, size.mlp) for size, _ in found} == largest
         assert all(share == pytest.approx(float(removed(shape, size.qk, size.mlp))) for size, share in found)
 

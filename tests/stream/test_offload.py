@@ -49,7 +49,7 @@ def interrupt(a3, monkeypatch, layer: int, *command: object) -> Path:
     plain = SweepProgress.__call__
 
     def interrupting(self, **at):
-        if at["layer"] == layer:
+        if at.get("layer") == layer:
             raise KeyboardInterrupt
         plain(self, **at)
 

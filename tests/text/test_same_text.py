@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from a3cli.work.sealed import write_manifest
 from tests.conftest import SHORT, SOLVE, refused
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -68,7 +69,7 @@ def test_an_unfinished_calibration_resumes_with_another_spelling(
 
     def interrupting(self, **at):
         plain(self, **at)
-        if at["layer"] == 1:
+        if at.get("layer") == 1:
             raise KeyboardInterrupt
 
     command = ("calibrate", checkpoint("llama-gqa"), *SHORT, "--work", tmp_path / "work", "--dataset")
@@ -86,25 +87,40 @@ def test_an_unfinished_calibration_resumes_with_another_spelling(
     assert a3(*command, text_file).code == 0
 
 
-def test_only_what_was_read_of_a_folder_counts(a3, checkpoint, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("a3cli.text.blocks.TEXT_CHUNK", 1)
-    work = ("--work", tmp_path / "work")
-    command = ("calibrate", checkpoint("llama-gqa"), *SHORT, *work, "--json")
+def test_all_files_of_a_folder_count(a3, checkpoint, folder, tmp_path):
+    """The pool takes a part of each file, so every file matters, and one that is added."""
+    command = ("calibrate", checkpoint("llama-gqa"), *SHORT, "--work", tmp_path / "work", "--json")
     first = a3(*command, "--dataset", folder).json
-    assert list(first["request"]["text_files"]) == ["b.txt"]
-    assert first["text_read"] == {"rows": 0, "skipped": 0, "whole": False}
-    (folder / "f.txt").write_text("changed")
-    (folder / "d.jsonl").unlink()
-    (folder / "z.jsonl").write_text("added")
+    assert list(first["request"]["text_files"]) == ["b.txt", "d.jsonl", "f.txt"]
+    assert first["text_read"] == {"rows": 4, "skipped": 2, "whole": False, "from_each": True}
     assert a3(*command, "--dataset", folder).json == first
-    assert a3(*command, "--dataset", folder, "--text-field", "body").json == first  # the option has no effect on b.txt
+    (folder / "z.jsonl").write_text("added")
+    refused(a3(*command, "--dataset", folder), "(differs in text_files (z.jsonl))")
+    (folder / "z.jsonl").unlink()
+    (folder / "f.txt").write_text("changed")
+    refused(a3(*command, "--dataset", folder), "(differs in text_files (f.txt))")
+
+
+def test_only_what_an_earlier_version_read_of_a_folder_counts(a3, checkpoint, folder, tmp_path):
+    """It stopped reading where it had enough, so the files after that do not matter."""
+    command = ("calibrate", checkpoint("llama-gqa"), *SHORT, "--work", tmp_path / "work", "--json")
+    assert a3(*command, "--dataset", folder / "b.txt").code == 0
+    manifest = tmp_path / "work" / "calibration" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["text_read"]["whole"] = False
+    content.pop("sha256")
+    recorded = write_manifest(manifest, content)
+    assert a3(*command, "--dataset", folder).json == recorded
+    (folder / "f.txt").write_text("changed")
+    assert a3(*command, "--dataset", folder).json == recorded
+    assert a3(*command, "--dataset", folder, "--text-field", "body").json == recorded  # no effect on b.txt
     (folder / "a.txt").write_text("comes before")
     refused(a3(*command, "--dataset", folder), "(differs in text_files (a.txt, b.txt))")
 
 
 def test_what_ended_a_data_set_counts(a3, checkpoint, folder, tmp_path):
     """The whole data set was read, so another file would be read too."""
-    command = ("calibrate", checkpoint("llama-gqa"), *SHORT, "--work", tmp_path / "work")
+    command = ("calibrate", checkpoint("llama-gqa"), "--samples", 24, "--seq-len", 32, "--work", tmp_path / "work")
     ended = a3(*command, "--dataset", folder)
     assert f"dataset {folder}: skipped 2 of 4 rows without text" in ended.stderr.splitlines()
     (folder / "ignored.md").write_text("no text")
@@ -115,24 +131,23 @@ def test_what_ended_a_data_set_counts(a3, checkpoint, folder, tmp_path):
     refused(a3(*command, "--dataset", folder), "(differs in text_files (z.txt))")
 
 
-def test_card_and_inspect_name_what_was_read(a3, checkpoint, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("a3cli.text.blocks.TEXT_CHUNK", 1)
+def test_card_and_inspect_name_what_was_read(a3, checkpoint, folder, tmp_path):
     work = ("--work", tmp_path / "work")
-    for samples, seed, place in ((3, 0, "one"), (8, 1, "two")):
-        options = ("--samples", samples, "--seq-len", 32, "--seed", seed, "--work", tmp_path / place)
-        assert a3("calibrate", checkpoint("llama-gqa"), "--dataset", folder, *options).code == 0
-    assert "text: texts (read: b.txt)\n" in a3("inspect", tmp_path / "one").stdout
+    for text, seed, place in ((folder / "b.txt", 0, "one"), (folder, 1, "two")):
+        options = (*SHORT, "--seed", seed, "--work", tmp_path / place)
+        assert a3("calibrate", checkpoint("llama-gqa"), "--dataset", text, *options).code == 0
+    assert "text: b.txt\n" in a3("inspect", tmp_path / "one").stdout
     assert a3("stats", "merge", tmp_path / "one", tmp_path / "two", "--into", tmp_path / "work").code == 0
-    both = "texts (read: b.txt) and texts (read: b.txt, d.jsonl; 2 rows, 1 without text skipped)"
+    both = "b.txt and texts (read: b.txt, d.jsonl, f.txt; 4 rows, 2 without text skipped)"
     assert f"text: {both}\n" in a3("inspect", tmp_path / "work").stdout
     assert a3(*SOLVE, *work).code == 0
     manifest = a3("export", tmp_path / "out", *work, "--json").json
     card = " ".join((tmp_path / "out" / "README.md").read_text("utf-8").split())
-    assert "`texts` (read: `b.txt`, `d.jsonl`; 2 rows, 1 without text skipped)" in card
-    assert manifest["calibration"]["text_read"] == {"rows": 2, "skipped": 1, "whole": False}
+    assert "`texts` (read: `b.txt`, `d.jsonl`, `f.txt`; 4 rows, 2 without text skipped)" in card
+    assert manifest["calibration"]["text_read"] == {"rows": 4, "skipped": 2, "whole": False, "from_each": True}
     parts = manifest["calibration"]["request"]["merged"]
-    assert [list(part["text_files"]) for part in parts] == [["b.txt"], ["b.txt", "d.jsonl"]]
-    assert [part["text_read"]["rows"] for part in parts] == [0, 2]
+    assert [list(part["text_files"]) for part in parts] == [["b.txt"], ["b.txt", "d.jsonl", "f.txt"]]
+    assert [part["text_read"]["rows"] for part in parts] == [0, 4]
 
 
 def test_a_typo_is_no_other_data_set(a3, work, source, text_file, tmp_path, monkeypatch):
@@ -251,8 +266,8 @@ def test_a_sweep_over_budgets_begins_anew_with_other_text(a3, work, folder, monk
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("calibrate", "x", "--dataset", "a", "--dataset", "b"), ("takes one data set", "a3 stats merge")),
-        (("calibrate", "x", "--dataset=a", "--dataset", "a"), ("takes one data set", "a3 stats merge")),
+        (("calibrate", "x", "--text-field", "a", "--text-field", "b"), ("2 times for 1 data sets", "once for each")),
+        (("calibrate", "x", "--seed", 1, "--seed=2"), ("--seed was given 2 times",)),
         (("pareto", "--dataset", "a", "--dataset=b"), ("measures on one data set",)),
         (("solve", "--budget", 0.1, "--budget=0.2"), ("--budget was given 2 times",)),
         (("inspect", "x", "--json", "--json", "y"), ("unexpected extra argument",)),

@@ -1,6 +1,8 @@
 """How text becomes blocks: where they are cut, what a row is, and that nothing is lost or counted twice."""
 
 import json
+import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,12 +11,14 @@ from hypothesis import strategies as st
 
 from a3cli.errors import A3Error
 from a3cli.settings import TextSettings
-from a3cli.text.blocks import evaluation_blocks, sample_blocks, token_stream
+from a3cli.text.blocks import evaluation_blocks, places_between, sample_blocks
 from a3cli.text.documents import TextRead, row_documents
 from a3cli.text.identity import files_now
+from a3cli.text.pool import LEAST, read_pool
 from a3cli.text.sources import check_texts
+from a3cli.text.stream import token_stream
 from a3cli.work.files import hash_file
-from tests.conftest import build_tokenizer
+from tests.conftest import build_tokenizer, refused
 
 TOKENIZER = build_tokenizer()
 
@@ -37,7 +41,8 @@ def test_blocks_are_disjoint_runs_of_the_stream(tmp_path_factory, extra, samples
     all_tokens = tokens_of(stream)
     if len(all_tokens) < samples * seq_len:
         return
-    blocks = sample_blocks(TOKENIZER, text_settings(path, samples=samples, seq_len=seq_len, seed=seed))
+    wanted = text_settings(path, samples=samples, seq_len=seq_len, seed=seed)
+    blocks = sample_blocks(TOKENIZER, wanted).blocks
     assert blocks.shape == (samples, seq_len)
     position = 0
     for block in blocks.tolist():
@@ -52,17 +57,28 @@ def test_every_placement_is_reached(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("abcdefgh")
     placements = {
-        tuple(block[0].item() for block in sample_blocks(TOKENIZER, text_settings(path, samples=2, seq_len=3, seed=s)))
+        tuple(sample_blocks(TOKENIZER, text_settings(path, samples=2, seq_len=3, seed=s)).blocks[:, 0].tolist())
         for s in range(100)
     }
     first = tokens_of("abcdefgh")
     assert placements == {(first[a], first[b]) for a in range(6) for b in range(a + 3, 6)}
 
 
+@given(gaps=st.lists(st.integers(0, 20), min_size=1, max_size=8), length=st.integers(1, 6), most=st.integers(0, 9))
+def test_what_is_held_out_lies_between_the_blocks(gaps, length, most):
+    """As many as asked for, or as have room; none overlaps another or a block that is calibrated on."""
+    starts = [sum(gaps[: i + 1]) + i * length for i in range(len(gaps) - 1)]
+    end = sum(gaps) + length * len(starts)
+    found = places_between(starts, length, end, most=most)
+    assert len(found) == min(most, sum(gap // length for gap in gaps))
+    taken = sorted([*starts, *found])
+    assert all(after - before >= length for before, after in pairwise([*taken, end]))
+
+
 def test_seed_decides(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("".join(chr(97 + i % 26) * (i % 7) for i in range(300)))
-    one, again, other = (sample_blocks(TOKENIZER, text_settings(path, seed=seed)) for seed in (1, 1, 2))
+    one, again, other = (sample_blocks(TOKENIZER, text_settings(path, seed=seed)).blocks for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
@@ -256,10 +272,56 @@ def test_chat_needs_messages_and_a_template(tmp_path):
     path = write_rows(tmp_path, [{"conversations": TALK}], ".jsonl")
     with pytest.raises(A3Error, match="row 1: the model's tokenizer has no chat template"):
         read_all(TOKENIZER, path, chat=True)
-    with pytest.raises(A3Error, match="--chat reads its 'conversations'"):
-        read_all(TOKENIZER, path)
+    with pytest.raises(A3Error, match=r"--chat reads its 'conversations'"):
+        read_all(TOKENIZER, path, text_field="body")
     with pytest.raises(A3Error, match=r"holds a list, not text \(--chat reads messages\)"):
         read_all(TOKENIZER, path, text_field="conversations")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"conversations": TALK}], "<system>be<user>hi<assistant>ho"),
+        ([{"messages": MESSAGES, "id": 1}, {"messages": None, "id": 2}], "<user>hi"),
+        ([{"messages": MESSAGES, "text": "plain"}], "plain"),  # the text field comes first
+        ([{"messages": MESSAGES, "text": None}, {"messages": None, "text": "plain"}], "plain"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_chats_are_recognised(tmp_path, rows, expected, suffix):
+    assert read_all(chat_tokenizer(), write_rows(tmp_path, rows, suffix))[0] == expected
+
+
+def test_each_file_of_a_folder_is_recognised_by_itself(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("one")
+    write_rows(tmp_path, [{"messages": MESSAGES}] * 2, ".jsonl")
+    write_rows(tmp_path, [{"text": "plain"}], ".parquet")
+    caplog.set_level("INFO", "a3cli")
+    assert read_all(chat_tokenizer(), tmp_path)[0] == "one\n\n<user>hi\n\n<user>hi\n\nplain"
+    assert [each.getMessage() for each in caplog.records] == [
+        f"dataset {tmp_path / 'rows.jsonl'}: no field 'text'; its 'messages' go through the chat template"
+    ]
+
+
+def test_messages_that_are_not_turns_are_no_chat(tmp_path):
+    path = write_rows(tmp_path, [{"messages": "a text", "body": "b"}], ".jsonl")
+    with pytest.raises(A3Error, match="no field 'text'; its fields are body, messages"):
+        read_all(chat_tokenizer(), path)
+
+
+def test_recognised_chats_need_a_template(a3, checkpoint, tmp_path):
+    """Calibration and evaluation read chats alike: with a template they are rendered, without it one line says so."""
+    source = shutil.copytree(checkpoint("llama-gqa"), tmp_path / "source")
+    path = write_rows(tmp_path, [{"messages": [{"role": "user", "content": "hello " * 40}]}], ".jsonl")
+    text = ("--dataset", path, "--samples", 2, "--seq-len", 16)
+    commands = (("calibrate", source, *text, "--work", tmp_path / "work"), ("eval", source, *text))
+    for command in commands:
+        refused(a3(*command), "row 1: the model's tokenizer has no chat template", "chat_template.jinja")
+    (source / "chat_template.jinja").write_text(CHATS)
+    for command in commands:
+        ended = a3(*command)
+        assert ended.code == 0, ended
+        assert "its 'messages' go through the chat template" in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -301,16 +363,61 @@ def three_files(folder):
 
 
 def test_only_files_that_are_opened_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr("a3cli.text.blocks.TEXT_CHUNK", 1)
+    monkeypatch.setattr("a3cli.text.stream.TEXT_CHUNK", 1)
     three_files(tmp_path)
     read = TextRead()
-    sample_blocks(TOKENIZER, text_settings(tmp_path, samples=4, seq_len=10), read)  # a pool of 320 tokens
+    evaluation_blocks(TOKENIZER, text_settings(tmp_path, samples=32, seq_len=10), read)
     assert list(read.files) == ["b.txt", "d.txt"]
     assert read.files["b.txt"] == hash_file(tmp_path / "b.txt")
     assert not read.whole
     evaluation_blocks(TOKENIZER, text_settings(tmp_path, samples=None), whole := TextRead())
     assert list(whole.files) == ["b.txt", "d.txt", "f.jsonl"]
     assert whole.describe() == {"rows": 1, "skipped": 0, "whole": True}
+
+
+def test_a_folder_that_fits_is_read_as_one_text(tmp_path):
+    three_files(tmp_path)
+    asked = text_settings(tmp_path)
+    whole = list(token_stream(TOKENIZER, asked, purpose="calibrate"))
+    assert list(read_pool(TOKENIZER, asked, len(whole), read := TextRead())) == whole
+    assert read.describe() == {"rows": 1, "skipped": 0, "whole": True}
+
+
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12), most=st.integers(60, 200))
+@settings(max_examples=40, deadline=None)
+def test_a_huge_first_file_hides_no_other(tmp_path_factory, sizes, most):
+    """All files are recorded and give what their sizes say; a file that is short leaves its share to the others."""
+    folder = tmp_path_factory.mktemp("f")
+    letters = "bcdefghijklm"[: len(sizes)]
+    for letter, size in zip("a" + letters, (5000, *sizes), strict=True):
+        (folder / f"{letter}.txt").write_text(letter * size)
+    read = TextRead()
+    stream = TOKENIZER.decode(list(read_pool(TOKENIZER, text_settings(folder), most, read)))
+    assert len(stream) == most
+    assert "".join(sorted(set(stream) - {"\n"})) == "a" + "".join(
+        each for each, n in zip(letters, sizes, strict=True) if n
+    )
+    total, left = 5000 + sum(sizes), most
+    for letter, size in zip(letters, sizes, strict=True):
+        assert stream.count(letter) <= min(size, max(LEAST, most * size / total + 1))
+        left -= stream.count(letter) + len("\n\n")
+    assert stream.count("a") == left
+    assert list(read.files) == [f"{letter}.txt" for letter in "a" + letters]
+    assert read.describe() == {"rows": 0, "skipped": 0, "whole": False, "from_each": True}
+
+
+def test_more_files_than_blocks(tmp_path):
+    """Each file gives tokens, also those that are short; the same folder gives the same blocks."""
+    for number in range(50):
+        (tmp_path / f"{number:02d}.txt").write_text(chr(0x100 + number) * 300)
+    (tmp_path / "rows.jsonl").write_text('{"text": null}\n{"text": "row"}\n' * 200)
+    asked = text_settings(tmp_path, samples=8, seq_len=20)
+    stream = TOKENIZER.decode(list(read_pool(TOKENIZER, asked, 8 * 8 * 20, TextRead())))
+    assert {chr(0x100 + number) for number in range(50)} | {*"row"} == {*stream} - {"\n", "\ufffd"}
+    blocks = sample_blocks(TOKENIZER, asked, read := TextRead()).blocks
+    assert len(read.files) == 51
+    assert read.rows == 2 * read.skipped > 0
+    assert torch.equal(blocks, sample_blocks(TOKENIZER, asked).blocks)
 
 
 def test_what_would_be_read_again(tmp_path, monkeypatch):

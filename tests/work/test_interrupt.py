@@ -64,7 +64,7 @@ def signal_in_layer(monkeypatch):
         plain = SweepProgress.__call__
 
         def interrupting(self, **at):
-            while at["layer"] == layer and pending:
+            while at.get("layer") == layer and pending:
                 os.kill(os.getpid(), pending.pop(0))
             plain(self, **at)
 

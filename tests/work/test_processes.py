@@ -133,6 +133,7 @@ def killed_in_the_second_layer(rank: int, victim: int = 1) -> None:
     sweep.run_layer = run_layer
 
 
+@pytest.mark.slow
 def test_killed_in_a_layer_it_goes_on_there_with_any_number(a3, checkpoint, text_file, tmp_path):
     folder = checkpoint("llama-gqa")
     command = ("calibrate", folder, "--dataset", text_file, *but(TEXT, "--batch-size", 1), "--work")

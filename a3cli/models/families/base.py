@@ -187,6 +187,7 @@ class ModelShape:
     fixed_scale: float | None = None  # softmax scale that does not depend on the head size
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
     still_layers: tuple[int, ...] = ()  # layers without RoPE
+    windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:

@@ -1,7 +1,8 @@
-"""Measure a solution on some of the text that it was calibrated on, right after solving: what it costs, in short.
+"""Measure a solution right after solving, on text that its calibration held out: what it costs, in short.
 
-The figures are those of `a3 eval`, in sample: other text shows a somewhat larger loss. Source and smaller model run
-layer by layer, each with one layer in memory at a time, and their logits are computed a few tokens at a time.
+The figures are those of `a3 eval`. Source and smaller model run layer by layer, each with one layer in memory at a
+time, and their logits are computed a few tokens at a time. If the calibration used all of its text, it is measured on
+some of that, where it loses less than elsewhere.
 """
 
 import logging
@@ -24,9 +25,10 @@ log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
-def measure_in_sample(run: Run, cuts: Sequence[Cut]) -> Json | None:
+def measure_loss(run: Run, cuts: Sequence[Cut]) -> Json | None:
     """Return perplexity before and after, KL and top-1 agreement; None, with a warning, if logits are not finite."""
-    blocks = choose_blocks(read_tensors(run.work.tokens, "run a3 calibrate --overwrite")["tokens"])
+    kept = read_tensors(run.work.tokens, "run a3 calibrate --overwrite")
+    blocks = choose_blocks(kept.get("held_out", kept["tokens"]))
     source = Decoder(run.model, run.machine)
     decoders = (source, SmallerDecoder(run.model, run.machine, cuts))
     batch = costs.cpu_batch(blocks.shape[1])
@@ -35,22 +37,22 @@ def measure_in_sample(run: Run, cuts: Sequence[Cut]) -> Json | None:
     try:
         sums = compare_logits(source, blocks, [states for states, _, _ in streams], run.model.source.name)
     except A3Error as error:
-        log.warning("not measured on the calibration text: %s", error)
+        log.warning("the solution was not measured: %s", error)
         return None
-    return describe(sums)
+    return {"held_out": "held_out" in kept, **describe(sums)}
 
 
 def choose_blocks(blocks: torch.Tensor) -> torch.Tensor:
-    """Return evenly spread ones of the blocks `[N, T]`, of `IN_SAMPLE_TOKENS` in all; a longer block is cut."""
-    count = min(len(blocks), max(1, costs.IN_SAMPLE_TOKENS // blocks.shape[1]))
-    return blocks[[index * len(blocks) // count for index in range(count)], : costs.IN_SAMPLE_TOKENS]
+    """Return evenly spread ones of the blocks `[N, T]`, of `MEASURED_TOKENS` in all; a longer block is cut."""
+    count = min(len(blocks), max(1, costs.MEASURED_TOKENS // blocks.shape[1]))
+    return blocks[[index * len(blocks) // count for index in range(count)], : costs.MEASURED_TOKENS]
 
 
 def run_in_turn(
     run: Run, decoders: Sequence[Decoder], streams: Sequence[tuple[StatesInMemory, Calls, Batching]]
 ) -> None:
     """Run each model's stream through its layers; in turn, since both read the same weights."""
-    with reporting(run.progress, "measuring on calibration text", run.layers, "layers") as finished:
+    with reporting(run.progress, "measuring the solution", run.layers, "layers") as finished:
         for index in range(run.layers):
             run.stop.before(f"measuring layer {index + 1} of {run.layers}", AGAIN)
             for decoder, (states, calls, batching) in zip(decoders, streams, strict=True):
