@@ -61,7 +61,11 @@ GRANITE = {
     "logits_scaling": 4.0,
 }
 QWEN3 = {"head_dim": 96, "attention_bias": True}  # a head size of its own: not hidden size over heads
-SMOLLM3 = {"no_rope_layer_interval": 2, "pad_token_id": None}  # every second layer has no RoPE
+SMOLLM3 = {
+    "no_rope_layer_interval": 2,  # every second layer has no RoPE
+    "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 2000000.0},  # 4.57 reads none and has this default
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}  # from the second layer on
 BUDGET = ("--budget", "0.25")
 FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")

@@ -31,7 +31,7 @@ from a3cli.settings import (
 )
 from a3cli.settings.budgets import BUDGETS, DEFAULT_BUDGET
 from a3cli.settings.keywords import keywords_of, refuse_unknown, settings_from
-from a3cli.stages.context import known_family, resolve_settings
+from a3cli.stages.allowed import known_family, resolve_settings
 from a3cli.stages.evaluate import evaluate as run_evaluate
 from a3cli.stages.export import export as run_export
 from a3cli.stages.libraries import quiet_libraries

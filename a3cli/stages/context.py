@@ -11,13 +11,11 @@ from typing import Any, TypeVar
 from a3cli.errors import A3Error
 from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.models import costs
-from a3cli.models.families import Family, family_of
-from a3cli.models.hub import find_folder, read_config
+from a3cli.models.families import Family
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.source import recorded_source
-from a3cli.settings import COMPONENTS, PlanSettings, SolveSettings
+from a3cli.settings import COMPONENTS, SolveSettings
 from a3cli.settings.budgets import budget_problems
-from a3cli.settings.options import option_of
 from a3cli.stages.sizes import Stored
 from a3cli.work.files import check_hashes
 from a3cli.work.folder import Work
@@ -139,69 +137,6 @@ def check_settings_of_model(settings: SolveSettings, model: Model) -> None:
             f"--rope-form {settings.rope_form}: {model.source.name} has RoPE type {model.rope.kind}, which a changed "
             "theta cannot express for smaller heads; use --rope-form auto, or --components mlp to keep heads whole"
         )
-
-
-def known_family(model: str, revision: str | None) -> Family | None:
-    """Return the family of a model whose config.json is on this machine, None for any other model."""
-    with suppress(A3Error):
-        folder = find_folder(model, revision, files=("config.json",), cached_only=True)
-        return family_of(read_config(folder, model).get("model_type"))
-    return None
-
-
-def calibrated_family(work: Work) -> Family | None:
-    """Return the family of a work folder's source, None if there is none on this machine."""
-    with suppress(A3Error):
-        _, config, _ = recorded_source(work)
-        return family_of(config.get("model_type"))
-    return None
-
-
-def resolve_settings(settings: SolveSettings, family: Family | None) -> SolveSettings:
-    """Return settings that name the components that may be cut: by default all that the family allows in this shape.
-
-    Raises A3Error if they contradict each other or the family.
-    """
-    components = settings.cut
-    if family is not None:
-        check_family(settings, family)
-        components = settings.components or family.compressible(settings.shape)
-    resolved = settings.model_copy(update={"components": components})
-    check_settings(resolved, family)
-    return resolved
-
-
-def check_family(settings: SolveSettings, family: Family) -> None:
-    """Raise A3Error for components, or a budget of attention, that a family does not allow in this shape."""
-    check_heads(settings, family)
-    allowed, of_family = family.compressible(settings.shape), describe_family(settings, family)
-    named = settings.components or ()
-    if refused := [component for component in named if component not in allowed]:
-        raise A3Error(
-            f"--components {','.join(named)}: a3 cannot compress {' and '.join(refused)} {of_family}; "
-            f"use --components {','.join(allowed)}"
-        )
-
-
-def check_heads(settings: SolveSettings | PlanSettings, family: Family) -> None:
-    """Raise A3Error for a budget of attention or of the KV cache if a family allows neither QK nor OV in this shape."""
-    heads = {"qk", "ov"}
-    if heads & {*family.compressible(settings.shape)}:
-        return
-    other = "--shape per-layer, or " if heads & {*family.compressible("per-layer")} else ""
-    alone = "--budget or --mlp-budget" if isinstance(settings, SolveSettings) else "--budget"
-    for name in ("attention_budget", "kv_budget"):
-        if budget := getattr(settings, name, None):
-            raise A3Error(
-                f"{option_of((name,))} {budget}: a3 cannot compress attention {describe_family(settings, family)}; "
-                f"use {other}{alone} alone"
-            )
-
-
-def describe_family(settings: SolveSettings | PlanSettings, family: Family) -> str:
-    """Return the family and the shape of an export, and why that shape keeps heads whole."""
-    why = family.why_whole(settings.shape)
-    return f"of model_type {family.model_type!r} with --shape {settings.shape}" + (f": {why}" if why else "")
 
 
 def check_settings(settings: SolveSettings, family: Family | None = None) -> None:

@@ -37,7 +37,7 @@ from a3cli.settings import Component, PlanSettings
 from a3cli.settings.budgets import DEFAULT_BUDGET, budget_problems, given_budgets
 from a3cli.settings.seq_len import resolved_seq_len
 from a3cli.solvers.allocate import sizes
-from a3cli.stages.context import check_heads
+from a3cli.stages.allowed import check_heads
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
 from a3cli.stages.rounding import planned_warnings
@@ -77,17 +77,9 @@ def plan(settings: PlanSettings) -> Json:
     family = family_of(config.model_type)
     parameters, item = count_parameters(stock), ITEMSIZES[dtype]
     stored = Stored(parameters, parameters * item, item)
-    run = Run(
-        settings,
-        shape,
-        choose_sizes(settings, shape, stored, family),
-        item,
-        ITEMSIZES[compute],
-        parameters,
-        config.vocab_size,
-        config.max_position_embeddings,
-        family.compressible(settings.shape),
-    )
+    size, components = choose_sizes(settings, shape, stored, family), family.compressible(settings.shape)
+    context = config.max_position_embeddings
+    run = Run(settings, shape, size, item, ITEMSIZES[compute], parameters, config.vocab_size, context, components)
     rates = find_rates(settings, compute)
     return {
         "model": settings.model,
@@ -95,7 +87,7 @@ def plan(settings: PlanSettings) -> Json:
         "weights": {"checked": weights.checked, "reason": weights.reason},
         "dtype": dtype,
         "layers": shape.layers,
-        "components": list(run.components),
+        "components": list(components),
         "whole_heads": family.why_whole(settings.shape),
         **describe_model(run),
         "disk_bytes": asdict(estimate_disk(run)),
@@ -104,7 +96,7 @@ def plan(settings: PlanSettings) -> Json:
         "seconds": estimate_seconds(run, rates),
         "machine": describe_machine(run, rates, compute),
         "runtimes": [asdict(verdict) for verdict in judge_plan(raw, folder, run)],
-        "warnings": planned_warnings(settings, shape, run.size, stored, family),
+        "warnings": planned_warnings(settings, shape, size, stored, family),
     }
 
 

@@ -10,9 +10,9 @@ from a3cli.errors import A3Error
 from a3cli.models.checkpoint import resolve_model
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.settings import CalibrateSettings, Settings
+from a3cli.stages.allowed import calibrated_family, resolve_settings
 from a3cli.stages.calibrate import for_source
 from a3cli.stages.calibration_folder import comparable, describe_request, known_text, recorded_calibration
-from a3cli.stages.context import calibrated_family, resolve_settings
 from a3cli.stages.evaluate import for_models
 from a3cli.stages.publish import kept_push
 from a3cli.stages.recipe import Recipe

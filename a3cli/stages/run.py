@@ -21,8 +21,8 @@ from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Veri
 from a3cli.settings.options import command_words
 from a3cli.settings.report import ReportSettings
 from a3cli.settings.texts import mixture_options
+from a3cli.stages.allowed import known_family, resolve_settings
 from a3cli.stages.calibrate import calibrate
-from a3cli.stages.context import known_family, resolve_settings
 from a3cli.stages.evaluate import evaluate, for_models
 from a3cli.stages.export import export
 from a3cli.stages.publish import Pushed, Repository, keep_push, kept_push, open_repository, push

@@ -8,15 +8,8 @@ from a3cli.models import costs
 from a3cli.models.families import LayerSizes
 from a3cli.settings import COMPONENTS, SolveSettings
 from a3cli.settings.budgets import SINCE
-from a3cli.stages.context import (
-    AGAIN,
-    Run,
-    calibrated_family,
-    check_settings_of_model,
-    open_run,
-    read_calibration,
-    resolve_settings,
-)
+from a3cli.stages.allowed import calibrated_family, resolve_settings
+from a3cli.stages.context import AGAIN, Run, check_settings_of_model, open_run, read_calibration
 from a3cli.stages.correction import correct, cuts_of, drop_steps, one_shot_file
 from a3cli.stages.measured_loss import measure_loss
 from a3cli.stages.probe import probe, weigh

@@ -153,11 +153,15 @@ def test_what_a_plan_says_of_heads_that_stay_whole(a3, config):
     folder = config(**qwen3_config(*QWEN3_SIZES["Qwen3-0.6B"][0]))
     why = "a norm follows each query and key head, so these keep their size"
     said = " ".join(a3("plan", folder).stdout.split())
-    assert f"decoder's linear weights (asked: 25 %), from the MLP alone: {why}, and the stock shape" in said
+    assert f"25.00 % of the decoder's linear weights (asked: 25 %), from the MLP alone: {why}, and the stock" in said
     said = " ".join(a3("plan", folder, "--shape", "per-layer").stdout.split())
     assert f"value heads and MLP alike: {why}; sizes are means" in said
     assert "head size of OV" in said
     refused(a3("plan", folder, "--budget", 0.6), "mlp with MLP multiple 64 remove at most 0.5875", why, "per-layer")
+    refused(a3("plan", folder, "--kv-budget", 0.2), "--kv-budget 0.2: a3 cannot compress attention", why, "per-layer")
+    cached = a3("plan", folder, "--kv-budget", 0.2, "--shape", "per-layer", "--json").json
+    assert cached["kv_bytes_per_token"]["after"] <= 0.8 * cached["kv_bytes_per_token"]["before"]
+    assert (cached["head_size"]["after"], cached["value_head_size"]["after"]) == (128, 64)
     whole = {"shape": "stock", "whole_heads": f"{why}, and the stock shape has one size for all heads"}
     found = a3("plan", folder, "--json").json
     assert {key: found[key] for key in whole} == whole
