@@ -8,8 +8,9 @@ from a3cli.models.hub import find_folder, read_config
 from a3cli.models.source import recorded_source
 from a3cli.settings import PlanSettings, SolveSettings
 from a3cli.settings.options import option_of
-from a3cli.stages.context import check_settings
+from a3cli.stages.context import AGAIN, check_settings
 from a3cli.work.folder import Work
+from a3cli.work.manifests import SolutionManifest
 
 HEADS = {"qk", "ov"}
 
@@ -28,6 +29,21 @@ def calibrated_family(work: Work) -> Family | None:
         _, config, _ = recorded_source(work)
         return family_of(config.get("model_type"))
     return None
+
+
+def resolve_for_work(settings: SolveSettings, work: Work) -> SolveSettings:
+    """Return `resolve_settings` for a work folder's source.
+
+    Without the source on this machine, components that are not named are those of the folder's solution of this shape,
+    so that it is found to be finished.
+    """
+    family = calibrated_family(work)
+    if family is None and settings.components is None and work.solution_manifest.is_file():
+        with suppress(A3Error):  # a damaged manifest is reported by whoever needs it
+            recorded = SolutionManifest.read(work.solution_manifest, AGAIN).request.settings
+            if recorded.shape == settings.shape:
+                settings = settings.model_copy(update={"components": recorded.components})
+    return resolve_settings(settings, family)
 
 
 def resolve_settings(settings: SolveSettings, family: Family | None) -> SolveSettings:

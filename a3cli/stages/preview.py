@@ -10,7 +10,7 @@ from a3cli.errors import A3Error
 from a3cli.models.checkpoint import resolve_model
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.settings import CalibrateSettings, Settings
-from a3cli.stages.allowed import calibrated_family, resolve_settings
+from a3cli.stages.allowed import resolve_for_work
 from a3cli.stages.calibrate import for_source
 from a3cli.stages.calibration_folder import comparable, describe_request, known_text, recorded_calibration
 from a3cli.stages.evaluate import for_models
@@ -159,7 +159,7 @@ def state_of_solution(recipe: Recipe, work: Work) -> tuple[State, SolutionManife
         return (State("unfinished") if begun else TO_DO), None
     solution = SolutionManifest.read(work.solution_manifest, AGAIN)
     calibration = CalibrationManifest.read(work.calibration_manifest, AGAIN)
-    settings = resolve_settings(recipe.solve, calibrated_family(work))
+    settings = resolve_for_work(recipe.solve, work)
     recorded, wanted = solution.request.plain(), describe_solution(settings, calibration)
     if recorded != wanted:
         return State("other settings", differs(recorded, wanted, "settings")), None

@@ -8,7 +8,7 @@ from a3cli.models import costs
 from a3cli.models.families import LayerSizes
 from a3cli.settings import COMPONENTS, SolveSettings
 from a3cli.settings.budgets import SINCE
-from a3cli.stages.allowed import calibrated_family, resolve_settings
+from a3cli.stages.allowed import resolve_for_work
 from a3cli.stages.context import AGAIN, Run, check_settings_of_model, open_run, read_calibration
 from a3cli.stages.correction import correct, cuts_of, drop_steps, one_shot_file
 from a3cli.stages.measured_loss import measure_loss
@@ -53,7 +53,7 @@ def solve(
     """
     return_freed_memory()
     work = work.named(settings.name)
-    settings = resolve_settings(settings, calibrated_family(work))
+    settings = resolve_for_work(settings, work)
     calibration = read_calibration(work)
     with work.locked():
         if work.solution_manifest.is_file() and not overwrite:

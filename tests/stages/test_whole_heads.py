@@ -16,7 +16,7 @@ from a3cli.settings import CalibrateSettings, make_settings
 from a3cli.stages.calibrate import calibrate
 from a3cli.work.folder import Work
 from a3cli.work.progress import silent
-from tests.conftest import but, refused
+from tests.conftest import SHORT, but, refused
 
 SOLVE = ("solve", "--method", "paper", "--overwrite", "--head-multiple", 2, "--mlp-multiple", 8)
 PER_LAYER = ("--shape", "per-layer")
@@ -268,6 +268,18 @@ def test_a_finished_recipe_of_several_budgets_stays_finished(a3, checkpoint, tex
     assert [shown.count(f"# {stage}") for stage in ("solve", "export")] == [2, 2]
     assert "other settings" not in shown
     assert "not started" not in shown
+
+
+def test_a_finished_solution_needs_no_source(a3, checkpoint, text_file, tmp_path):
+    """What its model type allows is recorded with it."""
+    source, place = shutil.copytree(checkpoint("qwen3-gqa"), tmp_path / "source"), ("--work", tmp_path / "work")
+    assert a3("calibrate", source, "--dataset", text_file, *SHORT, *place).code == 0
+    command = (*(each for each in SOLVE if each != "--overwrite"), "--kv-budget", 0.3, *place)
+    found = a3(*command, *PER_LAYER, "--json").json
+    shutil.move(source, tmp_path / "elsewhere")
+    assert a3(*command, *PER_LAYER, "--json").json["sha256"] == found["sha256"]
+    refused(a3(*command), "other settings", "shape")
+    refused(a3(*command, *PER_LAYER, "--components", "qk,ov"), "differs in components")
 
 
 def test_layers_may_have_a_window_and_no_rope(checkpoint):
