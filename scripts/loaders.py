@@ -60,6 +60,14 @@ GRANITE = {
     "embedding_multiplier": 6.0,
     "logits_scaling": 4.0,
 }
+QWEN3 = {"head_dim": 96, "attention_bias": True}  # a head size of its own: not hidden size over heads
+SMOLLM3 = {
+    "no_rope_layer_interval": 2,  # every second layer has no RoPE
+    "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 2000000.0},  # 4.57 reads none and has this default
+}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}  # from the second layer on
+BUDGET = ("--budget", "0.25")
 FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
 
 
@@ -73,7 +81,7 @@ class Subject:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-PER_LAYER = ("--budget", "0.25", "--shape", "per-layer")
+PER_LAYER = (*BUDGET, "--shape", "per-layer")
 SUBJECTS = (
     *(
         Subject(f"llama stock {form}", "llama", (*FEWER_HEAD_DIMS, "--rope-form", form))
@@ -86,6 +94,8 @@ SUBJECTS = (
     Subject("mistral stock", "mistral", config={"sliding_window": None}),
     Subject("qwen2 stock", "qwen2"),
     Subject("qwen2 MLP only", "qwen2", ("--mlp-budget", "0.25", "--components", "mlp")),
+    Subject("qwen3 stock", "qwen3", BUDGET, QWEN3),
+    Subject("smollm3 stock", "smollm3", BUDGET, SMOLLM3),
     Subject("starcoder2 stock", "starcoder2", config={"sliding_window": None}),
     Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
     Subject("granite stock", "granite", config=GRANITE),
@@ -93,6 +103,8 @@ SUBJECTS = (
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
     Subject("mistral per-layer", "mistral", PER_LAYER, {"sliding_window": 64}),
     Subject("qwen2 per-layer", "qwen2", PER_LAYER),
+    Subject("qwen3 per-layer", "qwen3", PER_LAYER, QWEN3 | WINDOWS),
+    Subject("smollm3 per-layer", "smollm3", PER_LAYER, SMOLLM3 | WINDOWS),
     Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),

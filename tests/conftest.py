@@ -24,10 +24,16 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
 
+from a3cli.models.families import FAMILIES
+from a3cli.settings import Component
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
 from tests.helpers.checkers import forked
@@ -62,6 +68,7 @@ LONGROPE = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+NO_ROPE = {"no_rope_layer_interval": 2, "pad_token_id": None}  # every second layer has no RoPE
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 # name → (config class, model class, differences from the common sizes)
@@ -91,6 +98,23 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen2Config,
         Qwen2ForCausalLM,
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},  # from the second layer on
+    ),
+    "qwen3-gqa": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "qwen3-bias": (Qwen3Config, Qwen3ForCausalLM, {"attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3-window": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},  # from the second layer on
+    ),
+    "smollm3-bias": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        NO_ROPE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN},
+    ),
+    "smollm3-window": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        NO_ROPE | {"use_sliding_window": True, "sliding_window": 24},  # where there is no RoPE
     ),
     "starcoder2-gqa": (Starcoder2Config, Starcoder2ForCausalLM, {}),
     "starcoder2-window": (
@@ -155,6 +179,11 @@ def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
             else:
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+def can_cut(name: str, component: Component, *, shape: str = "stock") -> bool:
+    """Return whether the family of a model of the table lets this shape cut a component."""
+    return component in FAMILIES[MODELS[name][0].model_type].compressible(shape)
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from a3cli.report.figures import (
 from a3cli.report.names import describe_context, public_dataset
 from a3cli.report.serving import Serving, serving_of
 from a3cli.runtimes import NO
-from a3cli.settings import COMPONENTS
+from a3cli.settings import COMPONENTS, Component
 from a3cli.settings.gates import describe
 from a3cli.work.escape import printable
 
@@ -123,8 +123,11 @@ def _point_figures(
 
 
 def print_plan(result: Json) -> None:
+    heads = {"head_size": "head size"}
+    if result["head_size"] != result["value_head_size"]:
+        heads = {"head_size": "head size of QK", "value_head_size": "head size of OV"}
     labels = {
-        "head_size": "head size",
+        **heads,
         "mlp_width": "MLP width",
         "parameters": "parameters",
         "bytes": "size of the weights",
@@ -135,11 +138,12 @@ def print_plan(result: Json) -> None:
     costs = [compare_one(label, each["before"], [each["after"]], show) for label, each, show in changes]
     _print_comparisons([*costs, *_planned_serving(result).rows()])
     own = result["shape"] == "per-layer"
+    only_one = len(result["components"]) == 1 and not own
     means = "are means: each layer will have its own" if own else "are the same in all layers"
     print_sentence(
         f"removes {percent(result['budget_reached'], 2)} of the decoder's linear weights (asked: {result['asked']}), "
-        f"{_how_planned(result)}; "
-        f"sizes {means}. a3 calibrate measures how to share the budget better."
+        f"{_describe_parts(**result)}; "
+        f"sizes {means}.{'' if only_one else ' a3 calibrate measures how to share the budget better.'}"
     )
     _print_stages(result["seconds"], result["peak_ram_bytes"], **result["disk_bytes"])
     statistics, hidden = result["disk_bytes"]["statistics_per_layer"], result["disk_bytes"]["hidden_states"]
@@ -159,9 +163,15 @@ def _planned_serving(result: Json) -> Serving:
     return Serving(cache["tokens"], both[0], both[1], memory)
 
 
-def _how_planned(result: Json) -> str:
-    width = result["mlp_width"]
-    return "all of them from attention" if width["before"] == width["after"] else "attention and MLP alike"
+def _describe_parts(
+    components: Sequence[Component], whole_heads: str | None, mlp_width: dict[str, int], **_others: Any
+) -> str:
+    """Return what a plan cuts, and why it leaves the rest."""
+    parts = {"qk,ov,mlp": "attention and MLP alike", "ov,mlp": "value heads and MLP alike", "mlp": "from the MLP alone"}
+    said = parts.get(",".join(components), " and ".join(TITLES[component] for component in components))
+    if mlp_width["before"] == mlp_width["after"]:
+        said = "all of them from attention"
+    return f"{said}: {whole_heads}" if whole_heads else said
 
 
 def _print_stages(seconds: dict[str, float], memory: dict[str, int], *, solution: int, **disk: int) -> None:

@@ -173,9 +173,10 @@ def is_parsed(metadata: Any) -> bool:
 
 def form_of(field: FieldInfo) -> Literal["one", "names", "many"]:
     """Return how a setting is typed: `one` value, `names` with commas, or `many` times the option."""
-    if get_origin(field.annotation) is not tuple or is_parsed(field.metadata):
+    annotation = without_none(field.annotation)
+    if get_origin(annotation) is not tuple or is_parsed(field.metadata):
         return "one"
-    item = get_args(field.annotation)[0]
+    item = get_args(annotation)[0]
     return "names" if item is str or get_origin(item) is Literal else "many"
 
 
@@ -189,8 +190,15 @@ def item_type(annotation: Any) -> Any:
     if origin is tuple:
         return item_type(arguments[0])
     if origin in (Union, UnionType):
-        return item_type(next(each for each in arguments if each is not NoneType))
+        return item_type(without_none(annotation))
     return annotation
+
+
+def without_none(annotation: Any) -> Any:
+    """Return the type of an optional value; any other type itself."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation
+    return next(each for each in get_args(annotation) if each is not NoneType)
 
 
 def value_type(field: FieldInfo) -> Any:
@@ -199,7 +207,9 @@ def value_type(field: FieldInfo) -> Any:
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """Return the names that a setting may have; none if it has no such list."""
-    annotation: Any = get_args(field.annotation)[0] if form_of(field) == "names" else field.annotation
+    annotation: Any = field.annotation
+    if form_of(field) == "names":
+        annotation = get_args(without_none(annotation))[0]
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
@@ -235,7 +245,7 @@ def read_setting(name: str, field: FieldInfo, values: Mapping[str, Any]) -> Any:
             return texts_of(text, values)
         return None if text["dataset"] is None else text
     if form == "names":
-        return comma_list(values[name])
+        return field.default if values[name] is None else comma_list(values[name])
     return tuple(values[name] or ()) if form == "many" else values[name]
 
 

@@ -56,7 +56,7 @@ def analyse_layer(inputs: LayerInputs, form: Heads, settings: SolveSettings, dev
         inputs=inputs.opened_again(),
         score_unit=inputs.score_unit(ATTAINED) / 2,  # a real score has half the energy of its complex form
         ov=solve_ov(group_outputs, inputs.output_gram, floor=settings.eigenvalue_floor),
-        channels=read_or_find_order(inputs, device) if "mlp" in settings.components else any_order(inputs),
+        channels=read_or_find_order(inputs, device) if "mlp" in settings.cut else any_order(inputs),
         attention_unit=inputs.attention_unit,
         mlp_unit=inputs.mlp_unit,
         key_ranks=inputs.key_ranks(),

@@ -122,7 +122,7 @@ class Method(ABC, Generic[L]):
         """Return the sizes that a component may take, ascending; only the full one if it is not cut."""
         shape, settings = self.model.shape, self.settings
         full = shape.intermediate_size if component == "mlp" else shape.head_dim
-        if component not in settings.components:
+        if component not in settings.cut:
             return [full]
         if component == "mlp":
             return sizes(full, settings.mlp_multiple, least=settings.min_mlp)

@@ -8,6 +8,7 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.model import Model
+from a3cli.models.rope import Rope
 from a3cli.solvers.linalg import effective_rank
 from a3cli.solvers.moments import LARGE, Tensors, gram_blocks, unpack_upper
 from a3cli.solvers.ov import output_gram_of
@@ -128,8 +129,14 @@ class LayerInputs:
         values reach Σ a² of the attention weights a; docs/experiments.md has measurements.
         """
         effect = attained * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
-        scale: float = self._model.rope.attention_factor**2 * self.shape.softmax_scale
+        scale: float = self.rope.attention_factor**2 * self.shape.softmax_scale
         return effect * (self.attention_unit * scale**2)
+
+    @property
+    def rope(self) -> Rope:
+        """Return the rotation of this layer's heads."""
+        rope = self._model.rope
+        return rope.still if self.layer in self.shape.still_layers else rope
 
     @property
     def origin(self) -> Json:

@@ -64,7 +64,8 @@ class MapSolver:
     def _refine(self, layer: BestLayer, slots: Slots, closed: SlotMaps, effort: Effort) -> RefinedMaps:
         """Refine the closed form's maps on sampled attention, and on scores beyond the samples' length."""
         far = self._far_penalties(layer, slots, effort)
-        return refine_maps(layer.inputs(), self.rope, slots.pairs, closed, far, effort, self.device)
+        inputs = layer.inputs()
+        return refine_maps(inputs, inputs.rope, slots.pairs, closed, far, effort, self.device)
 
     def _far_penalties(self, layer: BestLayer, slots: Slots, effort: Effort) -> list[Penalty | None]:
         """Return the cost of score errors beyond the samples' length for each KV head, if maps are fitted."""

@@ -25,6 +25,7 @@ def read_shape(config: Any) -> ModelShape:
         gated=family.gated,
         fixed_scale=read_multiplier(config, family.softmax_scale),
         residual_multiplier=read_multiplier(config, family.residual_multiplier) or 1.0,
+        still_layers=read_still_layers(family, config),
         windows=read_windows(config),
     )
     shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
@@ -55,6 +56,16 @@ def read_multiplier(config: Any, key: str | None) -> float | None:
     if not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise A3Error(f"config.json: {key} is {value!r}; it must be a number above 0")
     return float(value)
+
+
+def read_still_layers(family: Family, config: Any) -> tuple[int, ...]:
+    """Return the layers without RoPE. Raises A3Error for an entry that does not have one number for each layer."""
+    if family.rotating_layers is None:
+        return ()
+    rotating, layers = getattr(config, family.rotating_layers, None), config.num_hidden_layers
+    if not isinstance(rotating, (list, tuple)) or len(rotating) < layers:
+        raise A3Error(f"config.json: {family.rotating_layers} must be a list with a number for each of {layers} layers")
+    return tuple(layer for layer in range(layers) if not rotating[layer])
 
 
 def read_biases(family: Family, config: Any) -> tuple[bool, bool]:

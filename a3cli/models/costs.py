@@ -184,7 +184,9 @@ def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
     values = query**2 * d + VALUE_ROUNDS * (refit_output + kept**2 * d + (VALUE_STEPS + 1) * step)
     ranks, coordinates = shape.head_dim // head_multiple, shape.head_dim // (1 if shape.passed_dims else 2)
     slots = ranks * ROUNDS * shape.kv_heads * 10 * coordinates**3 // 2 * 4  # ten complex products per round
-    return paper_flops(shape) + 2 * (select + refit_mlp + refit_output + values + SMALL * slots)
+    return paper_flops(shape) + 2 * (
+        select + refit_mlp + (refit_output + values) * (size.ov < shape.head_dim) + SMALL * slots
+    )
 
 
 REFINEMENTS = 32  # evaluations of the loss and its gradient on all samples, for the projections and for the curves

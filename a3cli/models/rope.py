@@ -8,7 +8,7 @@ it finds only the second.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,12 @@ class Rope:
     @property
     def partial(self) -> bool:
         return self.turning < len(self.short)
+
+    @property
+    def still(self) -> "Rope":
+        """Return RoPE that rotates nothing and scales nothing, that of layers without it."""
+        none = torch.zeros_like(self.short)
+        return replace(self, short=none, long=none, attention_factor=1.0)
 
     @property
     def kind(self) -> str:

@@ -7,29 +7,40 @@ from dataclasses import replace
 
 from a3cli.models.costs import linear_weights, share_of
 from a3cli.models.families import LayerSizes, ModelShape
+from a3cli.settings import COMPONENTS, Component
 
 Count = Callable[[ModelShape, Sequence[LayerSizes]], int]  # of what some layers have
 
 
 def equal_cuts(
-    shape: ModelShape, needed: int, count: Count, *, head_multiple: int, mlp_multiple: int, kv_budget: float = 0.0
+    shape: ModelShape,
+    needed: int,
+    count: Count,
+    *,
+    components: Sequence[Component] = COMPONENTS,
+    head_multiple: int,
+    mlp_multiple: int,
+    kv_budget: float = 0.0,
 ) -> LayerSizes | None:
     """Return sizes that, the same in every layer, remove at least `needed` of what is counted, or None if none do.
 
-    Attention and MLP are cut as equally as rounding allows, and heads by `kv_budget` or more.
+    The components, of which the MLP is one, are cut as equally as rounding allows, and heads by so much that
+    `kv_budget` or more of the KV cache is removed.
     """
     total, full = count(shape, shape.sizes[:1]), shape.full_sizes
     needed = -(-needed // shape.layers)
     channel = total - count(shape, [replace(full, mlp=full.mlp - 1)])
-    largest = shape.head_dim - share_of(kv_budget, shape.head_dim)
+    parts = [part for part in ("qk", "ov") if part in components]
+    largest = shape.head_dim - share_of(kv_budget, 2 * shape.head_dim // max(1, len(parts)))
     found = []
-    for head in (*range(head_multiple, shape.head_dim, head_multiple), shape.head_dim):
-        of_heads = total - count(shape, [replace(full, qk=head, ov=head)])
+    for head in (*(range(head_multiple, shape.head_dim, head_multiple) if parts else ()), shape.head_dim):
+        size = replace(full, **dict.fromkeys(parts, head))
+        of_heads = total - count(shape, [size])
         most = shape.intermediate_size - max(0, math.ceil((needed - of_heads) / channel))
         width = most if most == shape.intermediate_size else most // mlp_multiple * mlp_multiple
         if width > 0 and head <= largest:
             unlike = abs(head / shape.head_dim - width / shape.intermediate_size)
-            found.append((unlike, -width, LayerSizes(head, head, width)))
+            found.append((unlike, -width, replace(size, mlp=width)))
     return min(found, key=lambda each: each[:2])[2] if found else None
 
 

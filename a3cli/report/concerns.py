@@ -1,5 +1,7 @@
 """Warn of what may hurt a solution: too few tokens, singular statistics, repeated text, scores beyond the context."""
 
+from collections.abc import Sequence
+
 from a3cli.report.figures import TITLES, percent
 from a3cli.report.layers import ComponentState, LayerState, name_layers
 from a3cli.report.long_range import solution_warnings
@@ -11,10 +13,15 @@ ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
 NEAR_SINGULAR = 1e8  # condition; above it, the smallest eigenvalues are rounding of float32 sums
 
 
-def find_concerns(layers: list[LayerState], text: TokenStatistics | None, solution: Solution | None) -> list[str]:
-    """Return the warnings, one line each."""
+def find_concerns(
+    layers: list[LayerState],
+    text: TokenStatistics | None,
+    solution: Solution | None,
+    cut: Sequence[Component] = COMPONENTS,
+) -> list[str]:
+    """Return the warnings, one line each; of statistics only for components that the model's family can cut."""
     found = solution_warnings(solution) if solution else []
-    for component in COMPONENTS:
+    for component in cut:
         found += component_warnings(component, [each.part(component) for each in layers])
     return found + (text_warnings(text) if text else [])
 

@@ -19,6 +19,7 @@ from a3cli.report.health import REMEDY, Dimensions, describe_statistics
 from a3cli.report.layers import LayerState, describe_layers
 from a3cli.report.manifest import MANIFEST, ExportSummary, read_export_manifest
 from a3cli.report.measured import Measured, as_recorded
+from a3cli.settings import COMPONENTS, Component
 from a3cli.text.tokenizer import load_tokenizer, tokenizer_fingerprint
 from a3cli.text.tokens import TokenStatistics, describe_blocks, describe_tokens
 from a3cli.work.files import Json, check_hash, hash_json, read_json, read_tensors
@@ -124,7 +125,8 @@ def choose_solution(work: Work, name: str | None) -> Work:
 def describe_export(folder: Path) -> Inspection:
     manifest = read_export_manifest(folder / MANIFEST)
     path = folder / "config.json"
-    dimensions = read_dimensions(read_json(path), path, manifest.solution)
+    config = read_json(path)
+    dimensions = read_dimensions(config, path, manifest.solution)
     check_hash(path, manifest.files.get(path.name, ""), "run a3 export again")
     layers = describe_layers(dimensions, manifest.calibration.tokens, manifest.solution, [])
     return Inspection(
@@ -141,8 +143,15 @@ def describe_export(folder: Path) -> Inspection:
         export=manifest.summary(),
         measured=manifest.measured,
         versions=manifest.versions,
-        warnings=find_concerns(layers, None, manifest.solution),
+        warnings=find_concerns(layers, None, manifest.solution, cut_of(config)),
     )
+
+
+def cut_of(config: Json) -> tuple[Component, ...]:
+    """Return the components that the family of config.json can cut in some shape."""
+    family = family_of(config.get("model_type"))
+    shapes = [*family.compressible("stock"), *family.compressible("per-layer")]
+    return tuple(component for component in COMPONENTS if component in shapes)
 
 
 def read_dimensions(config: Json, path: Path, solution: Solution) -> Dimensions:
@@ -178,7 +187,7 @@ def describe_work(work: Work) -> Inspection:
     text = describe_calibration_text(blocks, source)
     dimensions, health = describe_statistics(work, calibration.layers, source)
     layers = describe_layers(dimensions, blocks.numel(), solution, health) if dimensions else []
-    warnings = find_concerns(layers, text, solution)
+    warnings = find_concerns(layers, text, solution, cut_of(source.config) if source else COMPONENTS)
     if stored and not solution:
         warnings.append(f"{work.solution_manifest} was solved from another calibration: {work.solve_again}")
     if source is None:

@@ -33,6 +33,8 @@ VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
     "starcoder2": (NO, "its Transformers backend stops with an error for starcoder2"),
     "nemotron": (NO, "its Transformers backend continues a prompt with wrong tokens for nemotron"),
 }
+# RoPE's theta in transformers 4.57 where config.json has none; 10,000 for other model types.
+THETA_OF_4 = {"smollm3": 2_000_000}
 # Head sizes that vLLM accepts on a CPU.
 VLLM_CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -59,6 +61,7 @@ class Export:
     head_dim: int
     rope: str
     own_tokenizer_class: bool  # a tokenizer class that transformers 4 does not have
+    hidden_rope: bool  # RoPE that transformers 4 does not find in config.json
 
 
 def judge(config: dict[str, Any], *, smaller_heads: bool, tokenizer_class: str | None = None) -> list[Verdict]:
@@ -75,8 +78,16 @@ def judge(config: dict[str, Any], *, smaller_heads: bool, tokenizer_class: str |
         head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         rope=str(rope.get("rope_type", rope.get("type", "default"))),
         own_tokenizer_class=tokenizer_class == "TokenizersBackend",
+        hidden_rope=hides_rope(config),
     )
     return [_judge_one(runtime, rule, export) for runtime, rule in RULES.items()]
+
+
+def hides_rope(config: dict[str, Any]) -> bool:
+    """Return whether transformers 4 would take its default RoPE for another: it does not read `rope_parameters`."""
+    said, default = config.get("rope_parameters") or {}, THETA_OF_4.get(str(config.get("model_type")), 10_000)
+    rope = said.get("rope_type", "default"), said.get("rope_theta", default)
+    return "rope_theta" not in config and rope != ("default", default)
 
 
 def tokenizer_class_of(folder: Path) -> str | None:
@@ -118,6 +129,8 @@ def _transformers_5(export: Export) -> tuple[Loads, str]:
 def _transformers_4(export: Export) -> tuple[Loads, str]:
     if export.model_type == "nemotron" and export.rope != "default":
         return NO, f"its Nemotron class ignores RoPE type {export.rope} silently"
+    if export.hidden_rope and not export.per_layer and not export.smaller_heads:
+        return NO, "takes another RoPE silently, as of the source: config.json says it only in rope_parameters"
     notes = ["with trust_remote_code=True"] if export.per_layer else []
     if export.own_tokenizer_class:
         notes.append("not the tokenizer: transformers 5 saved it as TokenizersBackend, use PreTrainedTokenizerFast")

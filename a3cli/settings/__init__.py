@@ -13,6 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from a3cli.errors import A3Error
 from a3cli.settings.base import Settings as Settings
 from a3cli.settings.budgets import Budget, BudgetBytes, BudgetParams, Fraction, KvBudget, Memory, parse_size
+from a3cli.settings.components import COMPONENTS as COMPONENTS
+from a3cli.settings.components import Component as Component
+from a3cli.settings.components import Components
 from a3cli.settings.gates import Gate, parse_gate
 from a3cli.settings.names import Public, PushToHub, SolutionName
 from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
@@ -20,8 +23,6 @@ from a3cli.settings.problems import find_problems
 from a3cli.settings.texts import MixedText, SeqLen, name_mixture, part_settings, weigh_alike
 from a3cli.settings.texts import TextSettings as TextSettings
 
-Component = Literal["qk", "ov", "mlp"]
-COMPONENTS: tuple[Component, ...] = ("qk", "ov", "mlp")
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Sensitivity = Literal["residual", "probe"]
 # How config.json of a stock export describes RoPE of smaller heads; a3cli/runtimes says which runtime loads what.
@@ -125,12 +126,6 @@ class CalibrateSettings(Settings):
         return part_settings(self.text, self.texts) if self.texts else (self.text,)
 
 
-def _not_empty(components: tuple[Component, ...]) -> tuple[Component, ...]:
-    if not components:
-        raise ValueError("name at least one of qk, ov, mlp")
-    return tuple(c for c in COMPONENTS if c in components)
-
-
 class SolveSettings(Settings):
     budget: Budget = None
     kv_budget: KvBudget = None
@@ -145,9 +140,7 @@ class SolveSettings(Settings):
     context: Annotated[
         int | None, HOW, Field(ge=2, description="Longest text to serve, in tokens (default: the model's).")
     ] = None
-    components: Annotated[
-        tuple[Component, ...], CUT, AfterValidator(_not_empty), Field(description="Comma list of what may be cut.")
-    ] = COMPONENTS
+    components: Components = None
     head_multiple: HeadMultiple = 16
     mlp_multiple: MlpMultiple = 64
     min_head: Annotated[int, CUT, Field(ge=1, description="Smallest head size.")] = 1
@@ -176,6 +169,11 @@ class SolveSettings(Settings):
     ] = None
     memory: Memory = None
     name: SolutionName = None
+
+    @property
+    def cut(self) -> tuple[Component, ...]:
+        """Return the components that may be cut: all, unless the settings or the model's family name fewer."""
+        return self.components or COMPONENTS
 
 
 class ExportSettings(Settings):

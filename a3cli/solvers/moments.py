@@ -2,7 +2,8 @@
 
 Sums, not means, so that statistics over different text add up exactly. Per layer, over n tokens:
 
-    q_gram [H, h, h]   Σ q_i q_iᵀ   queries, biases included, before RoPE       q_sum [H, h]
+    q_gram [H, h, h]   Σ q_i q_iᵀ   queries, biases included, before RoPE but
+                                    after a norm of the head                    q_sum [H, h]
     k_gram [K, h, h]   Σ k kᵀ       keys, likewise                              k_sum [K, h]
     v_gram [K, h, h]   Σ v vᵀ       values                                      v_sum [K, h]
     o_gram [Hh, Hh]    Σ o oᵀ       input of the output projection              o_sum [Hh]

@@ -130,33 +130,28 @@ def check_settings_of_model(settings: SolveSettings, model: Model) -> None:
         raise A3Error(
             f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"
         )
-    if settings.rope_form in ("theta", "linear") and model.rope.kind in ("yarn", "longrope"):
+    cut = "qk" in settings.cut
+    if cut and settings.rope_form in ("theta", "linear") and model.rope.kind in ("yarn", "longrope"):
         raise A3Error(
             f"--rope-form {settings.rope_form}: {model.source.name} has RoPE type {model.rope.kind}, which a changed "
             "theta cannot express for smaller heads; use --rope-form auto, or --components mlp to keep heads whole"
-        )
-    allowed = model.family.compressible(settings.shape)
-    if refused := [component for component in settings.components if component not in allowed]:
-        raise A3Error(
-            f"--components {','.join(settings.components)}: a3 cannot compress {' and '.join(refused)} of model_type "
-            f"{model.family.model_type!r} with --shape {settings.shape}; use --components {','.join(allowed)}"
         )
 
 
 def check_settings(settings: SolveSettings) -> None:
     """Check that settings do not contradict each other. Raises A3Error naming all problems."""
     problems = budget_problems(settings)
-    attention = {"qk", "ov"} & set(settings.components)
+    attention = {"qk", "ov"} & set(settings.cut)
     if len(attention) == 1 and settings.shape == "stock":
         problems.append(
-            f"--components {','.join(settings.components)}: the stock shape has one head size for QK and OV, "
+            f"--components {','.join(settings.cut)}: the stock shape has one head size for QK and OV, "
             "so both are cut or neither: name both, or mlp alone, or use --shape per-layer"
         )
     if settings.attention_budget and not attention:
         problems.append("--attention-budget needs qk and ov among --components")
     if settings.kv_budget and not attention:
         problems.append("--kv-budget needs qk and ov among --components, since the MLP has no KV cache")
-    if settings.mlp_budget and "mlp" not in settings.components:
+    if settings.mlp_budget and "mlp" not in settings.cut:
         problems.append("--mlp-budget needs mlp among --components")
     if settings.rope_form != "auto" and (settings.method, settings.shape) != ("best", "stock"):
         problems.append(

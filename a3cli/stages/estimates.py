@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from a3cli.models import costs
 from a3cli.models.families import LayerSizes, ModelShape
-from a3cli.settings import PlanSettings
+from a3cli.settings import COMPONENTS, Component, PlanSettings
 from a3cli.settings.seq_len import known_seq_len
 from a3cli.stages.rates import SOLVE_TFLOPS, STARTUP, Rates
 
@@ -40,6 +40,7 @@ class Run:
     parameters: int  # of the source
     vocabulary: int
     context: int
+    components: tuple[Component, ...] = COMPONENTS  # that may be cut
 
     @property
     def seq_len(self) -> int:
@@ -192,9 +193,10 @@ def layer_seconds(run: Run, rates: Rates) -> dict[str, float]:
     Matrices of head size stay on the CPU. A GPU gets the channel selection and the refits of `best`, and sampled
     attention, whose products are so small that they run at a fraction of its speed.
     """
-    shape, settings, head_multiple = run.shape, run.settings, run.settings.head_multiple
+    shape, settings, cut = run.shape, run.settings, "qk" in run.components
+    head_multiple = settings.head_multiple if cut else shape.head_dim + 1  # without a rank for RoPE slots
     paper, best = costs.paper_flops(shape), costs.best_flops(shape, run.size, head_multiple)
-    refine = REFINING * costs.refine_flops(shape, run.size, settings.samples, run.seq_len)
+    refine = REFINING * costs.refine_flops(shape, run.size, settings.samples, run.seq_len) * cut
     # In float32: twice as fast as float64 on a CPU, about as fast on a GPU without tensor cores.
     correct = CORRECTING * run.tokens * costs.sequential_flops_per_token(shape, run.size, REFIT_ROUNDS, run.seq_len)
     if not run.on_gpu:

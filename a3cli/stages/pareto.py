@@ -183,7 +183,7 @@ def settings_of(settings: ParetoSettings, variant: Json, budget: float) -> Solve
 def point(run: Run, curves: list[Curves]) -> Json:
     """Return sizes, costs and predicted loss at one budget."""
     try:
-        sizes = choose_sizes(run.settings, run.model.shape, curves, run.stored)
+        sizes = choose_sizes(run.settings, run.model.shape, curves, run.stored, run.model.family)
     except A3Error as error:
         return {"budget_asked": run.settings.budget, "error": str(error)}
     wanted = ("budget_asked", "budget_reached", "parameters", "bytes", "kv_bytes_per_token", "sizes")

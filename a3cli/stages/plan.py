@@ -15,7 +15,7 @@ from a3cli.errors import A3Error
 from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint, find_dtype
 from a3cli.models.config import check_sizes, read_shape
-from a3cli.models.families import LayerSizes, ModelShape, family_of
+from a3cli.models.families import Family, LayerSizes, ModelShape, family_of
 from a3cli.models.hub import (
     ADAPTER,
     INDEX,
@@ -33,10 +33,11 @@ from a3cli.models.stock import Shape, StockClass, match_tensors
 from a3cli.report.figures import describe_budgets
 from a3cli.report.serving import Serving
 from a3cli.runtimes import Verdict, judge, tokenizer_class_of
-from a3cli.settings import PlanSettings
+from a3cli.settings import Component, PlanSettings
 from a3cli.settings.budgets import DEFAULT_BUDGET, budget_problems, given_budgets
 from a3cli.settings.seq_len import resolved_seq_len
 from a3cli.solvers.allocate import sizes
+from a3cli.stages.allowed import check_heads
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
 from a3cli.stages.rounding import planned_warnings
@@ -73,12 +74,13 @@ def plan(settings: PlanSettings) -> Json:
     dtype = read_dtype(raw, folder)
     compute = settings.dtype if settings.dtype != "auto" else "float32" if settings.devices == "cpu" else dtype
     shape = read_shape(config)
+    family = family_of(config.model_type)
+    components = family.compressible(settings.shape)
     parameters, item = count_parameters(stock), ITEMSIZES[dtype]
     stored = Stored(parameters, parameters * item, item)
-    size = choose_sizes(settings, shape, stored)
-    run = Run(
-        settings, shape, size, item, ITEMSIZES[compute], parameters, config.vocab_size, config.max_position_embeddings
-    )
+    size = choose_sizes(settings, shape, stored, family)
+    context = config.max_position_embeddings
+    run = Run(settings, shape, size, item, ITEMSIZES[compute], parameters, config.vocab_size, context, components)
     rates = find_rates(settings, compute)
     return {
         "model": settings.model,
@@ -86,6 +88,8 @@ def plan(settings: PlanSettings) -> Json:
         "weights": {"checked": weights.checked, "reason": weights.reason},
         "dtype": dtype,
         "layers": shape.layers,
+        "components": list(components),
+        "whole_heads": family.why_whole(settings.shape),
         **describe_model(run),
         "disk_bytes": asdict(estimate_disk(run)),
         "device_memory_bytes": asdict(estimate_device_memory(run)),
@@ -93,7 +97,7 @@ def plan(settings: PlanSettings) -> Json:
         "seconds": estimate_seconds(run, rates),
         "machine": describe_machine(run, rates, compute),
         "runtimes": [asdict(verdict) for verdict in judge_plan(raw, folder, run)],
-        "warnings": planned_warnings(settings, shape, size, stored),
+        "warnings": planned_warnings(settings, shape, size, stored, components),
     }
 
 
@@ -172,12 +176,15 @@ def read_dtype(raw: Json, folder: Path) -> str:
     return dtype
 
 
-def choose_sizes(settings: PlanSettings, shape: ModelShape, stored: Stored) -> LayerSizes:
-    """Return the sizes of every layer. Raises A3Error for a budget that rounding does not allow."""
-    head, mlp = settings.head_multiple, settings.mlp_multiple
-    heads, widths = sizes(shape.head_dim, head), sizes(shape.intermediate_size, mlp)
-    check_budgets(settings, shape, {"qk": heads, "ov": heads, "mlp": widths}, stored)
-    found = planned_size(settings, shape, stored, head, mlp)
+def choose_sizes(settings: PlanSettings, shape: ModelShape, stored: Stored, family: Family) -> LayerSizes:
+    """Return the sizes of every layer. Raises A3Error for a budget that rounding or the family does not allow."""
+    check_heads(settings, family)
+    components, head, mlp = family.compressible(settings.shape), settings.head_multiple, settings.mlp_multiple
+    whole = {"qk": shape.head_dim, "ov": shape.head_dim, "mlp": shape.intermediate_size}
+    multiples: dict[Component, int] = {"qk": head, "ov": head, "mlp": mlp}
+    allowed = {c: sizes(whole[c], each) if c in components else [whole[c]] for c, each in multiples.items()}
+    check_budgets(settings, shape, allowed, stored, family)
+    found = planned_size(settings, shape, stored, head, mlp, components)
     assert found is not None, "the budgets are within reach"
     return found
 
@@ -202,6 +209,7 @@ def describe_model(run: Run) -> Json:
         "asked": describe_budgets(run.settings),
         "budget_reached": (total - costs.linear_weights(shape, after)) / total,
         "head_size": pair(shape.head_dim, run.size.qk),
+        "value_head_size": pair(shape.head_dim, run.size.ov),
         "mlp_width": pair(shape.intermediate_size, run.size.mlp),
         "parameters": pair(run.parameters, run.kept_parameters),
         "bytes": pair(run.parameters * item, run.kept_parameters * item),

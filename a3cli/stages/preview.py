@@ -10,9 +10,9 @@ from a3cli.errors import A3Error
 from a3cli.models.checkpoint import resolve_model
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.settings import CalibrateSettings, Settings
+from a3cli.stages.allowed import calibrated_family, known_family, resolve_settings
 from a3cli.stages.calibrate import for_source
 from a3cli.stages.calibration_folder import comparable, describe_request, known_text, recorded_calibration
-from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import for_models
 from a3cli.stages.publish import kept_push
 from a3cli.stages.recipe import Recipe
@@ -87,7 +87,7 @@ def preview(recipe: Recipe, *, overwrite: bool) -> Preview:
     check_outputs(recipe)
     every = recipe.each()
     for each in every:
-        check_settings(each.solve)
+        resolve_settings(each.solve, known_family(recipe.calibrate.model, recipe.calibrate.revision))
     return Preview(recipe, [(each, states_of(each, overwrite=overwrite)) for each in every])
 
 
@@ -160,7 +160,8 @@ def state_of_solution(recipe: Recipe, work: Work) -> tuple[State, SolutionManife
         return (State("unfinished") if begun else TO_DO), None
     solution = SolutionManifest.read(work.solution_manifest, AGAIN)
     calibration = CalibrationManifest.read(work.calibration_manifest, AGAIN)
-    recorded, wanted = solution.request.plain(), describe_solution(recipe.solve, calibration)
+    settings = resolve_settings(recipe.solve, calibrated_family(work))
+    recorded, wanted = solution.request.plain(), describe_solution(settings, calibration)
     if recorded != wanted:
         return State("other settings", differs(recorded, wanted, "settings")), None
     return State("finished"), solution

@@ -1,11 +1,12 @@
 """Warn if rounding sizes to multiples removes far more than a budget asks for, and name multiples that do not."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import compress
 
 from a3cli.errors import A3Error
 from a3cli.models import costs, uniform
@@ -15,7 +16,7 @@ from a3cli.models.model import read_stock
 from a3cli.models.source import recorded_source
 from a3cli.report.figures import asked, human, human_bytes, percent
 from a3cli.report.long_range import solution_warnings
-from a3cli.settings import PlanSettings, SolveSettings
+from a3cli.settings import COMPONENTS, Component, PlanSettings, SolveSettings
 from a3cli.settings.budgets import given_budgets
 from a3cli.solvers.allocate import sizes
 from a3cli.stages.sizes import Stored, planned_size, removed_weights
@@ -45,12 +46,10 @@ class Excess:
     def too_large(self) -> bool:
         return overshoots(self.budget, self.reached)
 
-    def describe(self, settings: SolveSettings | PlanSettings, remedy: str) -> str:
+    def describe(self, settings: SolveSettings | PlanSettings, cuts: tuple[bool, bool], remedy: str) -> str:
+        multiples = (f"--head-multiple {settings.head_multiple}", f"--mlp-multiple {settings.mlp_multiple}")
         said = self.said or f"{asked(self.budget)} were asked for, {percent(self.reached, 1)} are removed"
-        return (
-            f"{self.option}: {said}, since sizes are rounded to "
-            f"--head-multiple {settings.head_multiple} and --mlp-multiple {settings.mlp_multiple}; {remedy}"
-        )
+        return f"{self.option}: {said}, since sizes are rounded to {' and '.join(compress(multiples, cuts))}; {remedy}"
 
 
 def rounding_warnings(solution: Solution, find_shape: Callable[[], ModelShape | None]) -> list[str]:
@@ -58,13 +57,17 @@ def rounding_warnings(solution: Solution, find_shape: Callable[[], ModelShape | 
     settings = solution.request.settings
     overshot = [each for each in budgets_of(solution) if each.too_large]
     shape = find_shape() if overshot else None
+    cuts = cuts_of(settings.cut)
     if not overshot or shape is None:
-        return [each.describe(settings, "lower these multiples") for each in overshot]
-    cuts = bool({"qk", "ov"} & set(settings.components)), "mlp" in settings.components
-    if given_budgets(settings) == ["kv_budget"]:
-        cuts = True, False
-    remedy = suggest(settings, cuts, partial(stays_near, with_fraction(settings, solution, shape), shape))
-    return [each.describe(settings, remedy) for each in overshot]
+        return [each.describe(settings, cuts, "lower these multiples") for each in overshot]
+    suggested = (True, False) if given_budgets(settings) == ["kv_budget"] else cuts
+    remedy = suggest(settings, suggested, partial(stays_near, with_fraction(settings, solution, shape), shape))
+    return [each.describe(settings, cuts, remedy) for each in overshot]
+
+
+def cuts_of(components: Sequence[Component]) -> tuple[bool, bool]:
+    """Return whether heads and whether the MLP are cut."""
+    return bool({"qk", "ov"} & set(components)), "mlp" in components
 
 
 def with_fraction(settings: SolveSettings, solution: Solution, shape: ModelShape) -> SolveSettings:
@@ -79,23 +82,31 @@ def with_fraction(settings: SolveSettings, solution: Solution, shape: ModelShape
     return settings.model_copy(update={"budget": share, "budget_bytes": None, "budget_params": None})
 
 
-def planned_warnings(settings: PlanSettings, shape: ModelShape, size: LayerSizes, stored: Stored) -> list[str]:
+def planned_warnings(
+    settings: PlanSettings,
+    shape: ModelShape,
+    size: LayerSizes,
+    stored: Stored,
+    components: Sequence[Component] = COMPONENTS,
+) -> list[str]:
     """Return a warning if a plan's sizes overshoot a budget. Layers with sizes of their own come nearer to it."""
 
     def near(head: int, mlp: int) -> bool:
-        planned = planned_size(settings, shape, stored, head, mlp)
+        planned = planned_size(settings, shape, stored, head, mlp, components)
         return planned is not None and not overshot_by(settings, shape, planned, stored)
 
     overshot = overshot_by(settings, shape, size, stored)
     if settings.shape == "per-layer" or not overshot:
         return []
-    remedy = suggest(settings, (True, given_budgets(settings) != ["kv_budget"]), near)
-    return [each.describe(settings, remedy) for each in overshot]
+    cuts = cuts_of(components)
+    suggested = (True, False) if given_budgets(settings) == ["kv_budget"] else cuts
+    remedy = suggest(settings, suggested, near)
+    return [each.describe(settings, cuts, remedy) for each in overshot]
 
 
 def overshot_by(settings: PlanSettings, shape: ModelShape, size: LayerSizes, stored: Stored) -> list[Excess]:
     """Return the budgets that sizes planned for all layers overshoot."""
-    sizes, heads = [size] * shape.layers, 1 - size.qk / shape.head_dim
+    sizes, heads = [size] * shape.layers, 1 - (size.qk + size.ov) / (2 * shape.head_dim)
     if settings.kv_budget is not None:
         near = heads - settings.head_multiple / shape.head_dim < settings.kv_budget
         found = [Excess("--kv-budget", settings.kv_budget, heads)] if near else []
@@ -159,8 +170,7 @@ def suggest(settings: SolveSettings | PlanSettings, cuts: tuple[bool, bool], nea
     tried += [(one, other) for one in heads for other in widths]
     found = next((each for each in tried if near(*each)), None)
     if found is None:
-        smallest = (f"{HEAD_MULTIPLES[-1]} (heads)", f"{MLP_MULTIPLES[-1]} (MLP)")
-        tried_to = " and ".join(each for each, is_cut in zip(smallest, cuts, strict=True) if is_cut)
+        tried_to = " and ".join(compress((f"{HEAD_MULTIPLES[-1]} (heads)", f"{MLP_MULTIPLES[-1]} (MLP)"), cuts))
         finer = "; --shape per-layer has finer steps" if settings.shape == "stock" else ""
         return f"no multiple down to {tried_to} comes within a tenth of the budget{finer}"
     options = [f"--head-multiple {found[0]}"] * (found[0] < head) + [f"--mlp-multiple {found[1]}"] * (found[1] < mlp)
@@ -175,9 +185,9 @@ def stays_near(settings: SolveSettings, shape: ModelShape, head_multiple: int, m
     if settings.shape == "per-layer":
         return steps_are_small(settings, shape, head_multiple, mlp_multiple)
     heads, widths = [shape.head_dim], [shape.intermediate_size]
-    if {"qk", "ov"} & set(settings.components):
+    if {"qk", "ov"} & set(settings.cut):
         heads = sizes(shape.head_dim, head_multiple, least=settings.min_head)
-    if "mlp" in settings.components:
+    if "mlp" in settings.cut:
         widths = sizes(shape.intermediate_size, mlp_multiple, least=settings.min_mlp)
     parts = ((heads, settings.attention_budget), (heads, settings.kv_budget), (widths, settings.mlp_budget))
     if any(budget is not None and not has_size_near(choices, budget) for choices, budget in parts):
@@ -202,7 +212,7 @@ def steps_are_small(settings: SolveSettings, shape: ModelShape, head_multiple: i
     head, width = max(0, shape.head_dim - head_multiple), max(0, shape.intermediate_size - mlp_multiple)
     attention = min(removed_weights(shape, qk=head), removed_weights(shape, ov=head))
     mlp = removed_weights(shape, mlp=width)
-    cut = [attention] * bool({"qk", "ov"} & set(settings.components)) + [mlp] * ("mlp" in settings.components)
+    cut = [attention] * bool({"qk", "ov"} & set(settings.cut)) + [mlp] * ("mlp" in settings.cut)
     weights = costs.attention_weights(shape, shape.sizes), costs.mlp_weights(shape, shape.sizes)
     budgets = (
         (settings.attention_budget, attention, weights[0]),

@@ -21,8 +21,8 @@ from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, Veri
 from a3cli.settings.options import command_words
 from a3cli.settings.report import ReportSettings
 from a3cli.settings.texts import mixture_options
+from a3cli.stages.allowed import known_family, resolve_settings
 from a3cli.stages.calibrate import calibrate
-from a3cli.stages.context import check_settings
 from a3cli.stages.evaluate import evaluate, for_models
 from a3cli.stages.export import export
 from a3cli.stages.publish import Pushed, Repository, keep_push, kept_push, open_repository, push
@@ -80,7 +80,7 @@ def run_recipe(
     running, every = Running(overwrite, progress, stop, quiet), recipe.each()
     check_outputs(recipe)
     for each in every:
-        check_settings(each.solve)
+        resolve_settings(each.solve, known_family(recipe.calibrate.model, recipe.calibrate.revision))
     before = [when_written(each) for each in every]
     repositories = [None if pushed_before(each, running) else open_repository(each.export) for each in every]
     with running.stage("calibrate") as report:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import compress
 
 from a3cli.errors import A3Error
 from a3cli.methods import Curves
 from a3cli.models import costs, uniform
-from a3cli.models.families import LayerSizes, ModelShape
+from a3cli.models.families import Family, LayerSizes, ModelShape
 from a3cli.report.figures import human_bytes
 from a3cli.settings import COMPONENTS, Component, PlanSettings, SolveSettings
 from a3cli.solvers.allocate import Choice, allocate, allocate_jointly
@@ -77,18 +78,24 @@ def describe_size(settings: SolveSettings | PlanSettings, removed: int, stored: 
     return f"{human_bytes(left)} ({left:,} bytes)"
 
 
-def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves], stored: Stored) -> list[LayerSizes]:
-    """Return each layer's sizes for the budgets. Raises A3Error if rounding or components do not allow them."""
+def choose_sizes(
+    settings: SolveSettings, shape: ModelShape, curves: list[Curves], stored: Stored, family: Family | None = None
+) -> list[LayerSizes]:
+    """Return each layer's sizes for the budgets. Raises A3Error if rounding or components do not allow them.
+
+    The error says why the family keeps heads whole, if it does.
+    """
     need = find_need(settings, shape, stored)
     heads, mlp = find_items(settings, shape, curves, costs.linear_weights)
-    heads = keep_to_budget(heads, settings.attention_budget, costs.attention_weights, shape, settings)
+    why = why_whole(settings, family)
+    heads = keep_to_budget(heads, settings.attention_budget, costs.attention_weights, shape, settings, why)
     mlp = keep_to_budget(mlp, settings.mlp_budget, costs.mlp_weights, shape, settings)
     if need.whole is None and need.cached is not None and settings.mlp_budget is None:
         mlp = [[max(item, key=lambda choice: choice.size)] for item in mlp]
     if need.count is not costs.linear_weights:
         counted = find_items(settings, shape, curves, need.count)
         heads, mlp = recount(heads, counted[0]), recount(mlp, counted[1])
-    check_reach(settings, need, shape, stored, [*heads, *mlp])
+    check_reach(settings, need, shape, stored, [*heads, *mlp], family)
     if need.cached is None:
         chosen = allocate([*heads, *mlp], need.whole or 0)
         return as_sizes(settings, shape, chosen[: len(heads)], chosen[len(heads) :])
@@ -98,9 +105,14 @@ def choose_sizes(settings: SolveSettings, shape: ModelShape, curves: list[Curves
 
 
 def planned_size(
-    settings: PlanSettings, shape: ModelShape, stored: Stored, head_multiple: int, mlp_multiple: int
+    settings: PlanSettings,
+    shape: ModelShape,
+    stored: Stored,
+    head_multiple: int,
+    mlp_multiple: int,
+    components: Sequence[Component] = COMPONENTS,
 ) -> LayerSizes | None:
-    """Return sizes for all layers that meet the budgets and cut attention and MLP alike, or None if none do.
+    """Return sizes for all layers that meet the budgets and cut all components alike, or None if none do.
 
     With a budget of the KV cache alone the MLP keeps its width.
     """
@@ -109,6 +121,7 @@ def planned_size(
         shape,
         need.whole or 0,
         need.count,
+        components=components,
         head_multiple=head_multiple,
         mlp_multiple=mlp_multiple,
         kv_budget=settings.kv_budget or 0.0,
@@ -120,12 +133,13 @@ def check_budgets(
     shape: ModelShape,
     allowed: Mapping[Component, Sequence[int]],
     stored: Stored,
+    family: Family | None = None,
 ) -> None:
     """Raise A3Error for budgets that no choice of the `allowed` sizes meets, whatever the losses are."""
     need = find_need(settings, shape, stored)
     curves: list[Curves] = [{c: dict.fromkeys(sizes, 0.0) for c, sizes in allowed.items()}] * shape.layers
     heads, mlp = find_items(settings, shape, curves, need.count)
-    check_reach(settings, need, shape, stored, [*heads, *mlp])
+    check_reach(settings, need, shape, stored, [*heads, *mlp], family)
 
 
 def as_sizes(
@@ -192,9 +206,17 @@ def recount(kept: Items, counted: Items) -> Items:
 
 
 def keep_to_budget(
-    items: Items, budget: float | None, count: uniform.Count, shape: ModelShape, settings: SolveSettings
+    items: Items,
+    budget: float | None,
+    count: uniform.Count,
+    shape: ModelShape,
+    settings: SolveSettings,
+    why: str | None = None,
 ) -> Items:
-    """Restrict the choices of attention or the MLP to those that its own budget selects."""
+    """Restrict the choices of attention or the MLP to those that its own budget selects.
+
+    `why` says in an error why these are fewer than for other models.
+    """
     if budget is None:
         return items
     weights = count(shape, shape.sizes)
@@ -205,7 +227,7 @@ def keep_to_budget(
         name, multiple = ("attention", settings.head_multiple) if attention else ("MLP", settings.mlp_multiple)
         raise A3Error(
             f"{name} budget {budget} cannot be reached: multiples of {multiple} remove at most "
-            f"{most_of(items) / weights:.4f}; lower the budget, the multiple or the least size"
+            f"{most_of(items) / weights:.4f}{in_brackets(why)}; lower the budget, the multiple or the least size"
         ) from None
 
 
@@ -214,29 +236,61 @@ def most_of(items: Items) -> int:
 
 
 def check_reach(
-    settings: SolveSettings | PlanSettings, need: Need, shape: ModelShape, stored: Stored, items: Items
+    settings: SolveSettings | PlanSettings,
+    need: Need,
+    shape: ModelShape,
+    stored: Stored,
+    items: Items,
+    family: Family | None,
 ) -> None:
     """Raise A3Error naming each budget that is missed even if everything is removed that may be."""
-    problems, components, least = [], ",".join(COMPONENTS), ""
-    if isinstance(settings, SolveSettings):
-        components, least = ",".join(settings.components), ", or the least sizes (--min-head, --min-mlp)"
+    problems, cut, why = [], cut_by(settings, family), in_brackets(why_whole(settings, family))
+    others = other_remedies(settings, cut) + (", or use --shape per-layer" if why and settings.shape == "stock" else "")
     cached = sum(max(choice.cached for choice in item) for item in items)
     if need.cached is not None and cached < need.cached:
         total = costs.kv_bytes_per_token(shape, shape.sizes, 1)
         problems.append(
-            f"--kv-budget {settings.kv_budget} cannot be reached: {components} with head multiple "
-            f"{settings.head_multiple} remove at most {cached / total:.4f} of the KV cache; lower --kv-budget or "
-            f"--head-multiple{least}"
+            f"--kv-budget {settings.kv_budget} cannot be reached: {','.join(cut)} with head multiple "
+            f"{settings.head_multiple} remove at most {cached / total:.4f} of the KV cache{why}; lower --kv-budget or "
+            f"--head-multiple{others}"
         )
     if need.whole is not None and most_of(items) < need.whole:
-        multiples = f"head multiple {settings.head_multiple} and MLP multiple {settings.mlp_multiple}"
         share = most_of(items) / costs.linear_weights(shape, shape.sizes)
         reach, advice = f"remove at most {share:.4f}", "lower the budget or"
         if settings.budget is None:
             reach, advice = f"leave at least {describe_size(settings, most_of(items), stored)}", "give more, or lower"
         problems.append(
-            f"{describe_target(settings)} cannot be reached: {components} with {multiples} {reach}; {advice} "
-            f"the multiples{least}"
+            f"{describe_target(settings)} cannot be reached: {','.join(cut)} with {multiples_of(settings, cut)} "
+            f"{reach}{why}; {advice} the multiples{others}"
         )
     if problems:
         raise A3Error("; ".join(problems))
+
+
+def cut_by(settings: SolveSettings | PlanSettings, family: Family | None) -> Sequence[Component]:
+    """Return the components that may be cut."""
+    if isinstance(settings, SolveSettings):
+        return settings.cut
+    return family.compressible(settings.shape) if family else COMPONENTS
+
+
+def why_whole(settings: SolveSettings | PlanSettings, family: Family | None) -> str | None:
+    return family.why_whole(settings.shape) if family else None
+
+
+def multiples_of(settings: SolveSettings | PlanSettings, cut: Sequence[Component]) -> str:
+    """Return the multiples to which the sizes of these components are rounded, for a message."""
+    multiples = (f"head multiple {settings.head_multiple}", f"MLP multiple {settings.mlp_multiple}")
+    return " and ".join(compress(multiples, ({"qk", "ov"} & {*cut}, "mlp" in cut)))
+
+
+def other_remedies(settings: SolveSettings | PlanSettings, cut: Sequence[Component]) -> str:
+    """Return which least sizes to lower, for a message; a plan has none."""
+    if isinstance(settings, PlanSettings):
+        return ""
+    least = compress(("--min-head", "--min-mlp"), ({"qk", "ov"} & {*cut}, "mlp" in cut))
+    return f", or the least sizes ({', '.join(least)})"
+
+
+def in_brackets(why: str | None) -> str:
+    return f" ({why})" if why else ""

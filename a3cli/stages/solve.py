@@ -8,7 +8,8 @@ from a3cli.models import costs
 from a3cli.models.families import LayerSizes
 from a3cli.settings import COMPONENTS, SolveSettings
 from a3cli.settings.budgets import SINCE
-from a3cli.stages.context import AGAIN, Run, check_settings, check_settings_of_model, open_run, read_calibration
+from a3cli.stages.allowed import calibrated_family, resolve_settings
+from a3cli.stages.context import AGAIN, Run, check_settings_of_model, open_run, read_calibration
 from a3cli.stages.correction import correct, cuts_of, drop_steps, one_shot_file
 from a3cli.stages.measured_loss import measure_loss
 from a3cli.stages.probe import probe, weigh
@@ -51,8 +52,8 @@ def solve(
     reached under the rounding, and Interrupted at the end of the layer in which `stop` was set off.
     """
     return_freed_memory()
-    check_settings(settings)
     work = work.named(settings.name)
+    settings = resolve_settings(settings, calibrated_family(work))
     calibration = read_calibration(work)
     with work.locked():
         if work.solution_manifest.is_file() and not overwrite:
@@ -60,7 +61,7 @@ def solve(
         run = open_run(settings, work, calibration, progress, stop or Stop())
         check_settings_of_model(settings, run.model)
         allowed = {component: run.method().sizes(component) for component in COMPONENTS}
-        check_budgets(settings, run.model.shape, allowed, run.stored)
+        check_budgets(settings, run.model.shape, allowed, run.stored, run.model.family)
         return write_solution(run, analyse(run))
 
 
@@ -108,7 +109,7 @@ def analyse(run: Run) -> Analysed:
 def write_solution(run: Run, analysed: Analysed) -> SolutionManifest:
     """Choose sizes from a finished analysis and write each layer's projections; return the manifest."""
     with reporting(run.progress, "choosing sizes"):
-        sizes = choose_sizes(run.settings, run.model.shape, analysed.curves, run.stored)
+        sizes = choose_sizes(run.settings, run.model.shape, analysed.curves, run.stored, run.model.family)
         slots = analysed.method.choose_slots(analysed.analysis, sizes)
     request = describe_request(run.settings, run.calibration)
     with drafting(run.work.solution, {**request, **describe_choice(run, sizes, slots)}) as draft, explaining_memory():

@@ -15,16 +15,19 @@ from a3cli.stream.decoder import Arguments, hidden_states_of
 
 
 @contextmanager
-def moments_of(layer: nn.Module, family: Family, moments: LayerMoments) -> Iterator[None]:
-    """Hook the roles of one layer so that every forward adds to its moments."""
-    listener = _Listener(moments)
+def moments_of(layer: nn.Module, family: Family, moments: LayerMoments, *, rotates: bool = True) -> Iterator[None]:
+    """Hook the roles of one layer so that every forward adds to its moments; `rotates` says whether it has RoPE."""
+    listener = _Listener(moments, rotates=rotates)
 
     def submodule(role: Role) -> nn.Module:
         return layer.get_submodule(family.module(role))
 
     handles = [
         layer.register_forward_pre_hook(listener.begin, with_kwargs=True),
-        *(submodule(role).register_forward_hook(partial(listener.add_heads, role)) for role in listener.HEADS),
+        *(
+            layer.get_submodule(family.heads(role)).register_forward_hook(partial(listener.add_heads, role))
+            for role in listener.HEADS
+        ),
         submodule("o").register_forward_pre_hook(listener.add_attention),
         # The MLP's norm reads the stream after attention; the layer returns the stream after the MLP.
         submodule("mlp_norm").register_forward_pre_hook(listener.add_stream_after_attention),
@@ -43,21 +46,23 @@ class _Listener:
 
     HEADS: tuple[Role, ...] = ("q", "k", "v")
 
-    def __init__(self, moments: LayerMoments) -> None:
-        self._moments = moments
+    def __init__(self, moments: LayerMoments, *, rotates: bool) -> None:
+        self._moments, self._rotates = moments, rotates
         self._heads: Tensors = {}
         self._called_with: Arguments = {}
 
     def begin(self, _layer: nn.Module, _args: Any, kwargs: Arguments) -> None:
         self._called_with.update(kwargs)
 
-    def add_heads(self, role: Role, _linear: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        self._heads[role] = output
-        self._moments.add_heads(role, output)
+    def add_heads(self, role: Role, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        self._heads[role] = heads = output.flatten(2)  # a norm returns each head by itself
+        self._moments.add_heads(role, heads)
 
     def add_attention(self, _output_projection: nn.Module, args: tuple[torch.Tensor]) -> None:
         self._moments.add_attention_output(args[0])
         if (rotation := self._called_with.get("position_embeddings")) is not None:
+            if not self._rotates:  # models give every layer the rotation
+                rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
             self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
         self._heads.clear()  # before the MLP, which needs the memory
 

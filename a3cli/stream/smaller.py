@@ -39,8 +39,9 @@ class SmallerDecoder(Decoder):
         self._solution: Tensors = {}
         config = copy.deepcopy(model.config)
         config.num_hidden_layers = len(cuts)
-        if kinds := getattr(config, "layer_types", None):
-            config.layer_types = [kinds[cut.layer] for cut in cuts]
+        for entry in ("layer_types", model.family.rotating_layers):  # lists with an entry for each layer
+            if entry and (kinds := getattr(config, entry, None)):
+                setattr(config, entry, [kinds[cut.layer] for cut in cuts])
         config.per_layer_config = per_layer_config([cut.sizes for cut in cuts], [cut.slots for cut in cuts])
         super().__init__(model, machine, config=config)
 

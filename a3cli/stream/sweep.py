@@ -117,7 +117,8 @@ class Sweep:
                     stack.enter_context(mlp_in_pieces(module, decoder.family))
                 if index >= first_layer:
                     moments[index] = self._new_moments(next(module.parameters()).device)
-                    stack.enter_context(moments_of(module, decoder.family, moments[index]))
+                    rotates = index not in decoder.shape.still_layers
+                    stack.enter_context(moments_of(module, decoder.family, moments[index], rotates=rotates))
 
             def step(start: int, batch: torch.Tensor) -> list[torch.Tensor]:
                 hidden = batch

@@ -8,7 +8,7 @@ from a3cli.runtimes import NO, UNTRIED, YES, Verdict, judge, summarise, tokenize
 from a3cli.runtimes.rules import RULES
 
 BASE = {"model_type": "mistral", "hidden_size": 512, "num_attention_heads": 4, "head_dim": 96}
-LLAMA, QWEN2 = BASE | {"model_type": "llama"}, BASE | {"model_type": "qwen2"}
+LLAMA, QWEN2, QWEN3, SMOLLM3 = (BASE | {"model_type": kind} for kind in ("llama", "qwen2", "qwen3", "smollm3"))
 STARCODER2, NEMOTRON = BASE | {"model_type": "starcoder2"}, BASE | {"model_type": "nemotron"}
 LONGROPE, LINEAR, THETA, LLAMA3, YARN = (
     {"rope_parameters": {"rope_type": kind}} for kind in ("longrope", "linear", "default", "llama3", "yarn")
@@ -46,6 +46,8 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("vLLM", NEMOTRON | LONGROPE, UNTRIED, "not tried with nemotron and RoPE type longrope"),
         ("vLLM", BASE | {"model_type": "granite"} | PER_LAYER, YES, "--model-impl transformers"),
         ("vLLM", BASE | {"model_type": "granite"} | LONGROPE, YES, ""),
+        ("vLLM", QWEN3 | PER_LAYER, UNTRIED, "not tried with qwen3 per-layer"),
+        ("transformers 4.57", QWEN3 | PER_LAYER, YES, "trust_remote_code=True"),
         ("llama.cpp", BASE | LONGROPE, NO, "drops the longrope factors"),
         ("llama.cpp", BASE | THETA, YES, ""),
         ("llama.cpp", BASE | LINEAR, YES, ""),
@@ -78,11 +80,32 @@ def test_rules(runtime, config, loads, note):
     assert bool(note) == bool(found.note)
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2, STARCODER2, LLAMA | YARN, LLAMA | {"head_dim": 40}])
+@pytest.mark.parametrize(
+    "config", [LLAMA, QWEN2, QWEN3, STARCODER2, LLAMA | YARN | {"rope_theta": 1e4}, LLAMA | {"head_dim": 40}]
+)
 def test_whole_heads_load_where_the_source_loads(config):
     found = verdicts(config, smaller_heads=False)
     assert {each.loads for each in found.values()} == {YES}
     assert all("as it loads the source" in each.note for name, each in found.items() if "transformers" not in name)
+
+
+@pytest.mark.parametrize(
+    ("config", "loads"),
+    [
+        (QWEN3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, NO),
+        (QWEN3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": 1e6}, YES),
+        (QWEN3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, YES),
+        (QWEN3 | {"rope_theta": 1e6}, YES),
+        (LLAMA | YARN, NO),
+        (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 2e6}}, YES),
+        (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, NO),
+    ],
+)
+def test_rope_that_transformers_4_does_not_find(config, loads):
+    """A source that transformers 5 saved; smaller heads and layers of their own get both spellings."""
+    assert verdicts(config, smaller_heads=False)["transformers 4.57"].loads == loads
+    for written in (verdicts(config), verdicts(config | PER_LAYER, smaller_heads=False)):
+        assert written["transformers 4.57"].loads == YES
 
 
 def test_the_tokenizer_of_transformers_5_is_not_read_by_4(tmp_path):

@@ -245,10 +245,20 @@ def test_queries_that_are_kept(length, kept):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-gqa-bias", "mistral-gqa", "qwen2-window", "starcoder2-window", "nemotron-gqa", "granite-gqa"]
+    "name",
+    [
+        "llama-gqa-bias",
+        "mistral-gqa",
+        "qwen2-window",
+        "starcoder2-window",
+        "nemotron-gqa",
+        "granite-gqa",
+        "qwen3-window",
+        "smollm3-window",
+    ],
 )
 def test_samples_are_the_models_own(name, a3, checkpoint, text_file, tmp_path):
-    """Samples are the rounded outputs of q, k and v; each query's visible keys are those that it attends to."""
+    """Samples are rounded heads of q, k and v before RoPE; each query's visible keys are those that it attends to."""
     from transformers import AutoModelForCausalLM
 
     folder = checkpoint(name)
@@ -259,8 +269,8 @@ def test_samples_are_the_models_own(name, a3, checkpoint, text_file, tmp_path):
     seen = {}
     for index, layer in enumerate(model.model.layers):
         for part in "qkv":
-            module = getattr(layer.self_attn, f"{part}_proj")
-            module.register_forward_hook(lambda _m, _i, out, at=(index, part): seen.update({at: out}))
+            module = getattr(layer.self_attn, f"{part}_norm", getattr(layer.self_attn, f"{part}_proj"))
+            module.register_forward_hook(lambda _m, _i, out, at=(index, part): seen.update({at: out.flatten(2)}))
     with torch.inference_mode():
         attentions = model(blocks, output_attentions=True).attentions
     rows = list(sampled_queries(40))
@@ -317,6 +327,40 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
     assert solved["sizes"][0]["qk"] < 16
     assert predicted["refined"] == pytest.approx(measured, rel=0.05)
     assert predicted["refined"] < predicted["closed_form"]
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "qwen3-bias", "qwen3-window", "smollm3-bias"])
+def test_energy_of_attention_is_that_of_the_models_own(name, a3, checkpoint, text_file, tmp_path):
+    """Compare it with attention that weighs all visible keys alike, on the validation blocks."""
+    from transformers import AutoModelForCausalLM
+
+    folder, work = checkpoint(name), ("--work", tmp_path / "work")
+    text = ("--dataset", text_file, "--samples", 8, "--seq-len", CONTEXT // 2)
+    assert a3("calibrate", folder, *text, *work).code == 0
+    solved = a3("solve", "--components", "mlp", "--budget", 0.1, "--mlp-multiple", 8, *work, "--json").json
+    blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"][1::VALIDATION_EVERY]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    values = []
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda _m, _i, out: values.append(out.unflatten(-1, (2, 1, 16))))
+    with torch.inference_mode():
+        attentions = model(blocks, output_attentions=True).attentions
+    rows = list(sampled_queries(blocks.shape[1]))
+    for index, (weights, value) in enumerate(zip(attentions, values, strict=True)):
+        sampled = weights[:, :, rows]
+        alike = (sampled > 0).float()
+        wrong = torch.einsum("birt,btih->brih", alike / alike.sum(-1, keepdim=True) - sampled, spread_heads(value))
+        output = model.model.layers[index].self_attn.o_proj.weight.detach().unflatten(1, (4, -1))
+        wrong = torch.einsum("brih,dih->brid", wrong, output)
+        stored = load_file(tmp_path / "work" / "calibration" / f"layer-{index:03d}.safetensors")
+        residual = stored["attention_residual"] / stored["tokens"]
+        measured = (wrong.double().square().sum((-1, -2)).mean() / residual).item()
+        assert solved["per_layer"][index]["energy"]["qk"] == pytest.approx(measured, rel=0.03)
+
+
+def spread_heads(value: torch.Tensor) -> torch.Tensor:
+    """Return the values `[B, T, 4, h]` of four query heads from those of two KV heads `[B, T, 2, 1, h]`."""
+    return value.expand(-1, -1, -1, 2, -1).flatten(2, 3)
 
 
 def test_statistics_without_samples_are_refused(a3, checkpoint, text_file, tmp_path):

@@ -33,8 +33,8 @@ def hooked_sums(folder, blocks):
     for i, layer in enumerate(model.model.layers):
         attention = layer.self_attn
         for name in "qkv":
-            projection = getattr(attention, f"{name}_proj")
-            projection.register_forward_hook(lambda m, a, out, i=i, name=name: keep(i, name, out))
+            heads = getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj"))
+            heads.register_forward_hook(lambda m, a, out, i=i, name=name: keep(i, name, out.flatten(2)))
         attention.o_proj.register_forward_pre_hook(lambda m, a, i=i: keep(i, "o", a[0]))
         mlp_linears(layer)["down"].register_forward_pre_hook(lambda m, a, i=i: keep(i, "x", a[0]))
         layer.post_attention_layernorm.register_forward_pre_hook(lambda m, a, i=i: keep(i, "after_attention", a[0]))
@@ -84,7 +84,17 @@ def test_fewer_tokens_than_channels_are_solved_or_refused_in_one_line(a3, checkp
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-gqa", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"]
+    "name",
+    [
+        "llama-gqa",
+        "llama-yarn",
+        "mistral-gqa",
+        "starcoder2-gqa",
+        "nemotron-gqa",
+        "granite-gqa",
+        "qwen3-window",
+        "smollm3-bias",
+    ],
 )
 def test_attention_mass_is_that_of_the_models_own_attention(name, a3, checkpoint, text_file, tmp_path):
     from transformers import AutoModelForCausalLM

@@ -3,14 +3,21 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from a3cli import compress
+from a3cli.errors import A3Error
 from a3cli.models.families import FAMILIES
 from a3cli.models.families.llama import FAMILY as LLAMA
+from a3cli.settings import CalibrateSettings, make_settings
+from a3cli.stages.calibrate import calibrate
 from a3cli.work.files import read_json
+from a3cli.work.folder import Work
+from a3cli.work.progress import silent
 from tests.conftest import SHORT, SOLVE, refused
 
 
@@ -29,11 +36,23 @@ def test_solve_refuses_a_component_that_the_family_does_not_allow(shape, limited
     only_here = "stock_components" if shape == "stock" else "per_layer_components"
     limited(**{only_here: ("mlp",)})
     command = (*SOLVE, "--overwrite", "--work", work)
-    refused(a3(*command, "--shape", shape), "qk and ov", "'llama'", f"--shape {shape}", "--components mlp")
+    named = ("--shape", shape, "--components", "qk,ov,mlp")
+    refused(a3(*command, *named), "qk and ov", "'llama'", f"--shape {shape}", "--components mlp")
     other = "per-layer" if shape == "stock" else "stock"
     for allowed in (("--shape", shape, "--components", "mlp"), ("--shape", other, "--method", "paper")):
         outcome = a3(*command, *allowed)
         assert outcome.code == 0, outcome.stderr
+
+
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+def test_by_default_solve_cuts_what_the_family_allows(shape, limited, a3, work):
+    """The recorded settings name the components, as if they had been given."""
+    limited(stock_components=("mlp",), per_layer_components=("ov", "mlp"))
+    command = (*SOLVE, "--method", "paper", "--shape", shape, "--overwrite", "--json", "--work", work)
+    found, allowed = a3(*command).json, ["mlp"] if shape == "stock" else ["ov", "mlp"]
+    assert found["request"]["settings"]["components"] == allowed
+    again = a3(*command, "--components", ",".join(allowed)).json
+    assert again["sha256"] == found["sha256"]
 
 
 def test_pareto_compresses_what_the_family_allows(limited, a3, work):
@@ -89,3 +108,170 @@ def test_a_multiplier_must_be_above_zero(name, a3, checkpoint, text_file, tmp_pa
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps({**config, name: 0.0}))
     refused(a3("calibrate", folder, "--dataset", text_file, "--work", tmp_path / "work"), f"{name} is 0.0", "above 0")
+
+
+# Norms on query and key heads
+
+
+@pytest.fixture(scope="module")
+def qwen3(checkpoint, text_file, tmp_path_factory):
+    """Return the work folder of a calibrated qwen3. Copy it to solve there."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    settings = make_settings(
+        CalibrateSettings,
+        model=str(checkpoint("qwen3-gqa")),
+        text={"dataset": str(text_file), "samples": 3, "seq_len": 32},
+    )
+    calibrate(settings, Work(folder / "work"), overwrite=False, progress=silent)
+    return folder / "work"
+
+
+@pytest.fixture
+def work_of_qwen3(qwen3, tmp_path):
+    return shutil.copytree(qwen3, tmp_path / "work")
+
+
+WHOLE = "a norm follows each query and key head, so these keep their size"
+STOCK_TOO = f"{WHOLE}, and the stock shape has one size for all heads"
+
+
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+def test_heads_with_a_norm_keep_their_size(shape, a3, work_of_qwen3, tmp_path):
+    """Without a word about components: the MLP is cut, and values in the per-layer shape; the rest is exact."""
+    work, out = ("--work", work_of_qwen3), tmp_path / "out"
+    solved = a3(*SOLVE, "--shape", shape, *work, "--json").json
+    assert solved["budget_reached"] >= 0.25
+    assert {size["qk"] for size in solved["sizes"]} == {16}
+    assert ({size["ov"] for size in solved["sizes"]} == {16}) == (shape == "stock")
+    assert solved["predicted_loss"]["qk"] == 0
+    assert set(solved["predicted_score_error"]["relative"]) == {0.0}
+    assert a3("export", out, *work).code == 0
+    verified = a3("verify", out, *work, "--require-reference", "--trust-remote-code", "--quiet")
+    assert verified.code == 0, verified
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, source_of(work_of_qwen3)))
+    for layer in (0, 1):
+        for name in ("q_norm", "k_norm", "q_proj", "k_proj"):
+            tensor = f"model.layers.{layer}.self_attn.{name}.weight"
+            assert torch.equal(ours[tensor], theirs[tensor]), tensor
+
+
+def source_of(work):
+    return Path(read_json(work / "source.json")["model"])
+
+
+def test_whole_heads_are_shown_as_whole(a3, work_of_qwen3, tmp_path):
+    """No warning is about statistics of heads that nothing cuts; the card names the command that was meant."""
+    work, out, html = ("--work", work_of_qwen3), tmp_path / "out", tmp_path / "report.html"
+    before = a3("inspect", work_of_qwen3, "--json").json
+    assert a3(*SOLVE, *work).code == 0
+    assert a3("export", out, *work).code == 0
+    for folder in (work_of_qwen3, out):
+        found = a3("inspect", folder, "--json").json
+        assert [layer["qk"]["size"] for layer in found["layers"]] == [16, 16]
+        for each in (before, found):
+            assert any(warning.startswith("OV: ") for warning in each["warnings"])
+            assert not any(warning.startswith("QK: ") for warning in each["warnings"])
+        assert a3("report", folder, "--html", html).code == 0
+        assert "query and key head size" in html.read_text("utf-8")
+    card = (out / "README.md").read_text("utf-8")
+    assert "| query and key head size | 16 | 16 |" in card
+    assert "RoPE as in the source." in card
+    assert "--components mlp" in card
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--components", "qk"), ("--components qk", "'qwen3'", STOCK_TOO, "use --components mlp")),
+        (("--components", "qk,ov,mlp"), ("cannot compress qk and ov", STOCK_TOO, "use --components mlp")),
+        (("--components", "qk", "--shape", "per-layer"), (f"{WHOLE}; use --components ov,mlp",)),
+        (("--attention-budget", 0.1), ("cannot compress attention", STOCK_TOO, "use --shape per-layer")),
+        (("--kv-budget", 0.1), ("--kv-budget 0.1: a3 cannot compress attention", STOCK_TOO, "use --shape per-layer")),
+        (("--kv-budget", 0.46, "--shape", "per-layer"), ("remove at most 0.4375 of the KV cache", WHOLE)),
+        (("--budget-params", 1000), ("mlp with MLP multiple 8 leave at least", STOCK_TOO, "--shape per-layer")),
+        (
+            ("--budget", 0.58),
+            ("mlp with MLP multiple 8 remove at most 0.55", STOCK_TOO, "(--min-mlp)", "--shape per-layer"),
+        ),
+        (("--budget", 0.78, "--shape", "per-layer"), ("ov,mlp with head multiple 2 and MLP multiple 8", WHOLE)),
+        (
+            ("--attention-budget", 0.45, "--shape", "per-layer"),
+            ("attention budget 0.45", "remove at most 0.4375", WHOLE),
+        ),
+    ],
+)
+def test_what_a_norm_on_heads_forbids_is_refused_with_the_reason(options, words, a3, work_of_qwen3):
+    command = ("solve", "--head-multiple", 2, "--mlp-multiple", 8, *options, "--work", work_of_qwen3)
+    refused(a3(*command, *(() if "budget" in options[0] else ("--budget", 0.2))), *words)
+
+
+def test_budgets_of_attention_and_mlp_where_only_values_are_cut(a3, work_of_qwen3):
+    command = ("solve", "--head-multiple", 2, "--mlp-multiple", 8, "--shape", "per-layer", "--method", "paper")
+    budgets = ("--attention-budget", 0.25, "--mlp-budget", 0)
+    (found, *_) = [a3(*command, *budgets, "--work", work_of_qwen3, "--json").json]
+    assert {size["mlp"] for size in found["sizes"]} == {96}
+    assert sum(16 - size["ov"] for size in found["sizes"]) / (2 * 32) >= 0.25
+
+
+def test_a_budget_of_the_cache_where_only_values_are_cut(a3, work_of_qwen3):
+    command = ("solve", "--kv-budget", 0.3, "--head-multiple", 2, "--shape", "per-layer", "--method", "paper", "--json")
+    found = a3(*command, "--work", work_of_qwen3).json
+    assert 0.3 <= 1 - found["kv_bytes_per_token"]["after"] / found["kv_bytes_per_token"]["before"] <= 0.34
+    assert {(size["qk"], size["mlp"]) for size in found["sizes"]} == {(16, 96)}
+
+
+def test_a_recipe_for_heads_with_a_norm_fails_before_it_calibrates(a3, checkpoint, text_file, tmp_path):
+    source = checkpoint("qwen3-gqa")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"work: {tmp_path / 'work'}\nout: {tmp_path / 'out'}\n"
+        f"calibrate: {{model: {source}, text: {{dataset: {text_file}, samples: 2, seq_len: 32}}}}\n"
+        "solve: {attention_budget: 0.2}\n"
+    )
+    for options in ((), ("--dry-run",)):
+        refused(a3("run", recipe, *options, "--quiet"), "--attention-budget 0.2", STOCK_TOO)
+    with pytest.raises(A3Error, match="a norm follows"):
+        compress(source, tmp_path / "out", components=("qk",), dataset=str(text_file), budget=0.1)
+    assert not (tmp_path / "work").exists()
+
+
+def test_rounding_names_only_the_multiple_of_what_is_cut(a3, work_of_qwen3):
+    found = a3("solve", "--budget", 0.05, "--mlp-multiple", 64, "--work", work_of_qwen3, "--json").json
+    (warning,) = [each for each in found["warnings"] if "were asked for" in each]
+    assert "rounded to --mlp-multiple 64; use --mlp-multiple 8 to" in warning
+
+
+def test_pareto_compares_what_a_norm_on_heads_allows(a3, work_of_qwen3):
+    command = ("pareto", "--budgets", "0.2,0.7", "--mlp-multiple", 8, "--head-multiple", 2, "--work", work_of_qwen3)
+    points = a3(*command, "--json").json["points"]
+    reached = {point["variant"] for point in points if "error" not in point and point["budget_asked"] == 0.7}
+    assert reached == {"best, per-layer"}
+    assert all(size["qk"] == 16 for point in points if "error" not in point for size in point["sizes"])
+    assert all(STOCK_TOO in point["error"] for point in points if "error" in point)
+
+
+# Layers without RoPE
+
+
+@pytest.mark.parametrize("name", ["smollm3-bias", "smollm3-window"])
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+def test_heads_keep_their_size_where_some_layers_have_no_rope(name, shape, a3, checkpoint, text_file, tmp_path):
+    work, out = ("--work", tmp_path / "work"), tmp_path / "out"
+    assert a3("calibrate", checkpoint(name), "--dataset", text_file, *SHORT, *work).code == 0
+    solved = a3(*SOLVE, "--shape", shape, *work, "--json").json
+    assert {size["qk"] for size in solved["sizes"]} == {16}
+    assert ({size["ov"] for size in solved["sizes"]} == {16}) == (shape == "stock")
+    assert a3("export", out, *work).code == 0
+    verified = a3("verify", out, *work, "--require-reference", "--trust-remote-code", "--quiet")
+    assert verified.code == 0, verified
+    why = "some layers have no RoPE, so query and key heads keep their size"
+    refused(a3(*SOLVE, "--components", "qk", "--shape", "per-layer", "--overwrite", *work), "'smollm3'", why)
+
+
+@pytest.mark.parametrize("said", [[1], "1,0", 1])
+def test_layers_without_rope_that_are_not_named_one_by_one(said, a3, checkpoint, text_file, tmp_path):
+    folder = shutil.copytree(checkpoint("smollm3-bias"), tmp_path / "source")
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "no_rope_layers": said}))
+    outcome = a3("calibrate", folder, "--dataset", text_file, "--work", tmp_path / "work")
+    refused(outcome, "config.json", "no_rope_layers")

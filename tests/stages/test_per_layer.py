@@ -6,7 +6,7 @@ the package and transformers.
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from a3cli.stages.export import export
 from a3cli.work.files import Json, hash_file, write_tensors
 from a3cli.work.folder import Work
 from a3cli.work.sealed import versions, write_manifest
-from tests.conftest import MODELS, VOCABULARY, as_slots, build_model, build_tokenizer, mlp_linears
+from tests.conftest import MODELS, VOCABULARY, as_slots, build_model, build_tokenizer, can_cut, mlp_linears
 from tests.helpers.solutions import random_solution
 
 LENGTH = 120  # beyond the longrope source's original context
@@ -133,9 +133,11 @@ def exported(folder: Path, source: Path, sizes: list, slots: list, solutions: li
 def random_export(name: str, folder: Path, *, method: str = "best", seed: int = 3, **settings: Any) -> Path:
     source = save(build_model(name, num_hidden_layers=3), folder / "source")
     torch.manual_seed(seed)
-    slots = SLOTS if method == "best" else [[float(int(slot)) for slot in layer] for layer in SLOTS]
-    solutions = [random_solution(name, *layer, method=method) for layer in zip(SIZES, slots, strict=True)]
-    return exported(folder, source, SIZES, slots, solutions, **settings)
+    sizes = SIZES if can_cut(name, "qk", shape="per-layer") else [replace(size, qk=16) for size in SIZES]
+    slots = [own if size.qk < 16 else WHOLE for own, size in zip(SLOTS, sizes, strict=True)]
+    slots = slots if method == "best" else [[float(int(slot)) for slot in layer] for layer in slots]
+    solutions = [random_solution(name, *layer, method=method) for layer in zip(sizes, slots, strict=True)]
+    return exported(folder, source, sizes, slots, solutions, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,10 @@ class LiteralAttention(torch.nn.Module):
         mixed = x @ self.solution[f"{name}_map"][kv_head] if f"{name}_map" in self.solution else x
         return as_slots(mixed, sum(slot < len(self.inv_freq) for slot in self.slots))
 
+    def normed(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return each head `[16]` with a root mean square of 1, times the weight."""
+        return heads / (heads.square().mean(-1, keepdim=True) + self.stock.config.rms_norm_eps).sqrt() * weight
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return torch.stack([self.one(row) for row in hidden_states]), None
 
@@ -200,16 +206,18 @@ class LiteralAttention(torch.nn.Module):
         stock, length, heads = self.stock, len(row), 4
         group = stock.num_key_value_groups
         time = torch.arange(length)
-        turn = torch.polar(
-            torch.full((length, len(self.slots)), float(self.factor), dtype=torch.float64),
-            time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64),
-        )
+        angles = time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64)
+        turn = torch.polar(torch.full_like(angles, float(self.factor)), angles)
+        if not getattr(stock, "use_rope", True):
+            turn = torch.ones_like(turn)
         scale = getattr(stock.config, "attention_multiplier", 1 / 4)
         seen = time[:, None] >= time
         # In model types whose layers have different windows, each layer stores its own.
         if window := getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)):
             seen &= time[:, None] - time < window
         q, k, v = (layer(row).view(length, -1, 16) for layer in (stock.q_proj, stock.k_proj, stock.v_proj))
+        if hasattr(stock, "q_norm"):
+            q, k = self.normed(q, stock.q_norm.weight), self.normed(k, stock.k_norm.weight)
         wide = self.stock.o_proj.weight.view(48, heads, 16)
         out = torch.zeros(length, 48, dtype=torch.float64)
         for i in range(heads):
@@ -299,7 +307,17 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "name", ["llama-gqa-bias", "llama-longrope", "mistral-gqa", "qwen2-window", "starcoder2-window", "nemotron-gqa"]
+    "name",
+    [
+        "llama-gqa-bias",
+        "llama-longrope",
+        "mistral-gqa",
+        "qwen2-window",
+        "starcoder2-window",
+        "nemotron-gqa",
+        "qwen3-window",
+        "smollm3-window",
+    ],
 )
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):
     model = load(random_export(name, tmp_path), attn_implementation=implementation)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from a3cli.solvers.qk import keep_pairs, score_pairs
 from a3cli.stages import probe as module
 from a3cli.stages.probe import plan_probes, weigh_curve
-from tests.conftest import as_slots, mlp_linears, turning_pairs
+from tests.conftest import as_slots, can_cut, mlp_linears, turning_pairs
 from tests.helpers.damage import flip
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -67,7 +67,17 @@ def zero_pairs(model: Any, layer: int, statistics: dict[str, torch.Tensor], rank
 
 @pytest.mark.parametrize(
     "name",
-    ["llama-gqa", "llama-gqa-tied", "llama-gqa-bias", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"],
+    [
+        "llama-gqa",
+        "llama-gqa-tied",
+        "llama-gqa-bias",
+        "mistral-gqa",
+        "starcoder2-gqa",
+        "nemotron-gqa",
+        "granite-gqa",
+        "smollm3-window",
+        pytest.param("qwen3-gqa", marks=pytest.mark.slow),
+    ],
 )
 def test_probes_equal_the_zeroed_stock_model(a3, calibrated, name):
     source, work = calibrated(name)
@@ -76,10 +86,11 @@ def test_probes_equal_the_zeroed_stock_model(a3, calibrated, name):
     assert solved.code == 0, solved.stderr
     blocks = load_file(work / "calibration" / "tokens.safetensors")["tokens"][:3]
     layers = json.loads((work / "probes" / "paper-per-layer.json").read_text())["result"]["layers"]
+    of_qk, zeroing = ({"qk": [4, 12]}, {"qk": zero_pairs}) if can_cut(name, "qk", shape="per-layer") else ({}, {})
     for layer, found in enumerate(layers):
-        assert {c: each["size"] for c, each in found.items()} == {"qk": [4, 12], "ov": [4, 12], "mlp": [16, 80]}
+        assert {c: each["size"] for c, each in found.items()} == {**of_qk, "ov": [4, 12], "mlp": [16, 80]}
         statistics = load_file(work / "calibration" / f"layer-{layer:03d}.safetensors")
-        for component, cut in (("mlp", zero_channels), ("qk", zero_pairs)):
+        for component, cut in {"mlp": zero_channels, **zeroing}.items():
             for size, measured in zip(*found[component].values(), strict=True):
                 zeroed = load(source)
                 with torch.no_grad():

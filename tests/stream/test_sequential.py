@@ -18,6 +18,7 @@ from tests.conftest import mlp_linears
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
+SLOW = ("starcoder2-window", "nemotron-gqa", "granite-gqa", "qwen3-gqa")
 OPTIONS = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
 
 
@@ -77,7 +78,17 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
 @pytest.mark.parametrize("shape", ["stock", "per-layer"])
 @pytest.mark.parametrize(
     "name",
-    ["llama-gqa", "llama-gqa-bias", "mistral-gqa", "llama-longrope", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"],
+    [
+        "llama-gqa",
+        "llama-gqa-bias",
+        "mistral-gqa",
+        "llama-longrope",
+        "starcoder2-gqa",
+        "nemotron-gqa",
+        "granite-gqa",
+        "qwen3-bias",
+        pytest.param("smollm3-bias", marks=pytest.mark.slow),
+    ],
 )
 def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):
     source = checkpoint(name)
@@ -114,7 +125,7 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
         "llama-gqa-bias",
         "mistral-gqa",
         "starcoder2-gqa",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("starcoder2-window", "nemotron-gqa", "granite-gqa")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )
 def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):

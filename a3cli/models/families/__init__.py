@@ -3,18 +3,22 @@
 from typing import Any
 
 from a3cli.errors import A3Error
-from a3cli.models.families import granite, llama, mistral, nemotron, qwen2, starcoder2
+from a3cli.models.families import granite, llama, mistral, nemotron, qwen2, qwen3, smollm3, starcoder2
 from a3cli.models.families.base import Family, LayerSizes, ModelShape, Place, Role, per_layer_config
 
 __all__ = ["FAMILIES", "Family", "LayerSizes", "ModelShape", "Place", "Role", "family_of", "per_layer_config"]
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (granite, llama, mistral, nemotron, qwen2, starcoder2)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (granite, llama, mistral, nemotron, qwen2, qwen3, smollm3, starcoder2)
 }
 
 
 def family_of(model_type: Any) -> Family:
     """Return the family of a `config.model_type`. Raises A3Error listing the supported ones."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise A3Error(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+        raise A3Error(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))} "
+            "(docs/add-a-family.md says how to add one)"
+        )
     return FAMILIES[model_type]

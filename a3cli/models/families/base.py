@@ -4,7 +4,7 @@ The rest of the package uses roles (`q`, `down`, …), never names of modules or
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from a3cli.settings import COMPONENTS, Component
@@ -37,6 +37,8 @@ LLAMA_PLACES: dict[Role, Place] = {
     "up": Place("mlp.up_proj"),
     "down": Place("mlp.down_proj"),
 }
+# Where a type with Llama's names has a norm on each query and key head.
+HEAD_NORMS: dict[Role, str] = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
 UNGATED_PLACES: dict[Role, Place] = {role: place for role, place in LLAMA_PLACES.items() if role != "gate"}
 
 
@@ -57,6 +59,8 @@ class Family:
     rotary_factor: float | None = None  # partial_rotary_factor if config.json omits it; None: RoPE rotates all dims
     softmax_scale: str | None = None  # the config entry of the softmax scale; None: head_dim ** -0.5
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
+    head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
+    rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
     carried: tuple[str, ...] = ()  # prefixes of tensors that the stock class does not know, copied as they are
@@ -72,9 +76,31 @@ class Family:
         """Return the path, inside a decoder layer, of the module that holds a role."""
         return self.places[role].module
 
+    def heads(self, role: Role) -> str:
+        """Return the path of the module whose output is the heads of q, k or v as attention takes them, before RoPE."""
+        return self.head_norms.get(role, self.module(role))
+
+    @property
+    def whole_heads(self) -> str | None:
+        """Return why query and key heads must keep their size; None if they may be smaller."""
+        if self.head_norms:
+            return "a norm follows each query and key head, so these keep their size"
+        return "some layers have no RoPE, so query and key heads keep their size" if self.rotating_layers else None
+
     def compressible(self, shape: str) -> tuple[Component, ...]:
-        """Return the components that can be made smaller in an export of this shape, "stock" or "per-layer"."""
-        return self.stock_components if shape == "stock" else self.per_layer_components
+        """Return the components that can be made smaller in an export of this shape, "stock" or "per-layer".
+
+        The stock shape has one size for all heads: where QK keeps its own, so does OV.
+        """
+        allowed = self.stock_components if shape == "stock" else self.per_layer_components
+        kept = () if self.whole_heads is None else ("qk", "ov") if shape == "stock" else ("qk",)
+        return tuple(component for component in allowed if component not in kept)
+
+    def why_whole(self, shape: str) -> str | None:
+        """Return why this shape keeps query and key heads whole, and with them others; None if it does not."""
+        if self.whole_heads is None or shape != "stock":
+            return self.whole_heads
+        return f"{self.whole_heads}, and the stock shape has one size for all heads"
 
     @property
     def mlp(self) -> str:
@@ -160,6 +186,7 @@ class ModelShape:
     passed_dims: int = 0  # dims of a query or key head that RoPE does not rotate
     fixed_scale: float | None = None  # softmax scale that does not depend on the head size
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
+    still_layers: tuple[int, ...] = ()  # layers without RoPE
     windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
 
     @property

@@ -1,0 +1,74 @@
+"""What the family of a model lets a solution cut, and why it keeps the rest."""
+
+from contextlib import suppress
+
+from a3cli.errors import A3Error
+from a3cli.models.families import Family, family_of
+from a3cli.models.hub import find_folder, read_config
+from a3cli.models.source import recorded_source
+from a3cli.settings import PlanSettings, SolveSettings
+from a3cli.settings.options import option_of
+from a3cli.stages.context import check_settings
+from a3cli.work.folder import Work
+
+HEADS = {"qk", "ov"}
+
+
+def known_family(model: str, revision: str | None) -> Family | None:
+    """Return the family of a model whose config.json is on this machine, None for any other model."""
+    with suppress(A3Error):
+        folder = find_folder(model, revision, files=("config.json",), cached_only=True)
+        return family_of(read_config(folder, model).get("model_type"))
+    return None
+
+
+def calibrated_family(work: Work) -> Family | None:
+    """Return the family of a work folder's source, None if there is none on this machine."""
+    with suppress(A3Error):
+        _, config, _ = recorded_source(work)
+        return family_of(config.get("model_type"))
+    return None
+
+
+def resolve_settings(settings: SolveSettings, family: Family | None) -> SolveSettings:
+    """Return settings that name the components that may be cut: by default all that the family allows in this shape.
+
+    Raises A3Error if they contradict each other or the family.
+    """
+    components = settings.cut
+    if family is not None:
+        check_heads(settings, family)
+        check_components(settings, family)
+        components = settings.components or family.compressible(settings.shape)
+    resolved = settings.model_copy(update={"components": components})
+    check_settings(resolved)
+    return resolved
+
+
+def check_heads(settings: SolveSettings | PlanSettings, family: Family) -> None:
+    """Raise A3Error for a budget of heads where a family keeps all heads whole."""
+    if HEADS & {*family.compressible(settings.shape)}:
+        return
+    for name in ("attention_budget", "kv_budget"):
+        if budget := getattr(settings, name, None):
+            other = "--shape per-layer, or " if HEADS & {*family.compressible("per-layer")} else ""
+            raise A3Error(
+                f"{option_of((name,))} {budget}: a3 cannot compress attention {in_shape(family, settings.shape)}; "
+                f"use {other}a budget of all weights or of the MLP alone"
+            )
+
+
+def check_components(settings: SolveSettings, family: Family) -> None:
+    """Raise A3Error if a component was named that a family does not allow in this shape."""
+    named, allowed = settings.components or (), family.compressible(settings.shape)
+    if refused := [component for component in named if component not in allowed]:
+        raise A3Error(
+            f"--components {','.join(named)}: a3 cannot compress {' and '.join(refused)} "
+            f"{in_shape(family, settings.shape)}; use --components {','.join(allowed)}"
+        )
+
+
+def in_shape(family: Family, shape: str) -> str:
+    """Return the family and the shape, and why heads stay whole there, for a message."""
+    why = family.why_whole(shape)
+    return f"of model_type {family.model_type!r} with --shape {shape}" + (f": {why}" if why else "")
