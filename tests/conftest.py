@@ -38,6 +38,7 @@ from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
 from tests.helpers.checkers import forked
 from tests.helpers.hasty import make_hasty
+from tests.helpers.long_tail import is_long_tail
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -135,8 +136,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks decide what runs
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if is_long_tail(item):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no folder {SHARED.name} with real models beside the checkout"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

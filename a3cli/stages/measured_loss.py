@@ -6,6 +6,7 @@ some of that, where it loses less than elsewhere.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -36,10 +37,10 @@ def measure_loss(run: Run, cuts: Sequence[Cut]) -> Json | None:
     run_in_turn(run, decoders, streams)
     try:
         sums = compare_logits(source, blocks, [states for states, _, _ in streams], run.model.source.name)
+        return {"held_out": "held_out" in kept, **describe(sums)}
     except A3Error as error:
         log.warning("the solution was not measured: %s", error)
         return None
-    return {"held_out": "held_out" in kept, **describe(sums)}
 
 
 def choose_blocks(blocks: torch.Tensor) -> torch.Tensor:
@@ -86,8 +87,10 @@ def pieces(blocks: int, length: int) -> Iterator[tuple[range, range]]:
 
 
 def describe(sums: torch.Tensor) -> Json:
-    """Return the figures with four significant digits: more would be noise."""
+    """Return the figures with four significant digits: more would be noise. Raises A3Error for an infinite one."""
     figures = describe_sums(sums)
+    if not all(map(math.isfinite, figures.values())):
+        raise A3Error("its perplexity is infinite; use a smaller budget, or compute in a wider type (--dtype float32)")
     short = {key: float(f"{value:.4g}") for key, value in figures.items()}
     return {
         "tokens": figures["predicted_tokens"],

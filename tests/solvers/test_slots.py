@@ -83,6 +83,7 @@ def test_slots_are_never_worse_than_bands(heads, kv_heads, bias):
     assert (maps.loss.sum() < literal_loss(a, query, key).sum()).all()
 
 
+@pytest.mark.slow
 def test_no_optimiser_finds_better_maps():
     """Run Adam on the literal loss, from the alternation's result and from random maps."""
     a = random_attention(2, 1, bias=False)

@@ -328,6 +328,7 @@ def test_a_full_disk_keeps_what_is_finished(a3, calibrated, tmp_path, monkeypatc
     assert contents(tmp_path / "out") == exported
 
 
+@pytest.mark.slow
 def test_pareto_goes_on_at_the_point(a3, calibrated, text_file, monkeypatch):
     command = ("pareto", "--budgets", "0.2,0.3", *SIZES, "--dataset", text_file, *TEXT, "--work", calibrated, "--json")
     whole = json.loads(a3(*command).stdout)
