@@ -63,7 +63,9 @@ def test_the_shell_example_runs_as_it_stands(environment, tmp_path):
     for report, tests in (("verify.xml", "11"), ("eval.xml", "6")):
         suite = ElementTree.parse(tmp_path / report).getroot().find("testsuite")
         assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == (tests, "0", "0")
-    assert done.stderr == ""
+    # This small model's sizes are coarse, and some runtimes do not load the result; nothing else is worth a line.
+    expected = ["warning: --budget: 10 % were asked for, 16.7 %", "warning: not loaded by llama.cpp"]
+    assert [line[: len(begin)] for line, begin in zip(done.stderr.splitlines(), expected, strict=True)] == expected
     assert "\x1b" not in done.stdout
 
 
