@@ -402,6 +402,7 @@ def test_every_stage_knows_that_links_were_allowed(a3, chain, linked, text_file,
     refused(a3("export", tmp_path / "other", "--work", work), "LICENSE", "symbolic link")
 
 
+@pytest.mark.slow
 def test_links_in_a_recipe(a3, linked, text_file, tmp_path):
     text = {"dataset": str(text_file), "samples": 2, "seq_len": 32}
     recipe = {

@@ -111,6 +111,7 @@ def adam(problem, maps, steps=1000, rate=0.01):
     return problem.loss(*(torch.view_as_complex(x.detach()) for x in variables), SLOTS)
 
 
+@pytest.mark.slow
 def test_no_optimiser_finds_better_maps():
     """Start from the same maps, near a minimum, and from our result."""
     problem = AttentionProblem(sampled()[0])

@@ -111,6 +111,7 @@ def test_smaller_sizes_hurt_more_and_full_ones_not_at_all(a3, calibrated):
             assert curve["loss"][-1] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_measured_once_and_reused_by_every_later_budget(a3, calibrated, monkeypatch):
     _, work = calibrated("llama-gqa")
     assert a3("solve", "--budget", 0.2, *ROUNDING, *PROBE, "--work", work).code == 0

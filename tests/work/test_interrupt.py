@@ -225,6 +225,7 @@ def test_another_request_begins_anew(a3, calibrated, monkeypatch):
     assert contents(calibrated) == whole
 
 
+@pytest.mark.slow
 def test_other_sizes_or_another_type_begin_anew(a3, calibrated, monkeypatch):
     """This may happen on another machine, where curves differ slightly or `auto` chooses another dtype."""
     solve = ("solve", "--budget", 0.2, *SIZES, "--sequential", "--batch-size", 2, "--overwrite")
