@@ -178,14 +178,28 @@ def sum_blocks(
         seconds += time.perf_counter() - started
         source_logits = next(others)
         for row, tokens in enumerate(batch):
-            log_p = logits[row, :-1].float().log_softmax(-1)
-            sums = [len(tokens) - 1, negative_log_likelihood(log_p, tokens, model.name)]
-            if source is not None and source_logits is not None:
-                log_q = source_logits[row, :-1].float().log_softmax(-1)
-                sums += [negative_log_likelihood(log_q, tokens, source.name), *divergence(log_p, log_q)]
-            rows.append(sums)
+            if source is None or source_logits is None:
+                rows.append(sum_tokens(tokens, logits[row, :-1], model.name))
+            else:
+                rows.append(sum_tokens(tokens, logits[row, :-1], model.name, source_logits[row, :-1], source.name))
             finished()
     return torch.tensor(rows, dtype=torch.float64), seconds
+
+
+def sum_tokens(
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+    name: str,
+    source_logits: torch.Tensor | None = None,
+    source_name: str = "",
+) -> list[float]:
+    """Return the row of `sum_blocks` for tokens `[T]` and the logits `[T − 1, V]` that predict all but the first."""
+    log_p = logits.float().log_softmax(-1)
+    sums = [len(tokens) - 1, negative_log_likelihood(log_p, tokens, name)]
+    if source_logits is None:
+        return sums
+    log_q = source_logits.float().log_softmax(-1)
+    return [*sums, negative_log_likelihood(log_q, tokens, source_name), *divergence(log_p, log_q)]
 
 
 def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[float, int]:

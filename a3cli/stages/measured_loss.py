@@ -14,8 +14,8 @@ import torch
 from a3cli.errors import A3Error
 from a3cli.models import costs
 from a3cli.stages.context import AGAIN, Run
-from a3cli.stages.evaluate import describe_sums, divergence, negative_log_likelihood
-from a3cli.stream.batches import Batching, Calls, embed_in_memory, layer_step, stream
+from a3cli.stages.evaluate import describe_sums, sum_tokens
+from a3cli.stream.batches import embed_in_memory, run_in_turn
 from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import StatesInMemory
 from a3cli.stream.smaller import Cut, SmallerDecoder
@@ -33,10 +33,13 @@ def measure_loss(run: Run, cuts: Sequence[Cut]) -> Json | None:
     source = Decoder(run.model, run.machine)
     decoders = (source, SmallerDecoder(run.model, run.machine, cuts))
     batch = costs.cpu_batch(blocks.shape[1])
-    streams = [embed_in_memory(each, blocks, batch, run.machine.device) for each in decoders]
-    run_in_turn(run, decoders, streams)
+    streams = [(each, *embed_in_memory(each, blocks, batch, run.machine.device)) for each in decoders]
+    with reporting(run.progress, "measuring the solution", len(decoders) * run.layers, "layers") as finished:
+        for index in range(run.layers):
+            run.stop.before(f"measuring layer {index + 1} of {run.layers}", AGAIN)
+            run_in_turn(streams, index, finished)
     try:
-        sums = compare_logits(source, blocks, [states for states, _, _ in streams], run.model.source.name)
+        sums = compare_logits(source, blocks, [states for _, states, _, _ in streams], run.model.source.name)
         return {"held_out": "held_out" in kept, **describe(sums)}
     except A3Error as error:
         log.warning("the solution was not measured: %s", error)
@@ -49,32 +52,17 @@ def choose_blocks(blocks: torch.Tensor) -> torch.Tensor:
     return blocks[[index * len(blocks) // count for index in range(count)], : costs.MEASURED_TOKENS]
 
 
-def run_in_turn(
-    run: Run, decoders: Sequence[Decoder], streams: Sequence[tuple[StatesInMemory, Calls, Batching]]
-) -> None:
-    """Run each model's stream through its layers; in turn, since both read the same weights."""
-    with reporting(run.progress, "measuring the solution", run.layers, "layers") as finished:
-        for index in range(run.layers):
-            run.stop.before(f"measuring layer {index + 1} of {run.layers}", AGAIN)
-            for decoder, (states, calls, batching) in zip(decoders, streams, strict=True):
-                with decoder.layer(index) as layer:
-                    stream(layer_step(layer, calls, index), [states], [states], batching)
-            finished()
-
-
 def compare_logits(source: Decoder, blocks: torch.Tensor, states: Sequence[StatesInMemory], name: str) -> torch.Tensor:
     """Return the sums of `evaluate.sum_blocks` over all blocks; norm and head are the same in both models."""
     rows = []
     with source.head() as head:
         for chosen, places in pieces(*blocks.shape):
             of_source, of_smaller = (
-                head(each.read(chosen.start, len(chosen))[:, places.start : places.stop]).float().log_softmax(-1)
-                for each in states
+                head(each.read(chosen.start, len(chosen))[:, places.start : places.stop]) for each in states
             )
-            targets = blocks[chosen.start : chosen.stop, places.start : places.stop + 1]
-            for tokens, log_q, log_p in zip(targets, of_source, of_smaller, strict=True):
-                likelihoods = [negative_log_likelihood(each, tokens, name) for each in (log_p, log_q)]
-                rows.append([len(places), *likelihoods, *divergence(log_p, log_q)])
+            predicted = blocks[chosen.start : chosen.stop, places.start : places.stop + 1]
+            for tokens, source_logits, logits in zip(predicted, of_source, of_smaller, strict=True):
+                rows.append(sum_tokens(tokens, logits, name, source_logits, name))
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -50,6 +50,19 @@ def run_through(
         finished()
 
 
+def run_in_turn(
+    streams: Sequence[tuple[Decoder, StatesInMemory, Calls, Batching]], index: int, finished: Callable[[], object]
+) -> None:
+    """Run one layer of several models, each on its own blocks in place; `finished` is called after each.
+
+    Models that are made of the same weights then read them from the disk once.
+    """
+    for decoder, states, calls, batching in streams:
+        with decoder.layer(index) as layer:
+            stream(layer_step(layer, calls, index), [states], [states], batching)
+        finished()
+
+
 def layer_step(layer: nn.Module, calls: Calls, index: int) -> Step:
     """Return the step that runs one layer."""
     return lambda _start, batch: [run_layer(layer, batch, calls[len(batch)][index])]

@@ -24,7 +24,7 @@ from a3cli.models.families import Role
 from a3cli.models.families.base import pair_dims
 from a3cli.models.model import Model
 from a3cli.solvers.moments import Tensors
-from a3cli.stream.batches import embed_in_memory, layer_step, stream
+from a3cli.stream.batches import embed_in_memory, run_in_turn
 from a3cli.stream.decoder import Arguments, Decoder
 from a3cli.work.machine import Machine
 from a3cli.work.progress import Progress, reporting
@@ -171,8 +171,8 @@ def reference_logits(
     `exact` should compute in float64: the frequencies of mixed slots are read from its rotations.
     """
     pair = (exact, rounded)
-    streams = [embed_in_memory(each, tokens, len(tokens), each.machine.device) for each in pair]
-    ours, theirs = (calls[len(tokens)] for _, calls, _ in streams)
+    streams = [(each, *embed_in_memory(each, tokens, len(tokens), each.machine.device)) for each in pair]
+    ours, theirs = (calls[len(tokens)] for _, _, calls, _ in streams)
     layers = exact.shape.layers
     with reporting(progress, "computing the reference", len(pair) * layers, "layers") as finished:
         for index in range(layers):  # both models in turn: a layer's solution is read once, and its weights are cached
@@ -180,12 +180,9 @@ def reference_logits(
                 ours[index] = turn_slots(ours[index], slots[index])
                 turned = tuple(table.to(rounded.machine.dtype) for table in ours[index]["position_embeddings"])
                 theirs[index] = {**theirs[index], "position_embeddings": turned}
-            for each, (states, calls, batching) in zip(pair, streams, strict=True):
-                with each.layer(index) as layer:
-                    stream(layer_step(layer, calls, index), [states], [states], batching)
-                finished()
+            run_in_turn(streams, index, finished)
         answers = []
-        for each, (states, _, _) in zip(pair, streams, strict=True):
+        for each, states, _, _ in streams:
             with each.head() as head:
                 answers.append(head(states.values).float().cpu())
     return answers[0], answers[1]

@@ -82,7 +82,7 @@ def test_logits_that_are_not_finite_are_a_warning(a3, checkpoint, text_file, tmp
 
 def test_an_infinite_perplexity_is_a_warning_too(a3, checkpoint, text_file, tmp_path, monkeypatch):
     assert a3("calibrate", checkpoint("llama-gqa"), "--dataset", text_file, *SHORT, "--work", tmp_path).code == 0
-    loss = "a3cli.stages.measured_loss.negative_log_likelihood"
+    loss = "a3cli.stages.evaluate.negative_log_likelihood"
     monkeypatch.setattr(loss, lambda log_p, tokens, _name: 1000.0 * len(tokens))
     outcome = a3(*SOLVE, "--work", tmp_path)
     assert outcome.code == 0
