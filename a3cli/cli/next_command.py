@@ -36,11 +36,11 @@ def after_export(out: Path, manifest: "Manifest", work: Path) -> None:
 def after_verification(out: Path, work: "Work") -> None:
     """Print nothing if the work folder does not name the source: `verify` works without it."""
     from a3cli.report.manifest import MANIFEST, read_export_manifest
-    from a3cli.work.manifests import SourceRecord
+    from a3cli.work.manifests import SOURCE_REMEDY, SourceRecord
 
     if not work.source.is_file():
         return
-    source = SourceRecord.read(work.source, "run a3 calibrate on the source again")
+    source = SourceRecord.read(work.source, SOURCE_REMEDY)
     on_hub = source.revision is not None and source.folder is None
     options = {
         "against": source.model if on_hub else nearby(source.place),

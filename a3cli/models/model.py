@@ -12,11 +12,11 @@ from a3cli.models.config import check_rope, check_rope_spellings, read_shape
 from a3cli.models.families import Family, ModelShape, family_of
 from a3cli.models.hub import refuse_per_layer
 from a3cli.models.rope import Rope, read_rope
-from a3cli.models.source import REMEDY, open_recorded
+from a3cli.models.source import open_recorded
 from a3cli.models.stock import StockClass, match_tensors, read_stock_class
 from a3cli.work.files import Json
 from a3cli.work.folder import Work
-from a3cli.work.manifests import CalibrationManifest, SourceRecord
+from a3cli.work.manifests import SOURCE_REMEDY, CalibrationManifest, SourceRecord
 from a3cli.work.sealed import name_differences
 
 
@@ -139,7 +139,7 @@ def open_calibrated_source(work: Work, calibration: CalibrationManifest, *, full
 
     Samples of its content are compared; with `full_check` all of it, if the calibration did that too.
     """
-    recorded = SourceRecord.read(work.source, REMEDY)
+    recorded = SourceRecord.read(work.source, SOURCE_REMEDY)
     try:
         source = open_recorded(recorded)
     except A3Error as error:

@@ -7,15 +7,13 @@ from a3cli.models.checkpoint import Checkpoint, resolve_model
 from a3cli.models.hub import find_folder, read_config
 from a3cli.work.files import Json
 from a3cli.work.folder import Work
-from a3cli.work.manifests import SourceRecord
+from a3cli.work.manifests import SOURCE_REMEDY, SourceRecord
 from a3cli.work.sealed import name_differences
-
-REMEDY = "run a3 calibrate on the source again"
 
 
 def recorded_source(work: Work) -> tuple[Path, Json, str]:
     """Return folder, config.json and name of a work folder's source. Raises A3Error if it is not on this machine."""
-    recorded = SourceRecord.read(work.source, REMEDY)
+    recorded = SourceRecord.read(work.source, SOURCE_REMEDY)
     revision = None if recorded.folder else recorded.revision
     folder = find_folder(recorded.place, revision, files=("config.json",), cached_only=True)
     return folder, read_config(folder, recorded.model), recorded.model
@@ -47,7 +45,7 @@ def move_source(work: Work, place: str) -> None:
     if not work.source.is_file():
         raise A3Error(f"--source {place}: {work.folder} has no calibration whose source could have been moved")
     with work.locked():
-        recorded = SourceRecord.read(work.source, REMEDY)
+        recorded = SourceRecord.read(work.source, SOURCE_REMEDY)
         again = recorded.revision if place == recorded.model and not Path(place).is_dir() else None
         try:
             source = resolve_model(place, again, follow_symlinks=recorded.follow_symlinks)

@@ -25,6 +25,7 @@ from a3cli.text.tokens import TokenStatistics, describe_blocks, describe_tokens
 from a3cli.work.files import Json, check_hash, hash_json, read_json, read_tensors
 from a3cli.work.folder import Work
 from a3cli.work.manifests import (
+    SOURCE_REMEDY,
     ByComponent,
     Calibration,
     CalibrationManifest,
@@ -39,8 +40,6 @@ from a3cli.work.manifests import (
 from a3cli.work.record import Record
 from a3cli.work.schema import Part
 from a3cli.work.sealed import name_differences, read_manifest
-
-SOURCE_REMEDY = "run a3 calibrate on the source again"
 
 
 class CalibrationProgress(CalibrationManifest):

@@ -32,7 +32,7 @@ from a3cli.work.draft import Draft, drafting
 from a3cli.work.files import Json, check_hashes, check_space, copy_file, hash_file, making_scratch, write_json, writing
 from a3cli.work.folder import Work, holding_target
 from a3cli.work.interrupt import Stop
-from a3cli.work.manifests import Calibration, CalibrationManifest, Source, SourceRecord, Versions
+from a3cli.work.manifests import SOURCE_REMEDY, Calibration, CalibrationManifest, Source, SourceRecord, Versions
 from a3cli.work.manifests import Solution as RecordedSolution
 from a3cli.work.processes import spread
 from a3cli.work.progress import Progress, reporting, silent
@@ -142,7 +142,7 @@ def finished_export(out: Path, request: Json, measured: list[Measured]) -> Manif
 
 def check_small_files(source: Checkpoint, work: Work) -> None:
     """Raise A3Error unless tokenizer, generation config and the like are those that the calibration saw."""
-    recorded = SourceRecord.read(work.source, "run a3 calibrate on the source again").small_files
+    recorded = SourceRecord.read(work.source, SOURCE_REMEDY).small_files
     if differs := name_differences(recorded, source.hash_small_files()):
         raise A3Error(
             f"{source.name}: {differs} changed since a3 calibrate; restore the files, or rerun the same "

@@ -29,7 +29,7 @@ from a3cli.work.files import Json, making_scratch, replacing
 from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import return_freed_memory
-from a3cli.work.manifests import CalibrationManifest, SourceRecord
+from a3cli.work.manifests import SOURCE_REMEDY, CalibrationManifest, SourceRecord
 from a3cli.work.progress import Progress, reporting
 from a3cli.work.record import Record
 from a3cli.work.sealed import read_undamaged, versions
@@ -202,7 +202,7 @@ def mean_sizes(sizes: list[LayerSizes]) -> Json:
 
 def measure(settings: SolveSettings, text: TextSettings, work: Work, out: Path, progress: Progress) -> Json:
     """Export the solution in `work` to `out` and return its evaluation."""
-    source = SourceRecord.read(work.source, "run a3 calibrate on the source again")
+    source = SourceRecord.read(work.source, SOURCE_REMEDY)
     log.info("measuring %s, %s, at %g", settings.method, settings.shape, settings.budget)
     export(out, ExportSettings(), work, progress=progress)
     return evaluate(

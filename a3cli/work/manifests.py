@@ -293,6 +293,9 @@ def finished_manifest(kind: type[M], file: Path, request: Json, *, holder: str, 
     return found
 
 
+SOURCE_REMEDY = "run a3 calibrate on the source again"
+
+
 class SourceRecord(Sealed):
     """The content of source.json: which checkpoint was calibrated, and where the later stages find it."""
 
