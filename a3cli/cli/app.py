@@ -99,14 +99,13 @@ def solve(
 ) -> None:
     """Choose head and MLP sizes for a budget and compute each layer's projections."""
     set_up_output(quiet=quiet)
-    from a3cli.report.serving import serving_warnings
     from a3cli.stages.rounding import warnings_of
     from a3cli.stages.solve import solve as run
     from a3cli.work.interrupt import stopping
 
     with stopping(max_minutes) as stop, sweep_progress(quiet=quiet) as progress:
         manifest = run(settings, open_work(work, source), overwrite=overwrite, progress=progress, stop=stop)
-    warnings = [*warnings_of(manifest, open_work(work)), *serving_warnings(manifest, settings.memory)]
+    warnings = warnings_of(manifest, open_work(work), settings.memory)
     if as_json:
         print_json(display.solution_json(manifest, warnings, settings.memory))
     else:

@@ -83,16 +83,21 @@ def write_report(found: Inspection, measured: list[Measured], html: Path, memory
     A file that is this page already is left as it is.
     """
     measured, served = measured or found.measured, find_serving(found, memory)
-    if not is_page(html, found, measured, memory):
+    page = render(found, measured, served)
+    if not holds(html, page):
         with replacing(html) as partial:
-            partial.write_text(render(found, measured, served), "utf-8")
+            partial.write_text(page, "utf-8")
     unknown = serving_warnings(found.solution, memory) if found.solution else []
     return Report(html, [*found.warnings, *unknown], measured, served)
 
 
 def is_page(html: Path, found: Inspection, measured: list[Measured], memory: int | None = None) -> bool:
     """Return whether a file is the page with this content."""
-    return html.is_file() and html.read_bytes() == render(found, measured, find_serving(found, memory)).encode()
+    return holds(html, render(found, measured, find_serving(found, memory)))
+
+
+def holds(html: Path, page: str) -> bool:
+    return html.is_file() and html.read_bytes() == page.encode()
 
 
 def find_serving(found: Inspection, memory: int | None) -> Serving | None:

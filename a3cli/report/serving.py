@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from a3cli.work.manifests import Solution
 
 Json = dict[str, Any]
-ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # by the dtype of an export
+ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value, by its dtype's name
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from a3cli.models.hub import (
 from a3cli.models.model import describe, read_stock
 from a3cli.models.stock import Shape, StockClass, match_tensors
 from a3cli.report.figures import describe_budgets
-from a3cli.report.serving import Serving
+from a3cli.report.serving import ITEMSIZES, Serving
 from a3cli.runtimes import Verdict, judge, tokenizer_class_of
 from a3cli.settings import Component, PlanSettings
 from a3cli.settings.budgets import DEFAULT_BUDGET, budget_problems, given_budgets
@@ -43,8 +43,6 @@ from a3cli.stages.rates import Rates, find_rates
 from a3cli.stages.rounding import planned_warnings
 from a3cli.stages.sizes import Stored, check_budgets, planned_size
 from a3cli.work.files import Json
-
-ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from a3cli.models.model import read_stock
 from a3cli.models.source import recorded_source
 from a3cli.report.figures import asked, human, human_bytes, percent
 from a3cli.report.long_range import solution_warnings
+from a3cli.report.serving import serving_warnings
 from a3cli.settings import Component, PlanSettings, SolveSettings
 from a3cli.settings.budgets import given_budgets
 from a3cli.solvers.allocate import sizes
@@ -28,9 +29,10 @@ HEAD_MULTIPLES, MLP_MULTIPLES = (8, 4, 2), (32, 16, 8)  # smaller ones to sugges
 Near = Callable[[int, int], bool]  # whether head multiple and MLP multiple keep the excess of all budgets small
 
 
-def warnings_of(solution: Solution, work: Work) -> list[str]:
+def warnings_of(solution: Solution, work: Work, memory: int | None = None) -> list[str]:
     """Return what `a3 solve` warns of; the source's configuration is read only if a budget was overshot."""
-    return [*solution_warnings(solution), *rounding_warnings(solution, lambda: source_shape(work))]
+    overshot = rounding_warnings(solution, lambda: source_shape(work))
+    return [*solution_warnings(solution), *overshot, *serving_warnings(solution, memory)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from a3cli.report.inspection import describe
 from a3cli.report.manifest import MANIFEST, Manifest, read_export_manifest
 from a3cli.report.measured import figures_of
 from a3cli.report.page import Report, is_page, write_report
-from a3cli.report.serving import serving_warnings
 from a3cli.settings import CalibrateSettings, EvalSettings, ExportSettings, VerifySettings
 from a3cli.settings.options import command_words
 from a3cli.settings.report import ReportSettings
@@ -126,7 +125,7 @@ def run_solution(
     with running.stage("export", label) as report:
         manifest = exported(recipe, work, solution, overwrite=overwrite, progress=report, stop=running.stop)
     memory = recipe.solve.memory
-    warnings = [*warnings_of(solution, work), *serving_warnings(solution, memory)]
+    warnings = warnings_of(solution, work, memory)
     results = SolutionResults(work.name, recipe.out, solution, manifest, warnings, memory)
     if recipe.verify:
         with running.stage("verify", label) as report:
