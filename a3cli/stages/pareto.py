@@ -109,7 +109,7 @@ def measure_in_scratch(run: Run, analysed: Analysed, text: TextSettings) -> Json
     """Write and export the solution in a temporary folder and return its evaluation."""
     with making_scratch(run.work.scratch):
         borrowed = replace(run, work=run.work.borrowed_by(run.work.scratch / "work"))
-        write_solution(borrowed, analysed)
+        write_solution(borrowed, analysed, measured=False)  # on this text instead
         return measure(borrowed.settings, text, borrowed.work, run.work.scratch / "export", run.progress)
 
 

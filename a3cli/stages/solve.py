@@ -106,8 +106,11 @@ def analyse(run: Run) -> Analysed:
     return Analysed(method, analysis, curves)
 
 
-def write_solution(run: Run, analysed: Analysed) -> SolutionManifest:
-    """Choose sizes from a finished analysis and write each layer's projections; return the manifest."""
+def write_solution(run: Run, analysed: Analysed, *, measured: bool = True) -> SolutionManifest:
+    """Choose sizes from a finished analysis and write each layer's projections; return the manifest.
+
+    Unless `measured`, its loss is not measured.
+    """
     with reporting(run.progress, "choosing sizes"):
         sizes = choose_sizes(run.settings, run.model.shape, analysed.curves, run.stored, run.model.family)
         slots = analysed.method.choose_slots(analysed.analysis, sizes)
@@ -124,7 +127,7 @@ def write_solution(run: Run, analysed: Analysed) -> SolutionManifest:
             "rope_slots": describe_slots(run, sizes, slots),
             "context": run.context,
             "predicted_loss": predicted_loss(analysed.curves, sizes),
-            "measured_loss": measure_loss(run, cuts_of(draft, sizes, slots, layer_file)),
+            "measured_loss": measure_loss(run, cuts_of(draft, sizes, slots, layer_file)) if measured else None,
             "predicted_score_error": mean_by_distance([each["score_error"] for each in written]),
             "per_layer": describe_layers(run, written, analysed.curves),
             "layers": hashes,
