@@ -1,5 +1,9 @@
 """Every command of the command line, and an order in which all of them work."""
 
+from pathlib import Path
+
+import yaml
+
 STAGES = ("calibrate", "solve", "pareto", "export", "eval")
 COMMANDS = (*STAGES, "verify", "plan", "run", "stats merge", "inspect", "report", "generate")
 
@@ -10,6 +14,22 @@ out: {folder}/recipe-out
 calibrate: {{model: {source}, text: {{dataset: {text}, samples: 2, seq_len: 32}}}}
 solve: {{budget: 0.2, method: paper, head_multiple: 2, mlp_multiple: 8}}
 """
+
+
+def write_recipe(path: Path, source: Path, text: Path, **sections: object) -> Path:
+    """Write a recipe for a tiny model that is evaluated on two blocks; `sections` replace its own."""
+    blocks = {"dataset": str(text), "samples": 3, "seq_len": 32}
+    content = {
+        "work": "work",
+        "out": "out",
+        "calibrate": {"model": str(source), "text": blocks},
+        "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8},
+        "verify": False,
+        "eval": {"against": str(source), "text": {**blocks, "samples": 2}},
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(content | sections))
+    return path
 
 
 def commands_of(group, prefix=""):

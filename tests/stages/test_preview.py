@@ -7,6 +7,7 @@ import yaml
 
 from a3cli.stages.recipe import read_recipe
 from tests.conftest import refused, snapshot
+from tests.helpers.commands import write_recipe
 
 pytestmark = pytest.mark.usefixtures("hasty")
 STAGES = ["calibrate", "solve", "export", "verify", "eval"]
@@ -14,17 +15,9 @@ STAGES = ["calibrate", "solve", "export", "verify", "eval"]
 
 @pytest.fixture
 def recipe(checkpoint, text_file, tmp_path) -> Path:
-    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32}
-    content = {
-        "work": "work",
-        "out": "out",
-        "calibrate": {"model": str(checkpoint("llama-gqa")), "text": text},
-        "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8},
-        "eval": {"against": str(checkpoint("llama-gqa")), "text": {**text, "samples": None}, "fail_if": ["kl > 100"]},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    source, whole = checkpoint("llama-gqa"), {"dataset": str(text_file), "samples": None, "seq_len": 32}
+    evaluation = {"against": str(source), "text": whole, "fail_if": ["kl > 100"]}
+    return write_recipe(tmp_path / "recipe.yaml", source, text_file, verify={}, eval=evaluation)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import a3cli
 from tests.conftest import refused, snapshot
+from tests.helpers.commands import write_recipe
 from tests.helpers.hub import OWNER, TOKEN, Repository, UploadHub, serving
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -237,19 +237,7 @@ def test_from_python(hub, prepared, checkpoint, text_file, tmp_path):
 
 @pytest.fixture
 def recipe(checkpoint, text_file, tmp_path) -> Path:
-    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32}
-    content = {
-        "work": "work",
-        "out": "out",
-        "calibrate": {"model": str(checkpoint("llama-gqa")), "text": text},
-        "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8},
-        "export": {"push_to_hub": REPO},
-        "verify": False,
-        "eval": {"against": str(checkpoint("llama-gqa")), "text": text},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_recipe(tmp_path / "recipe.yaml", checkpoint("llama-gqa"), text_file, export={"push_to_hub": REPO})
 
 
 def test_a_recipe_uploads_once(a3, recipe, hub, tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from a3cli.settings.names import SOLUTION_NAME, name_of_budget
 from a3cli.stages.recipe import read_recipe
 from tests.conftest import refused, snapshot
+from tests.helpers.commands import write_recipe
 
 pytestmark = pytest.mark.usefixtures("hasty")
 NAMES = ["q10", "q37.5"]
@@ -19,18 +20,8 @@ NAMES = ["q10", "q37.5"]
 
 @pytest.fixture
 def recipe(checkpoint, text_file, tmp_path) -> Path:
-    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32}
-    content = {
-        "work": "work",
-        "out": "out",
-        "calibrate": {"model": str(checkpoint("llama-gqa")), "text": text},
-        "solve": {"budget": [0.1, 0.375], "head_multiple": 2, "mlp_multiple": 8},
-        "verify": False,
-        "eval": {"against": str(checkpoint("llama-gqa")), "text": {**text, "samples": 2}},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    solve = {"budget": [0.1, 0.375], "head_multiple": 2, "mlp_multiple": 8}
+    return write_recipe(tmp_path / "recipe.yaml", checkpoint("llama-gqa"), text_file, solve=solve)
 
 
 def times(folder: Path) -> dict[Path, int]:

@@ -4,30 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from a3cli.stages.recipe import read_recipe
 from tests.conftest import refused, snapshot
+from tests.helpers.commands import write_recipe
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
 
 @pytest.fixture
 def recipe(checkpoint, text_file, tmp_path) -> Path:
-    text = {"dataset": str(text_file), "samples": 3, "seq_len": 32}
-    content = {
-        "work": "work",
-        "out": "out",
-        "calibrate": {"model": str(checkpoint("llama-gqa")), "text": text},
-        "solve": {"budget": 0.25, "head_multiple": 2, "mlp_multiple": 8},
-        "verify": False,
-        "eval": {"against": str(checkpoint("llama-gqa")), "text": {**text, "samples": 2}},
-        "report": {"html": "pages/report.html"},
-    }
-    path = tmp_path / "recipes" / "recipe.yaml"
-    path.parent.mkdir()
-    path.write_text(yaml.safe_dump(content))
-    return path
+    path, report = tmp_path / "recipes" / "recipe.yaml", {"html": "pages/report.html"}
+    return write_recipe(path, checkpoint("llama-gqa"), text_file, report=report)
 
 
 def states(a3, recipe, *options) -> dict[str, str]:
