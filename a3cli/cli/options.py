@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from a3cli.errors import A3Error
 from a3cli.settings import DEFAULT_DATASET, ExportSettings, Settings, TextSettings, make_settings
 from a3cli.settings.options import HOW, MACHINE, OUTPUT, PANELS, Option, TextOptions, option_of
-from a3cli.settings.texts import read_datasets
+from a3cli.settings.texts import nest_texts, read_datasets
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", Option, TextOptions)
@@ -230,9 +230,7 @@ def read_mixture(name: str, parts: str, text: Mapping[str, Any]) -> dict[str, An
     texts = [
         {**each, "text_field": field, "split": split} for each, field, split in zip(found, fields, splits, strict=True)
     ]
-    if len(texts) == 1:
-        return {name: {**text, **texts[0]}}
-    return {name: {part: value for part, value in text.items() if part not in ("dataset", *EACH)}, parts: texts}
+    return nest_texts(name, parts, text, texts)
 
 
 def read_setting(name: str, field: FieldInfo, values: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from a3cli.errors import A3Error
 from a3cli.settings import DEFAULT_DATASET, Settings, TextSettings, make_settings
 from a3cli.settings.options import TextOptions
-from a3cli.settings.texts import read_datasets
+from a3cli.settings.texts import nest_texts, read_datasets
 
 S = TypeVar("S", bound=Settings)
 
@@ -73,10 +73,7 @@ def nest_mixture(name: str, parts: str, text: Mapping[str, Any]) -> dict[str, An
     datasets = text.get("dataset", DEFAULT_DATASET)
     if isinstance(datasets, str) or not isinstance(datasets, Iterable):
         return {name: {**text, "dataset": datasets}}
-    texts = read_datasets([str(each) for each in datasets])
-    if len(texts) == 1:
-        return {name: {**text, **texts[0]}}
-    return {name: {key: value for key, value in text.items() if key != "dataset"}, parts: texts}
+    return nest_texts(name, parts, text, read_datasets([str(each) for each in datasets]))
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Settings of a text, and of a mixture of several."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -141,6 +141,16 @@ def read_datasets(entries: Sequence[str]) -> list[dict[str, Any]]:
     if problem := unevenly_weighted(found):
         raise A3Error(f"--dataset: {problem}")
     return [{"dataset": name, "weight": weight} for name, weight in found]
+
+
+def nest_texts(name: str, parts: str, text: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the setting of one text or, of a mixture, what its texts share and these texts.
+
+    `text` has all that was given, and each of `texts` what it says itself.
+    """
+    if len(texts) == 1:
+        return {name: {**text, **texts[0]}}
+    return {name: {part: value for part, value in text.items() if part not in texts[0]}, parts: texts}
 
 
 def split_weight(entry: str) -> tuple[str, float | None]:
