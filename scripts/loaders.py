@@ -66,6 +66,17 @@ SMOLLM3 = {
     "pad_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 2000000.0},  # 4.57 reads none and has this default
 }
+PHI3 = {"pad_token_id": None, "sliding_window": None}
+PHI3_LONGROPE = PHI3 | {
+    "sliding_window": 64,
+    "original_max_position_embeddings": 128,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.01 * j for j in range(32)],
+        "long_factor": [1.0 + 0.2 * j for j in range(32)],
+    },
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}  # from the second layer on
 BUDGET = ("--budget", "0.25")
 FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
@@ -99,6 +110,7 @@ SUBJECTS = (
     Subject("starcoder2 stock", "starcoder2", config={"sliding_window": None}),
     Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
     Subject("granite stock", "granite", config=GRANITE),
+    Subject("phi3 stock", "phi3", BUDGET, PHI3),
     Subject("llama per-layer", "llama", PER_LAYER),
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
     Subject("mistral per-layer", "mistral", PER_LAYER, {"sliding_window": 64}),
@@ -108,6 +120,7 @@ SUBJECTS = (
     Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
+    Subject("phi3 per-layer", "phi3", PER_LAYER, PHI3_LONGROPE),
 )
 
 

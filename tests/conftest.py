@@ -22,6 +22,8 @@ from transformers import (
     MistralForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -137,6 +139,28 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "num_key_value_heads": 4,
         },
     ),
+    "phi3-window": (Phi3Config, Phi3ForCausalLM, {"sliding_window": 24, "pad_token_id": None}),
+    "phi3-partial": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.75},
+            "pad_token_id": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3-longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "hidden_size": 64,  # its configuration counts factors by hidden size over heads
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                key: LONGROPE[key] for key in ("rope_type", "rope_theta", "short_factor", "long_factor")
+            },
+            "pad_token_id": None,
+        },
+    ),
 }
 
 
@@ -191,11 +215,21 @@ def can_cut(name: str, component: Component, *, shape: str = "stock") -> bool:
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:
-    """Return the linear layers of a decoder layer's MLP by role."""
-    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    """Return the linear layers of a decoder layer's MLP by role, fused ones by both."""
+    names = {"gate": "gate_proj", "up": "up_proj", "gate_up": "gate_up_proj", "down": "down_proj"}
     if hasattr(layer.mlp, "c_fc"):
         names = {"up": "c_fc", "down": "c_proj"}
     return {role: getattr(layer.mlp, name) for role, name in names.items() if hasattr(layer.mlp, name)}
+
+
+def head_linears(attention: Any) -> dict[str, tuple[Any, slice]]:
+    """Return the linear layer of q, k and v of a stock attention module, and the part of its output that is theirs."""
+    if not hasattr(attention, "qkv_proj"):
+        return {name: (getattr(attention, f"{name}_proj"), slice(None)) for name in "qkv"}
+    queries = 16 * attention.config.num_attention_heads
+    values = queries + 16 * attention.config.num_key_value_heads
+    parts = {"q": slice(queries), "k": slice(queries, values), "v": slice(values, None)}
+    return {name: (attention.qkv_proj, part) for name, part in parts.items()}
 
 
 def turning_pairs(config: Any) -> int:

@@ -35,6 +35,10 @@ VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
 }
 # RoPE's theta in transformers 4.57 where config.json has none; 10,000 for other model types.
 THETA_OF_4 = {"smollm3": 2_000_000}
+# The rotated part of a head in transformers 4.57 where config.json has none; all of it for other model types.
+PARTIAL_OF_4 = {"nemotron": 0.5}
+# The entries of rope_scaling that 4.57 demands for a model type, and no others.
+STRICT_SCALING = {"phi3": {"type", "short_factor", "long_factor"}}
 # Head sizes that vLLM accepts on a CPU.
 VLLM_CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -62,6 +66,7 @@ class Export:
     rope: str
     own_tokenizer_class: bool  # a tokenizer class that transformers 4 does not have
     hidden_rope: bool  # RoPE that transformers 4 does not find in config.json
+    refused_rope: bool = False  # RoPE that transformers 4 refuses to read
 
 
 def judge(config: dict[str, Any], *, smaller_heads: bool, tokenizer_class: str | None = None) -> list[Verdict]:
@@ -79,15 +84,24 @@ def judge(config: dict[str, Any], *, smaller_heads: bool, tokenizer_class: str |
         rope=str(rope.get("rope_type", rope.get("type", "default"))),
         own_tokenizer_class=tokenizer_class == "TokenizersBackend",
         hidden_rope=hides_rope(config),
+        refused_rope=refuses_rope(config),
     )
     return [_judge_one(runtime, rule, export) for runtime, rule in RULES.items()]
 
 
 def hides_rope(config: dict[str, Any]) -> bool:
     """Return whether transformers 4 would take its default RoPE for another: it does not read `rope_parameters`."""
-    said, default = config.get("rope_parameters") or {}, THETA_OF_4.get(str(config.get("model_type")), 10_000)
-    rope = said.get("rope_type", "default"), said.get("rope_theta", default)
-    return "rope_theta" not in config and rope != ("default", default)
+    said, kind = config.get("rope_parameters") or {}, str(config.get("model_type"))
+    defaults = {"rope_type": "default", "rope_theta": THETA_OF_4.get(kind, 10_000)}
+    if "partial_rotary_factor" not in config:
+        defaults["partial_rotary_factor"] = PARTIAL_OF_4.get(kind, 1.0)
+    return "rope_theta" not in config and any(said.get(key, value) != value for key, value in defaults.items())
+
+
+def refuses_rope(config: dict[str, Any]) -> bool:
+    """Return whether the configuration class of transformers 4 refuses the entries of `rope_scaling`."""
+    scaling, demanded = config.get("rope_scaling") or {}, STRICT_SCALING.get(str(config.get("model_type")))
+    return bool(scaling) and demanded is not None and scaling.keys() != demanded
 
 
 def tokenizer_class_of(folder: Path) -> str | None:
@@ -129,6 +143,8 @@ def _transformers_5(export: Export) -> tuple[Loads, str]:
 def _transformers_4(export: Export) -> tuple[Loads, str]:
     if export.model_type == "nemotron" and export.rope != "default":
         return NO, f"its Nemotron class ignores RoPE type {export.rope} silently"
+    if export.refused_rope:
+        return NO, f"its {export.model_type} configuration refuses what rope_scaling has beside type and factors"
     if export.hidden_rope and not export.per_layer and not export.smaller_heads:
         return NO, "takes another RoPE silently, as of the source: config.json says it only in rope_parameters"
     notes = ["with trust_remote_code=True"] if export.per_layer else []

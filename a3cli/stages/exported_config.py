@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from a3cli.models.families import Family, per_layer_config
 from a3cli.models.model import Model
-from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config
+from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config, strict_longrope
 from a3cli.models.shipped import module_name
 from a3cli.settings import ExportSettings
 from a3cli.stages.solution import Solution
@@ -16,6 +16,8 @@ def compressed_config(model: Model, solution: Solution, settings: ExportSettings
     changes = per_layer_changes(model, solution) if solution.per_layer else stock_changes(model, solution)
     if solution.manifest.context != model.rope.context:  # lowered by --context
         changes["max_position_embeddings"] = solution.manifest.context
+    if model.family.strict_longrope:
+        changes = strict_longrope(changes)
     gone = ROPE_KEYS if ROPE_KEYS & changes.keys() else set()
     config = {key: value for key, value in model.source.config.items() if key not in gone} | changes
     if settings.dtype != "source":

@@ -9,6 +9,7 @@ from a3cli.runtimes.rules import RULES
 
 BASE = {"model_type": "mistral", "hidden_size": 512, "num_attention_heads": 4, "head_dim": 96}
 LLAMA, QWEN2, QWEN3, SMOLLM3 = (BASE | {"model_type": kind} for kind in ("llama", "qwen2", "qwen3", "smollm3"))
+PHI3, FACTORS = BASE | {"model_type": "phi3"}, {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 STARCODER2, NEMOTRON = BASE | {"model_type": "starcoder2"}, BASE | {"model_type": "nemotron"}
 LONGROPE, LINEAR, THETA, LLAMA3, YARN = (
     {"rope_parameters": {"rope_type": kind}} for kind in ("longrope", "linear", "default", "llama3", "yarn")
@@ -30,6 +31,9 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("transformers 4.57", BASE | PER_LAYER, YES, "trust_remote_code=True"),
         ("transformers 4.57", NEMOTRON | LONGROPE, NO, "ignores RoPE type longrope"),
         ("transformers 4.57", NEMOTRON | THETA, YES, ""),
+        ("transformers 4.57", PHI3 | {"rope_scaling": {"type": "longrope", **FACTORS}}, YES, ""),
+        ("transformers 4.57", PHI3 | {"rope_scaling": {"rope_type": "longrope", **FACTORS}}, NO, "refuses"),
+        ("transformers 4.57", PHI3 | {"rope_scaling": {"type": "longrope", "factor": 2.0, **FACTORS}}, NO, "refuses"),
         ("vLLM", BASE | LONGROPE, YES, ""),
         ("vLLM", BASE | THETA, YES, ""),
         ("vLLM", BASE | LINEAR, YES, "longer context"),
@@ -99,6 +103,8 @@ def test_whole_heads_load_where_the_source_loads(config):
         (LLAMA | YARN, NO),
         (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 2e6}}, YES),
         (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, NO),
+        (PHI3 | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}, NO),
+        (PHI3 | {"rope_parameters": {"rope_type": "default"}, "partial_rotary_factor": 0.75}, YES),
     ],
 )
 def test_rope_that_transformers_4_does_not_find(config, loads):

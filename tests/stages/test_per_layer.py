@@ -26,7 +26,16 @@ from a3cli.stages.export import export
 from a3cli.work.files import Json, hash_file, write_tensors
 from a3cli.work.folder import Work
 from a3cli.work.sealed import versions, write_manifest
-from tests.conftest import MODELS, VOCABULARY, as_slots, build_model, build_tokenizer, can_cut, mlp_linears
+from tests.conftest import (
+    MODELS,
+    VOCABULARY,
+    as_slots,
+    build_model,
+    build_tokenizer,
+    can_cut,
+    head_linears,
+    mlp_linears,
+)
 from tests.helpers.solutions import random_solution
 
 LENGTH = 120  # beyond the longrope source's original context
@@ -131,12 +140,13 @@ def exported(folder: Path, source: Path, sizes: list, slots: list, solutions: li
 
 
 def random_export(name: str, folder: Path, *, method: str = "best", seed: int = 3, **settings: Any) -> Path:
-    source = save(build_model(name, num_hidden_layers=3), folder / "source")
+    model = build_model(name, num_hidden_layers=3)
+    source, width = save(model, folder / "source"), model.config.hidden_size
     torch.manual_seed(seed)
     sizes = SIZES if can_cut(name, "qk", shape="per-layer") else [replace(size, qk=16) for size in SIZES]
     slots = [own if size.qk < 16 else WHOLE for own, size in zip(SLOTS, sizes, strict=True)]
     slots = slots if method == "best" else [[float(int(slot)) for slot in layer] for layer in slots]
-    solutions = [random_solution(name, *layer, method=method) for layer in zip(sizes, slots, strict=True)]
+    solutions = [random_solution(name, *layer, method=method, width=width) for layer in zip(sizes, slots, strict=True)]
     return exported(folder, source, sizes, slots, solutions, **settings)
 
 
@@ -215,11 +225,12 @@ class LiteralAttention(torch.nn.Module):
         # In model types whose layers have different windows, each layer stores its own.
         if window := getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)):
             seen &= time[:, None] - time < window
-        q, k, v = (layer(row).view(length, -1, 16) for layer in (stock.q_proj, stock.k_proj, stock.v_proj))
+        q, k, v = (linear(row)[:, part].reshape(length, -1, 16) for linear, part in head_linears(stock).values())
         if hasattr(stock, "q_norm"):
             q, k = self.normed(q, stock.q_norm.weight), self.normed(k, stock.k_norm.weight)
-        wide = self.stock.o_proj.weight.view(48, heads, 16)
-        out = torch.zeros(length, 48, dtype=torch.float64)
+        width = len(self.stock.o_proj.weight)
+        wide = self.stock.o_proj.weight.view(width, heads, 16)
+        out = torch.zeros(length, width, dtype=torch.float64)
         for i in range(heads):
             kv = i // group
             query, key = self.slots_of(q[:, i], "query", kv) * turn, self.slots_of(k[:, kv], "key", kv) * turn
@@ -230,7 +241,7 @@ class LiteralAttention(torch.nn.Module):
                 if "output_map" in self.solution:
                     weight = weight @ self.solution["output_map"][kv].T
                 else:
-                    weight = self.solution["output_weight"].double().view(48, heads, -1)[:, i]
+                    weight = self.solution["output_weight"].double().view(width, heads, -1)[:, i]
             out += weights @ value @ weight.T
         return out if stock.o_proj.bias is None else out + stock.o_proj.bias
 
@@ -317,6 +328,8 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
         "nemotron-gqa",
         "qwen3-window",
         "smollm3-window",
+        "phi3-window",
+        "phi3-longrope",
     ],
 )
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):

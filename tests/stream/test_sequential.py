@@ -88,6 +88,7 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
         "granite-gqa",
         "qwen3-bias",
         pytest.param("smollm3-bias", marks=pytest.mark.slow),
+        pytest.param("phi3-window", marks=pytest.mark.slow),
     ],
 )
 def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):
@@ -125,6 +126,7 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
         "llama-gqa-bias",
         "mistral-gqa",
         "starcoder2-gqa",
+        "phi3-window",
         *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )

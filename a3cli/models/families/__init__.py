@@ -3,14 +3,14 @@
 from typing import Any
 
 from a3cli.errors import A3Error
-from a3cli.models.families import granite, llama, mistral, nemotron, qwen2, qwen3, smollm3, starcoder2
+from a3cli.models.families import granite, llama, mistral, nemotron, phi3, qwen2, qwen3, smollm3, starcoder2
 from a3cli.models.families.base import Family, LayerSizes, ModelShape, Place, Role, per_layer_config
 
 __all__ = ["FAMILIES", "Family", "LayerSizes", "ModelShape", "Place", "Role", "family_of", "per_layer_config"]
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (granite, llama, mistral, nemotron, qwen2, qwen3, smollm3, starcoder2)
+    for module in (granite, llama, mistral, nemotron, phi3, qwen2, qwen3, smollm3, starcoder2)
 }
 
 

@@ -97,16 +97,25 @@ class PerLayerAttention:
         super().__init__(config, layer_idx)
         own = layer_config(config, layer_idx)
         self.qk_head_dim, self.v_head_dim = own.qk_head_dim, own.v_head_dim
-        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, self.q_proj.bias is not None
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.qk_head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.qk_head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.v_head_dim, bias=bias)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.build_inputs(config, heads * self.qk_head_dim, kv_heads * self.qk_head_dim, kv_heads * self.v_head_dim)
         self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=self.o_proj.bias is not None)
         # Types whose layers differ in their window keep it in the layer.
         self.window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
         self.places = [slots.index(slot) for slot in own.rope_slots if slot in slots] * 2  # both halves of what turns
         self.register_buffer("slot_index", torch.zeros(len(self.places), dtype=torch.long), persistent=False)
         self.fill_buffers()
+
+    def build_inputs(self, config: Any, query: int, key: int, value: int) -> None:
+        """Replace the stock projections by ones of these widths."""
+        bias = self.q_proj.bias is not None
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, value, bias=bias)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values `[B, T, n·h]`."""
+        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
     def fill_buffers(self) -> None:
         self.slot_index.copy_(torch.tensor(self.places, dtype=torch.long))
@@ -121,9 +130,10 @@ class PerLayerAttention:
         shape = hidden_states.shape[:-1]
         cache = take_cache(kwargs, attention_mask, shape[1])
         cache_position = kwargs.pop("cache_position", None)  # read by the static cache of transformers 4
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
+        query, key, value = self.project(hidden_states)
+        query = query.view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        key = key.view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        value = value.view(*shape, -1, self.v_head_dim).transpose(1, 2)
         cos, sin = (table[..., self.slot_index] for table in position_embeddings)
         query, key = self.rotate(query, key, cos, sin)
         if cache is not None:
