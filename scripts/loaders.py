@@ -84,12 +84,13 @@ FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
 
 @dataclass(frozen=True)
 class Subject:
-    """One export: how its random source differs from COMMON, and the options of `a3 solve`."""
+    """One export: how its random source differs from COMMON, and the options of `a3 solve` and `a3 export`."""
 
     name: str
     model_type: str
     solve: tuple[str, ...] = FEWER_HEAD_DIMS
     config: dict[str, Any] = field(default_factory=dict)
+    export: tuple[str, ...] = ()  # options of `a3 export`
 
 
 PER_LAYER = (*BUDGET, "--shape", "per-layer")
@@ -104,6 +105,8 @@ SUBJECTS = (
     Subject("llama MLP only", "llama", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("mistral stock", "mistral", config={"sliding_window": None}),
     Subject("qwen2 stock", "qwen2"),
+    Subject("qwen2 stock as llama", "qwen2", export=("--as", "llama")),
+    Subject("mistral stock as llama", "mistral", config={"sliding_window": None}, export=("--as", "llama")),
     Subject("qwen2 MLP only", "qwen2", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("qwen3 stock", "qwen3", BUDGET, QWEN3),
     Subject("smollm3 stock", "smollm3", BUDGET, SMOLLM3),
@@ -159,7 +162,7 @@ def make_export(subject: Subject) -> Path:
     for command in (
         ("calibrate", str(folder / "source"), *text, *work),
         ("solve", *subject.solve, *work),
-        ("export", str(folder / subject.name), *work),
+        ("export", str(folder / subject.name), *subject.export, *work),
     ):
         subprocess.run([sys.executable, "-m", "a3cli", *command], check=True, stdout=subprocess.DEVNULL)
     made.write_text(a3_code, "utf-8")

@@ -66,14 +66,24 @@ class Export:
     rope: str
     own_tokenizer_class: bool  # a tokenizer class that transformers 4 does not have
     hidden_rope: bool  # RoPE that transformers 4 does not find in config.json
-    refused_rope: bool = False  # RoPE that transformers 4 refuses to read
+    refused_rope: bool  # RoPE that transformers 4 refuses to read
+    could_be_llama: bool  # `a3 export --as llama` would write it
+    retyped: bool  # model_type is not the source's
 
 
-def judge(config: dict[str, Any], *, smaller_heads: bool, tokenizer_class: str | None = None) -> list[Verdict]:
+def judge(
+    config: dict[str, Any],
+    *,
+    smaller_heads: bool,
+    tokenizer_class: str | None = None,
+    could_be_llama: bool = False,
+    retyped: bool = False,
+) -> list[Verdict]:
     """Return one verdict per runtime for an export with this config.json.
 
     `smaller_heads`: query and key heads are smaller than the source's. `tokenizer_class` is that of
-    tokenizer_config.json, if there is one.
+    tokenizer_config.json, if there is one. `could_be_llama`: `a3 export --as llama` would write the same model.
+    `retyped`: it did, so what loads the source says nothing.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     export = Export(
@@ -85,6 +95,8 @@ def judge(config: dict[str, Any], *, smaller_heads: bool, tokenizer_class: str |
         own_tokenizer_class=tokenizer_class == "TokenizersBackend",
         hidden_rope=hides_rope(config),
         refused_rope=refuses_rope(config),
+        could_be_llama=could_be_llama,
+        retyped=retyped,
     )
     return [_judge_one(runtime, rule, export) for runtime, rule in RULES.items()]
 
@@ -124,10 +136,10 @@ def _judge_one(runtime: str, rule: Callable[[Export], tuple[Loads, str]], export
     if runtime.startswith("transformers"):
         return Verdict(runtime, *rule(export))
     if export.smaller_heads and not export.per_layer and runtime in IGNORES_HEAD_DIM.get(export.model_type, ()):
-        return Verdict(
-            runtime, NO, f"its class for {export.model_type} ignores head_dim; use --components mlp to keep heads whole"
-        )
-    if not export.per_layer and not export.smaller_heads:
+        as_llama = export.could_be_llama and runtime not in IGNORES_HEAD_DIM["llama"]
+        remedy = "export with --as llama" if as_llama else "use --components mlp to keep heads whole"
+        return Verdict(runtime, NO, f"its class for {export.model_type} ignores head_dim; {remedy}")
+    if not export.per_layer and not export.smaller_heads and not export.retyped:
         return Verdict(runtime, YES, "as it loads the source: heads and RoPE are the source's")
     if not export.per_layer and export.model_type not in (TRIED_UNDER_VLLM if runtime == "vLLM" else TRIED):
         return Verdict(runtime, UNTRIED, f"not tried with {export.model_type} and smaller heads")

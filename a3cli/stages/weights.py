@@ -21,6 +21,7 @@ from a3cli.models.projections import apply_projection, pieces
 from a3cli.models.shards import PlannedTensor, plan_shards, write_shard
 from a3cli.settings import ExportSettings
 from a3cli.solvers.moments import Tensors
+from a3cli.stages.as_llama import zero_biases
 from a3cli.stages.solution import Solution
 from a3cli.work.processes import ahead, one_core_each
 
@@ -44,8 +45,10 @@ class Projection:
 def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> Shards:
     """Return every tensor of the export in the source's order, by weight file.
 
-    Tensors that the class ignores are left out: a stored `rotary_emb.inv_freq` has the source's head size.
+    Tensors that the class ignores are left out: a stored `rotary_emb.inv_freq` has the source's head size. With
+    `as_type` the zero biases that the other class has are added.
     """
+    added = zero_biases(model) if settings.as_type else {}
     shapes = [model.shape.linear_shapes(sizes) for sizes in solution.sizes]
     planned = []
     for name, info in model.source.tensors.items():
@@ -58,6 +61,9 @@ def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> 
                 new_shape = stored_shape(model.family, roles[0], shapes[layer], "bias" if kind == "bias" else "weight")
         dtype = info.dtype if settings.dtype == "source" else getattr(torch, settings.dtype)
         planned.append(PlannedTensor(name, tuple(new_shape), dtype))
+        if name in added:
+            bias, size = added[name]
+            planned.append(PlannedTensor(bias, (size,), dtype))
     return plan_shards(planned, settings.max_shard_size)
 
 
@@ -83,13 +89,16 @@ def counted(parts: Iterable[torch.Tensor], written: Callable[[int], None]) -> It
 def prefetch_each(planned: list[PlannedTensor], model: Model) -> Iterator[PlannedTensor]:
     """Yield the tensors in order; the system prefetches the next one meanwhile."""
     for this, following in zip(planned, [*planned[1:], None], strict=True):
-        if following:
+        if following and following.name in model.source.tensors:
             model.source.read_ahead(following.name)
         yield this
 
 
 def row_jobs(tensor: PlannedTensor, model: Model, solution: Solution) -> Iterator[Callable[[], torch.Tensor]]:
     """Yield the jobs that compute one exported tensor, some rows each, in order."""
+    if tensor.name not in model.source.tensors:  # a bias of another class
+        yield partial(torch.zeros, tensor.shape, dtype=tensor.dtype)
+        return
     found = model.family.find_roles(tensor.name)
     if found is None:
         for group in row_groups(model.source.info(tensor.name)):

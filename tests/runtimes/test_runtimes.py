@@ -128,6 +128,21 @@ def test_the_older_spelling_of_rope_says_the_same():
     assert verdicts(BASE | {"rope_scaling": None})["ONNX Runtime GenAI"].loads == YES
 
 
+def test_smaller_heads_of_a_qwen2_are_read_if_it_is_written_as_a_llama():
+    """Where Llama's class ignores them as well, --as is no remedy."""
+    before = verdicts(QWEN2 | THETA, could_be_llama=True)
+    for runtime in ("vLLM", "llama.cpp", "MLX"):
+        assert before[runtime].note == "its class for qwen2 ignores head_dim; export with --as llama"
+        assert "--components mlp" in verdicts(QWEN2 | THETA)[runtime].note
+    assert "--components mlp" in before["CTranslate2"].note
+
+
+def test_what_loads_the_source_says_nothing_of_another_model_type():
+    whole = verdicts(LLAMA | THETA | {"head_dim": 88}, smaller_heads=False, retyped=True)
+    assert (whole["ONNX Runtime GenAI"].loads, whole["MLX"].loads) == (NO, YES)
+    assert not any("as it loads the source" in each.note for each in whole.values())
+
+
 def test_summary_names_who_does_not_load_it_and_why():
     line = summarise(judge(BASE | LONGROPE, smaller_heads=True))
     loading, _, refusing = line.partition("; not with ")

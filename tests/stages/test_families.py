@@ -20,6 +20,8 @@ from a3cli.work.folder import Work
 from a3cli.work.progress import silent
 from tests.conftest import SHORT, SOLVE, but, refused
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 @pytest.fixture
 def limited(monkeypatch):

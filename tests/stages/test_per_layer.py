@@ -38,6 +38,8 @@ from tests.conftest import (
 )
 from tests.helpers.solutions import random_solution
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 LENGTH = 120  # beyond the longrope source's original context
 # Three layers: all smaller with QK < OV; full QK and MLP with OV < QK; only QK smaller.
 SIZES = [LayerSizes(10, 14, 64), LayerSizes(16, 6, 96), LayerSizes(6, 16, 96)]

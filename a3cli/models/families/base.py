@@ -61,6 +61,7 @@ class Family:
     rotary_factor: float | None = None  # partial_rotary_factor if config.json omits it; None: RoPE rotates all dims
     softmax_scale: str | None = None  # the config entry of the softmax scale; None: head_dim ** -0.5
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
+    like_llama: bool = False  # without windows, the stock class computes what Llama's does, but for biases
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
     strict_longrope: bool = False  # transformers 4 refuses other entries of rope_scaling than type and factors
     rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
