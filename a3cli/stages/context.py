@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from a3cli.errors import A3Error
 from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.models import costs
-from a3cli.models.families import Family
+from a3cli.models.families import Family, decoder_config
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.source import recorded_source
 from a3cli.settings import COMPONENTS, SolveSettings
@@ -109,7 +109,7 @@ def describe_unfinished(work: Work) -> str:
     layer, of_layers = len(record.steps), ""  # one of the finished steps is the text
     with suppress(A3Error):  # the source is not on this machine
         _, config, _ = recorded_source(work)
-        layers = int(config["num_hidden_layers"])
+        layers = int(decoder_config(config)["num_hidden_layers"])
         layer, of_layers = min(layer, layers), f" of {layers}"
     state, advice = (
         ("still running", "wait for it") if running else ("unfinished", "rerun the same a3 calibrate command")

@@ -9,21 +9,17 @@ import torch
 from torch import nn
 
 from a3cli.models.costs import MLP_TOKENS
-from a3cli.models.families import Family, Role
-from a3cli.models.families.base import LinearShapes
+from a3cli.models.families import Family, ModelShape, Role
 from a3cli.solvers.moments import LayerMoments, Tensors
 from a3cli.stream.decoder import Arguments, hidden_states_of
 
 
 @contextmanager
 def moments_of(
-    layer: nn.Module, family: Family, shapes: LinearShapes, moments: LayerMoments, *, rotates: bool = True
+    layer: nn.Module, family: Family, shape: ModelShape, moments: LayerMoments, *, rotates: bool = True
 ) -> Iterator[None]:
-    """Hook the roles of one layer so that every forward adds to its moments.
-
-    `shapes` are those of its linear weights; `rotates` says whether it has RoPE.
-    """
-    listener = _Listener(moments, rotates=rotates)
+    """Hook the roles of one layer so that every forward adds to its moments; `rotates` says whether it has RoPE."""
+    listener, shapes = _Listener(moments, rotates=rotates, growth=shape.query_growth), shape.linear_shapes()
 
     def submodule(role: Role) -> nn.Module:
         return layer.get_submodule(family.module(role))
@@ -54,8 +50,8 @@ class _Listener:
 
     HEADS: tuple[Role, ...] = ("q", "k", "v")
 
-    def __init__(self, moments: LayerMoments, *, rotates: bool) -> None:
-        self._moments, self._rotates = moments, rotates
+    def __init__(self, moments: LayerMoments, *, rotates: bool, growth: tuple[float, int] | None) -> None:
+        self._moments, self._rotates, self._growth = moments, rotates, growth
         self._heads: Tensors = {}
         self._called_with: Arguments = {}
 
@@ -71,6 +67,8 @@ class _Listener:
         if (rotation := self._called_with.get("position_embeddings")) is not None:
             if not self._rotates:  # models give every layer the rotation
                 rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
+            if self._growth is not None:
+                self._heads["q"] = grown(self._heads["q"], self._called_with["position_ids"], *self._growth)
             self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
         self._heads.clear()  # before the MLP, which needs the memory
 
@@ -82,6 +80,12 @@ class _Listener:
 
     def add_stream_after_mlp(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         self._moments.add_residual("mlp_residual", hidden_states_of(output))
+
+
+def grown(queries: torch.Tensor, positions: torch.Tensor, growth: float, context: int) -> torch.Tensor:
+    """Return queries `[B, T, H·h]` at `positions` `[B or 1, T]` as attention takes them, growing with the position."""
+    scale = 1 + growth * torch.log1p((positions.to(queries.device) / context).floor())
+    return queries * scale[..., None].to(queries.dtype)
 
 
 @contextmanager

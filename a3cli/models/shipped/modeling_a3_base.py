@@ -117,6 +117,10 @@ class PerLayerAttention:
         """Queries, keys and values `[B, T, n·h]`."""
         return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
+    def grow(self, query: torch.Tensor, _position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Rotated queries as attention takes them; some types scale them by their positions."""
+        return query
+
     def fill_buffers(self) -> None:
         self.slot_index.copy_(torch.tensor(self.places, dtype=torch.long))
 
@@ -136,6 +140,7 @@ class PerLayerAttention:
         value = value.view(*shape, -1, self.v_head_dim).transpose(1, 2)
         cos, sin = (table[..., self.slot_index] for table in position_embeddings)
         query, key = self.rotate(query, key, cos, sin)
+        query = self.grow(query, kwargs.get("position_ids"))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
