@@ -78,6 +78,16 @@ PHI3_LONGROPE: dict[str, Any] = PHI3 | {
         "long_factor": [1.0 + 0.2 * j for j in range(32)],
     },
 }
+PHI4_MINI = (
+    PHI3_LONGROPE
+    | {  # a part of each head is rotated, and scaled
+        "rope_parameters": {
+            **PHI3_LONGROPE["rope_parameters"],
+            "partial_rotary_factor": 0.75,
+            **{name: PHI3_LONGROPE["rope_parameters"][name][:24] for name in ("short_factor", "long_factor")},
+        }
+    }
+)
 MINISTRAL3 = {
     "pad_token_id": None,
     "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
@@ -131,6 +141,7 @@ SUBJECTS = (
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
     Subject("ministral3 per-layer", "ministral3", PER_LAYER, MINISTRAL3),
     Subject("phi3 per-layer", "phi3", PER_LAYER, PHI3_LONGROPE),
+    Subject("phi3 per-layer partial", "phi3", PER_LAYER, PHI4_MINI),
 )
 
 

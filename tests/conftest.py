@@ -37,7 +37,7 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from a3cli.models.families import FAMILIES
+from a3cli.models.families import family_for
 from a3cli.settings import Component
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
@@ -159,6 +159,22 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "phi3-mini4": (  # as Phi-4-mini: heads of which a part is rotated and scaled
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "hidden_size": 64,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": LONGROPE["short_factor"][:6],
+                "long_factor": LONGROPE["long_factor"][:6],
+                "partial_rotary_factor": 0.75,
+            },
+            "pad_token_id": None,
+        },
+    ),
     "phi3-longrope": (
         Phi3Config,
         Phi3ForCausalLM,
@@ -221,7 +237,9 @@ def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
 
 def can_cut(name: str, component: Component, *, shape: str = "stock") -> bool:
     """Return whether the family of a model of the table lets this shape cut a component."""
-    return component in FAMILIES[MODELS[name][0].model_type].compressible(shape)
+    config_class, _, changes = MODELS[name]
+    config = {"model_type": config_class.model_type, "max_position_embeddings": CONTEXT, **changes}
+    return component in family_for(config).compressible(shape)
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def read_rope(config: Any) -> Rope:
         frequencies = ROPE_INIT_FUNCTIONS[kind]
         short, factor = frequencies(config, torch.device("cpu"), seq_len=1)
         long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1)
-    if factor != 1 and turned < config.head_dim:
+    if factor != 1 and turned < config.head_dim and kind != "longrope":  # then query and key heads keep their size
         raise A3Error(
             f"config.json: RoPE type {kind!r} scales attention by {factor:g}, which is not supported "
             "with partial_rotary_factor; remove rope_scaling from config.json"

@@ -219,7 +219,8 @@ class LiteralAttention(torch.nn.Module):
         group = stock.num_key_value_groups
         time = torch.arange(length)
         angles = time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64)
-        turn = torch.polar(torch.full_like(angles, float(self.factor)), angles)
+        scaled = [self.factor if slot < len(self.inv_freq) else 1.0 for slot in self.slots]
+        turn = torch.polar(torch.tensor(scaled, dtype=torch.float64).expand_as(angles), angles)
         if not getattr(stock, "use_rope", True):
             turn = torch.ones_like(turn)
         scale = getattr(stock.config, "attention_multiplier", 1 / 4)

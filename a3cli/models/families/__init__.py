@@ -1,5 +1,6 @@
 """The supported families: one file of data for each `model_type`."""
 
+from dataclasses import replace
 from typing import Any
 
 from a3cli.errors import A3Error
@@ -37,5 +38,23 @@ def family_of(model_type: Any) -> Family:
 
 
 def family_for(raw: dict[str, Any]) -> Family:
-    """Return the family of the decoder that config.json describes, as its wrapper holds it. Raises A3Error."""
-    return as_held(family_of(decoder_config(raw).get("model_type")), wrapper_of(raw))
+    """Return the family of the decoder that config.json describes, with what that says of it. Raises A3Error."""
+    own = decoder_config(raw)
+    family = family_of(own.get("model_type"))
+    return as_held(replace(family, scaled_part=True) if scales_part(own, family) else family, wrapper_of(raw))
+
+
+def scales_part(config: dict[str, Any], family: Family) -> bool:
+    """Return whether longrope scales cos and sin, and with them the rotated part of a head, but not the rest."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if family.rotary_factor is None or not isinstance(rope, dict):
+        return False
+    rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", family.rotary_factor))
+    if rope.get("rope_type", rope.get("type")) not in ("longrope", "su") or rotated in (None, 1):
+        return False
+    if (said := rope.get("attention_factor")) is not None:
+        return bool(said != 1)
+    original = config.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+    lengths = config.get("max_position_embeddings"), original
+    longer = all(isinstance(each, int) for each in lengths) and lengths[0] > lengths[1]
+    return longer if rope.get("factor") is None else rope["factor"] != 1

@@ -69,6 +69,7 @@ class Family:
     stock_heads: str | None = None  # why no head can be smaller in the stock shape; None: they can
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
+    scaled_part: bool = False  # RoPE scales the part of a head that it rotates, and only that: config.json says so
     held_by: str | None = None  # the model type around the decoder (`wrappers.py`), which only the stock shape can keep
     carried: tuple[str, ...] = ()  # prefixes of tensors that the stock class does not know, copied as they are
     decoder: str = "model"
@@ -92,6 +93,8 @@ class Family:
         """Return why query and key heads must keep their size; None if they may be smaller."""
         if self.head_norms:
             return "a norm follows each query and key head, so these keep their size"
+        if self.scaled_part:
+            return "RoPE scales only the rotated part of query and key heads, so these keep their size"
         return "some layers have no RoPE, so query and key heads keep their size" if self.rotating_layers else None
 
     def compressible(self, shape: str) -> tuple[Component, ...]:
