@@ -66,6 +66,9 @@ SMOLLM3 = {
     "pad_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 2000000.0},  # 4.57 reads none and has this default
 }
+# Entries that configurations of models without RoPE do not have.
+WITHOUT_ROPE = dict.fromkeys(("head_dim", "num_key_value_heads", "intermediate_size", "rope_parameters"), ...)
+OPT = WITHOUT_ROPE | {"ffn_dim": 512, "pad_token_id": 1}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}  # from the second layer on
 BUDGET = ("--budget", "0.25")
 FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
@@ -99,6 +102,7 @@ SUBJECTS = (
     Subject("starcoder2 stock", "starcoder2", config={"sliding_window": None}),
     Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
     Subject("granite stock", "granite", config=GRANITE),
+    Subject("opt stock", "opt", BUDGET, OPT),
     Subject("llama per-layer", "llama", PER_LAYER),
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
     Subject("mistral per-layer", "mistral", PER_LAYER, {"sliding_window": 64}),
@@ -108,6 +112,7 @@ SUBJECTS = (
     Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
+    Subject("opt per-layer", "opt", PER_LAYER, OPT),
 )
 
 
@@ -118,7 +123,8 @@ def make_source(subject: Subject, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    settings = copy.deepcopy({**COMMON, **subject.config})  # configurations modify their arguments
+    entries = {key: value for key, value in (COMMON | subject.config).items() if value is not ...}
+    settings = copy.deepcopy(entries)  # configurations modify their arguments
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(subject.model_type, **settings))
     for parameter in model.parameters():
         if parameter.ndim == 2:

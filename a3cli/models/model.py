@@ -9,7 +9,7 @@ from typing import Any
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint, same_content
 from a3cli.models.config import check_rope, check_rope_spellings, read_shape
-from a3cli.models.families import Family, ModelShape, family_of
+from a3cli.models.families import Family, ModelShape, family_of, usual_entries
 from a3cli.models.hub import refuse_per_layer
 from a3cli.models.rope import Rope, read_rope
 from a3cli.models.source import open_recorded
@@ -59,19 +59,29 @@ def read_stock(
 
     `tensors` is how many the checkpoint has, None if that is unknown.
     """
-    from transformers import AutoConfig
-
     refuse_per_layer(raw, name)
     family = family_of(raw.get("model_type"))
     check_rope_spellings(raw, folder / "config.json")
     if tensors is not None:
         check_layers(raw, name, tensors)
     with invalid_config(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = read_config_object(folder, family, trust_remote_code=trust_remote_code)
         config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
         check_activation(config.hidden_act)
-        check_rope(dict(config.rope_parameters or {}), partial=family.rotary_factor is not None)
+        check_rope(getattr(config, "rope_parameters", None) or {}, partial=family.rotary_factor is not None)
+        if unsupported := family.refusal(config):
+            raise A3Error(f"{folder / 'config.json'}: a3 does not support {family.model_type} with {unsupported}")
         return config, read_stock_class(config)
+
+
+def read_config_object(folder: Path, family: Family, *, trust_remote_code: bool = False) -> Any:
+    """Return transformers' configuration, with Llama's names for entries that the family's has under others."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    for usual, own in family.names.items():
+        setattr(config, usual, getattr(config, own))
+    return config
 
 
 @contextmanager
@@ -88,7 +98,7 @@ def invalid_config(folder: Path) -> Iterator[None]:
 
 def check_layers(raw: Json, name: str, tensors: int) -> None:
     """Raise A3Error for more layers than tensors: some configuration classes make lists of as many."""
-    layers = raw.get("num_hidden_layers")
+    layers = usual_entries(raw).get("num_hidden_layers")
     if isinstance(layers, int) and layers > tensors:
         raise A3Error(f"{name}: config.json says {layers:,} layers, there are {tensors} tensors")
 
@@ -107,10 +117,8 @@ def check_size(source: Checkpoint) -> None:
     """Raise A3Error if config.json describes far more weights than there are: memory would be filled with them."""
     check_layers(source.config, source.name, len(source.tensors))
     try:
-        family_of(source.config.get("model_type"))
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        family = family_of(source.config.get("model_type"))
+        config = read_config_object(source.folder, family)
         shape = read_shape(config)
     except Exception:  # another family, or a configuration that does not load: loading it says so
         return

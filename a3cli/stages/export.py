@@ -14,6 +14,7 @@ from pathlib import Path
 
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.families import usual_entries
 from a3cli.models.hub import INDEX
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.shards import write_index
@@ -228,7 +229,9 @@ def state_facts(inputs: Inputs, config: Json) -> ExportFacts:
     """Return what the manifest and the card say of an export with this config.json."""
     source, calibration, solution = inputs.model.source, inputs.calibration, inputs.solution
     smaller_heads = any(size.qk < inputs.model.shape.head_dim for size in solution.sizes)
-    verdicts = judge(config, smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(source.folder))
+    verdicts = judge(
+        usual_entries(config), smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(source.folder)
+    )
     return ExportFacts(
         source=Source(
             model=public_name(source.name, source.revision),

@@ -15,7 +15,7 @@ from a3cli.errors import A3Error
 from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint, find_dtype
 from a3cli.models.config import check_sizes, read_shape
-from a3cli.models.families import Family, LayerSizes, ModelShape, family_of
+from a3cli.models.families import Family, LayerSizes, ModelShape, family_of, usual_entries
 from a3cli.models.hub import (
     ADAPTER,
     INDEX,
@@ -112,7 +112,7 @@ def check_config(raw: Json, folder: Path, settings: PlanSettings) -> None:
     refuse_per_layer(raw, settings.model)
     refuse_adapter(folder)
     family_of(raw.get("model_type"))
-    check_sizes(raw)
+    check_sizes(usual_entries(raw))
 
 
 def open_model(settings: PlanSettings, folder: Path, raw: Json) -> tuple[Any, StockClass, Weights]:
@@ -250,7 +250,7 @@ def judge_plan(config: Json, folder: Path, run: Run) -> list[Verdict]:
     """Return which runtimes will load the export; of a stock one with smaller heads, if its RoPE has to be longrope."""
     smaller_heads = run.size.qk < run.shape.head_dim
     planned = planned_config(config, run)
-    return judge(planned, smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(folder))
+    return judge(usual_entries(planned), smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(folder))
 
 
 def planned_config(config: Json, run: Run) -> Json:

@@ -60,10 +60,10 @@ class _Listener:
 
     def add_attention(self, _output_projection: nn.Module, args: tuple[torch.Tensor]) -> None:
         self._moments.add_attention_output(args[0])
-        if (rotation := self._called_with.get("position_embeddings")) is not None:
-            if not self._rotates:  # models give every layer the rotation
-                rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
-            self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
+        rotation = self._called_with.get("position_embeddings")  # None without RoPE
+        if rotation is not None and not self._rotates:  # models give every layer the rotation
+            rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
+        self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
         self._heads.clear()  # before the MLP, which needs the memory
 
     def add_stream_after_attention(self, _norm: nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -80,8 +80,12 @@ class _Listener:
 def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
     """Run a layer's MLP, which treats each token separately, on a few tokens at a time.
 
-    On a CPU the activations then stay in the cache, and the layer's largest ones take little memory.
+    On a CPU the activations then stay in the cache, and the layer's largest ones take little memory. An MLP that is no
+    module of its own runs whole.
     """
+    if not family.mlp:
+        yield
+        return
     mlp = layer.get_submodule(family.mlp)
     whole = mlp.forward
 

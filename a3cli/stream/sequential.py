@@ -219,10 +219,15 @@ class _Layer:
             x, target = (batch.to(device) for batch in batches)
             yield x.flatten(0, 1).float(), without_bias(self._linear("down"), target).flatten(0, 1).float()
 
-    @property
-    def _mlp(self) -> nn.Module:
-        """Return the module that holds the MLP's linear layers."""
-        return self.small.get_submodule(self.decoder.family.mlp)
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of the smaller MLP."""
+        family = self.decoder.family
+        if family.activation is None:
+            whole: torch.Tensor = self.small.get_submodule(family.mlp)(x)
+            return whole
+        between = self.small.get_submodule(family.activation)
+        output: torch.Tensor = self._linear("down")(between(self._linear("up")(x)))
+        return output
 
     def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> float:
         """Collect, solve, and put the new weight in the smaller layer; return the remaining squared error."""

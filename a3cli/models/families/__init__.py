@@ -1,16 +1,27 @@
 """The supported families: one file of data for each `model_type`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from a3cli.errors import A3Error
-from a3cli.models.families import granite, llama, mistral, nemotron, qwen2, qwen3, smollm3, starcoder2
+from a3cli.models.families import granite, llama, mistral, nemotron, opt, qwen2, qwen3, smollm3, starcoder2
 from a3cli.models.families.base import Family, LayerSizes, ModelShape, Place, Role, per_layer_config
 
-__all__ = ["FAMILIES", "Family", "LayerSizes", "ModelShape", "Place", "Role", "family_of", "per_layer_config"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "LayerSizes",
+    "ModelShape",
+    "Place",
+    "Role",
+    "family_of",
+    "per_layer_config",
+    "usual_entries",
+]
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (granite, llama, mistral, nemotron, qwen2, qwen3, smollm3, starcoder2)
+    for module in (granite, llama, mistral, nemotron, opt, qwen2, qwen3, smollm3, starcoder2)
 }
 
 
@@ -22,3 +33,9 @@ def family_of(model_type: Any) -> Family:
             "(docs/add-a-family.md says how to add one)"
         )
     return FAMILIES[model_type]
+
+
+def usual_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config.json also under Llama's names; unchanged for an unknown model type."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return dict(config) if family is None else family.usual(config)

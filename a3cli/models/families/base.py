@@ -3,7 +3,7 @@
 The rest of the package uses roles (`q`, `down`, …), never names of modules or tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from a3cli.settings import COMPONENTS, Component
 
 Role = Literal["q", "k", "v", "o", "mlp_norm", "gate", "up", "down"]
 Kind = Literal["weight", "bias"]
+Positions = Literal["rope", "learned"]
 LinearShapes = Mapping[Role, tuple[int, int]]
 
 
@@ -61,6 +62,14 @@ class Family:
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
     rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
+    positions: Positions = "rope"  # how the model knows a token's place
+    position_embedding: str | None = None  # the module of learned positions
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # config.json's names of entries that Llama's calls otherwise
+    activation: str | None = None  # the module between up and down in a layer whose MLP is no module of its own
+    refusal: Callable[[Any], str | None] = lambda _config: None  # what of a configuration a3 does not support
+    stock_heads: str | None = None  # why no head can be smaller in the stock shape; None: they can
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
     carried: tuple[str, ...] = ()  # prefixes of tensors that the stock class does not know, copied as they are
@@ -93,18 +102,31 @@ class Family:
         The stock shape has one size for all heads: where QK keeps its own, so does OV.
         """
         allowed = self.stock_components if shape == "stock" else self.per_layer_components
-        kept = () if self.whole_heads is None else ("qk", "ov") if shape == "stock" else ("qk",)
+        kept: tuple[Component, ...] = ()
+        if self.why_whole(shape) is not None:
+            kept = ("qk", "ov") if shape == "stock" else ("qk",)
         return tuple(component for component in allowed if component not in kept)
 
     def why_whole(self, shape: str) -> str | None:
         """Return why this shape keeps query and key heads whole, and with them others; None if it does not."""
-        if self.whole_heads is None or shape != "stock":
+        if shape != "stock":
             return self.whole_heads
+        if self.whole_heads is None:
+            return self.stock_heads
         return f"{self.whole_heads}, and the stock shape has one size for all heads"
 
     @property
+    def rotates(self) -> bool:
+        """Return whether the model has RoPE."""
+        return self.positions == "rope"
+
+    def usual(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a configuration's entries also under the names that Llama's has for them."""
+        return {**config, **{usual: config[own] for usual, own in self.names.items() if config.get(own) is not None}}
+
+    @property
     def mlp(self) -> str:
-        """Return the path of the MLP inside a decoder layer."""
+        """Return the path of the MLP inside a decoder layer; "" where it is no module of its own."""
         return self.module("down").rpartition(".")[0]
 
     def tensor(self, layer: int, role: Role, kind: Kind = "weight") -> str:
@@ -157,14 +179,17 @@ class LayerSizes:
 
 
 def per_layer_config(sizes: Sequence[LayerSizes], slots: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Return config.json's entry that gives each layer its sizes and RoPE slots, as transformers 5 reads it."""
+    """Return config.json's entry that gives each layer its sizes and RoPE slots, as transformers 5 reads it.
+
+    Layers of a model without RoPE have no slots, and no entry for them.
+    """
     digits = len(str(len(sizes) - 1))  # so that the keys of the file are in order
     return {
         str(layer).zfill(digits): {
             "qk_head_dim": size.qk,
             "v_head_dim": size.ov,
             "intermediate_size": size.mlp,
-            "rope_slots": list(own),
+            **({"rope_slots": list(own)} if own else {}),
         }
         for layer, (size, own) in enumerate(zip(sizes, slots, strict=True))
     }
@@ -187,7 +212,8 @@ class ModelShape:
     fixed_scale: float | None = None  # softmax scale that does not depend on the head size
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
     windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
-    still_layers: tuple[int, ...] = ()  # layers without RoPE
+    still_layers: tuple[int, ...] = ()  # layers without RoPE, where others have it
+    mlp_in_layer: bool = False  # the MLP is no module of its own, which could run in pieces
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
