@@ -69,6 +69,17 @@ SMOLLM3 = {
 # Entries that configurations of models without RoPE do not have.
 WITHOUT_ROPE = dict.fromkeys(("head_dim", "num_key_value_heads", "intermediate_size", "rope_parameters"), ...)
 OPT = WITHOUT_ROPE | {"ffn_dim": 512, "pad_token_id": 1}
+PHI3 = {"pad_token_id": None, "sliding_window": None}
+PHI3_LONGROPE = PHI3 | {
+    "sliding_window": 64,
+    "original_max_position_embeddings": 128,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.01 * j for j in range(32)],
+        "long_factor": [1.0 + 0.2 * j for j in range(32)],
+    },
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}  # from the second layer on
 BUDGET = ("--budget", "0.25")
 FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
@@ -76,12 +87,13 @@ FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
 
 @dataclass(frozen=True)
 class Subject:
-    """One export: how its random source differs from COMMON, and the options of `a3 solve`."""
+    """One export: how its random source differs from COMMON, and the options of `a3 solve` and `a3 export`."""
 
     name: str
     model_type: str
     solve: tuple[str, ...] = FEWER_HEAD_DIMS
     config: dict[str, Any] = field(default_factory=dict)
+    export: tuple[str, ...] = ()  # options of `a3 export`
 
 
 PER_LAYER = (*BUDGET, "--shape", "per-layer")
@@ -96,6 +108,8 @@ SUBJECTS = (
     Subject("llama MLP only", "llama", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("mistral stock", "mistral", config={"sliding_window": None}),
     Subject("qwen2 stock", "qwen2"),
+    Subject("qwen2 stock as llama", "qwen2", export=("--as", "llama")),
+    Subject("mistral stock as llama", "mistral", config={"sliding_window": None}, export=("--as", "llama")),
     Subject("qwen2 MLP only", "qwen2", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("qwen3 stock", "qwen3", BUDGET, QWEN3),
     Subject("smollm3 stock", "smollm3", BUDGET, SMOLLM3),
@@ -103,6 +117,7 @@ SUBJECTS = (
     Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
     Subject("granite stock", "granite", config=GRANITE),
     Subject("opt stock", "opt", BUDGET, OPT),
+    Subject("phi3 stock", "phi3", BUDGET, PHI3),
     Subject("llama per-layer", "llama", PER_LAYER),
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
     Subject("mistral per-layer", "mistral", PER_LAYER, {"sliding_window": 64}),
@@ -113,6 +128,7 @@ SUBJECTS = (
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
     Subject("opt per-layer", "opt", PER_LAYER, OPT),
+    Subject("phi3 per-layer", "phi3", PER_LAYER, PHI3_LONGROPE),
 )
 
 
@@ -152,7 +168,7 @@ def make_export(subject: Subject) -> Path:
     for command in (
         ("calibrate", str(folder / "source"), *text, *work),
         ("solve", *subject.solve, *work),
-        ("export", str(folder / subject.name), *work),
+        ("export", str(folder / subject.name), *subject.export, *work),
     ):
         subprocess.run([sys.executable, "-m", "a3cli", *command], check=True, stdout=subprocess.DEVNULL)
     made.write_text(a3_code, "utf-8")

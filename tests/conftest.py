@@ -24,6 +24,8 @@ from transformers import (
     NemotronForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -143,6 +145,28 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "opt-mha": (OPTConfig, OPTForCausalLM, WITHOUT_ROPE | {"ffn_dim": 96, "pad_token_id": 1}),
+    "phi3-window": (Phi3Config, Phi3ForCausalLM, {"sliding_window": 24, "pad_token_id": None}),
+    "phi3-partial": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.75},
+            "pad_token_id": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3-longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "hidden_size": 64,  # its configuration counts factors by hidden size over heads
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                key: LONGROPE[key] for key in ("rope_type", "rope_theta", "short_factor", "long_factor")
+            },
+            "pad_token_id": None,
+        },
+    ),
 }
 
 
@@ -201,9 +225,9 @@ def family_of_row(name: str) -> Family:
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:
-    """Return the linear layers of a decoder layer's MLP by role."""
+    """Return the linear layers of a decoder layer's MLP by role, fused ones by both."""
     mlp = getattr(layer, "mlp", layer)
-    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    names = {"gate": "gate_proj", "up": "up_proj", "gate_up": "gate_up_proj", "down": "down_proj"}
     if hasattr(mlp, "c_fc"):
         names = {"up": "c_fc", "down": "c_proj"}
     if hasattr(mlp, "fc1"):
@@ -214,6 +238,16 @@ def mlp_linears(layer: Any) -> dict[str, Any]:
 def decoder_layers(model: Any) -> Any:
     """Return the decoder layers of a causal language model."""
     return getattr(model.model, "decoder", model.model).layers
+
+
+def head_linears(attention: Any) -> dict[str, tuple[Any, slice]]:
+    """Return the linear layer of q, k and v of a stock attention module, and the part of its output that is theirs."""
+    if not hasattr(attention, "qkv_proj"):
+        return {name: (getattr(attention, f"{name}_proj"), slice(None)) for name in "qkv"}
+    queries = 16 * attention.config.num_attention_heads
+    values = queries + 16 * attention.config.num_key_value_heads
+    parts = {"q": slice(queries), "k": slice(queries, values), "v": slice(values, None)}
+    return {name: (attention.qkv_proj, part) for name, part in parts.items()}
 
 
 def turning_pairs(config: Any) -> int:

@@ -95,7 +95,7 @@ class LayerInputs:
     @cached_property
     def output_weight(self) -> torch.Tensor:
         """Return `W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
-        weight = self._model.source.read(self._model.family.tensor(self.layer, "o"))
+        weight = self._model.read(self.layer, "o")
         return weight.view(len(weight), self.shape.heads, self.shape.head_dim).permute(1, 2, 0)
 
     @cached_property
@@ -106,12 +106,12 @@ class LayerInputs:
     @cached_property
     def down(self) -> torch.Tensor:
         """Return the down projection `[d, I]`."""
-        return self._model.source.read(self._model.family.tensor(self.layer, "down"))
+        return self._model.read(self.layer, "down")
 
     @cached_property
     def down_bias(self) -> torch.Tensor:
         """Return the down projection's bias `[d]`, for models whose MLP has biases."""
-        return self._model.source.read(self._model.family.tensor(self.layer, "down", "bias"))
+        return self._model.read(self.layer, "down", "bias")
 
     @cached_property
     def attention_unit(self) -> float:

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint, same_content
 from a3cli.models.config import check_rope, check_rope_spellings, read_shape
-from a3cli.models.families import Family, ModelShape, family_of, usual_entries
+from a3cli.models.families import Family, ModelShape, Role, family_of, usual_entries
+from a3cli.models.families.base import Kind
+from a3cli.models.fused import take_role
 from a3cli.models.hub import refuse_per_layer
 from a3cli.models.rope import Rope, read_rope
 from a3cli.models.source import open_recorded
@@ -33,6 +37,11 @@ class Model:
     shape: ModelShape
     rope: Rope
     stock: StockClass
+
+    def read(self, layer: int, role: Role, kind: Kind = "weight") -> torch.Tensor:
+        """Return a role's weight `[out, in]` or bias `[out]` in its stored dtype: a view of the mapped file."""
+        stored = self.source.read(self.family.tensor(layer, role, kind))
+        return take_role(stored, self.family, role, self.shape.linear_shapes())
 
 
 def describe(source: Checkpoint, *, trust_remote_code: bool = False, calibrated: bool = False) -> Model:

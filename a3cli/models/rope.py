@@ -227,3 +227,15 @@ def both_spellings(parameters: Json) -> Json:
     if parameters["rope_type"] == "longrope":  # where 4.57 looks for the context at which longrope switches
         config["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
     return config
+
+
+def strict_longrope(config: Json) -> Json:
+    """Return config entries whose `rope_scaling` has only type and factors, which transformers 4 demands of Phi-3.
+
+    RoPE that has more to say keeps it: that version then refuses the configuration instead of taking another RoPE.
+    """
+    scaling = config.get("rope_scaling") or {}
+    if scaling.keys() - {"type", "original_max_position_embeddings"} != {"rope_type", "short_factor", "long_factor"}:
+        return config
+    plain = {"type": scaling["rope_type"], **{key: scaling[key] for key in ("short_factor", "long_factor")}}
+    return {**config, "rope_scaling": plain}

@@ -70,6 +70,9 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 {% for row in runtimes -%}
 | {{ row.runtime }} | {{ row.loads }} | {{ row.note }} |
 {% endfor %}
+{% if as_type -%}
+`config.json` says `{{ as_type }}`, not the source's `{{ source_type }}`: that class computes the same.
+{% endif -%}
 {{ rope }}
 {% for warning in warnings %}
 
@@ -96,6 +99,8 @@ def model_card(model: Model, facts: ExportFacts) -> str:
         template_str=TEMPLATE,
         **describe_provenance(model.source, facts, metadata),
         **describe_solution(model.shape, facts.solution),
+        as_type=facts.as_type,
+        source_type=model.family.model_type,
         measured=[measured_row(each) for each in facts.measured],
         runtimes=facts.runtimes,
     )
@@ -109,7 +114,7 @@ def describe_provenance(source: Checkpoint, facts: ExportFacts, metadata: Json) 
     commands = (
         *calibrate_commands(base, source.revision, calibration.request, calibration.made_with),
         solve_command(settings),
-        export_command(facts.dtype, facts.max_shard_size),
+        export_command(facts.dtype, facts.max_shard_size, facts.as_type),
     )
     licence = ", ".join(str(metadata[key]) for key in ("license", "license_name") if key in metadata)
     return {

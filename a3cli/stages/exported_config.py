@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from a3cli.models.families import Family, per_layer_config
 from a3cli.models.model import Model
-from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config
+from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config, strict_longrope
 from a3cli.models.shipped import module_name
 from a3cli.settings import ExportSettings
+from a3cli.stages.as_llama import as_llama
 from a3cli.stages.solution import Solution
 from a3cli.work.files import Json
 
@@ -14,14 +15,18 @@ from a3cli.work.files import Json
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
     """Return the source's config.json with the changes of the solution."""
     changes = per_layer_changes(model, solution) if solution.per_layer else stock_changes(model, solution)
+    if settings.as_type:  # whose class may have another default
+        changes = both_spellings(model.rope.parameters) | changes
     if solution.manifest.context != model.rope.context:  # lowered by --context
         changes["max_position_embeddings"] = solution.manifest.context
+    if model.family.strict_longrope:
+        changes = strict_longrope(changes)
     gone = ROPE_KEYS if ROPE_KEYS & changes.keys() else set()
     config = {key: value for key, value in model.source.config.items() if key not in gone} | changes
     if settings.dtype != "source":
         config.pop("torch_dtype", None)
         config["dtype"] = settings.dtype
-    return config
+    return as_llama(model, config) if settings.as_type else config
 
 
 def stock_changes(model: Model, solution: Solution) -> Json:

@@ -38,6 +38,7 @@ from a3cli.settings.budgets import DEFAULT_BUDGET, budget_problems, given_budget
 from a3cli.settings.seq_len import resolved_seq_len
 from a3cli.solvers.allocate import sizes
 from a3cli.stages.allowed import check_heads
+from a3cli.stages.as_llama import could_be_llama
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
 from a3cli.stages.rounding import planned_warnings
@@ -250,7 +251,12 @@ def judge_plan(config: Json, folder: Path, run: Run) -> list[Verdict]:
     """Return which runtimes will load the export; of a stock one with smaller heads, if its RoPE has to be longrope."""
     smaller_heads = run.size.qk < run.shape.head_dim
     planned = planned_config(config, run)
-    return judge(usual_entries(planned), smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(folder))
+    return judge(
+        usual_entries(planned),
+        smaller_heads=smaller_heads,
+        tokenizer_class=tokenizer_class_of(folder),
+        could_be_llama=could_be_llama(family_of(config["model_type"]), run.shape.windows, run.context),
+    )
 
 
 def planned_config(config: Json, run: Run) -> Json:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.models.config import LARGEST, check_sizes, read_shape
 from a3cli.models.families import LayerSizes, ModelShape, family_of, usual_entries
+from a3cli.models.fused import stored_shape
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.shipped import shipped_files
 from a3cli.report.junit import Case
@@ -145,8 +146,8 @@ def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]
     sizes = own_sizes(config["per_layer_config"], shape) if "per_layer_config" in config else shape.sizes
     shapes = {family.embedding + ".weight": [config["vocab_size"], config["hidden_size"]]}
     for layer, size in enumerate(sizes):
-        for role, wanted in shape.linear_shapes(size).items():
-            shapes[family.tensor(layer, role)] = list(wanted)
+        of_layer = shape.linear_shapes(size)
+        shapes |= {family.tensor(layer, role): list(stored_shape(family, role, of_layer)) for role in of_layer}
     return sizes, shapes
 
 

@@ -10,13 +10,19 @@ from torch import nn
 
 from a3cli.models.costs import MLP_TOKENS
 from a3cli.models.families import Family, Role
+from a3cli.models.families.base import LinearShapes
 from a3cli.solvers.moments import LayerMoments, Tensors
 from a3cli.stream.decoder import Arguments, hidden_states_of
 
 
 @contextmanager
-def moments_of(layer: nn.Module, family: Family, moments: LayerMoments, *, rotates: bool = True) -> Iterator[None]:
-    """Hook the roles of one layer so that every forward adds to its moments; `rotates` says whether it has RoPE."""
+def moments_of(
+    layer: nn.Module, family: Family, shapes: LinearShapes, moments: LayerMoments, *, rotates: bool = True
+) -> Iterator[None]:
+    """Hook the roles of one layer so that every forward adds to its moments.
+
+    `shapes` are those of its linear weights; `rotates` says whether it has RoPE.
+    """
     listener = _Listener(moments, rotates=rotates)
 
     def submodule(role: Role) -> nn.Module:
@@ -25,7 +31,9 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments, *, rotat
     handles = [
         layer.register_forward_pre_hook(listener.begin, with_kwargs=True),
         *(
-            layer.get_submodule(family.heads(role)).register_forward_hook(partial(listener.add_heads, role))
+            layer.get_submodule(family.heads(role)).register_forward_hook(
+                partial(listener.add_heads, role, family.head_rows(role, shapes))
+            )
             for role in listener.HEADS
         ),
         submodule("o").register_forward_pre_hook(listener.add_attention),
@@ -54,8 +62,8 @@ class _Listener:
     def begin(self, _layer: nn.Module, _args: Any, kwargs: Arguments) -> None:
         self._called_with.update(kwargs)
 
-    def add_heads(self, role: Role, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        self._heads[role] = heads = output.flatten(2)  # a norm returns each head by itself
+    def add_heads(self, role: Role, rows: slice, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        self._heads[role] = heads = output.flatten(2)[..., rows]  # a norm returns each head by itself
         self._moments.add_heads(role, heads)
 
     def add_attention(self, _output_projection: nn.Module, args: tuple[torch.Tensor]) -> None:

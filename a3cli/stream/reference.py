@@ -22,6 +22,7 @@ import torch
 from a3cli.errors import A3Error
 from a3cli.models.families import Role
 from a3cli.models.families.base import pair_dims
+from a3cli.models.fused import change_roles
 from a3cli.models.model import Model
 from a3cli.solvers.moments import Tensors
 from a3cli.stream.batches import embed_in_memory, run_in_turn
@@ -54,9 +55,12 @@ class FullSizeReference(Decoder):
     def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
         value = super().read(tensor, shape)
         stored = value.dtype
-        if found := self.family.find_role(tensor):
-            layer, role, kind = found
-            value = self._apply(value, layer, role, kind)
+        if found := self.family.find_roles(tensor):
+            layer, roles, kind = found
+            shapes = self.shape.linear_shapes()
+            value = change_roles(
+                value, self.family, roles, shapes, lambda role, own: self._apply(own, layer, role, kind)
+            )
         return value if self._rounded is None else value.to(self._rounded(stored))
 
     def _layer_solution(self, layer: int) -> Tensors:

@@ -19,6 +19,8 @@ from torch import nn
 
 from a3cli.errors import A3Error
 from a3cli.models.families import Role
+from a3cli.models.families.base import LinearShapes
+from a3cli.models.fused import RoleLinear, role_linear
 from a3cli.solvers.gauss_newton import gauss_newton_step
 from a3cli.solvers.linalg import solve_ridge
 from a3cli.solvers.moments import Tensors
@@ -96,7 +98,8 @@ def refit_sequentially(
     for index in range(first, layers):
         progress(layer=index, layers=layers, tokens=0, total_tokens=tokens)
         with source.layer(index) as full, smaller.layer(index) as small:
-            refit = _Layer(source, full, small, files, calls, index, batching).refit(rounds)
+            shapes = source.shape.linear_shapes(smaller.cuts[index].sizes)
+            refit = _Layer(source, full, small, shapes, files, calls, index, batching).refit(rounds)
         progress(layer=index, layers=layers, tokens=tokens, total_tokens=tokens)
         yield index, refit, [files.of_source.input_of(index + 1).path, files.of_smaller.input_of(index + 1).path]
 
@@ -136,13 +139,14 @@ class _Layer:
         decoder: Decoder,
         full: nn.Module,
         small: nn.Module,
+        shapes: LinearShapes,
         files: Files,
         calls: tuple[Calls, Calls],
         index: int,
         batching: Batching,
     ) -> None:
         self.decoder, self.full, self.small, self.files, self.index = decoder, full, small, files, index
-        self.calls, self.batching = calls, batching
+        self.shapes, self.calls, self.batching = shapes, calls, batching
         self.full_in, self.small_in = files.of_source.input_of(index), files.of_smaller.input_of(index)
         self.full_out, self.small_out = files.of_source.input_of(index + 1), files.of_smaller.input_of(index + 1)
 
@@ -158,7 +162,8 @@ class _Layer:
             error = self._improve_inputs(error)
         self._each(lambda small_in: [self._run_small(small_in)], [self.small_in], [self.small_out])
         refit: list[Role] = ["o", "down", *(self.decoder.shape.mlp_inputs if rounds else ())]
-        return {REFIT_NAMES[role]: self._linear(role).weight.float().cpu().clone() for role in refit}
+        weights = {REFIT_NAMES[role]: self._linear(role).weight.float().cpu() for role in refit}
+        return {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
 
     def _each(
         self,
@@ -198,7 +203,7 @@ class _Layer:
 
         def hidden(before: torch.Tensor) -> torch.Tensor:
             outputs = before.to(linears[0].weight.dtype).unbind(1)
-            with outputs_given(linears, outputs), inputs_of(self._linear("down"), stop=True) as seen:
+            with outputs_given(linears, outputs), inputs_of(self._linear("down").module, stop=True) as seen:
                 self._mlp(before)  # its input is not used
             return seen.pop().float()
 
@@ -226,7 +231,8 @@ class _Layer:
             whole: torch.Tensor = self.small.get_submodule(family.mlp)(x)
             return whole
         between = self.small.get_submodule(family.activation)
-        output: torch.Tensor = self._linear("down")(between(self._linear("up")(x)))
+        up, down = (self._module(self.small, role) for role in ("up", "down"))
+        output: torch.Tensor = down(between(up(x)))
         return output
 
     def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> float:
@@ -253,7 +259,7 @@ class _Layer:
             with inputs_of(self._module(self.full, "mlp_norm")) as seen:
                 out = run_layer(self.full, full_in, self.calls[0][len(full_in)][self.index])
             middle = seen.pop()
-            with inputs_of(linear, stop=True) as seen:
+            with inputs_of(linear.module, stop=True) as seen:
                 self._run_small(small_in)
             target = self._of_block(middle - full_in + DRIFT * (full_in - small_in))
             sums.add(seen.pop(), without_bias(linear, target))
@@ -268,8 +274,8 @@ class _Layer:
         def fit(middle: torch.Tensor, out: torch.Tensor, small_in: torch.Tensor) -> list[torch.Tensor]:
             with (
                 inputs_of(self._module(self.small, "mlp_norm")) as middles,
-                inputs_of(self._linear("up")) as inputs,
-                inputs_of(linear, stop=True) as seen,
+                inputs_of(self._linear("up").module) as inputs,
+                inputs_of(linear.module, stop=True) as seen,
             ):
                 self._run_small(small_in)
             target = self._of_block(out - middle + DRIFT * (middle - middles.pop()))
@@ -283,7 +289,7 @@ class _Layer:
         linear = self._linear("down")
 
         def fit(mlp_in: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
-            with inputs_of(linear, stop=True) as seen:
+            with inputs_of(linear.module, stop=True) as seen:
                 self._mlp(mlp_in)
             sums.add(seen.pop(), without_bias(linear, target))
             return []
@@ -300,32 +306,34 @@ class _Layer:
     def _module(self, layer: nn.Module, role: Role) -> nn.Module:
         return layer.get_submodule(self.decoder.family.module(role))
 
-    def _linear(self, role: Role) -> nn.Linear:
-        linear = self._module(self.small, role)
-        assert isinstance(linear, nn.Linear)
-        return linear
+    def _linear(self, role: Role) -> RoleLinear:
+        return role_linear(self.small, self.decoder.family, role, self.shapes)
 
 
 @contextmanager
-def outputs_given(linears: Sequence[nn.Linear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Make linear layers return these tensors, whatever their input."""
+def outputs_given(linears: Sequence[RoleLinear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Make linear layers return these tensors, whatever their input; a fused module returns those of all its roles."""
+    given: dict[nn.Module, list[tuple[int, torch.Tensor]]] = {}
+    for linear, output in zip(linears, outputs, strict=True):
+        given.setdefault(linear.module, []).append((linear.rows.start or 0, output))
     try:
-        for linear, output in zip(linears, outputs, strict=True):
-            linear.forward = partial(_given, output)  # type: ignore[method-assign]
+        for module, parts in given.items():
+            ordered = [output for _, output in sorted(parts, key=lambda part: part[0])]
+            whole = ordered[0] if len(ordered) == 1 else torch.cat(ordered, -1)
+            module.forward = partial(_given, whole)
         yield
     finally:
-        for linear in linears:
-            del linear.forward
+        for module in given:
+            del module.forward
 
 
 def _given(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def without_bias(linear: nn.Linear, target: torch.Tensor) -> torch.Tensor:
+def without_bias(linear: RoleLinear, target: torch.Tensor) -> torch.Tensor:
     """Return the target minus the bias."""
-    bias: torch.Tensor | None = linear.bias
-    return target if bias is None else target - bias
+    return target if linear.bias is None else target - linear.bias
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from a3cli.models.families import LayerSizes, per_layer_config
+from a3cli.models.families import LayerSizes, Role, per_layer_config
+from a3cli.models.fused import change_roles, stored_shape
 from a3cli.models.model import Model
 from a3cli.models.projections import apply_projection
 from a3cli.models.shipped import per_layer_class
@@ -61,11 +62,14 @@ class SmallerDecoder(Decoder):
         return self.family.layer_prefix(self.cuts[index].layer)
 
     def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
-        found = self.family.find_role(tensor)
+        found = self.family.find_roles(tensor)
         if found is None:
             return super().read(tensor, shape)
-        _, role, kind = found
-        full = self.shape.linear_shapes().get(role)
-        original = shape if full is None else torch.Size(full if kind == "weight" else full[:1])
-        value = super().read(tensor, original)
-        return apply_projection(value, role, self._solution, self.shape, fold_scale=False)
+        _, roles, kind = found
+        full = self.shape.linear_shapes()
+        if roles[0] in full:
+            shape = torch.Size(stored_shape(self.family, roles[0], full, "bias" if kind == "bias" else "weight"))
+        return change_roles(super().read(tensor, shape), self.family, roles, full, self._project)
+
+    def _project(self, role: Role, weight: torch.Tensor) -> torch.Tensor:
+        return apply_projection(weight, role, self._solution, self.shape, fold_scale=False)

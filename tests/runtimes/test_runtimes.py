@@ -9,6 +9,7 @@ from a3cli.runtimes.rules import RULES
 
 BASE = {"model_type": "mistral", "hidden_size": 512, "num_attention_heads": 4, "head_dim": 96}
 LLAMA, QWEN2, QWEN3, SMOLLM3 = (BASE | {"model_type": kind} for kind in ("llama", "qwen2", "qwen3", "smollm3"))
+PHI3, FACTORS = BASE | {"model_type": "phi3"}, {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 STARCODER2, NEMOTRON = BASE | {"model_type": "starcoder2"}, BASE | {"model_type": "nemotron"}
 LONGROPE, LINEAR, THETA, LLAMA3, YARN = (
     {"rope_parameters": {"rope_type": kind}} for kind in ("longrope", "linear", "default", "llama3", "yarn")
@@ -30,6 +31,9 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("transformers 4.57", BASE | PER_LAYER, YES, "trust_remote_code=True"),
         ("transformers 4.57", NEMOTRON | LONGROPE, NO, "ignores RoPE type longrope"),
         ("transformers 4.57", NEMOTRON | THETA, YES, ""),
+        ("transformers 4.57", PHI3 | {"rope_scaling": {"type": "longrope", **FACTORS}}, YES, ""),
+        ("transformers 4.57", PHI3 | {"rope_scaling": {"rope_type": "longrope", **FACTORS}}, NO, "refuses"),
+        ("transformers 4.57", PHI3 | {"rope_scaling": {"type": "longrope", "factor": 2.0, **FACTORS}}, NO, "refuses"),
         ("vLLM", BASE | LONGROPE, YES, ""),
         ("vLLM", BASE | THETA, YES, ""),
         ("vLLM", BASE | LINEAR, YES, "longer context"),
@@ -99,6 +103,8 @@ def test_whole_heads_load_where_the_source_loads(config):
         (LLAMA | YARN, NO),
         (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 2e6}}, YES),
         (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, NO),
+        (PHI3 | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}, NO),
+        (PHI3 | {"rope_parameters": {"rope_type": "default"}, "partial_rotary_factor": 0.75}, YES),
     ],
 )
 def test_rope_that_transformers_4_does_not_find(config, loads):
@@ -120,6 +126,21 @@ def test_the_older_spelling_of_rope_says_the_same():
     old = BASE | {"rope_scaling": {"type": "longrope"}}
     assert judge(old, smaller_heads=True) == judge(BASE | LONGROPE, smaller_heads=True)
     assert verdicts(BASE | {"rope_scaling": None})["ONNX Runtime GenAI"].loads == YES
+
+
+def test_smaller_heads_of_a_qwen2_are_read_if_it_is_written_as_a_llama():
+    """Where Llama's class ignores them as well, --as is no remedy."""
+    before = verdicts(QWEN2 | THETA, could_be_llama=True)
+    for runtime in ("vLLM", "llama.cpp", "MLX"):
+        assert before[runtime].note == "its class for qwen2 ignores head_dim; export with --as llama"
+        assert "--components mlp" in verdicts(QWEN2 | THETA)[runtime].note
+    assert "--components mlp" in before["CTranslate2"].note
+
+
+def test_what_loads_the_source_says_nothing_of_another_model_type():
+    whole = verdicts(LLAMA | THETA | {"head_dim": 88}, smaller_heads=False, retyped=True)
+    assert (whole["ONNX Runtime GenAI"].loads, whole["MLX"].loads) == (NO, YES)
+    assert not any("as it loads the source" in each.note for each in whole.values())
 
 
 def test_summary_names_who_does_not_load_it_and_why():

@@ -15,10 +15,7 @@ from tests.conftest import snapshot
 pytestmark = pytest.mark.usefixtures("hasty")
 
 
-SLOW_THETA = pytest.param({"rope_form": "theta"}, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("variant", [{}, {"shape": "per-layer"}, {"method": "paper"}, SLOW_THETA], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"shape": "per-layer"}, {"method": "paper"}, {"rope_form": "theta"}], ids=str)
 def test_one_analysis_serves_every_budget(variant, prepared, tmp_path):
     calibrated, results = Work(prepared / "work"), {}
 

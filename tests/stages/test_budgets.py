@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 import a3cli
 from tests.conftest import SHORT, but, refused
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 SOLVE = ("solve", "--method", "paper", "--overwrite", "--head-multiple", 2, "--mlp-multiple", 8)
 PARTS = ("qk", "ov", "mlp")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.solvers.moments import LayerMoments, gram_blocks, pack_upper, unpack_upper
-from tests.conftest import MODELS, decoder_layers, family_of_row, mlp_linears
+from tests.conftest import MODELS, decoder_layers, family_of_row, head_linears, mlp_linears
 from tests.helpers.statistics import calibration_files
 
 SETTINGS = ("--samples", 6, "--seq-len", 80, "--batch-size", 4)
@@ -33,9 +33,11 @@ def hooked_sums(folder, blocks):
 
     for i, layer in enumerate(layers):
         attention = layer.self_attn
-        for name in "qkv":
-            heads = getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj"))
-            heads.register_forward_hook(lambda m, a, out, i=i, name=name: keep(i, name, out.flatten(2)))
+        for name, (linear, part) in head_linears(attention).items():
+            heads = getattr(attention, f"{name}_norm", linear)
+            heads.register_forward_hook(
+                lambda m, a, out, i=i, name=name, part=part: keep(i, name, out.flatten(2)[..., part])
+            )
         output = getattr(attention, "o_proj", None) or attention.out_proj
         output.register_forward_pre_hook(lambda m, a, i=i: keep(i, "o", a[0]))
         mlp_linears(layer)["down"].register_forward_pre_hook(lambda m, a, i=i: keep(i, "x", a[0]))

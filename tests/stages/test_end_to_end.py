@@ -496,15 +496,7 @@ def test_a_lower_context_changes_nothing_within_it(rope, shape, a3, checkpoint, 
 
 
 @pytest.mark.parametrize("form", ["theta", "linear", "longrope"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "llama-gqa",
-        "llama-linear",
-        "nemotron-gqa",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-llama3", "granite-gqa")),
-    ],
-)
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-linear", "nemotron-gqa", "llama-llama3", "granite-gqa"])
 def test_rope_has_the_form_that_was_asked_for(form, name, a3, checkpoint, text_file, tmp_path):
     """Evenly spaced slots are part of the solution, so the export is exact, and the predictions include them."""
     options = ("--attention-budget", 0.25, "--components", "qk,ov", "--head-multiple", 2, "--rope-form", form)

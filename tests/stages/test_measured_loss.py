@@ -27,11 +27,8 @@ class Whole:
         yield from (self.model(block[None]).logits for block in blocks)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("nemotron-mha-bias", "qwen3-gqa")]
-
-
 @pytest.mark.parametrize("how", [(), ("--shape", "per-layer"), ("--method", "paper"), ("--sequential",)])
-@pytest.mark.parametrize("name", ["llama-gqa", "smollm3-bias", *SLOW])
+@pytest.mark.parametrize("name", ["llama-gqa", "smollm3-bias", "nemotron-mha-bias", "qwen3-gqa"])
 def test_it_equals_whole_models_on_those_blocks(name, how, a3, checkpoint, text_file, tmp_path):
     source, work, out = checkpoint(name), tmp_path / "work", tmp_path / "out"
     assert a3("calibrate", source, "--dataset", text_file, *SHORT, "--work", work).code == 0

@@ -35,9 +35,12 @@ from tests.conftest import (
     can_cut,
     decoder_layers,
     family_of_row,
+    head_linears,
     mlp_linears,
 )
 from tests.helpers.solutions import random_solution
+
+pytestmark = pytest.mark.usefixtures("hasty")
 
 LENGTH = 120  # beyond the longrope source's original context
 # Three layers: all smaller with QK < OV; full QK and MLP with OV < QK; only QK smaller.
@@ -142,13 +145,14 @@ def exported(folder: Path, source: Path, sizes: list, slots: list, solutions: li
 
 
 def random_export(name: str, folder: Path, *, method: str = "best", seed: int = 3, **settings: Any) -> Path:
-    source = save(build_model(name, num_hidden_layers=3), folder / "source")
+    model = build_model(name, num_hidden_layers=3)
+    source, width = save(model, folder / "source"), model.config.hidden_size
     torch.manual_seed(seed)
     sizes = SIZES if can_cut(name, "qk", shape="per-layer") else [replace(size, qk=16) for size in SIZES]
     slots = [own if size.qk < 16 else WHOLE for own, size in zip(SLOTS, sizes, strict=True)]
     slots = slots if family_of_row(name).rotates else NO_SLOTS
     slots = slots if method == "best" else [[float(int(slot)) for slot in layer] for layer in slots]
-    solutions = [random_solution(name, *layer, method=method) for layer in zip(sizes, slots, strict=True)]
+    solutions = [random_solution(name, *layer, method=method, width=width) for layer in zip(sizes, slots, strict=True)]
     return exported(folder, source, sizes, slots, solutions, **settings)
 
 
@@ -235,13 +239,13 @@ class LiteralAttention(torch.nn.Module):
         # In model types whose layers have different windows, each layer stores its own.
         if window := getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)):
             seen &= time[:, None] - time < window
-        q, k, v = (layer(row).view(length, -1, 16) for layer in (stock.q_proj, stock.k_proj, stock.v_proj))
+        q, k, v = (linear(row)[:, part].reshape(length, -1, 16) for linear, part in head_linears(stock).values())
         if hasattr(stock, "q_norm"):
             q, k = self.normed(q, stock.q_norm.weight), self.normed(k, stock.k_norm.weight)
         output = getattr(stock, "o_proj", None) or stock.out_proj
-        hidden = len(output.weight)
-        wide = output.weight.view(hidden, heads, 16)
-        out = torch.zeros(length, hidden, dtype=torch.float64)
+        width = len(output.weight)
+        wide = output.weight.view(width, heads, 16)
+        out = torch.zeros(length, width, dtype=torch.float64)
         for i in range(heads):
             kv = i // group
             query, key = self.slots_of(q[:, i], "query", kv) * turn, self.slots_of(k[:, kv], "key", kv) * turn
@@ -252,7 +256,7 @@ class LiteralAttention(torch.nn.Module):
                 if "output_map" in self.solution:
                     weight = weight @ self.solution["output_map"][kv].T
                 else:
-                    weight = self.solution["output_weight"].double().view(hidden, heads, -1)[:, i]
+                    weight = self.solution["output_weight"].double().view(width, heads, -1)[:, i]
             out += weights @ value @ weight.T
         return out if output.bias is None else out + output.bias
 
@@ -341,6 +345,8 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
         "nemotron-gqa",
         "qwen3-window",
         "smollm3-window",
+        "phi3-window",
+        "phi3-longrope",
     ],
 )
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):

@@ -76,7 +76,7 @@ def zero_pairs(model: Any, layer: int, statistics: dict[str, torch.Tensor], rank
         "nemotron-gqa",
         "granite-gqa",
         "smollm3-window",
-        pytest.param("qwen3-gqa", marks=pytest.mark.slow),
+        "qwen3-gqa",
     ],
 )
 def test_probes_equal_the_zeroed_stock_model(a3, calibrated, name):

@@ -16,6 +16,8 @@ from a3cli.work.sealed import write_manifest
 from tests.conftest import CONTEXT, SHORT
 from tests.helpers.commands import RECIPE
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 SOLVE = ("solve", "--method", "paper", "--overwrite", "--head-multiple", 2, "--mlp-multiple", 8)
 
 

@@ -18,6 +18,8 @@ from a3cli.work.folder import Work
 from a3cli.work.progress import silent
 from tests.conftest import SHORT, but, refused
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 SOLVE = ("solve", "--method", "paper", "--overwrite", "--head-multiple", 2, "--mlp-multiple", 8)
 PER_LAYER = ("--shape", "per-layer")
 NORM = "a norm follows each query and key head, so these keep their size"

@@ -18,7 +18,6 @@ from tests.conftest import mlp_linears
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
-SLOW = ("starcoder2-window", "nemotron-gqa", "granite-gqa", "qwen3-gqa")
 OPTIONS = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
 
 
@@ -87,7 +86,8 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
         "nemotron-gqa",
         "granite-gqa",
         "qwen3-bias",
-        pytest.param("smollm3-bias", marks=pytest.mark.slow),
+        "smollm3-bias",
+        "phi3-window",
     ],
 )
 def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):
@@ -125,7 +125,11 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
         "llama-gqa-bias",
         "mistral-gqa",
         "starcoder2-gqa",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        "starcoder2-window",
+        "nemotron-gqa",
+        "granite-gqa",
+        "qwen3-gqa",
+        "phi3-window",
     ],
 )
 def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):

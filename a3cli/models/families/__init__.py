@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from a3cli.errors import A3Error
-from a3cli.models.families import granite, llama, mistral, nemotron, opt, qwen2, qwen3, smollm3, starcoder2
+from a3cli.models.families import granite, llama, mistral, nemotron, opt, phi3, qwen2, qwen3, smollm3, starcoder2
 from a3cli.models.families.base import Family, LayerSizes, ModelShape, Place, Role, per_layer_config
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (granite, llama, mistral, nemotron, opt, qwen2, qwen3, smollm3, starcoder2)
+    for module in (granite, llama, mistral, nemotron, opt, phi3, qwen2, qwen3, smollm3, starcoder2)
 }
 
 

@@ -20,11 +20,13 @@ class Place:
     """The place of one role's weight in a decoder layer.
 
     `module` is a path inside the layer. If the module's weight is fused, `after` names the roles whose rows come
-    before this role's, in order; None means that the whole weight belongs to this role.
+    before this role's, in order; None means that the whole weight belongs to this role. `transposed` weights are stored
+    as `[in, out]`.
     """
 
     module: str
     after: tuple[Role, ...] | None = None
+    transposed: bool = False
 
 
 # The module names of Llama and of most later families.
@@ -47,9 +49,9 @@ UNGATED_PLACES: dict[Role, Place] = {role: place for role, place in LLAMA_PLACES
 class Family:
     """The names and properties of a model type's modules.
 
-    Linear weights are `[out, in]`. RoPE rotates the first r dims of a head as pairs `(p, p + r/2)`. The roles q, k, v,
-    o, gate, up and down are the linear weights that a budget counts; `mlp_norm` is the module that reads the residual
-    stream for the MLP. Without a gate the MLP is `down(act(up(x)))`.
+    Linear weights are `[out, in]`, or `[in, out]` where their place says so. RoPE rotates the first r dims of a head as
+    pairs `(p, p + r/2)`. The roles q, k, v, o, gate, up and down are the linear weights that a budget counts;
+    `mlp_norm` is the module that reads the residual stream for the MLP. Without a gate the MLP is `down(act(up(x)))`.
     """
 
     model_type: str  # as in config.json
@@ -60,13 +62,13 @@ class Family:
     rotary_factor: float | None = None  # partial_rotary_factor if config.json omits it; None: RoPE rotates all dims
     softmax_scale: str | None = None  # the config entry of the softmax scale; None: head_dim ** -0.5
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
+    like_llama: bool = False  # without windows, the stock class computes what Llama's does, but for biases
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
+    strict_longrope: bool = False  # transformers 4 refuses other entries of rope_scaling than type and factors
     rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
     positions: Positions = "rope"  # how the model knows a token's place
     position_embedding: str | None = None  # the module of learned positions
-    names: Mapping[str, str] = field(
-        default_factory=dict
-    )  # config.json's names of entries that Llama's calls otherwise
+    names: Mapping[str, str] = field(default_factory=dict)  # entries of config.json: Llama's name → its own
     activation: str | None = None  # the module between up and down in a layer whose MLP is no module of its own
     refusal: Callable[[Any], str | None] = lambda _config: None  # what of a configuration a3 does not support
     stock_heads: str | None = None  # why no head can be smaller in the stock shape; None: they can
@@ -141,6 +143,15 @@ class Family:
         start = sum(shapes[before][0] for before in after)
         return slice(start, start + shapes[role][0])
 
+    def head_rows(self, role: Role, shapes: LinearShapes) -> slice:
+        """Return the part of the output of `heads(role)` that belongs to the role."""
+        return slice(None) if role in self.head_norms else self.rows(role, shapes)
+
+    def roles_of(self, module: str) -> tuple[Role, ...]:
+        """Return the roles of a module, given by its path inside a layer, in the order of their rows."""
+        roles = [role for role, place in self.places.items() if place.module == module]
+        return tuple(sorted(roles, key=lambda role: len(self.places[role].after or ())))
+
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
 
@@ -150,23 +161,9 @@ class Family:
         number, _, rest = tensor.removeprefix(prefix).partition(".")
         if not tensor.startswith(prefix) or not number.isdigit():
             return None
-        path, _, kind = rest.rpartition(".")
-        roles = [role for role, place in self.places.items() if place.module == path]
-        roles.sort(key=lambda role: len(self.places[role].after or ()))
-        return (int(number), tuple(roles), kind) if roles else None
-
-    def find_role(self, tensor: str) -> tuple[int, Role, str] | None:
-        """Return `find_roles` of a tensor that belongs to one role.
-
-        Raises ValueError for a fused tensor, whose roles must be compressed one by one.
-        """
-        found = self.find_roles(tensor)
-        if found is None:
-            return None
-        layer, (role, *others), kind = found
-        if others:
-            raise ValueError(f"{tensor} is fused of {', '.join(found[1])}")
-        return layer, role, kind
+        module, _, kind = rest.rpartition(".")
+        roles = self.roles_of(module)
+        return (int(number), roles, kind) if roles else None
 
 
 @dataclass(frozen=True)

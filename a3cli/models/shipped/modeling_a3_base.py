@@ -113,19 +113,32 @@ class PerLayerAttention:
         super().__init__(config, layer_idx)
         own = layer_config(config, layer_idx, rotates=self.rotates)
         self.qk_head_dim, self.v_head_dim = own.qk_head_dim, own.v_head_dim
-        heads, bias = config.num_attention_heads, self.q_proj.bias is not None
+        heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", heads)
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.qk_head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.qk_head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.v_head_dim, bias=bias)
-        bias = getattr(self, self.output).bias is not None
-        setattr(self, self.output, nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=bias))
+        self.build_inputs(config, heads * self.qk_head_dim, kv_heads * self.qk_head_dim, kv_heads * self.v_head_dim)
+        self.build_output(config, heads * self.v_head_dim)
         # Types whose layers differ in their window keep it in the layer.
         self.window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
         rotated = [slots.index(slot) for slot in getattr(own, "rope_slots", ()) if slot in slots]
         self.places = rotated * 2  # both halves of what turns
         self.register_buffer("slot_index", torch.zeros(len(self.places), dtype=torch.long), persistent=False)
         self.fill_buffers()
+
+    def build_inputs(self, config: Any, query: int, key: int, value: int) -> None:
+        """Replace the stock projections by ones of these widths."""
+        bias = self.q_proj.bias is not None
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, value, bias=bias)
+
+    def build_output(self, config: Any, width: int) -> None:
+        """Replace the stock output projection by one that reads this width."""
+        bias = getattr(self, self.output).bias is not None
+        setattr(self, self.output, nn.Linear(width, config.hidden_size, bias=bias))
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values `[B, T, n·h]`."""
+        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
     def fill_buffers(self) -> None:
         self.slot_index.copy_(torch.tensor(self.places, dtype=torch.long))
@@ -140,9 +153,10 @@ class PerLayerAttention:
         shape = hidden_states.shape[:-1]
         cache = take_cache(kwargs, attention_mask, shape[1])
         cache_position = kwargs.pop("cache_position", None)  # read by the static cache of transformers 4
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
+        query, key, value = self.project(hidden_states)
+        query = query.view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        key = key.view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        value = value.view(*shape, -1, self.v_head_dim).transpose(1, 2)
         query, key = self.turn(query, key, position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
