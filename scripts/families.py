@@ -23,7 +23,8 @@ Written by `python scripts/families.py`, from the definitions in `a3cli/models/f
 
 ## What is compressed
 
-- **exact**: in closed form, by a theorem of the paper (OV) or by least squares for the channels that are kept (MLP).
+- **exact**: in closed form, by a theorem of the paper (OV, and QK without RoPE) or by least squares for the channels
+  that are kept (MLP). The default method then refines QK for the output of attention; `--method paper` does not.
 - **refined**: RoPE turns queries and keys, which leaves no closed form; maps start from one and are refined on sampled
   attention, and judged on blocks that were held out. `--method paper` selects pairs instead.
 - **no**: the component keeps its size, for the reason in the last column.
@@ -65,7 +66,7 @@ def how(family: Family, component: Component, shape: str) -> str:
     """Return how a component is made smaller: exact, refined or no."""
     if component not in family.compressible(shape):
         return "no"
-    return "refined" if component == "qk" else "exact"
+    return "refined" if component == "qk" and family.rotates else "exact"
 
 
 def class_of(family: Family, shape: str) -> str:
@@ -93,7 +94,8 @@ def loading() -> Iterator[str]:
 def forms(family: Family) -> Iterator[tuple[str, list[Verdict]]]:
     """Yield each form that an export of a family can have, and what loads it."""
     kind, could_be_llama = {"model_type": family.model_type}, family.like_llama
-    yield "stock, whole heads", judge(SIZES | kind, smaller_heads=False, could_be_llama=could_be_llama)
+    if family.compressible("stock"):
+        yield "stock, whole heads", judge(SIZES | kind, smaller_heads=False, could_be_llama=could_be_llama)
     if "qk" in family.compressible("stock"):
         for form, rope in (("theta", "default"), ("longrope", "longrope")):
             config = SMALLER | kind | {"rope_parameters": {"rope_type": rope, "rope_theta": 10000.0}}

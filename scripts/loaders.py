@@ -67,6 +67,9 @@ SMOLLM3 = {
     "pad_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 2000000.0},  # 4.57 reads none and has this default
 }
+# Entries that configurations of models without RoPE do not have.
+WITHOUT_ROPE = dict.fromkeys(("head_dim", "num_key_value_heads", "intermediate_size", "rope_parameters"), ...)
+OPT = WITHOUT_ROPE | {"ffn_dim": 512, "pad_token_id": 1}
 PHI3 = {"pad_token_id": None, "sliding_window": None}
 PHI3_LONGROPE: dict[str, Any] = PHI3 | {
     "sliding_window": 64,
@@ -129,6 +132,7 @@ SUBJECTS = (
     Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
     Subject("granite stock", "granite", config=GRANITE),
     Subject("ministral3 stock", "ministral3", config=MINISTRAL3),
+    Subject("opt stock", "opt", BUDGET, OPT),
     Subject("phi3 stock", "phi3", BUDGET, PHI3),
     Subject("llama per-layer", "llama", PER_LAYER),
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
@@ -140,6 +144,7 @@ SUBJECTS = (
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
     Subject("ministral3 per-layer", "ministral3", PER_LAYER, MINISTRAL3),
+    Subject("opt per-layer", "opt", PER_LAYER, OPT),
     Subject("phi3 per-layer", "phi3", PER_LAYER, PHI3_LONGROPE),
     Subject("phi3 per-layer partial", "phi3", PER_LAYER, PHI4_MINI),
 )
@@ -152,7 +157,8 @@ def make_source(subject: Subject, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    settings = copy.deepcopy({**COMMON, **subject.config})  # configurations modify their arguments
+    entries = {key: value for key, value in (COMMON | subject.config).items() if value is not ...}
+    settings = copy.deepcopy(entries)  # configurations modify their arguments
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(subject.model_type, **settings))
     for parameter in model.parameters():
         if parameter.ndim == 2:

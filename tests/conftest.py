@@ -24,6 +24,8 @@ from transformers import (
     MistralForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -37,7 +39,7 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from a3cli.models.families import family_for
+from a3cli.models.families import Family, family_for
 from a3cli.settings import Component
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
@@ -85,6 +87,9 @@ GROWING = YARN | {
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 NO_ROPE = {"no_rope_layer_interval": 2, "pad_token_id": None}  # every second layer has no RoPE
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+# Entries that configurations of models without RoPE do not have; heads of 16 dims, as in all models.
+WITHOUT_ROPE = dict.fromkeys(("rope_parameters", "head_dim", "num_key_value_heads", "intermediate_size"), ...)
+WITHOUT_ROPE |= {"hidden_size": 64}
 
 # name → (config class, model class, differences from the common sizes)
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -149,6 +154,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "num_key_value_heads": 4,
         },
     ),
+    "opt-mha": (OPTConfig, OPTForCausalLM, WITHOUT_ROPE | {"ffn_dim": 96, "pad_token_id": 1}),
     "phi3-window": (Phi3Config, Phi3ForCausalLM, {"sliding_window": 24, "pad_token_id": None}),
     "phi3-partial": (
         Phi3Config,
@@ -204,24 +210,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
     """Return a tiny random float32 model of the table, with weights large enough that attention is far from uniform."""
     config_class, model_class, changes = MODELS[name]
-    config = config_class(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": CONTEXT,
-            "tie_word_embeddings": False,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "rope_parameters": dict(DEFAULT),
-            **changes,
-            **overrides,
-        }
-    )
+    entries = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "rope_parameters": dict(DEFAULT),
+        **changes,
+        **overrides,
+    }
+    config = config_class(**{key: value for key, value in entries.items() if value is not ...})
     torch.manual_seed(seed)
     model = model_class(config).eval()
     with torch.no_grad():
@@ -237,17 +242,29 @@ def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
 
 def can_cut(name: str, component: Component, *, shape: str = "stock") -> bool:
     """Return whether the family of a model of the table lets this shape cut a component."""
+    return component in family_of_row(name).compressible(shape)
+
+
+def family_of_row(name: str) -> Family:
+    """Return the family of a model of the table."""
     config_class, _, changes = MODELS[name]
-    config = {"model_type": config_class.model_type, "max_position_embeddings": CONTEXT, **changes}
-    return component in family_for(config).compressible(shape)
+    return family_for({"model_type": config_class.model_type, "max_position_embeddings": CONTEXT, **changes})
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:
     """Return the linear layers of a decoder layer's MLP by role, fused ones by both."""
+    mlp = getattr(layer, "mlp", layer)
     names = {"gate": "gate_proj", "up": "up_proj", "gate_up": "gate_up_proj", "down": "down_proj"}
-    if hasattr(layer.mlp, "c_fc"):
+    if hasattr(mlp, "c_fc"):
         names = {"up": "c_fc", "down": "c_proj"}
-    return {role: getattr(layer.mlp, name) for role, name in names.items() if hasattr(layer.mlp, name)}
+    if hasattr(mlp, "fc1"):
+        names = {"up": "fc1", "down": "fc2"}
+    return {role: getattr(mlp, name) for role, name in names.items() if hasattr(mlp, name)}
+
+
+def decoder_layers(model: Any) -> Any:
+    """Return the decoder layers of a causal language model."""
+    return getattr(model.model, "decoder", model.model).layers
 
 
 def head_linears(attention: Any) -> dict[str, tuple[Any, slice]]:

@@ -12,13 +12,14 @@ from a3cli.models.families import Family, ModelShape, family_of
 def read_shape(config: Any) -> ModelShape:
     """Return the shape that a transformers config describes. Raises A3Error if its sizes do not fit together."""
     family, heads = family_of(config.model_type), config.num_attention_heads
+    kv_heads, head_dim = (getattr(config, name, None) if family.rotates else None for name in OPTIONAL_SIZES)
     attention_bias, mlp_bias = read_biases(family, config)
     shape = ModelShape(
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim or config.hidden_size // heads,
         intermediate_size=config.intermediate_size,
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
@@ -28,6 +29,7 @@ def read_shape(config: Any) -> ModelShape:
         windows=read_windows(config),
         still_layers=read_still_layers(family, config),
         query_growth=read_query_growth(family, config),
+        mlp_in_layer=not family.mlp,
     )
     shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
     sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)
@@ -87,15 +89,17 @@ def read_query_growth(family: Family, config: Any) -> tuple[float, int] | None:
 def read_biases(family: Family, config: Any) -> tuple[bool, bool]:
     """Return whether q, k and v have biases, and whether the MLP's linear layers have them."""
     if family.use_bias:
-        every = bool(getattr(config, "use_bias", True))
+        every = bool(getattr(config, family.names.get("use_bias", "use_bias"), True))
         return every, every
     return family.qkv_bias or bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
 
 
 def rotary_dims(config: Any, head_dim: int) -> int:
     """Return how many dims of a head RoPE rotates. Raises A3Error if these are not pairs."""
-    default = family_of(config.model_type).rotary_factor
-    if default is None:
+    family = family_of(config.model_type)
+    if not family.rotates:
+        return 0
+    if (default := family.rotary_factor) is None:
         return head_dim
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     said = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
@@ -123,7 +127,8 @@ BOUNDS = {
     "intermediate_size": LARGEST,
     "vocab_size": LARGEST,
 }
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")  # derived from the others if config.json lacks them
+# Derived from the others if config.json lacks them, and always without RoPE.
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 
 
 def check_sizes(raw: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint, same_content
 from a3cli.models.config import check_rope, check_rope_spellings, read_shape
-from a3cli.models.families import Family, ModelShape, Role, family_for
+from a3cli.models.families import Family, ModelShape, Role, family_for, usual_entries
 from a3cli.models.families.base import Kind
 from a3cli.models.families.wrappers import Wrapper, decoder_config, wrapper_of
 from a3cli.models.fused import take_role
@@ -91,20 +91,34 @@ def read_stock(
 
     Raises A3Error. `tensors` is how many the checkpoint has, None if that is unknown.
     """
-    from transformers import AutoConfig
-
     refuse_per_layer(raw, name)
     family, wrapper, own = family_for(raw), wrapper_of(raw), decoder_config(raw)
     check_rope_spellings(own, folder / "config.json")
     if tensors is not None:
         check_layers(own, name, tensors)
     with invalid_config(folder):
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        config = whole if wrapper is None else getattr(whole, wrapper.entry)
+        whole, config = read_config_object(folder, raw, trust_remote_code=trust_remote_code)
         config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
         check_activation(config.hidden_act)
-        check_rope(dict(config.rope_parameters or {}), partial=family.rotary_factor is not None)
+        check_rope(getattr(config, "rope_parameters", None) or {}, partial=family.rotary_factor is not None)
+        if unsupported := family.refusal(config):
+            raise A3Error(f"{folder / 'config.json'}: a3 does not support {family.model_type} with {unsupported}")
         return config, read_stock_class(config) if wrapper is None else read_wrapper_class(whole, config, wrapper)
+
+
+def read_config_object(folder: Path, raw: Json, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Return transformers' configuration for config.json, and its part for the decoder, which may be all of it.
+
+    That part has Llama's names for entries that the family's has under others.
+    """
+    from transformers import AutoConfig
+
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    wrapper = wrapper_of(raw)
+    config = whole if wrapper is None else getattr(whole, wrapper.entry)
+    for usual, own in family_for(raw).names.items():
+        setattr(config, usual, getattr(config, own))
+    return whole, config
 
 
 @contextmanager
@@ -121,7 +135,7 @@ def invalid_config(folder: Path) -> Iterator[None]:
 
 def check_layers(raw: Json, name: str, tensors: int) -> None:
     """Raise A3Error for more layers than tensors: some configuration classes make lists of as many."""
-    layers = raw.get("num_hidden_layers")
+    layers = usual_entries(raw).get("num_hidden_layers")
     if isinstance(layers, int) and layers > tensors:
         raise A3Error(f"{name}: config.json says {layers:,} layers, there are {tensors} tensors")
 
@@ -141,11 +155,7 @@ def check_size(source: Checkpoint) -> None:
     check_layers(source.config, source.name, len(source.tensors))
     try:
         family_for(source.raw_config)
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-        if (wrapper := wrapper_of(source.raw_config)) is not None:
-            config = getattr(config, wrapper.entry)
+        _, config = read_config_object(source.folder, source.raw_config)
         shape = read_shape(config)
     except Exception:  # another family, or a configuration that does not load: loading it says so
         return

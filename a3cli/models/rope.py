@@ -50,6 +50,11 @@ class Rope:
         return self.turning < len(self.short)
 
     @property
+    def absent(self) -> bool:
+        """Return whether the model has no RoPE, and config.json nothing of it."""
+        return self.kind == "none"
+
+    @property
     def still(self) -> "Rope":
         """Return RoPE that rotates nothing and scales nothing, that of layers without it."""
         none = torch.zeros_like(self.short)
@@ -73,6 +78,8 @@ def read_rope(config: Any) -> Rope:
     """Read a transformers (5.x) config. Raises A3Error for a RoPE type that a subset of pairs cannot express."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    if not family_of(config.model_type).rotates:
+        return no_rope(config)
     parameters = dict(config.rope_parameters or {})
     kind = check_rope(parameters, partial=family_of(config.model_type).rotary_factor is not None)
     turned = rotary_dims(config, config.head_dim)
@@ -99,6 +106,12 @@ def read_rope(config: Any) -> Rope:
         context=int(config.max_position_embeddings),
         original_context=original,
     )
+
+
+def no_rope(config: Any) -> Rope:
+    """Return the rotation of a model without RoPE: none of any pair."""
+    still, context = torch.zeros(config.head_dim // 2, dtype=torch.float64), int(config.max_position_embeddings)
+    return Rope({"rope_type": "none"}, still, still, 1.0, context, context)
 
 
 def kept_rope_config(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> Json:

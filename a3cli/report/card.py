@@ -137,7 +137,7 @@ def describe_solution(shape: ModelShape, solution: Solution) -> Json:
         "rows": compare(solution, LABELS),
         "removed": percent(solution.budget_reached, 2),
         "asked": describe_budgets(solution.request.settings),
-        "method": describe_method(solution),
+        "method": describe_method(shape, solution),
         "predicted": ", ".join(f"{title} {value:.4g}" for title, value in losses),
         "unit": LOSSES[solution.request.settings.sensitivity],
         "remote_code": ", trust_remote_code=True" if solution.shape == "per-layer" else "",
@@ -163,10 +163,11 @@ def card_metadata(source: Checkpoint) -> Json:
     return metadata
 
 
-def describe_method(solution: Solution) -> str:
+def describe_method(shape: ModelShape, solution: Solution) -> str:
     """Return method and shape in a few words."""
     settings = solution.request.settings
-    name = "A³ as published" if settings.method == "paper" else "A³ with RoPE slots and refits"
+    ours = "A³ with RoPE slots and refits" if shape.turning_pairs else "A³ with refits"
+    name = "A³ as published" if settings.method == "paper" else ours
     corrected = ", corrected in a second sweep" if settings.sequential else ""
     return f"{name} (`--method {settings.method} --shape {settings.shape}`){corrected}"
 
@@ -181,6 +182,8 @@ def measured_row(measured: Measured) -> tuple[str, ...]:
 def describe_rope(shape: ModelShape, solution: Solution) -> str:
     """Return a sentence about the RoPE of a solution's heads."""
     slots, pairs, turning = solution.rope_slots, shape.head_dim // 2, shape.turning_pairs
+    if not turning:
+        return "Queries and keys are not rotated."
     if slots is None or all(sizes.qk == shape.head_dim for sizes in solution.sizes):
         return "RoPE as in the source."
     if solution.shape == "per-layer":

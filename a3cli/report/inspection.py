@@ -11,7 +11,7 @@ from pydantic import SerializeAsAny, ValidationError
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint
-from a3cli.models.families import decoder_config, family_for, family_of
+from a3cli.models.families import family_for, family_of, usual_entries
 from a3cli.models.source import open_recorded, opened_work
 from a3cli.report.concerns import find_concerns
 from a3cli.report.figures import describe_budgets
@@ -124,7 +124,7 @@ def choose_solution(work: Work, name: str | None) -> Work:
 def describe_export(folder: Path) -> Inspection:
     manifest = read_export_manifest(folder / MANIFEST)
     path = folder / "config.json"
-    config = decoder_config(read_json(path))
+    config = read_json(path)
     dimensions = read_dimensions(config, path, manifest.solution)
     check_hash(path, manifest.files.get(path.name, ""), "run a3 export again")
     layers = describe_layers(dimensions, manifest.calibration.tokens, manifest.solution, [])
@@ -155,6 +155,7 @@ def cut_of(config: Json) -> tuple[Component, ...]:
 
 def read_dimensions(config: Json, path: Path, solution: Solution) -> Dimensions:
     """Return the source's dimensions from an export's config.json and its solution."""
+    config = usual_entries(config)
     heads, kv = count_in(config, "num_attention_heads", path), "num_key_value_heads"
     dimensions = Dimensions(
         heads=heads,

@@ -121,7 +121,7 @@ class LayerMoments:
             yield piece
 
     def add_attention(
-        self, seen: Tensors, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
+        self, seen: Tensors, rotation: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None
     ) -> None:
         """Add attention by distance: `q` `[B, T, H·h]`, `k` and `v` `[B, T, K·h]` before RoPE; see `attention_mass`."""
         self._add(
@@ -192,7 +192,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def attention_mass(
     q: torch.Tensor,
     k: torch.Tensor,
-    rotation: tuple[torch.Tensor, torch.Tensor],
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
     mask: torch.Tensor | None,
     *,
     head_dim: int,
@@ -201,14 +201,18 @@ def attention_mass(
     """Return attention weights by distance `[T]`, summed over blocks, heads and a few evenly spaced queries per block.
 
     q `[B, T, H·h]`, k `[B, T, K·h]` before RoPE; rotation is the layer's (cos, sin), each `[·, T, r]`, with pairs
-    `(p, p + r/2)`, r < h with partial RoPE; mask `[B or 1, 1, T, T]` is boolean (True attends) or
+    `(p, p + r/2)`, r < h with partial RoPE, None without RoPE; mask `[B or 1, 1, T, T]` is boolean (True attends) or
     additive, None is causal.
     """
     length = q.shape[1]
     rows = torch.linspace(0, length - 1, min(SAMPLED_QUERIES + 1, length))[1:].round().long().to(q.device)
-    cos, sin = (part.float().to(q.device) for part in rotation)
-    queries = _rotate(q[:, rows].float().unflatten(-1, (-1, head_dim)), cos[:, rows, None], sin[:, rows, None])
-    keys = _rotate(k.float().unflatten(-1, (-1, head_dim)), cos[:, :, None], sin[:, :, None])
+    queries, keys = (heads.float().unflatten(-1, (-1, head_dim)) for heads in (q[:, rows], k))
+    if rotation is not None:
+        cos, sin = (part.float().to(q.device) for part in rotation)
+        queries, keys = (
+            _rotate(heads, cos[:, places, None], sin[:, places, None])
+            for heads, places in ((queries, rows), (keys, slice(None)))
+        )
     grouped = queries.unflatten(2, (keys.shape[2], -1))  # [B, r, K, g, h]
     scores = torch.einsum("brkgc,btkc->bkgrt", grouped, keys).flatten(1, 2)
     scores = scores * (head_dim**-0.5 if scale is None else scale)

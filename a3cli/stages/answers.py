@@ -12,7 +12,7 @@ from torch import nn
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.config import read_shape
-from a3cli.models.families import Family, ModelShape, family_for, family_of
+from a3cli.models.families import Family, ModelShape, family_for, family_of, usual_entries
 from a3cli.models.families.wrappers import wrapper_of
 from a3cli.models.model import describe
 from a3cli.settings import EvalSettings
@@ -191,7 +191,8 @@ class ExportDecoder(Decoder):
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=True, local_files_only=True)
-        shape = read_shape(SimpleNamespace(**checkpoint.config))  # transformers' object refuses sizes that differ
+        entries = usual_entries(checkpoint.config)
+        shape = read_shape(SimpleNamespace(**entries))  # transformers' object refuses sizes that differ
         super().__init__(_Export(checkpoint, family_of(config.model_type), config, shape), machine)
 
     def build(self, config: Any, dtype: torch.dtype) -> nn.Module:

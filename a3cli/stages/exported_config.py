@@ -39,7 +39,7 @@ def compressed_config(model: Model, solution: Solution, settings: ExportSettings
 def stock_changes(model: Model, solution: Solution) -> Json:
     """Return one head size and MLP width for all layers and, if heads are smaller, the new RoPE."""
     sizes = solution.sizes[0]
-    changes: Json = {"intermediate_size": sizes.mlp}
+    changes: Json = {model.family.names.get("intermediate_size", "intermediate_size"): sizes.mlp}
     if model.source.stored_otherwise and model.wrapper is None:  # config.json names only the decoder's class
         changes["architectures"] = [model.stock.name]
     if sizes.qk < model.shape.head_dim:
@@ -53,15 +53,16 @@ def stock_changes(model: Model, solution: Solution) -> Json:
 def per_layer_changes(model: Model, solution: Solution) -> Json:
     """Return `per_layer_config` for transformers 5, and the `auto_map` of the code that builds the layers.
 
-    `head_dim` stays the source's: it defines the pairs that `rope_slots` refers to, and the softmax scale.
+    `head_dim` stays the source's: it defines the pairs that `rope_slots` refers to, and the softmax scale. Without RoPE
+    the class computes it.
     """
+    rope = {} if model.rope.absent else both_spellings(model.rope.parameters) | lowered_rope(model, solution)
     return {
         "architectures": [model.family.per_layer_class],
         "auto_map": auto_map(model.family),
-        "head_dim": model.shape.head_dim,
+        **({} if model.rope.absent else {"head_dim": model.shape.head_dim}),
         "per_layer_config": per_layer_config(solution.sizes, [solution.slots(i) for i in range(model.shape.layers)]),
-        **both_spellings(model.rope.parameters),
-        **lowered_rope(model, solution),
+        **rope,
     }
 
 

@@ -15,7 +15,7 @@ from a3cli.errors import A3Error
 from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint, find_dtype
 from a3cli.models.config import check_sizes, read_shape
-from a3cli.models.families import Family, LayerSizes, ModelShape, decoder_config, family_for
+from a3cli.models.families import Family, LayerSizes, ModelShape, decoder_config, family_for, usual_entries
 from a3cli.models.families.wrappers import wrapper_of
 from a3cli.models.hub import (
     ADAPTER,
@@ -115,7 +115,7 @@ def check_config(raw: Json, folder: Path, settings: PlanSettings) -> None:
     refuse_adapter(folder)
     check_shape(settings, family_for(raw))
     if wrapper_of(raw) is None:  # the class of a wrapper may have defaults of its own for sizes
-        check_sizes(raw)
+        check_sizes(usual_entries(raw))
 
 
 def open_model(settings: PlanSettings, folder: Path, raw: Json) -> tuple[Any, StockClass, Weights]:
@@ -254,7 +254,7 @@ def judge_plan(config: Json, folder: Path, run: Run, family: Family) -> list[Ver
     smaller_heads = run.size.qk < run.shape.head_dim
     planned = planned_config(config, run)
     return judge(
-        planned,
+        usual_entries(planned),
         smaller_heads=smaller_heads,
         tokenizer_class=tokenizer_class_of(folder),
         could_be_llama=could_be_llama(family, run.shape.windows, run.context),

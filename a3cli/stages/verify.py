@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.models.config import LARGEST, check_sizes, read_shape
-from a3cli.models.families import LayerSizes, ModelShape, decoder_config, family_of
+from a3cli.models.families import LayerSizes, ModelShape, decoder_config, family_of, usual_entries
 from a3cli.models.families.wrappers import Wrapper, wrapper_of
 from a3cli.models.fused import stored_shape
 from a3cli.models.model import Model, open_calibrated_source
@@ -152,7 +152,7 @@ def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, lis
 
 def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]]]:
     """Return each layer's sizes and the shapes of linear weights and embedding, from config.json alone."""
-    family = family_of(config.get("model_type"))
+    family, config = family_of(config.get("model_type")), usual_entries(config)
     check_sizes(config)
     shape = read_shape(SimpleNamespace(**config))
     sizes = own_sizes(config["per_layer_config"], shape) if "per_layer_config" in config else shape.sizes
@@ -185,7 +185,7 @@ def code_of(config: Json) -> Json:
 
 def choose_tokens(work: Work, config: Json, reference: "Reference | Json") -> torch.Tensor:
     """Return the first tokens of two calibration blocks, or random ones without a work folder: `[2, T]`."""
-    context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
+    context, vocabulary = (usual_entries(config).get(key) for key in ("max_position_embeddings", "vocab_size"))
     length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
     if isinstance(reference, Reference):
         blocks: torch.Tensor = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"]

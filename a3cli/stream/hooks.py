@@ -1,7 +1,7 @@
-"""What a sweep adds to a layer's forward: the sums of its statistics, and an MLP that runs in pieces."""
+"""What sweeps add to a forward: sums of statistics, an MLP in pieces, inputs that are collected, given outputs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import nn
 
 from a3cli.models.costs import MLP_TOKENS
 from a3cli.models.families import Family, ModelShape, Role
+from a3cli.models.fused import RoleLinear
 from a3cli.solvers.moments import LayerMoments, Tensors
-from a3cli.stream.decoder import Arguments, hidden_states_of
+from a3cli.stream.decoder import Arguments, StopForward, hidden_states_of
 
 
 @contextmanager
@@ -64,12 +65,12 @@ class _Listener:
 
     def add_attention(self, _output_projection: nn.Module, args: tuple[torch.Tensor]) -> None:
         self._moments.add_attention_output(args[0])
-        if (rotation := self._called_with.get("position_embeddings")) is not None:
-            if not self._rotates:  # models give every layer the rotation
-                rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
-            if self._growth is not None:
-                self._heads["q"] = grown(self._heads["q"], self._called_with["position_ids"], *self._growth)
-            self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
+        rotation = self._called_with.get("position_embeddings")  # None without RoPE
+        if rotation is not None and not self._rotates:  # models give every layer the rotation
+            rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
+        if self._growth is not None:
+            self._heads["q"] = grown(self._heads["q"], self._called_with["position_ids"], *self._growth)
+        self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
         self._heads.clear()  # before the MLP, which needs the memory
 
     def add_stream_after_attention(self, _norm: nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -92,8 +93,12 @@ def grown(queries: torch.Tensor, positions: torch.Tensor, growth: float, context
 def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
     """Run a layer's MLP, which treats each token separately, on a few tokens at a time.
 
-    On a CPU the activations then stay in the cache, and the layer's largest ones take little memory.
+    On a CPU the activations then stay in the cache, and the layer's largest ones take little memory. An MLP that is no
+    module of its own runs whole.
     """
+    if not family.mlp:
+        yield
+        return
     mlp = layer.get_submodule(family.mlp)
     whole = mlp.forward
 
@@ -105,3 +110,42 @@ def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
         yield
     finally:
         del mlp.forward  # the instance's; the class has the original one
+
+
+@contextmanager
+def outputs_given(linears: Sequence[RoleLinear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Make linear layers return these tensors, whatever their input; a fused module returns those of all its roles."""
+    given: dict[nn.Module, list[tuple[int, torch.Tensor]]] = {}
+    for linear, output in zip(linears, outputs, strict=True):
+        given.setdefault(linear.module, []).append((linear.rows.start or 0, output))
+    try:
+        for module, parts in given.items():
+            ordered = [output for _, output in sorted(parts, key=lambda part: part[0])]
+            whole = ordered[0] if len(ordered) == 1 else torch.cat(ordered, -1)
+            module.forward = partial(_given, whole)
+        yield
+    finally:
+        for module in given:
+            del module.forward
+
+
+def _given(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
+    return output
+
+
+@contextmanager
+def inputs_of(module: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Collect a module's inputs; with `stop`, end the forward pass, and with it the block, there."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen.append(args[0])
+        if stop:
+            raise StopForward
+
+    handle = module.register_forward_pre_hook(keep)
+    try:
+        with suppress(StopForward):
+            yield seen
+    finally:
+        handle.remove()

@@ -134,7 +134,8 @@ class FullSizeReference(Decoder):
         return full.flatten(0, 1).squeeze(-1) if heads.shape[2] == 1 else full.flatten(0, 1)
 
     def mixes_slots(self, layer: int) -> bool:
-        return "query_map" in self._solution(layer)
+        """Return whether a layer's slots have other frequencies than the source's pairs."""
+        return self.family.rotates and "query_map" in self._solution(layer)
 
 
 def mixed(heads: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,8 @@ class SmallerDecoder(Decoder):
         for entry in ("layer_types", model.family.rotating_layers):  # lists with an entry for each layer
             if entry and (kinds := getattr(config, entry, None)):
                 setattr(config, entry, [kinds[cut.layer] for cut in cuts])
-        config.per_layer_config = per_layer_config([cut.sizes for cut in cuts], [cut.slots for cut in cuts])
+        slots = [() if model.rope.absent else cut.slots for cut in cuts]
+        config.per_layer_config = per_layer_config([cut.sizes for cut in cuts], slots)
         super().__init__(model, machine, config=config)
 
     def build(self, config: object, dtype: torch.dtype) -> nn.Module:

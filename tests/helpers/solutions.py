@@ -8,10 +8,13 @@ from a3cli.models.families import LayerSizes
 def random_solution(
     name: str, sizes: LayerSizes, slots: list[float], *, method: str, width: int = 48
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of `projections.py` for one layer; a component that keeps its size has none."""
+    """Return the tensors of `projections.py` for one layer; a component that keeps its size has none.
+
+    Without RoPE there are no slots.
+    """
     kv_heads, heads = (4 if "mha" in name else 2), 4
     solution = {}
-    if sizes.qk < 16 and method == "paper":
+    if sizes.qk < 16 and method == "paper" and slots:
         solution["pairs"] = torch.tensor([int(slot) for slot in slots])
     elif sizes.qk < 16:
         solution["query_map"] = torch.randn(kv_heads, 16, sizes.qk, dtype=torch.float64) / 4

@@ -40,8 +40,10 @@ def test_every_form_has_a_verdict_of_each_runtime(script):
 
 
 def test_how_is_what_the_solvers_do(script):
-    """A norm on heads leaves no map of queries and keys; RoPE leaves no closed form."""
-    llama, qwen3 = FAMILIES["llama"], FAMILIES["qwen3"]
+    """A norm on heads leaves no map of queries and keys; RoPE leaves no closed form, and without it there is one."""
+    llama, qwen3, opt = (FAMILIES[name] for name in ("llama", "qwen3", "opt"))
+    assert [script.how(opt, part, "stock") for part in ("qk", "ov", "mlp")] == ["no", "no", "exact"]
+    assert [script.how(opt, part, "per-layer") for part in ("qk", "ov", "mlp")] == ["exact"] * 3
     assert [script.how(llama, part, "stock") for part in ("qk", "ov", "mlp")] == ["refined", "exact", "exact"]
     assert [script.how(qwen3, part, "stock") for part in ("qk", "ov", "mlp")] == ["no", "no", "exact"]
     assert [script.how(qwen3, part, "per-layer") for part in ("qk", "ov", "mlp")] == ["no", "exact", "exact"]

@@ -15,8 +15,7 @@ from a3cli.models.projections import apply_projection
 from a3cli.models.shards import PlannedTensor
 from a3cli.solvers.moments import LayerMoments
 from a3cli.stages.weights import row_jobs
-from a3cli.stream.hooks import moments_of
-from a3cli.stream.sequential import outputs_given
+from a3cli.stream.hooks import moments_of, outputs_given
 from tests.helpers.solutions import random_solution
 
 SHAPE = ModelShape(

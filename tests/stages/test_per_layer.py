@@ -33,6 +33,8 @@ from tests.conftest import (
     build_model,
     build_tokenizer,
     can_cut,
+    decoder_layers,
+    family_of_row,
     head_linears,
     mlp_linears,
 )
@@ -45,6 +47,7 @@ LENGTH = 120  # beyond the longrope source's original context
 SIZES = [LayerSizes(10, 14, 64), LayerSizes(16, 6, 96), LayerSizes(6, 16, 96)]
 WHOLE = [float(pair) for pair in range(8)]
 SLOTS = [[0.0, 1.3, 2.5, 4.0, 6.8], WHOLE, [0.0, 2.0, 6.7]]  # bfloat16 cannot represent 1.3
+NO_SLOTS: list[list[float]] = [[]] * 3  # without RoPE
 FULL = [LayerSizes(16, 16, 96)] * 3
 
 
@@ -100,7 +103,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
             "shape": "per-layer",
             "full_size": asdict(shape.full_sizes),
             "sizes": [asdict(size) for size in sizes],
-            "rope_slots": slots,
+            "rope_slots": slots if slots[0] else None,
             "context": checkpoint.config["max_position_embeddings"],
             "predicted_loss": {"qk": 0.0, "ov": 0.0, "mlp": 0.0},
             "budget_asked": 0.3,
@@ -147,6 +150,7 @@ def random_export(name: str, folder: Path, *, method: str = "best", seed: int = 
     torch.manual_seed(seed)
     sizes = SIZES if can_cut(name, "qk", shape="per-layer") else [replace(size, qk=16) for size in SIZES]
     slots = [own if size.qk < 16 else WHOLE for own, size in zip(SLOTS, sizes, strict=True)]
+    slots = slots if family_of_row(name).rotates else NO_SLOTS
     slots = slots if method == "best" else [[float(int(slot)) for slot in layer] for layer in slots]
     solutions = [random_solution(name, *layer, method=method, width=width) for layer in zip(sizes, slots, strict=True)]
     return exported(folder, source, sizes, slots, solutions, **settings)
@@ -187,12 +191,20 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 class LiteralAttention(torch.nn.Module):
-    """One layer's attention, head by head; each slot is a complex number that RoPE rotates."""
+    """One layer's attention, head by head; each slot is a complex number that RoPE rotates.
 
-    def __init__(self, stock: Any, rotary: Any, solution: dict[str, torch.Tensor], slots: list[float]) -> None:
+    Without RoPE, slots are pairs of dims that are not rotated.
+    """
+
+    def __init__(
+        self, stock: Any, rotary: Any | None, solution: dict[str, torch.Tensor], slots: list[float] | None
+    ) -> None:
         super().__init__()
-        self.stock, self.solution, self.slots = stock, solution, slots
-        self.inv_freq, self.factor = rotary.inv_freq.double().tolist(), rotary.attention_scaling
+        self.stock, self.solution = stock, solution
+        self.slots = [0.0] * (solution.get("key_map", torch.empty(16)).shape[-1] // 2) if slots is None else slots
+        self.inv_freq, self.factor = (
+            ([], 1.0) if rotary is None else (rotary.inv_freq.tolist(), rotary.attention_scaling)
+        )
 
     def frequency(self, slot: float) -> float:
         low, share = int(slot), slot % 1
@@ -216,7 +228,7 @@ class LiteralAttention(torch.nn.Module):
 
     def one(self, row: torch.Tensor) -> torch.Tensor:
         stock, length, heads = self.stock, len(row), 4
-        group = stock.num_key_value_groups
+        group = getattr(stock, "num_key_value_groups", 1)
         time = torch.arange(length)
         angles = time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64)
         scaled = [self.factor if slot < len(self.inv_freq) else 1.0 for slot in self.slots]
@@ -237,8 +249,9 @@ class LiteralAttention(torch.nn.Module):
         q, k, v = (linear(row)[:, part].reshape(length, -1, 16) for linear, part in head_linears(stock).values())
         if hasattr(stock, "q_norm"):
             q, k = self.normed(q, stock.q_norm.weight), self.normed(k, stock.k_norm.weight)
-        width = len(self.stock.o_proj.weight)
-        wide = self.stock.o_proj.weight.view(width, heads, 16)
+        output = getattr(stock, "o_proj", None) or stock.out_proj
+        width = len(output.weight)
+        wide = output.weight.view(width, heads, 16)
         out = torch.zeros(length, width, dtype=torch.float64)
         for i in range(heads):
             kv = i // group
@@ -252,18 +265,19 @@ class LiteralAttention(torch.nn.Module):
                 else:
                     weight = self.solution["output_weight"].double().view(width, heads, -1)[:, i]
             out += weights @ value @ weight.T
-        return out if stock.o_proj.bias is None else out + stock.o_proj.bias
+        return out if output.bias is None else out + output.bias
 
 
 @torch.no_grad()
 def literal_logits(folder: Path) -> torch.Tensor:
     """Return the expected logits of the source in `folder` with the solution in `folder/work`, in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32).eval()
-    model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None])  # longrope chooses the table for this length
+    if rotary := getattr(model.model, "rotary_emb", None):
+        rotary(torch.zeros(1), torch.arange(LENGTH)[None])  # longrope chooses the table for this length
     slots = json.loads((folder / "work" / "solution" / "manifest.json").read_text())["rope_slots"]
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(decoder_layers(model)):
         solution = load_file(folder / "work" / "solution" / f"layer-{index:03d}.safetensors")
-        layer.self_attn = LiteralAttention(layer.self_attn, model.model.rotary_emb, solution, slots[index])
+        layer.self_attn = LiteralAttention(layer.self_attn, rotary, solution, slots and slots[index])
         if "channels" in solution:
             channels, weight = solution["channels"], mlp_linears(layer)["down"].weight
             down = weight.clone()
@@ -285,7 +299,8 @@ def test_export_equals_the_literal_reference(name, method, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_full_sizes_are_bit_for_bit_the_source(name, tmp_path):
     source = save(build_model(name, num_hidden_layers=3), tmp_path / "source")
-    out = exported(tmp_path, source, FULL, [WHOLE] * 3, [{"unchanged": torch.zeros(0)}] * 3)
+    slots = [WHOLE] * 3 if family_of_row(name).rotates else NO_SLOTS
+    out = exported(tmp_path, source, FULL, slots, [{"unchanged": torch.zeros(0)}] * 3)
     for length in (LENGTH, 40):  # below and above the longrope source's switch
         assert torch.equal(logits(load(out), length), logits(load(source, trust_remote_code=False), length))
 

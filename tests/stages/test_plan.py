@@ -426,7 +426,7 @@ def test_of_a_hub_id_only_the_configuration_is_downloaded(a3, config, monkeypatc
     ("changes", "options", "words"),
     [
         ({"hidden_size": None, "vocab_size": "many"}, (), ("hidden_size", "vocab_size")),
-        ({"model_type": "gpt2"}, (), ("'gpt2'", "llama, mistral, nemotron, qwen2")),
+        ({"model_type": "bert"}, (), ("'bert'", "llama, mistral, nemotron, opt, qwen2")),
         ({"num_key_value_heads": 3}, (), ("impossible sizes",)),
         ({"dtype": "int8"}, (), ("int8",)),
         ({"per_layer_config": {}}, (), ("layers differ in size",)),

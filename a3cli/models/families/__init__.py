@@ -1,10 +1,23 @@
 """The supported families: one file of data for each `model_type`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from a3cli.errors import A3Error
-from a3cli.models.families import granite, llama, ministral3, mistral, nemotron, phi3, qwen2, qwen3, smollm3, starcoder2
+from a3cli.models.families import (
+    granite,
+    llama,
+    ministral3,
+    mistral,
+    nemotron,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    starcoder2,
+)
 from a3cli.models.families.base import Family, LayerSizes, ModelShape, Place, Role, per_layer_config
 from a3cli.models.families.wrappers import as_held, decoder_config, wrapper_of
 
@@ -19,11 +32,12 @@ __all__ = [
     "family_for",
     "family_of",
     "per_layer_config",
+    "usual_entries",
 ]
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (granite, llama, ministral3, mistral, nemotron, phi3, qwen2, qwen3, smollm3, starcoder2)
+    for module in (granite, llama, ministral3, mistral, nemotron, opt, phi3, qwen2, qwen3, smollm3, starcoder2)
 }
 
 
@@ -58,3 +72,10 @@ def scales_part(config: dict[str, Any], family: Family) -> bool:
     lengths = config.get("max_position_embeddings"), original
     longer = all(isinstance(each, int) for each in lengths) and lengths[0] > lengths[1]
     return longer if rope.get("factor") is None else rope["factor"] != 1
+
+
+def usual_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what config.json says of the decoder, also under Llama's names; unchanged for an unknown model type."""
+    own = decoder_config(dict(config))
+    family = FAMILIES.get(str(own.get("model_type")))
+    return own if family is None else family.usual(own)

@@ -3,7 +3,7 @@
 The rest of the package uses roles (`q`, `down`, …), never names of modules or tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from a3cli.settings import COMPONENTS, Component
 
 Role = Literal["q", "k", "v", "o", "mlp_norm", "gate", "up", "down"]
 Kind = Literal["weight", "bias"]
+Positions = Literal["rope", "learned"]
 LinearShapes = Mapping[Role, tuple[int, int]]
 
 
@@ -66,6 +67,11 @@ class Family:
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
     strict_longrope: bool = False  # transformers 4 refuses other entries of rope_scaling than type and factors
     rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
+    positions: Positions = "rope"  # how the model knows a token's place
+    position_embedding: str | None = None  # the module of learned positions
+    names: Mapping[str, str] = field(default_factory=dict)  # entries of config.json: Llama's name → its own
+    activation: str | None = None  # the module between up and down in a layer whose MLP is no module of its own
+    refusal: Callable[[Any], str | None] = lambda _config: None  # what of a configuration a3 does not support
     stock_heads: str | None = None  # why no head can be smaller in the stock shape; None: they can
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
@@ -119,8 +125,17 @@ class Family:
         return f"{self.whole_heads}, and the stock shape has one size for all heads"
 
     @property
+    def rotates(self) -> bool:
+        """Return whether the model has RoPE."""
+        return self.positions == "rope"
+
+    def usual(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a configuration's entries also under the names that Llama's has for them."""
+        return {**config, **{usual: config[own] for usual, own in self.names.items() if config.get(own) is not None}}
+
+    @property
     def mlp(self) -> str:
-        """Return the path of the MLP inside a decoder layer."""
+        """Return the path of the MLP inside a decoder layer; "" where it is no module of its own."""
         return self.module("down").rpartition(".")[0]
 
     def tensor(self, layer: int, role: Role, kind: Kind = "weight") -> str:
@@ -168,14 +183,17 @@ class LayerSizes:
 
 
 def per_layer_config(sizes: Sequence[LayerSizes], slots: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Return config.json's entry that gives each layer its sizes and RoPE slots, as transformers 5 reads it."""
+    """Return config.json's entry that gives each layer its sizes and RoPE slots, as transformers 5 reads it.
+
+    Layers of a model without RoPE have no slots, and no entry for them.
+    """
     digits = len(str(len(sizes) - 1))  # so that the keys of the file are in order
     return {
         str(layer).zfill(digits): {
             "qk_head_dim": size.qk,
             "v_head_dim": size.ov,
             "intermediate_size": size.mlp,
-            "rope_slots": list(own),
+            **({"rope_slots": list(own)} if own else {}),
         }
         for layer, (size, own) in enumerate(zip(sizes, slots, strict=True))
     }
@@ -198,8 +216,9 @@ class ModelShape:
     fixed_scale: float | None = None  # softmax scale that does not depend on the head size
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
     windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
-    still_layers: tuple[int, ...] = ()  # layers without RoPE
+    still_layers: tuple[int, ...] = ()  # layers without RoPE, where others have it
     query_growth: tuple[float, int] | None = None  # β, n: queries at position p times 1 + β log(1 + floor(p / n))
+    mlp_in_layer: bool = False  # the MLP is no module of its own, which could run in pieces
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
