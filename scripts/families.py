@@ -23,8 +23,8 @@ Written by `python scripts/families.py`, from the definitions in `a3cli/models/f
 
 ## What is compressed
 
-- **exact**: in closed form, by a theorem of the paper (OV, and QK without RoPE) or by least squares for the channels that
-  are kept (MLP). The default method then refines QK for the output of attention; `--method paper` does not.
+- **exact**: in closed form, by a theorem of the paper (OV, and QK without RoPE) or by least squares for the channels
+  that are kept (MLP). The default method then refines QK for the output of attention; `--method paper` does not.
 - **refined**: RoPE turns queries and keys, which leaves no closed form; maps start from one and are refined on sampled
   attention, and judged on blocks that were held out. `--method paper` selects pairs instead.
 - **no**: the component keeps its size, for the reason in the last column.
