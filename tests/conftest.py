@@ -18,6 +18,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     NemotronConfig,
@@ -37,7 +39,7 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from a3cli.models.families import FAMILIES, Family
+from a3cli.models.families import Family, family_for
 from a3cli.settings import Component
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
@@ -75,6 +77,13 @@ LONGROPE = {
     "factor": 4.0,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+GROWING = YARN | {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 NO_ROPE = {"no_rope_layer_interval": 2, "pad_token_id": None}  # every second layer has no RoPE
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
@@ -104,6 +113,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "mistral-gqa": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "ministral3-gqa": (Ministral3Config, Ministral3ForCausalLM, {"rope_parameters": GROWING, "pad_token_id": None}),
     "qwen2-gqa": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen2-window": (
         Qwen2Config,
@@ -153,6 +163,22 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.75},
             "pad_token_id": None,
             "tie_word_embeddings": True,
+        },
+    ),
+    "phi3-mini4": (  # as Phi-4-mini: heads of which a part is rotated and scaled
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "hidden_size": 64,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": LONGROPE["short_factor"][:6],
+                "long_factor": LONGROPE["long_factor"][:6],
+                "partial_rotary_factor": 0.75,
+            },
+            "pad_token_id": None,
         },
     ),
     "phi3-longrope": (
@@ -221,7 +247,8 @@ def can_cut(name: str, component: Component, *, shape: str = "stock") -> bool:
 
 def family_of_row(name: str) -> Family:
     """Return the family of a model of the table."""
-    return FAMILIES[MODELS[name][0].model_type]
+    config_class, _, changes = MODELS[name]
+    return family_for({"model_type": config_class.model_type, "max_position_embeddings": CONTEXT, **changes})
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def read_shape(config: Any) -> ModelShape:
         residual_multiplier=read_multiplier(config, family.residual_multiplier) or 1.0,
         windows=read_windows(config),
         still_layers=read_still_layers(family, config),
+        query_growth=read_query_growth(family, config),
         mlp_in_layer=not family.mlp,
     )
     shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
@@ -68,6 +69,21 @@ def read_still_layers(family: Family, config: Any) -> tuple[int, ...]:
     if not isinstance(rotating, (list, tuple)) or len(rotating) < layers:
         raise A3Error(f"config.json: {family.rotating_layers} must be a list with a number for each of {layers} layers")
     return tuple(layer for layer in range(layers) if not rotating[layer])
+
+
+def read_query_growth(family: Family, config: Any) -> tuple[float, int] | None:
+    """Return how queries grow with their position; None if they do not. Raises A3Error for a bad entry."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if family.query_growth is None or parameters.get(family.query_growth) is None:
+        return None
+    said = parameters[family.query_growth], parameters.get("original_max_position_embeddings")
+    growth, context = (float(value) if isinstance(value, (int, float)) else -1.0 for value in said)
+    if growth < 0 or context < 1:
+        raise A3Error(
+            f"config.json: {family.query_growth} is {said[0]!r} and original_max_position_embeddings {said[1]!r}; both "
+            "must be numbers, the second at least 1"
+        )
+    return growth, int(context)
 
 
 def read_biases(family: Family, config: Any) -> tuple[bool, bool]:

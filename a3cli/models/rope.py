@@ -15,10 +15,11 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.config import check_rope, rotary_dims, rotary_factor
-from a3cli.models.families import family_of
+from a3cli.models.families import FAMILIES, family_of
 from a3cli.solvers.rope import frequency_at
 from a3cli.work.files import Json
 
+QUERY_GROWTH = {each.query_growth for each in FAMILIES.values() if each.query_growth}
 ROUNDING = 1e-9  # pairs; a frequency in float32 is further off
 ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 
@@ -64,6 +65,11 @@ class Rope:
         return str(self.parameters["rope_type"])
 
     @property
+    def growth(self) -> Json:
+        """Return the entries by which queries grow with their position, from multiples of the original context on."""
+        return {key: value for key, value in self.parameters.items() if key in QUERY_GROWTH}
+
+    @property
     def theta(self) -> float:
         return float(self.parameters["rope_theta"])
 
@@ -86,7 +92,7 @@ def read_rope(config: Any) -> Rope:
         frequencies = ROPE_INIT_FUNCTIONS[kind]
         short, factor = frequencies(config, torch.device("cpu"), seq_len=1)
         long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1)
-    if factor != 1 and turned < config.head_dim:
+    if factor != 1 and turned < config.head_dim and kind != "longrope":  # then query and key heads keep their size
         raise A3Error(
             f"config.json: RoPE type {kind!r} scales attention by {factor:g}, which is not supported "
             "with partial_rotary_factor; remove rope_scaling from config.json"
@@ -197,7 +203,7 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
     place = torch.tensor(slots, dtype=torch.float64)
     spacing = rope.theta ** (torch.arange(len(slots), dtype=torch.float64) / len(slots))
     # Only a longrope source switches tables, at its original context; elsewhere both are the same.
-    original = rope.original_context if rope.kind == "longrope" else rope.context
+    original = rope.original_context if rope.kind == "longrope" or rope.growth else rope.context
     # vLLM and SGLang read these in place of attention_factor; transformers warns of them as unrecognised. Without
     # them, both take 1.0 where the context is not extended.
     scales = {"short_mscale": rope.attention_factor, "long_mscale": rope.attention_factor}
@@ -208,10 +214,11 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
         "rope_theta": rope.theta,
         "short_factor": (1 / (frequency_at(rope.short, place) * spacing)).tolist(),
         "long_factor": (1 / (frequency_at(rope.long, place) * spacing)).tolist(),
-        "factor": 1.0 if rope.kind != "longrope" else max(1.0, rope.context / original),
+        "factor": max(1.0, rope.context / original),
         "attention_factor": rope.attention_factor,
         **scales,
         "original_max_position_embeddings": original,
+        **rope.growth,
     }
 
 

@@ -59,9 +59,9 @@ Measured with `a3 eval`:
 ## Load
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {{ auto_class }}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto"{{ remote_code }})
+model = {{ auto_class }}.from_pretrained("PATH", dtype="auto"{{ remote_code }})
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
@@ -99,6 +99,7 @@ def model_card(model: Model, facts: ExportFacts) -> str:
         template_str=TEMPLATE,
         **describe_provenance(model.source, facts, metadata),
         **describe_solution(model.shape, facts.solution),
+        auto_class=model.wrapper.auto_class if model.wrapper else "AutoModelForCausalLM",
         as_type=facts.as_type,
         source_type=model.family.model_type,
         measured=[measured_row(each) for each in facts.measured],

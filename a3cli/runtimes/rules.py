@@ -39,6 +39,8 @@ THETA_OF_4 = {"smollm3": 2_000_000}
 PARTIAL_OF_4 = {"nemotron": 0.5}
 # The entries of rope_scaling that 4.57 demands for a model type, and no others.
 STRICT_SCALING = {"phi3": {"type", "short_factor", "long_factor"}}
+# Model types that transformers 4.57 does not have.
+NOT_IN_4 = ("ministral3",)
 # Head sizes that vLLM accepts on a CPU.
 VLLM_CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -67,6 +69,7 @@ class Export:
     own_tokenizer_class: bool  # a tokenizer class that transformers 4 does not have
     hidden_rope: bool  # RoPE that transformers 4 does not find in config.json
     refused_rope: bool  # RoPE that transformers 4 refuses to read
+    held_by: str | None  # the model type around the decoder
     could_be_llama: bool  # `a3 export --as llama` would write it
     retyped: bool  # model_type is not the source's
 
@@ -78,8 +81,9 @@ def judge(
     tokenizer_class: str | None = None,
     could_be_llama: bool = False,
     retyped: bool = False,
+    held_by: str | None = None,
 ) -> list[Verdict]:
-    """Return one verdict per runtime for an export with this config.json.
+    """Return one verdict per runtime for an export whose config.json says this of the decoder.
 
     `smaller_heads`: query and key heads are smaller than the source's. `tokenizer_class` is that of
     tokenizer_config.json, if there is one. `could_be_llama`: `a3 export --as llama` would write the same model.
@@ -95,6 +99,7 @@ def judge(
         own_tokenizer_class=tokenizer_class == "TokenizersBackend",
         hidden_rope=hides_rope(config),
         refused_rope=refuses_rope(config),
+        held_by=held_by,
         could_be_llama=could_be_llama,
         retyped=retyped,
     )
@@ -141,8 +146,9 @@ def _judge_one(runtime: str, rule: Callable[[Export], tuple[Loads, str]], export
         return Verdict(runtime, NO, f"its class for {export.model_type} ignores head_dim; {remedy}")
     if not export.per_layer and not export.smaller_heads and not export.retyped:
         return Verdict(runtime, YES, "as it loads the source: heads and RoPE are the source's")
-    if not export.per_layer and export.model_type not in (TRIED_UNDER_VLLM if runtime == "vLLM" else TRIED):
-        return Verdict(runtime, UNTRIED, f"not tried with {export.model_type} and smaller heads")
+    whole = export.held_by or export.model_type
+    if not export.per_layer and whole not in (TRIED_UNDER_VLLM if runtime == "vLLM" else TRIED):
+        return Verdict(runtime, UNTRIED, f"not tried with {whole} and smaller heads")
     if not export.per_layer and export.rope == "llama3" and runtime != "vLLM":
         return Verdict(runtime, UNTRIED, "not tried with RoPE type llama3 and smaller heads")
     return Verdict(runtime, *rule(export))
@@ -153,6 +159,10 @@ def _transformers_5(export: Export) -> tuple[Loads, str]:
 
 
 def _transformers_4(export: Export) -> tuple[Loads, str]:
+    if export.model_type in NOT_IN_4:
+        return NO, f"does not have {export.model_type}"
+    if export.held_by:
+        return UNTRIED, f"not tried with a decoder in {export.held_by}"
     if export.model_type == "nemotron" and export.rope != "default":
         return NO, f"its Nemotron class ignores RoPE type {export.rope} silently"
     if export.refused_rope:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.models.checkpoint import Checkpoint
-from a3cli.models.families import usual_entries
+from a3cli.models.families import decoder_config, usual_entries
 from a3cli.models.hub import INDEX
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.shards import write_index
@@ -243,7 +243,8 @@ def state_facts(inputs: Inputs) -> ExportFacts:
         smaller_heads=any(size.qk < model.shape.head_dim for size in solution.sizes),
         tokenizer_class=tokenizer_class_of(source.folder),
         could_be_llama=could_be_llama(model.family, model.shape.windows, solution.manifest.context),
-        retyped=inputs.config["model_type"] != model.family.model_type,
+        retyped=decoder_config(inputs.config)["model_type"] != model.family.model_type,
+        held_by=model.family.held_by,
     )
     return ExportFacts(
         source=Source(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from a3cli.models.config import BOUNDS
 from a3cli.models.families import Family, per_layer_config
 from a3cli.models.model import Model
 from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config, strict_longrope
@@ -10,6 +11,8 @@ from a3cli.settings import ExportSettings
 from a3cli.stages.as_llama import as_llama
 from a3cli.stages.solution import Solution
 from a3cli.work.files import Json
+
+STATED = (*BOUNDS, "max_position_embeddings")
 
 
 def compressed_config(model: Model, solution: Solution, settings: ExportSettings) -> Json:
@@ -22,10 +25,14 @@ def compressed_config(model: Model, solution: Solution, settings: ExportSettings
     if model.family.strict_longrope:
         changes = strict_longrope(changes)
     gone = ROPE_KEYS if ROPE_KEYS & changes.keys() else set()
+    if model.wrapper is not None:  # its configuration may leave to the class what runtimes and a3 read
+        changes = {key: getattr(model.config, key) for key in STATED if key not in model.source.config} | changes
     config = {key: value for key, value in model.source.config.items() if key not in gone} | changes
     if settings.dtype != "source":
         config.pop("torch_dtype", None)
         config["dtype"] = settings.dtype
+    if model.wrapper is not None:
+        return model.wrapper.with_decoder(model.source.raw_config, config)
     return as_llama(model, config) if settings.as_type else config
 
 
@@ -33,7 +40,7 @@ def stock_changes(model: Model, solution: Solution) -> Json:
     """Return one head size and MLP width for all layers and, if heads are smaller, the new RoPE."""
     sizes = solution.sizes[0]
     changes: Json = {model.family.names.get("intermediate_size", "intermediate_size"): sizes.mlp}
-    if model.source.stored_otherwise:  # config.json names only the decoder's class
+    if model.source.stored_otherwise and model.wrapper is None:  # config.json names only the decoder's class
         changes["architectures"] = [model.stock.name]
     if sizes.qk < model.shape.head_dim:
         rope = replace(model.rope, context=solution.manifest.context)

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.models.config import LARGEST, check_sizes, read_shape
-from a3cli.models.families import LayerSizes, ModelShape, family_of, usual_entries
+from a3cli.models.families import LayerSizes, ModelShape, decoder_config, family_of, usual_entries
+from a3cli.models.families.wrappers import Wrapper, wrapper_of
 from a3cli.models.fused import stored_shape
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.shipped import shipped_files
@@ -75,6 +76,8 @@ def verify(out: Path, settings: VerifySettings, work: Work, *, progress: Progres
             "code": code_of(manifest["config"]) if per_layer and shapes else None,
             "shapes": shapes,
             "carried": family_of(manifest["config"]["model_type"]).carried if shapes else (),
+            **loading(manifest["wrapper"]),
+            "vocabulary": manifest["config"].get("vocab_size"),
             "tokens": as_utf8(folder / "tokens.safetensors"),
             "logits": as_utf8(folder / "logits.safetensors"),
             "device": settings.device if machine.device.type == "cuda" else str(machine.device),
@@ -93,9 +96,9 @@ def verify(out: Path, settings: VerifySettings, work: Work, *, progress: Progres
 
 
 def read_export(out: Path) -> tuple[Json, list[str]]:
-    """Return the export's manifest, with config.json as `config`, and why one of them, then empty, cannot be read.
+    """Return the export's manifest, with `config` and `wrapper`, and why a file, then empty, cannot be read.
 
-    Raises A3Error if `out` is not an a3 export.
+    `config` is what config.json says of the decoder, `wrapper` what holds it. Raises A3Error if `out` is no export.
     """
     if not out.is_dir():
         raise A3Error(f"{out} is not a folder; give the output folder of a3 export")
@@ -110,7 +113,14 @@ def read_export(out: Path) -> tuple[Json, list[str]]:
         config = read_json(out / "config.json")
     except A3Error as error:
         damage.append(str(error))
-    return {**manifest, "config": config}, damage
+    return {**manifest, "config": decoder_config(config), "wrapper": wrapper_of(config)}, damage
+
+
+def loading(wrapper: Wrapper | None) -> Json:
+    """Return the class that loads an export, and what it calls tensors of the files: pairs of prefixes."""
+    if wrapper is None:
+        return {"auto_class": "AutoModelForCausalLM", "renames": []}
+    return {"auto_class": wrapper.auto_class, "renames": wrapper.renames}
 
 
 def open_manifest(path: Path) -> Json:
@@ -128,6 +138,8 @@ def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, lis
     """Check that config.json has the manifest's sizes; return the check and the expected tensor shapes by name."""
     try:
         sizes, shapes = expected_shapes(manifest["config"])
+        if wrapper := manifest["wrapper"]:
+            shapes = {wrapper.held_name(name): shape for name, shape in shapes.items()}
     except (A3Error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         why = damage or [f"config.json does not describe a model: {error}"]
         return check("config", "failed", "; ".join(why)), {}

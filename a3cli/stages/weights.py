@@ -60,7 +60,7 @@ def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> 
             if roles[0] in shapes[layer]:
                 new_shape = stored_shape(model.family, roles[0], shapes[layer], "bias" if kind == "bias" else "weight")
         dtype = info.dtype if settings.dtype == "source" else getattr(torch, settings.dtype)
-        planned.append(PlannedTensor(name, tuple(new_shape), dtype))
+        planned.append(PlannedTensor(model.exported_name(name), tuple(new_shape), dtype, source=name))
         if name in added:
             bias, size = added[name]
             planned.append(PlannedTensor(bias, (size,), dtype))
@@ -89,25 +89,26 @@ def counted(parts: Iterable[torch.Tensor], written: Callable[[int], None]) -> It
 def prefetch_each(planned: list[PlannedTensor], model: Model) -> Iterator[PlannedTensor]:
     """Yield the tensors in order; the system prefetches the next one meanwhile."""
     for this, following in zip(planned, [*planned[1:], None], strict=True):
-        if following and following.name in model.source.tensors:
-            model.source.read_ahead(following.name)
+        if following and following.source_name in model.source.tensors:
+            model.source.read_ahead(following.source_name)
         yield this
 
 
 def row_jobs(tensor: PlannedTensor, model: Model, solution: Solution) -> Iterator[Callable[[], torch.Tensor]]:
     """Yield the jobs that compute one exported tensor, some rows each, in order."""
-    if tensor.name not in model.source.tensors:  # a bias of another class
+    name = tensor.source_name
+    if name not in model.source.tensors:  # a bias of another class
         yield partial(torch.zeros, tensor.shape, dtype=tensor.dtype)
         return
-    found = model.family.find_roles(tensor.name)
+    found = model.family.find_roles(name)
     if found is None:
-        for group in row_groups(model.source.info(tensor.name)):
+        for group in row_groups(model.source.info(name)):
             yield partial(copy_rows, group, tensor, model.source.name)
         return
     layer, roles, _ = found
     fold_scale = not solution.per_layer and model.shape.fixed_scale is None
     projection = Projection(solution.layer(layer), model.shape, fold_scale)
-    stored = model.source.read(tensor.name)
+    stored = model.source.read(name)
     if model.family.places[roles[0]].transposed:
         yield partial(project_at_once, stored, roles, projection, tensor, model)
         return

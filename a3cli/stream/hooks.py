@@ -1,7 +1,7 @@
-"""What a sweep adds to a layer's forward: the sums of its statistics, and an MLP that runs in pieces."""
+"""What sweeps add to a forward: sums of statistics, an MLP in pieces, inputs that are collected, given outputs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -9,21 +9,18 @@ import torch
 from torch import nn
 
 from a3cli.models.costs import MLP_TOKENS
-from a3cli.models.families import Family, Role
-from a3cli.models.families.base import LinearShapes
+from a3cli.models.families import Family, ModelShape, Role
+from a3cli.models.fused import RoleLinear
 from a3cli.solvers.moments import LayerMoments, Tensors
-from a3cli.stream.decoder import Arguments, hidden_states_of
+from a3cli.stream.decoder import Arguments, StopForward, hidden_states_of
 
 
 @contextmanager
 def moments_of(
-    layer: nn.Module, family: Family, shapes: LinearShapes, moments: LayerMoments, *, rotates: bool = True
+    layer: nn.Module, family: Family, shape: ModelShape, moments: LayerMoments, *, rotates: bool = True
 ) -> Iterator[None]:
-    """Hook the roles of one layer so that every forward adds to its moments.
-
-    `shapes` are those of its linear weights; `rotates` says whether it has RoPE.
-    """
-    listener = _Listener(moments, rotates=rotates)
+    """Hook the roles of one layer so that every forward adds to its moments; `rotates` says whether it has RoPE."""
+    listener, shapes = _Listener(moments, rotates=rotates, growth=shape.query_growth), shape.linear_shapes()
 
     def submodule(role: Role) -> nn.Module:
         return layer.get_submodule(family.module(role))
@@ -54,8 +51,8 @@ class _Listener:
 
     HEADS: tuple[Role, ...] = ("q", "k", "v")
 
-    def __init__(self, moments: LayerMoments, *, rotates: bool) -> None:
-        self._moments, self._rotates = moments, rotates
+    def __init__(self, moments: LayerMoments, *, rotates: bool, growth: tuple[float, int] | None) -> None:
+        self._moments, self._rotates, self._growth = moments, rotates, growth
         self._heads: Tensors = {}
         self._called_with: Arguments = {}
 
@@ -71,6 +68,8 @@ class _Listener:
         rotation = self._called_with.get("position_embeddings")  # None without RoPE
         if rotation is not None and not self._rotates:  # models give every layer the rotation
             rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
+        if self._growth is not None:
+            self._heads["q"] = grown(self._heads["q"], self._called_with["position_ids"], *self._growth)
         self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
         self._heads.clear()  # before the MLP, which needs the memory
 
@@ -82,6 +81,12 @@ class _Listener:
 
     def add_stream_after_mlp(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         self._moments.add_residual("mlp_residual", hidden_states_of(output))
+
+
+def grown(queries: torch.Tensor, positions: torch.Tensor, growth: float, context: int) -> torch.Tensor:
+    """Return queries `[B, T, H·h]` at `positions` `[B or 1, T]` as attention takes them, growing with the position."""
+    scale = 1 + growth * torch.log1p((positions.to(queries.device) / context).floor())
+    return queries * scale[..., None].to(queries.dtype)
 
 
 @contextmanager
@@ -105,3 +110,42 @@ def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
         yield
     finally:
         del mlp.forward  # the instance's; the class has the original one
+
+
+@contextmanager
+def outputs_given(linears: Sequence[RoleLinear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Make linear layers return these tensors, whatever their input; a fused module returns those of all its roles."""
+    given: dict[nn.Module, list[tuple[int, torch.Tensor]]] = {}
+    for linear, output in zip(linears, outputs, strict=True):
+        given.setdefault(linear.module, []).append((linear.rows.start or 0, output))
+    try:
+        for module, parts in given.items():
+            ordered = [output for _, output in sorted(parts, key=lambda part: part[0])]
+            whole = ordered[0] if len(ordered) == 1 else torch.cat(ordered, -1)
+            module.forward = partial(_given, whole)
+        yield
+    finally:
+        for module in given:
+            del module.forward
+
+
+def _given(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
+    return output
+
+
+@contextmanager
+def inputs_of(module: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Collect a module's inputs; with `stop`, end the forward pass, and with it the block, there."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen.append(args[0])
+        if stop:
+            raise StopForward
+
+    handle = module.register_forward_pre_hook(keep)
+    try:
+        with suppress(StopForward):
+            yield seen
+    finally:
+        handle.remove()

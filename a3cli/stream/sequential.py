@@ -9,7 +9,6 @@ projection. Weights are read once; memory holds one layer of both models.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,9 @@ from a3cli.solvers.gauss_newton import gauss_newton_step
 from a3cli.solvers.linalg import solve_ridge
 from a3cli.solvers.moments import Tensors
 from a3cli.stream.batches import Batching, Calls, embed_all, read_batches, stream
-from a3cli.stream.decoder import Decoder, StopForward, run_layer
+from a3cli.stream.decoder import Decoder, run_layer
 from a3cli.stream.hidden import HiddenStates, TwoFiles
+from a3cli.stream.hooks import inputs_of, outputs_given
 from a3cli.stream.smaller import SmallerDecoder
 from a3cli.work.progress import Progress
 
@@ -310,45 +310,6 @@ class _Layer:
         return role_linear(self.small, self.decoder.family, role, self.shapes)
 
 
-@contextmanager
-def outputs_given(linears: Sequence[RoleLinear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Make linear layers return these tensors, whatever their input; a fused module returns those of all its roles."""
-    given: dict[nn.Module, list[tuple[int, torch.Tensor]]] = {}
-    for linear, output in zip(linears, outputs, strict=True):
-        given.setdefault(linear.module, []).append((linear.rows.start or 0, output))
-    try:
-        for module, parts in given.items():
-            ordered = [output for _, output in sorted(parts, key=lambda part: part[0])]
-            whole = ordered[0] if len(ordered) == 1 else torch.cat(ordered, -1)
-            module.forward = partial(_given, whole)
-        yield
-    finally:
-        for module in given:
-            del module.forward
-
-
-def _given(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
-    return output
-
-
 def without_bias(linear: RoleLinear, target: torch.Tensor) -> torch.Tensor:
     """Return the target minus the bias."""
     return target if linear.bias is None else target - linear.bias
-
-
-@contextmanager
-def inputs_of(module: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
-    """Collect a module's inputs; with `stop`, end the forward pass, and with it the block, there."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
-        seen.append(args[0])
-        if stop:
-            raise StopForward
-
-    handle = module.register_forward_pre_hook(keep)
-    try:
-        with suppress(StopForward):
-            yield seen
-    finally:
-        handle.remove()

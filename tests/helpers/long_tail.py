@@ -76,7 +76,7 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
     "test_the_commands_of_a_card_give_the_same_bytes": lambda of: of["name"] == "sequential",
 }
 # Models of the table that repeat at length what others of their type show.
-FURTHER_MODELS = ("phi3-partial", "phi3-longrope")
+FURTHER_MODELS = ("phi3-partial", "phi3-longrope", "phi3-mini4")
 
 
 def is_long_tail(item: pytest.Item) -> bool:

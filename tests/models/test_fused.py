@@ -15,8 +15,7 @@ from a3cli.models.projections import apply_projection
 from a3cli.models.shards import PlannedTensor
 from a3cli.solvers.moments import LayerMoments
 from a3cli.stages.weights import row_jobs
-from a3cli.stream.hooks import moments_of
-from a3cli.stream.sequential import outputs_given
+from a3cli.stream.hooks import moments_of, outputs_given
 from tests.helpers.solutions import random_solution
 
 SHAPE = ModelShape(
@@ -140,7 +139,7 @@ def test_heads_are_parts_of_the_output_of_a_fused_layer(transposed, weights):
     qkv.weight.copy_(store(weights, ORDER["qkv"], transposed=transposed))
     layer = torch.nn.ModuleDict({"block": Block(qkv)})
     moments, x = LayerMoments(16, False, torch.device("cpu"), None), torch.randn(2, 7, 48)
-    with moments_of(layer, ours, FULL, moments):
+    with moments_of(layer, ours, SHAPE, moments):
         out = qkv(x).flatten(0, 1).double()
     found = moments.finished()
     for role, start, width in (("k", 0, 32), ("q", 32, 64), ("v", 96, 32)):

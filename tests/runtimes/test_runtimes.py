@@ -34,6 +34,13 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("transformers 4.57", PHI3 | {"rope_scaling": {"type": "longrope", **FACTORS}}, YES, ""),
         ("transformers 4.57", PHI3 | {"rope_scaling": {"rope_type": "longrope", **FACTORS}}, NO, "refuses"),
         ("transformers 4.57", PHI3 | {"rope_scaling": {"type": "longrope", "factor": 2.0, **FACTORS}}, NO, "refuses"),
+        ("transformers 4.57", BASE | {"model_type": "ministral3"}, NO, "does not have ministral3"),
+        (
+            "vLLM",
+            BASE | {"model_type": "ministral3"} | LONGROPE,
+            UNTRIED,
+            "not tried with ministral3 and smaller heads",
+        ),
         ("vLLM", BASE | LONGROPE, YES, ""),
         ("vLLM", BASE | THETA, YES, ""),
         ("vLLM", BASE | LINEAR, YES, "longer context"),
@@ -112,6 +119,14 @@ def test_rope_that_transformers_4_does_not_find(config, loads):
     assert verdicts(config, smaller_heads=False)["transformers 4.57"].loads == loads
     for written in (verdicts(config), verdicts(config | PER_LAYER, smaller_heads=False)):
         assert written["transformers 4.57"].loads == YES
+
+
+def test_a_decoder_inside_another_type_was_tried_with_transformers_5_alone():
+    found = verdicts(BASE | THETA, held_by="mistral3")
+    assert {name for name, each in found.items() if each.loads == YES} == {"transformers 5"}
+    assert all("mistral3" in each.note for each in found.values() if each.loads == UNTRIED)
+    whole = verdicts(BASE, smaller_heads=False, held_by="mistral3")
+    assert {name for name, each in whole.items() if each.loads != YES} == {"transformers 4.57"}
 
 
 def test_the_tokenizer_of_transformers_5_is_not_read_by_4(tmp_path):

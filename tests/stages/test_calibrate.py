@@ -100,6 +100,8 @@ def test_fewer_tokens_than_channels_are_solved_or_refused_in_one_line(a3, checkp
         "granite-gqa",
         "qwen3-window",
         "smollm3-bias",
+        "phi3-window",
+        "ministral3-gqa",
     ],
 )
 def test_attention_mass_is_that_of_the_models_own_attention(name, a3, checkpoint, text_file, tmp_path):

@@ -231,10 +231,17 @@ class LiteralAttention(torch.nn.Module):
         group = getattr(stock, "num_key_value_groups", 1)
         time = torch.arange(length)
         angles = time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64)
-        turn = torch.polar(torch.full_like(angles, float(self.factor)), angles)
+        scaled = [self.factor if slot < len(self.inv_freq) else 1.0 for slot in self.slots]
+        turn = torch.polar(torch.tensor(scaled, dtype=torch.float64).expand_as(angles), angles)
         if not getattr(stock, "use_rope", True):
             turn = torch.ones_like(turn)
         scale = getattr(stock.config, "attention_multiplier", 1 / 4)
+        parameters = stock.config.rope_parameters
+        growth, context = (
+            parameters.get("llama_4_scaling_beta", 0.0),
+            parameters.get("original_max_position_embeddings", 1),
+        )
+        grown = 1 + growth * (1 + time.div(context, rounding_mode="floor")).double().log()[:, None]
         seen = time[:, None] >= time
         # In model types whose layers have different windows, each layer stores its own.
         if window := getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)):
@@ -249,7 +256,7 @@ class LiteralAttention(torch.nn.Module):
         for i in range(heads):
             kv = i // group
             query, key = self.slots_of(q[:, i], "query", kv) * turn, self.slots_of(k[:, kv], "key", kv) * turn
-            weights = ((query @ key.conj().T).real * scale).masked_fill(~seen, float("-inf")).softmax(-1)
+            weights = ((query @ key.conj().T).real * scale * grown).masked_fill(~seen, float("-inf")).softmax(-1)
             value, weight = v[:, kv], wide[:, i]
             if "value_map" in self.solution:
                 value = value @ self.solution["value_map"][kv]
@@ -347,6 +354,7 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
         "smollm3-window",
         "phi3-window",
         "phi3-longrope",
+        "ministral3-gqa",
     ],
 )
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):

@@ -61,6 +61,7 @@ class Family:
     use_bias: bool = False  # config.json's use_bias (default true) gives biases to all linear layers
     rotary_factor: float | None = None  # partial_rotary_factor if config.json omits it; None: RoPE rotates all dims
     softmax_scale: str | None = None  # the config entry of the softmax scale; None: head_dim ** -0.5
+    query_growth: str | None = None  # the entry of rope_parameters by which queries grow with their position
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
     like_llama: bool = False  # without windows, the stock class computes what Llama's does, but for biases
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
@@ -74,6 +75,8 @@ class Family:
     stock_heads: str | None = None  # why no head can be smaller in the stock shape; None: they can
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
+    scaled_part: bool = False  # RoPE scales the part of a head that it rotates, and only that: config.json says so
+    held_by: str | None = None  # the model type around the decoder (`wrappers.py`), which only the stock shape can keep
     carried: tuple[str, ...] = ()  # prefixes of tensors that the stock class does not know, copied as they are
     decoder: str = "model"
     layers: str = "model.layers"
@@ -96,6 +99,8 @@ class Family:
         """Return why query and key heads must keep their size; None if they may be smaller."""
         if self.head_norms:
             return "a norm follows each query and key head, so these keep their size"
+        if self.scaled_part:
+            return "RoPE scales only the rotated part of query and key heads, so these keep their size"
         return "some layers have no RoPE, so query and key heads keep their size" if self.rotating_layers else None
 
     def compressible(self, shape: str) -> tuple[Component, ...]:
@@ -103,6 +108,8 @@ class Family:
 
         The stock shape has one size for all heads: where QK keeps its own, so does OV.
         """
+        if shape != "stock" and self.held_by:
+            return ()
         allowed = self.stock_components if shape == "stock" else self.per_layer_components
         kept: tuple[Component, ...] = ()
         if self.why_whole(shape) is not None:
@@ -210,6 +217,7 @@ class ModelShape:
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
     windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
     still_layers: tuple[int, ...] = ()  # layers without RoPE, where others have it
+    query_growth: tuple[float, int] | None = None  # β, n: queries at position p times 1 + β log(1 + floor(p / n))
     mlp_in_layer: bool = False  # the MLP is no module of its own, which could run in pieces
 
     @property

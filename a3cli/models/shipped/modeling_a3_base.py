@@ -140,6 +140,10 @@ class PerLayerAttention:
         """Queries, keys and values `[B, T, n·h]`."""
         return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
+    def grow(self, query: torch.Tensor, _position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Rotated queries as attention takes them; some types scale them by their positions."""
+        return query
+
     def fill_buffers(self) -> None:
         self.slot_index.copy_(torch.tensor(self.places, dtype=torch.long))
 
@@ -158,6 +162,7 @@ class PerLayerAttention:
         key = key.view(*shape, -1, self.qk_head_dim).transpose(1, 2)
         value = value.view(*shape, -1, self.v_head_dim).transpose(1, 2)
         query, key = self.turn(query, key, position_embeddings)
+        query = self.grow(query, kwargs.get("position_ids"))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
