@@ -61,9 +61,16 @@ def per_layer_changes(model: Model, solution: Solution) -> Json:
         "architectures": [model.family.per_layer_class],
         "auto_map": auto_map(model.family),
         **({} if model.rope.absent else {"head_dim": model.shape.head_dim}),
+        **logit_scale(model),
         "per_layer_config": per_layer_config(solution.sizes, [solution.slots(i) for i in range(model.shape.layers)]),
         **rope,
     }
+
+
+def logit_scale(model: Model) -> Json:
+    """Return the factor on logits if config.json has a divisor: vLLM's Transformers backend reads only the factor."""
+    scaling = model.source.config.get("logits_scaling")
+    return {} if scaling is None else {"logit_scale": 1 / scaling}
 
 
 def auto_map(family: Family) -> Json:

@@ -88,7 +88,7 @@ def test_an_export_projects_each_role_of_a_tensor_alone(module, transposed, kind
     name = f"model.layers.0.block.{module}.{kind}"
     shape = stored_shape(ours, roles[0], SMALL, kind)
     stored = store(parts, roles, transposed=transposed)
-    source = SimpleNamespace(name="source", read={name: stored}.__getitem__)
+    source = SimpleNamespace(name="source", tensors={name}, read={name: stored}.__getitem__)
     model = SimpleNamespace(source=source, family=ours, shape=SHAPE)
     solved = SimpleNamespace(layer=lambda _layer: solution, per_layer=False)
     jobs = [job() for job in row_jobs(PlannedTensor(name, shape, torch.float32), model, solved)]

@@ -104,6 +104,15 @@ def test_a_softmax_scale_of_the_config_is_not_folded_into_queries(method, a3, ch
         assert config[name] == was[name] != 1
 
 
+def test_a_divisor_of_logits_is_also_the_factor_that_vllm_reads(a3, checkpoint, text_file, tmp_path):
+    work, out = ("--work", tmp_path / "work"), tmp_path / "out"
+    assert a3("calibrate", checkpoint("granite-gqa"), "--dataset", text_file, *SHORT, *work).code == 0
+    assert a3("solve", "--budget", 0, "--shape", "per-layer", *work).code == 0
+    assert a3("export", out, *work).code == 0
+    config = read_json(out / "config.json")
+    assert config["logit_scale"] * config["logits_scaling"] == 1
+
+
 @pytest.mark.parametrize("name", ["attention_multiplier", "residual_multiplier"])
 def test_a_multiplier_must_be_above_zero(name, a3, checkpoint, text_file, tmp_path):
     folder = shutil.copytree(checkpoint("granite-gqa"), tmp_path / "source")
