@@ -236,7 +236,7 @@ class LiteralAttention(torch.nn.Module):
         if not getattr(stock, "use_rope", True):
             turn = torch.ones_like(turn)
         scale = getattr(stock.config, "attention_multiplier", 1 / 4)
-        parameters = stock.config.rope_parameters
+        parameters = getattr(stock.config, "rope_parameters", None) or {}
         growth, context = (
             parameters.get("llama_4_scaling_beta", 0.0),
             parameters.get("original_max_position_embeddings", 1),

@@ -68,10 +68,11 @@ def scales_part(config: dict[str, Any], family: Family) -> bool:
         return False
     if (said := rope.get("attention_factor")) is not None:
         return bool(said != 1)
+    if (factor := rope.get("factor")) is not None:
+        return bool(factor != 1)
+    context = config.get("max_position_embeddings")
     original = config.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
-    lengths = config.get("max_position_embeddings"), original
-    longer = all(isinstance(each, int) for each in lengths) and lengths[0] > lengths[1]
-    return longer if rope.get("factor") is None else rope["factor"] != 1
+    return isinstance(context, int) and isinstance(original, int) and context > original
 
 
 def usual_entries(config: Mapping[str, Any]) -> dict[str, Any]:
