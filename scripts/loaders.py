@@ -73,7 +73,7 @@ OPT = WITHOUT_ROPE | {"ffn_dim": 512, "pad_token_id": 1}
 PHI3 = {"pad_token_id": None, "sliding_window": None}
 PHI3_LONGROPE: dict[str, Any] = PHI3 | {
     "sliding_window": 64,
-    "original_max_position_embeddings": 128,
+    "original_max_position_embeddings": 120,  # not between the lengths of texts of which the probe caches a part
     "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
