@@ -7,7 +7,6 @@ from transformers.models.ministral3.modeling_ministral3 import (
     Ministral3ForCausalLM,
     Ministral3Model,
     Ministral3RMSNorm,
-    get_llama_4_attn_scale,
 )
 
 from .modeling_a3_base import PerLayerAttention, PerLayerCausalLM, PerLayerDecoderLayer, PerLayerModel
@@ -15,10 +14,11 @@ from .modeling_a3_base import PerLayerAttention, PerLayerCausalLM, PerLayerDecod
 
 class A3Ministral3Attention(PerLayerAttention, Ministral3Attention):
     def grow(self, query: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """The stock function, whose name and arguments differ between 5.0 and later versions."""
         rope = self.config.rope_parameters
         growth, context = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
-        scale: torch.Tensor = get_llama_4_attn_scale(position_ids, growth, context)
-        return query * scale.to(query.dtype)
+        scale = 1 + growth * torch.log(1 + torch.floor(position_ids / context))
+        return query * scale[:, None, :, None].to(query.dtype)
 
 
 class A3Ministral3DecoderLayer(PerLayerDecoderLayer, Ministral3DecoderLayer):
