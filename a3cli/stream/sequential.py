@@ -208,7 +208,7 @@ class _Layer:
             whole: torch.Tensor = self.small.get_submodule(family.mlp)(x)
             return whole
         between = self.small.get_submodule(family.activation)
-        up, down = (self._module(self.small, role) for role in ("up", "down"))
+        up, down = (self.small.get_submodule(family.module(role)) for role in ("up", "down"))
         output: torch.Tensor = down(between(up(x)))
         return output
 

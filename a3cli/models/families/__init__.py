@@ -87,8 +87,8 @@ def scales_part(config: dict[str, Any], family: Family) -> bool:
     if (said := rope.get("attention_factor")) is not None:
         return bool(said != 1)
     original = config.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
-    lengths = config.get("max_position_embeddings"), original
-    longer = all(isinstance(each, int) for each in lengths) and lengths[0] > lengths[1]
+    context = config.get("max_position_embeddings")
+    longer = isinstance(context, int) and isinstance(original, int) and context > original
     return longer if rope.get("factor") is None else rope["factor"] != 1
 
 
