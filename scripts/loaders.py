@@ -67,6 +67,20 @@ SMOLLM3 = {
     "pad_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 2000000.0},  # 4.57 reads none and has this default
 }
+GEMMA2 = {"query_pre_attn_scalar": 24, "sliding_window": 64, "tie_word_embeddings": True}
+GEMMA3 = GEMMA2 | {
+    "sliding_window_pattern": 2,
+    "rope_parameters": {  # what 4.57, which reads none, has by default
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+GEMMA3_OTHER_ROPES = GEMMA3 | {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    },
+}
 # Entries that configurations of models without RoPE do not have.
 WITHOUT_ROPE = dict.fromkeys(("head_dim", "num_key_value_heads", "intermediate_size", "rope_parameters"), ...)
 OPT = WITHOUT_ROPE | {"ffn_dim": 512, "pad_token_id": 1}
@@ -134,6 +148,9 @@ SUBJECTS = (
     Subject("ministral3 stock", "ministral3", config=MINISTRAL3),
     Subject("opt stock", "opt", BUDGET, OPT),
     Subject("phi3 stock", "phi3", BUDGET, PHI3),
+    Subject("gemma2 stock", "gemma2", config=GEMMA2),
+    Subject("gemma3_text stock", "gemma3_text", BUDGET, GEMMA3),
+    Subject("olmo2 stock", "olmo2", BUDGET),
     Subject("llama per-layer", "llama", PER_LAYER),
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
     Subject("mistral per-layer", "mistral", PER_LAYER, {"sliding_window": 64}),
@@ -143,6 +160,9 @@ SUBJECTS = (
     Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
+    Subject("gemma2 per-layer", "gemma2", PER_LAYER, GEMMA2),
+    Subject("gemma3_text per-layer", "gemma3_text", PER_LAYER, GEMMA3_OTHER_ROPES),
+    Subject("olmo2 per-layer", "olmo2", PER_LAYER),
     Subject("ministral3 per-layer", "ministral3", PER_LAYER, MINISTRAL3),
     Subject("opt per-layer", "opt", PER_LAYER, OPT),
     Subject("phi3 per-layer", "phi3", PER_LAYER, PHI3_LONGROPE),

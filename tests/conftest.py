@@ -14,6 +14,10 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -24,6 +28,8 @@ from transformers import (
     MistralForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -102,6 +108,28 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama-llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
     "llama-yarn": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": YARN}),
     "llama-longrope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LONGROPE}),
+    "gemma2-gqa": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 6.0,
+            "sliding_window": 24,  # in every second layer
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3-gqa": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": DEFAULT | {"rope_theta": 1000.0}},
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 24,
+            "sliding_window_pattern": 2,  # every second layer has none
+            "tie_word_embeddings": True,
+        },
+    ),
     "granite-gqa": (
         GraniteConfig,
         GraniteForCausalLM,
@@ -113,6 +141,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "mistral-gqa": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "olmo2-gqa": (Olmo2Config, Olmo2ForCausalLM, {}),
     "ministral3-gqa": (Ministral3Config, Ministral3ForCausalLM, {"rope_parameters": GROWING, "pad_token_id": None}),
     "qwen2-gqa": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen2-window": (
@@ -265,6 +294,31 @@ def mlp_linears(layer: Any) -> dict[str, Any]:
 def decoder_layers(model: Any) -> Any:
     """Return the decoder layers of a causal language model."""
     return getattr(model.model, "decoder", model.model).layers
+
+
+def post_norms(layer: Any) -> dict[str, Any]:
+    """Return the norms between a projection of a decoder layer, `o` or `down`, and the residual sum."""
+    if not hasattr(layer, "post_feedforward_layernorm"):
+        return {}
+    return {"o": layer.post_attention_layernorm, "down": layer.post_feedforward_layernorm}
+
+
+def gain_of(norm: Any) -> torch.Tensor:
+    """Return what a norm multiplies by."""
+    return norm.weight.detach() + type(norm).__name__.startswith("Gemma")
+
+
+def stream_reader(layer: Any) -> Any:
+    """Return the module of a decoder layer that reads the residual stream after attention."""
+    if post_norms(layer):
+        return getattr(layer, "pre_feedforward_layernorm", layer.mlp)
+    return getattr(layer, "post_attention_layernorm", None) or layer.final_layer_norm
+
+
+def by_token(heads: torch.Tensor, model: Any) -> torch.Tensor:
+    """Return the heads that a projection or its norm gives attention as `[B, T, H·h]`."""
+    transposed = heads.ndim == 4 and model.config.model_type.startswith("gemma3")
+    return (heads.transpose(1, 2) if transposed else heads).flatten(2)
 
 
 def head_linears(attention: Any) -> dict[str, tuple[Any, slice]]:

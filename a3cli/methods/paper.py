@@ -37,13 +37,13 @@ class Paper(Method[PaperLayer]):
     def analyse(self, inputs: LayerInputs) -> PaperLayer:
         dims = pair_dims(inputs.shape.head_dim // 2, inputs.shape.turning_pairs)
         # The paper weighs values by attention for MHA, and not for GQA.
-        value_gram = inputs.head_outputs if inputs.shape.group == 1 else inputs.mean("v_gram")
+        value_gram = inputs.head_outputs if inputs.shape.group == 1 else inputs.value_gram
         grams, floor = [inputs.mean(name) for name in ("q_gram", "k_gram")], self.settings.eigenvalue_floor
         return PaperLayer(
             pair_scores=score_pairs(*(gram[:, dims][..., dims] for gram in grams)),
             theorem=solve_qk(*grams, floor=floor) if self.model.rope.absent else None,
             ov=solve_ov(value_gram, inputs.output_gram, floor=floor),
-            channel_scores=score_channels(inputs.mean("mlp_energy"), inputs.down),
+            channel_scores=score_channels(inputs.mean("mlp_energy"), inputs.down_in_stream),
             score_unit=inputs.score_unit(ATTAINED),
             attention_unit=inputs.attention_unit,
             mlp_unit=inputs.mlp_unit,

@@ -24,7 +24,8 @@ def read_shape(config: Any) -> ModelShape:
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
         gated=family.gated,
-        fixed_scale=read_multiplier(config, family.softmax_scale),
+        fixed_scale=read_scale(family, config),
+        score_cap=read_cap(family, config),
         residual_multiplier=read_multiplier(config, family.residual_multiplier) or 1.0,
         windows=read_windows(config),
         still_layers=read_still_layers(family, config),
@@ -61,6 +62,19 @@ def read_multiplier(config: Any, key: str | None) -> float | None:
     return float(value)
 
 
+def read_scale(family: Family, config: Any) -> float | None:
+    """Return the softmax scale that config.json says; None if it depends on the head size."""
+    said = read_multiplier(config, family.softmax_scale)
+    return None if said is None else said**family.scale_power
+
+
+def read_cap(family: Family, config: Any) -> float | None:
+    """Return the cap of attention scores, or None. Raises A3Error for a bad one."""
+    if family.score_cap is None or getattr(config, family.score_cap, None) is None:
+        return None
+    return read_multiplier(config, family.score_cap)
+
+
 def read_still_layers(family: Family, config: Any) -> tuple[int, ...]:
     """Return the layers without RoPE. Raises A3Error for an entry that does not have one number for each layer."""
     if family.rotating_layers is None:
@@ -92,6 +106,15 @@ def read_biases(family: Family, config: Any) -> tuple[bool, bool]:
         every = bool(getattr(config, family.names.get("use_bias", "use_bias"), True))
         return every, every
     return family.qkv_bias or bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # types of attention, as in config.json
+
+
+def rope_parameters_of(config: Any, kind: str = FULL) -> dict[str, Any]:
+    """Return the RoPE parameters of the layers with a type of attention; in most models those of all layers."""
+    parameters = dict(config.rope_parameters or {})
+    return dict(parameters.get(kind) or {}) if family_of(config.model_type).local_rope else parameters
 
 
 def rotary_dims(config: Any, head_dim: int) -> int:
@@ -162,6 +185,10 @@ def check_rope_spellings(config: dict[str, Any], path: Path) -> None:
     if "rope_scaling" in config and isinstance(scaling := config["rope_scaling"] or {}, dict):
         beside |= with_rope_type(scaling)
     within = with_rope_type(parameters)
+    if (local := parameters.get(SLIDING)) is not None:  # a table for each type of attention
+        within = with_rope_type(parameters.get(FULL) or {})
+        if config.get(LOCAL_THETA) is not None:
+            beside[LOCAL_THETA], within[LOCAL_THETA] = config[LOCAL_THETA], local.get("rope_theta")
     differing = [
         f"{key} is {value!r:.80} at its top and {within[key]!r:.80} in rope_parameters"
         for key, value in beside.items()
@@ -180,6 +207,7 @@ def with_rope_type(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": parameters.get("type", "default"), **named}
 
 
+LOCAL_THETA = "rope_local_base_freq"  # transformers 4.57's name for the theta of sliding attention
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -198,3 +226,14 @@ def check_rope(parameters: dict[str, Any], *, partial: bool) -> str:
     if not partial and parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise A3Error("config.json: partial_rotary_factor other than 1 is not supported for this family")
     return str(kind)
+
+
+def check_local_rope(config: Any) -> None:
+    """Raise A3Error for RoPE with a table for each type of attention that exports could not say in both spellings."""
+    for kind, allowed in ((FULL, ("default", "linear", "llama3")), (SLIDING, ("default",))):
+        parameters = with_rope_type(rope_parameters_of(config, kind))
+        if parameters["rope_type"] not in allowed or "rope_theta" not in parameters:
+            raise A3Error(
+                f"config.json: RoPE of {kind} is {parameters!r:.80}; supported with a table for each type of attention "
+                f"are the types {' and '.join(allowed)} with a rope_theta"
+            )

@@ -10,7 +10,14 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint, same_content
-from a3cli.models.config import check_rope, check_rope_spellings, read_shape
+from a3cli.models.config import (
+    SLIDING,
+    check_local_rope,
+    check_rope,
+    check_rope_spellings,
+    read_shape,
+    rope_parameters_of,
+)
 from a3cli.models.families import Family, ModelShape, Role, family_for, usual_entries
 from a3cli.models.families.base import Kind
 from a3cli.models.families.wrappers import Wrapper, decoder_config, wrapper_of
@@ -29,7 +36,8 @@ from a3cli.work.sealed import name_differences
 class Model:
     """A source as every stage sees it. `config` is transformers' configuration object, `stock` its class.
 
-    The source's tensors have that class's names, even if they are stored under others.
+    The source's tensors have that class's names, even if they are stored under others. `rope` is that of all layers, or
+    of those without a window where these have their own, `local_rope`.
     """
 
     source: Checkpoint
@@ -39,6 +47,13 @@ class Model:
     rope: Rope
     stock: StockClass
     wrapper: Wrapper | None = None  # what holds the decoder; then the names of its other tensors are those of its class
+    local_rope: Rope | None = None
+
+    def rope_of(self, layer: int) -> Rope:
+        """Return the rotation of one layer's heads."""
+        if layer in self.shape.still_layers:
+            return self.rope.still
+        return self.local_rope if self.local_rope and self.config.layer_types[layer] == SLIDING else self.rope
 
     def exported_name(self, tensor: str) -> str:
         """Return the name of a tensor in an export: a wrapper keeps those of the source's files."""
@@ -66,8 +81,9 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False, calibrated:
     if not calibrated:
         check_tied(source, stock.tied)
     with invalid_config(source.folder):
-        rope = read_rope(config)
-    return Model(source, family_for(source.raw_config), config, read_shape(config), rope, stock, wrapper)
+        family, rope = family_for(source.raw_config), read_rope(config)
+        local_rope = read_rope(config, SLIDING) if family.local_rope else None
+    return Model(source, family, config, read_shape(config), rope, stock, wrapper, local_rope)
 
 
 T = TypeVar("T")
@@ -100,7 +116,9 @@ def read_stock(
         whole, config = read_config_object(folder, raw, trust_remote_code=trust_remote_code)
         config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
         check_activation(config.hidden_act)
-        check_rope(getattr(config, "rope_parameters", None) or {}, partial=family.rotary_factor is not None)
+        check_rope(rope_parameters_of(config), partial=family.rotary_factor is not None)
+        if family.local_rope:
+            check_local_rope(config)
         if unsupported := family.refusal(config):
             raise A3Error(f"{folder / 'config.json'}: a3 does not support {family.model_type} with {unsupported}")
         return config, read_stock_class(config) if wrapper is None else read_wrapper_class(whole, config, wrapper)

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.models.config import check_rope, rotary_dims, rotary_factor
+from a3cli.models.config import FULL, LOCAL_THETA, SLIDING, check_rope, rope_parameters_of, rotary_dims, rotary_factor
 from a3cli.models.families import FAMILIES, family_of
 from a3cli.solvers.rope import frequency_at
 from a3cli.work.files import Json
 
 QUERY_GROWTH = {each.query_growth for each in FAMILIES.values() if each.query_growth}
 ROUNDING = 1e-9  # pairs; a frequency in float32 is further off
-ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", LOCAL_THETA}
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,18 @@ class Rope:
         return float(self.parameters["rope_theta"])
 
 
-def read_rope(config: Any) -> Rope:
-    """Read a transformers (5.x) config. Raises A3Error for a RoPE type that a subset of pairs cannot express."""
+def read_rope(config: Any, attention: str = FULL) -> Rope:
+    """Read the RoPE of the layers with a type of attention from a transformers (5.x) config.
+
+    Raises A3Error for a RoPE type that a subset of pairs cannot express.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    if not family_of(config.model_type).rotates:
+    family, parameters = family_of(config.model_type), rope_parameters_of(config, attention)
+    if not family.rotates:
         return no_rope(config)
-    parameters = dict(config.rope_parameters or {})
-    kind = check_rope(parameters, partial=family_of(config.model_type).rotary_factor is not None)
+    kind = check_rope(parameters, partial=family.rotary_factor is not None)
+    own = {"layer_type": attention} if family.local_rope else {}
     turned = rotary_dims(config, config.head_dim)
     original = int(parameters.get("original_max_position_embeddings", config.max_position_embeddings))
     if kind == "default":
@@ -90,8 +94,8 @@ def read_rope(config: Any) -> Rope:
         factor = 1.0
     else:
         frequencies = ROPE_INIT_FUNCTIONS[kind]
-        short, factor = frequencies(config, torch.device("cpu"), seq_len=1)
-        long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1)
+        short, factor = frequencies(config, torch.device("cpu"), seq_len=1, **own)
+        long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1, **own)
     if factor != 1 and turned < config.head_dim and kind != "longrope":  # then query and key heads keep their size
         raise A3Error(
             f"config.json: RoPE type {kind!r} scales attention by {factor:g}, which is not supported "
@@ -234,6 +238,15 @@ def both_spellings(parameters: Json) -> Json:
     if parameters["rope_type"] == "longrope":  # where 4.57 looks for the context at which longrope switches
         config["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
     return config
+
+
+def spellings_of_two(full: Json, sliding: Json) -> Json:
+    """Return `both_spellings` of a model with one RoPE for full and another, unscaled one for sliding attention."""
+    return {
+        **both_spellings(full),
+        LOCAL_THETA: sliding["rope_theta"],
+        "rope_parameters": {FULL: full, SLIDING: sliding},
+    }
 
 
 def strict_longrope(config: Json) -> Json:

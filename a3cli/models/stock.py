@@ -47,7 +47,8 @@ def read_stock_class(config: Any) -> StockClass:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        kernel = family_of(config.model_type).kernel
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel)
     return describe_class(network, config)
 
 

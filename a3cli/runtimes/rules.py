@@ -34,7 +34,8 @@ VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
     "nemotron": (NO, "its Transformers backend continues a prompt with wrong tokens for nemotron"),
 }
 # RoPE's theta in transformers 4.57 where config.json has none; 10,000 for other model types.
-THETA_OF_4 = {"smollm3": 2_000_000}
+THETA_OF_4 = {"smollm3": 2_000_000, "gemma3_text": 1_000_000}
+LOCAL_THETA_OF_4 = 10_000  # of sliding attention, in models that have another RoPE for it
 # The rotated part of a head in transformers 4.57 where config.json has none; all of it for other model types.
 PARTIAL_OF_4 = {"nemotron": 0.5}
 # The entries of rope_scaling that 4.57 demands for a model type, and no others.
@@ -90,6 +91,7 @@ def judge(
     `retyped`: it did, so what loads the source says nothing.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get("full_attention") or rope  # Gemma 3 has a table for each type of attention
     export = Export(
         model_type=str(config.get("model_type")),
         per_layer="per_layer_config" in config,
@@ -112,7 +114,10 @@ def hides_rope(config: dict[str, Any]) -> bool:
     defaults = {"rope_type": "default", "rope_theta": THETA_OF_4.get(kind, 10_000)}
     if "partial_rotary_factor" not in config:
         defaults["partial_rotary_factor"] = PARTIAL_OF_4.get(kind, 1.0)
-    return "rope_theta" not in config and any(said.get(key, value) != value for key, value in defaults.items())
+    full, local = said.get("full_attention") or said, said.get("sliding_attention") or {}
+    hidden = "rope_theta" not in config and any(full.get(key, value) != value for key, value in defaults.items())
+    sliding = local.get("rope_theta", LOCAL_THETA_OF_4) != LOCAL_THETA_OF_4
+    return hidden or (sliding and "rope_local_base_freq" not in config)
 
 
 def refuses_rope(config: dict[str, Any]) -> bool:
@@ -170,6 +175,8 @@ def _transformers_4(export: Export) -> tuple[Loads, str]:
     if export.hidden_rope and not export.per_layer and not export.smaller_heads:
         return NO, "takes another RoPE silently, as of the source: config.json says it only in rope_parameters"
     notes = ["with trust_remote_code=True"] if export.per_layer else []
+    if export.model_type == "gemma2" and not export.per_layer:
+        notes.append('with attn_implementation="eager": its default does not cap attention scores')
     if export.own_tokenizer_class:
         notes.append("not the tokenizer: transformers 5 saved it as TokenizersBackend, use PreTrainedTokenizerFast")
     return YES, "; ".join(notes)

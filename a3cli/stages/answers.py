@@ -199,6 +199,6 @@ class ExportDecoder(Decoder):
         from transformers import AutoModelForCausalLM
 
         network: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=True
+            config, dtype=dtype, attn_implementation=self.family.kernel, trust_remote_code=True
         )
         return network

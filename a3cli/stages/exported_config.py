@@ -5,7 +5,7 @@ from dataclasses import replace
 from a3cli.models.config import BOUNDS
 from a3cli.models.families import Family, per_layer_config
 from a3cli.models.model import Model
-from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config, strict_longrope
+from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config, spellings_of_two, strict_longrope
 from a3cli.models.shipped import module_name
 from a3cli.settings import ExportSettings
 from a3cli.stages.as_llama import as_llama
@@ -56,7 +56,7 @@ def per_layer_changes(model: Model, solution: Solution) -> Json:
     `head_dim` stays the source's: it defines the pairs that `rope_slots` refers to, and the softmax scale. Without RoPE
     the class computes it.
     """
-    rope = {} if model.rope.absent else both_spellings(model.rope.parameters) | lowered_rope(model, solution)
+    rope = {} if model.rope.absent else whole_rope(model) | lowered_rope(model, solution)
     return {
         "architectures": [model.family.per_layer_class],
         "auto_map": auto_map(model.family),
@@ -79,7 +79,16 @@ def auto_map(family: Family) -> Json:
     return {"AutoModelForCausalLM": causal, "AutoModel": causal.replace("ForCausalLM", "Model")}
 
 
+def whole_rope(model: Model) -> Json:
+    """Return the source's RoPE in both spellings."""
+    if model.local_rope is None:
+        return both_spellings(model.rope.parameters)
+    return spellings_of_two(model.rope.parameters, model.local_rope.parameters)
+
+
 def lowered_rope(model: Model, solution: Solution) -> Json:
     """Return RoPE of all pairs if `--context` lowered `max_position_embeddings`, on which some RoPE types depend."""
+    if model.local_rope is not None:  # none of the types that `check_local_rope` allows
+        return {}
     context, pairs = solution.manifest.context, range(len(model.rope.short))
     return {} if context == model.rope.context else kept_rope_config(replace(model.rope, context=context), pairs)

@@ -110,7 +110,9 @@ class Decoder:
     def build(self, config: Any, dtype: torch.dtype) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        network: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        network: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=self.family.kernel
+        )
         return network
 
     def load(self, prefix: str, module: nn.Module, device: torch.device) -> None:

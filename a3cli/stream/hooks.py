@@ -13,6 +13,7 @@ from a3cli.models.families import Family, ModelShape, Role
 from a3cli.models.fused import RoleLinear
 from a3cli.solvers.moments import LayerMoments, Tensors
 from a3cli.stream.decoder import Arguments, StopForward, hidden_states_of
+from a3cli.stream.post_norm import post_norm_of
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def moments_of(
     layer: nn.Module, family: Family, shape: ModelShape, moments: LayerMoments, *, rotates: bool = True
 ) -> Iterator[None]:
     """Hook the roles of one layer so that every forward adds to its moments; `rotates` says whether it has RoPE."""
-    listener, shapes = _Listener(moments, rotates=rotates, growth=shape.query_growth), shape.linear_shapes()
+    listener, shapes = _Listener(layer, family, shape, moments, rotates=rotates), shape.linear_shapes()
 
     def submodule(role: Role) -> nn.Module:
         return layer.get_submodule(family.module(role))
@@ -33,10 +34,10 @@ def moments_of(
             )
             for role in listener.HEADS
         ),
-        submodule("o").register_forward_pre_hook(listener.add_attention),
-        # The MLP's norm reads the stream after attention; the layer returns the stream after the MLP.
-        submodule("mlp_norm").register_forward_pre_hook(listener.add_stream_after_attention),
-        submodule("down").register_forward_pre_hook(listener.add_mlp),
+        submodule("o").register_forward_hook(listener.add_attention),
+        # What reads the stream for the MLP has the one after attention; the layer returns the stream after the MLP.
+        layer.get_submodule(family.stream_reader).register_forward_pre_hook(listener.add_stream_after_attention),
+        submodule("down").register_forward_hook(listener.add_mlp),
         layer.register_forward_hook(listener.add_stream_after_mlp),
     ]
     try:
@@ -51,8 +52,12 @@ class _Listener:
 
     HEADS: tuple[Role, ...] = ("q", "k", "v")
 
-    def __init__(self, moments: LayerMoments, *, rotates: bool, growth: tuple[float, int] | None) -> None:
-        self._moments, self._rotates, self._growth = moments, rotates, growth
+    def __init__(
+        self, layer: nn.Module, family: Family, shape: ModelShape, moments: LayerMoments, *, rotates: bool
+    ) -> None:
+        self._moments, self._rotates, self._growth = moments, rotates, shape.query_growth
+        self._post_norms = {role: post_norm_of(layer, family, role) for role in family.post_norms}
+        self._heads_first = family.heads_first
         self._heads: Tensors = {}
         self._called_with: Arguments = {}
 
@@ -60,24 +65,31 @@ class _Listener:
         self._called_with.update(kwargs)
 
     def add_heads(self, role: Role, rows: slice, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        self._heads[role] = heads = output.flatten(2)[..., rows]  # a norm returns each head by itself
+        by_token = output.transpose(1, 2) if self._heads_first and output.ndim == 4 else output
+        self._heads[role] = heads = by_token.flatten(2)[..., rows]  # a norm returns each head by itself
         self._moments.add_heads(role, heads)
 
-    def add_attention(self, _output_projection: nn.Module, args: tuple[torch.Tensor]) -> None:
-        self._moments.add_attention_output(args[0])
+    def add_attention(self, _module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        weights = self._weights("o", output)
+        self._moments.add_attention_output(args[0], weights)
         rotation = self._called_with.get("position_embeddings")  # None without RoPE
         if rotation is not None and not self._rotates:  # models give every layer the rotation
             rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
         if self._growth is not None:
             self._heads["q"] = grown(self._heads["q"], self._called_with["position_ids"], *self._growth)
-        self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
+        self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"), weights)
         self._heads.clear()  # before the MLP, which needs the memory
 
     def add_stream_after_attention(self, _norm: nn.Module, args: tuple[torch.Tensor]) -> None:
         self._moments.add_residual("attention_residual", args[0])
 
-    def add_mlp(self, _down: nn.Module, args: tuple[torch.Tensor]) -> None:
-        self._moments.add_mlp(args[0])
+    def add_mlp(self, _down: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        self._moments.add_mlp(args[0], self._weights("down", output))
+
+    def _weights(self, role: Role, output: torch.Tensor) -> torch.Tensor | None:
+        """Return the weights `[...]` of a projection's tokens `[..., d]` in the stream; None if no norm follows it."""
+        norm = self._post_norms.get(role)
+        return None if norm is None else norm.weights(output)
 
     def add_stream_after_mlp(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         self._moments.add_residual("mlp_residual", hidden_states_of(output))

@@ -49,7 +49,7 @@ class SmallerDecoder(Decoder):
 
     def build(self, config: object, dtype: torch.dtype) -> nn.Module:
         kind = per_layer_class(self.family.model_type, self.family.per_layer_class)
-        network: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        network: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation=self.family.kernel)
         return network
 
     @contextmanager

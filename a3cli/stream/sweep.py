@@ -134,7 +134,8 @@ class Sweep:
 
     def _new_moments(self, device: torch.device) -> LayerMoments:
         samples, shape = AttentionSamples(len(self.blocks), self.blocks.shape[1], device), self.decoder.shape
-        return LayerMoments(shape.head_dim, self.full_mlp, device, samples, scale=shape.softmax_scale)
+        scores = {"scale": shape.softmax_scale, "cap": shape.score_cap}
+        return LayerMoments(shape.head_dim, self.full_mlp, device, samples, **scores)
 
     def _report(self, stage: range, blocks: int) -> None:
         """Report progress from the main process, whose share is like the others'."""

@@ -14,6 +14,18 @@ STARCODER2, NEMOTRON = BASE | {"model_type": "starcoder2"}, BASE | {"model_type"
 LONGROPE, LINEAR, THETA, LLAMA3, YARN = (
     {"rope_parameters": {"rope_type": kind}} for kind in ("longrope", "linear", "default", "llama3", "yarn")
 )
+GEMMA3 = BASE | {"model_type": "gemma3_text"}
+
+
+def two_ropes(full: float, sliding: float, rope_type: str = "default") -> dict:
+    """Return RoPE as Gemma 3 has it."""
+    tables = {
+        "full_attention": {"rope_type": rope_type, "rope_theta": full},
+        "sliding_attention": {"rope_type": "default", "rope_theta": sliding},
+    }
+    return {"rope_parameters": tables}
+
+
 PER_LAYER = {"per_layer_config": {"0": {}}}
 
 
@@ -59,6 +71,7 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("vLLM", BASE | {"model_type": "granite"} | LONGROPE, YES, ""),
         ("vLLM", QWEN3 | PER_LAYER, UNTRIED, "not tried with qwen3 per-layer"),
         ("transformers 4.57", QWEN3 | PER_LAYER, YES, "trust_remote_code=True"),
+        ("transformers 4.57", BASE | {"model_type": "gemma2"} | THETA, YES, "does not cap attention scores"),
         ("llama.cpp", BASE | LONGROPE, NO, "drops the longrope factors"),
         ("llama.cpp", BASE | THETA, YES, ""),
         ("llama.cpp", BASE | LINEAR, YES, ""),
@@ -110,6 +123,12 @@ def test_whole_heads_load_where_the_source_loads(config):
         (LLAMA | YARN, NO),
         (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 2e6}}, YES),
         (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, NO),
+        (GEMMA3 | two_ropes(1e6, 1e4), YES),
+        (GEMMA3 | two_ropes(1e5, 1e4), NO),
+        (GEMMA3 | two_ropes(1e6, 1e3), NO),
+        (GEMMA3 | two_ropes(1e6, 1e4, rope_type="linear"), NO),
+        (GEMMA3 | two_ropes(1e5, 1e3) | {"rope_theta": 1e5, "rope_local_base_freq": 1e3}, YES),
+        (GEMMA3 | two_ropes(1e5, 1e3) | {"rope_theta": 1e5}, NO),
         (PHI3 | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}, NO),
         (PHI3 | {"rope_parameters": {"rope_type": "default"}, "partial_rotary_factor": 0.75}, YES),
     ],

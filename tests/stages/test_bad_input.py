@@ -97,7 +97,10 @@ def save_wide_tokenizer(folder: Path) -> None:
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
-SUPPORTED = "granite, llama, ministral3, mistral, nemotron, opt, phi3, qwen2, qwen3, smollm3, starcoder2 "
+SUPPORTED = (
+    "gemma2, gemma3_text, granite, llama, ministral3, mistral, nemotron, olmo2, opt, phi3, qwen2, qwen3, smollm3, "
+    "starcoder2 "
+)
 DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "gone": (shutil.rmtree, ("source",)),
     "unknown family": (edit_config(model_type="bert"), ("'bert'", SUPPORTED, "docs/add-a-family.md")),

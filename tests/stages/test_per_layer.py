@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from tests.conftest import (
     can_cut,
     decoder_layers,
     family_of_row,
+    gain_of,
     head_linears,
     mlp_linears,
 )
@@ -220,8 +222,10 @@ class LiteralAttention(torch.nn.Module):
         return as_slots(mixed, sum(slot < len(self.inv_freq) for slot in self.slots))
 
     def normed(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return each head `[16]` with a root mean square of 1, times the weight."""
-        return heads / (heads.square().mean(-1, keepdim=True) + self.stock.config.rms_norm_eps).sqrt() * weight
+        """Return heads `[T, n, 16]`, each or all of a token with a root mean square of 1, times the weight."""
+        flat = heads if len(weight) == 16 else heads.flatten(1)
+        found = flat / (flat.square().mean(-1, keepdim=True) + self.stock.config.rms_norm_eps).sqrt() * weight
+        return found.view(heads.shape)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return torch.stack([self.one(row) for row in hidden_states]), None
@@ -235,7 +239,9 @@ class LiteralAttention(torch.nn.Module):
         turn = torch.polar(torch.tensor(scaled, dtype=torch.float64).expand_as(angles), angles)
         if not getattr(stock, "use_rope", True):
             turn = torch.ones_like(turn)
-        scale = getattr(stock.config, "attention_multiplier", 1 / 4)
+        scale = getattr(
+            stock.config, "attention_multiplier", getattr(stock.config, "query_pre_attn_scalar", 16) ** -0.5
+        )
         parameters = getattr(stock.config, "rope_parameters", None) or {}
         growth, context = (
             parameters.get("llama_4_scaling_beta", 0.0),
@@ -248,7 +254,7 @@ class LiteralAttention(torch.nn.Module):
             seen &= time[:, None] - time < window
         q, k, v = (linear(row)[:, part].reshape(length, -1, 16) for linear, part in head_linears(stock).values())
         if hasattr(stock, "q_norm"):
-            q, k = self.normed(q, stock.q_norm.weight), self.normed(k, stock.k_norm.weight)
+            q, k = self.normed(q, gain_of(stock.q_norm)), self.normed(k, gain_of(stock.k_norm))
         output = getattr(stock, "o_proj", None) or stock.out_proj
         width = len(output.weight)
         wide = output.weight.view(width, heads, 16)
@@ -256,7 +262,10 @@ class LiteralAttention(torch.nn.Module):
         for i in range(heads):
             kv = i // group
             query, key = self.slots_of(q[:, i], "query", kv) * turn, self.slots_of(k[:, kv], "key", kv) * turn
-            weights = ((query @ key.conj().T).real * scale * grown).masked_fill(~seen, float("-inf")).softmax(-1)
+            scores = (query @ key.conj().T).real * scale * grown
+            if cap := getattr(stock, "attn_logit_softcapping", None):
+                scores = cap * (scores / cap).tanh()
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
             value, weight = v[:, kv], wide[:, i]
             if "value_map" in self.solution:
                 value = value @ self.solution["value_map"][kv]
@@ -268,16 +277,28 @@ class LiteralAttention(torch.nn.Module):
         return out if output.bias is None else out + output.bias
 
 
+def rotary_of(model: Any, layer: int) -> Any:
+    """Return what has the frequencies and the scaling of one layer's RoPE."""
+    rotary = getattr(model.model, "rotary_emb", None)
+    if rotary is None:
+        return None
+    if hasattr(rotary, "layer_types"):
+        kind = model.config.layer_types[layer]
+        names = ("inv_freq", "attention_scaling")
+        return SimpleNamespace(**{name: getattr(rotary, f"{kind}_{name}") for name in names})
+    rotary(torch.zeros(1), torch.arange(LENGTH)[None])  # longrope chooses the table for this length
+    return rotary
+
+
 @torch.no_grad()
 def literal_logits(folder: Path) -> torch.Tensor:
     """Return the expected logits of the source in `folder` with the solution in `folder/work`, in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32).eval()
-    if rotary := getattr(model.model, "rotary_emb", None):
-        rotary(torch.zeros(1), torch.arange(LENGTH)[None])  # longrope chooses the table for this length
+    rotaries = [rotary_of(model, index) for index in range(3)]
     slots = json.loads((folder / "work" / "solution" / "manifest.json").read_text())["rope_slots"]
     for index, layer in enumerate(decoder_layers(model)):
         solution = load_file(folder / "work" / "solution" / f"layer-{index:03d}.safetensors")
-        layer.self_attn = LiteralAttention(layer.self_attn, rotary, solution, slots and slots[index])
+        layer.self_attn = LiteralAttention(layer.self_attn, rotaries[index], solution, slots and slots[index])
         if "channels" in solution:
             channels, weight = solution["channels"], mlp_linears(layer)["down"].weight
             down = weight.clone()
@@ -352,6 +373,7 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
         "nemotron-gqa",
         "qwen3-window",
         "smollm3-window",
+        "gemma3-gqa",
         "phi3-window",
         "phi3-longrope",
         "ministral3-gqa",

@@ -6,11 +6,14 @@ from typing import Any
 
 from a3cli.errors import A3Error
 from a3cli.models.families import (
+    gemma2,
+    gemma3_text,
     granite,
     llama,
     ministral3,
     mistral,
     nemotron,
+    olmo2,
     opt,
     phi3,
     qwen2,
@@ -37,7 +40,22 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (granite, llama, ministral3, mistral, nemotron, opt, phi3, qwen2, qwen3, smollm3, starcoder2)
+    for module in (
+        gemma2,
+        gemma3_text,
+        granite,
+        llama,
+        ministral3,
+        mistral,
+        nemotron,
+        olmo2,
+        opt,
+        phi3,
+        qwen2,
+        qwen3,
+        smollm3,
+        starcoder2,
+    )
 }
 
 

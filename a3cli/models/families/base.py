@@ -42,6 +42,8 @@ LLAMA_PLACES: dict[Role, Place] = {
 }
 # Where a type with Llama's names has a norm on each query and key head.
 HEAD_NORMS: dict[Role, str] = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
+# Where a type with Llama's names has a norm between a projection and the residual sum.
+POST_NORMS: dict[Role, str] = {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm"}
 UNGATED_PLACES: dict[Role, Place] = {role: place for role, place in LLAMA_PLACES.items() if role != "gate"}
 
 
@@ -51,7 +53,8 @@ class Family:
 
     Linear weights are `[out, in]`, or `[in, out]` where their place says so. RoPE rotates the first r dims of a head as
     pairs `(p, p + r/2)`. The roles q, k, v, o, gate, up and down are the linear weights that a budget counts;
-    `mlp_norm` is the module that reads the residual stream for the MLP. Without a gate the MLP is `down(act(up(x)))`.
+    `mlp_norm` is the module that reads the residual stream for the MLP; without that role the MLP reads it. Without a
+    gate the MLP is `down(act(up(x)))`.
     """
 
     model_type: str  # as in config.json
@@ -61,10 +64,17 @@ class Family:
     use_bias: bool = False  # config.json's use_bias (default true) gives biases to all linear layers
     rotary_factor: float | None = None  # partial_rotary_factor if config.json omits it; None: RoPE rotates all dims
     softmax_scale: str | None = None  # the config entry of the softmax scale; None: head_dim ** -0.5
+    scale_power: float = 1.0  # the softmax scale is that entry to this power
+    score_cap: str | None = None  # the config entry of the cap of attention scores, of which null is none
     query_growth: str | None = None  # the entry of rope_parameters by which queries grow with their position
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
     like_llama: bool = False  # without windows, the stock class computes what Llama's does, but for biases
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
+    heads_first: bool = False  # these norms get heads before tokens, [B, H, T, h]
+    joint_norms: bool = False  # these norms are over all heads of a token together
+    post_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of an RMS norm on the output of o and down
+    norm_offset: float = 0.0  # what these norms add to their weight
+    local_rope: bool = False  # rope_parameters has a table for each type of attention, as Gemma 3
     strict_longrope: bool = False  # transformers 4 refuses other entries of rope_scaling than type and factors
     rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
     positions: Positions = "rope"  # how the model knows a token's place
@@ -81,6 +91,7 @@ class Family:
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
+    kernel: str = "sdpa"  # transformers' implementation of attention that computes what the model defines
 
     @property
     def gated(self) -> bool:
@@ -95,8 +106,15 @@ class Family:
         return self.head_norms.get(role, self.module(role))
 
     @property
+    def stream_reader(self) -> str:
+        """Return the path of the module that reads the residual stream after attention."""
+        return self.module("mlp_norm") if "mlp_norm" in self.places else self.mlp
+
+    @property
     def whole_heads(self) -> str | None:
         """Return why query and key heads must keep their size; None if they may be smaller."""
+        if self.joint_norms:
+            return "a norm follows all query heads together, and all key heads, so these keep their size"
         if self.head_norms:
             return "a norm follows each query and key head, so these keep their size"
         if self.scaled_part:
@@ -173,6 +191,11 @@ class Family:
         return (int(number), roles, kind) if roles else None
 
 
+def sees_later_tokens(config: Any) -> str | None:
+    """Return that attention is not causal, as in embedding models that a configuration class describes too."""
+    return "attention to later tokens" if getattr(config, "use_bidirectional_attention", False) else None
+
+
 @dataclass(frozen=True)
 class LayerSizes:
     """The sizes that a solution chooses for a layer: dims of a query or key head and of a value head, MLP channels."""
@@ -214,6 +237,7 @@ class ModelShape:
     gated: bool = True
     passed_dims: int = 0  # dims of a query or key head that RoPE does not rotate
     fixed_scale: float | None = None  # softmax scale that does not depend on the head size
+    score_cap: float | None = None  # attention scores s become cap · tanh(s / cap)
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
     windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
     still_layers: tuple[int, ...] = ()  # layers without RoPE, where others have it

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ class A3RotaryEmbedding(LlamaRotaryEmbedding):
     Frequencies come from the stock module, so every RoPE type works. A whole slot turns exactly like its pair.
     """
 
+    keeps_float32 = False  # some types rotate in float32
+
     def __init__(self, config: Any, slots: list[float]) -> None:
         super().__init__(config)
         self.slots = slots = [slot for slot in slots if slot < len(self.inv_freq)]
@@ -96,7 +99,7 @@ class A3RotaryEmbedding(LlamaRotaryEmbedding):
         turned = low * (high / low) ** self.fraction
         angles = position_ids[..., None].float() * turned.to(x.device)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return (cos, sin) if self.keeps_float32 else (cos.to(x.dtype), sin.to(x.dtype))
 
 
 class PerLayerAttention:
@@ -107,6 +110,8 @@ class PerLayerAttention:
 
     rotates = True
     rotate = staticmethod(apply_rotary_pos_emb)
+    eager = staticmethod(eager_attention_forward)
+    kernel_options: Any = MappingProxyType({})  # what attention kernels of the type take beside the usual
     output = "o_proj"
 
     def __init__(self, config: Any, layer_idx: int, slots: Sequence[float] = ()) -> None:
@@ -166,7 +171,7 @@ class PerLayerAttention:
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
-        attention, kernel = eager_attention_forward, self.config._attn_implementation
+        attention, kernel = self.eager, self.config._attn_implementation
         if kernel not in (None, "eager"):
             attention = ALL_ATTENTION_FUNCTIONS[kernel]
             # vLLM allots its cache by config.head_dim, the same for all layers.
@@ -181,6 +186,7 @@ class PerLayerAttention:
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.window,
+            **self.kernel_options,
             **kwargs,
         )
         # vLLM returns the heads of a token in one dimension.
@@ -260,13 +266,16 @@ class PerLayerModel(PerLayerWeights):
         slots = sorted({float(slot) for layer in layers for slot in layer_config(config, layer).rope_slots})
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = self.build_embedding(config)
         self.rotary_emb = self.rotary_class(config, slots)
         self.layers = nn.ModuleList(self.layer_class(config, layer, self.rotary_emb.slots) for layer in layers)
         self.norm = self.norm_class(config.hidden_size, eps=getattr(config, self.norm_epsilon))
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         self.post_init()
+
+    def build_embedding(self, config: Any) -> nn.Embedding:
+        return nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
 
 
 class PerLayerCausalLM(PerLayerWeights):
