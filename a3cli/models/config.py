@@ -113,7 +113,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # types of attention, as 
 
 def rope_parameters_of(config: Any, kind: str = FULL) -> dict[str, Any]:
     """Return the RoPE parameters of the layers with a type of attention; in most models those of all layers."""
-    parameters = dict(config.rope_parameters or {})
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
     return dict(parameters.get(kind) or {}) if family_of(config.model_type).local_rope else parameters
 
 

@@ -1,7 +1,7 @@
 """A norm between a projection and the residual sum: what an error of the projection's output counts behind it.
 
 The stream gets `γ ∘ f/rms(f)` of an output f. To first order an error e of f changes it by `γ ∘ e/rms(f)`, less a share
-along f, which is small (docs/method.md) and left out.
+along f. That share is left out, so an error counts for at least what it does (docs/method.md).
 """
 
 from dataclasses import dataclass
