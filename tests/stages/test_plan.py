@@ -24,6 +24,7 @@ from a3cli.stages import rates
 from a3cli.stages.estimates import GREEDY_STEP, REFIT_ROUNDS, torch_build
 from a3cli.stream import sequential
 from tests.conftest import MODELS, refused
+from tests.helpers.published import PUBLISHED
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -108,12 +109,6 @@ QWEN3 = {
     "sliding_window": None,
     "max_window_layers": 36,
 }
-# hidden size, MLP width, layers, heads, tied embeddings; parameters; MLP width without a quarter of all weights
-QWEN3_SIZES = {
-    "Qwen3-0.6B": ((1024, 3072, 28, 16, True), 596_049_920, 1792),
-    "Qwen3-4B": ((2560, 9728, 36, 32, True), 4_022_468_096, 6400),
-    "Qwen3-8B": ((4096, 12288, 36, 32, False), 8_190_735_360, 8320),
-}
 
 
 def qwen3_config(hidden: int, width: int, layers: int, heads: int, tied: bool) -> dict:
@@ -127,30 +122,8 @@ def qwen3_config(hidden: int, width: int, layers: int, heads: int, tied: bool) -
     }
 
 
-@pytest.mark.parametrize("name", QWEN3_SIZES)
-def test_published_qwen3(name, a3, config):
-    """Heads of 128 whatever the hidden size; a norm keeps query and key heads whole, so the MLP pays for the budget."""
-    (hidden, width, layers, heads, _), parameters, left = QWEN3_SIZES[name]
-    folder = config(**qwen3_config(*QWEN3_SIZES[name][0]))
-    stock, own = (a3("plan", folder, "--shape", shape, "--json").json for shape in ("stock", "per-layer"))
-    total = 2 * (heads + 8) * 128 * hidden + 3 * width * hidden
-    for found in (stock, own):
-        assert found["parameters"]["before"] == parameters
-        assert found["kv_bytes_per_token"]["before"] == layers * 2 * 8 * 128 * 2
-        assert found["head_size"]["after"] == 128
-        values, channels = 128 - found["value_head_size"]["after"], width - found["mlp_width"]["after"]
-        assert found["budget_reached"] == pytest.approx(((heads + 8) * values + 3 * channels) * hidden / total)
-        assert 0.25 <= found["budget_reached"] < 0.26
-    assert (stock["value_head_size"]["after"], stock["mlp_width"]["after"]) == (128, left)
-    assert stock["kv_bytes_per_token"]["after"] == stock["kv_bytes_per_token"]["before"]
-    assert own["value_head_size"]["after"] < 128
-    assert own["mlp_width"]["after"] > left
-    assert own["seconds"]["solve --method best"] > stock["seconds"]["solve --method best"]
-    assert all(each["loads"] == "yes" for each in stock["runtimes"])
-
-
 def test_what_a_plan_says_of_heads_that_stay_whole(a3, config):
-    folder = config(**qwen3_config(*QWEN3_SIZES["Qwen3-0.6B"][0]))
+    folder = config(**PUBLISHED["Qwen3-0.6B"].config)
     why = "a norm follows each query and key head, so these keep their size"
     said = " ".join(a3("plan", folder).stdout.split())
     assert f"25.00 % of the decoder's linear weights (asked: 25 %), from the MLP alone: {why}, and the stock" in said
@@ -166,18 +139,6 @@ def test_what_a_plan_says_of_heads_that_stay_whole(a3, config):
     found = a3("plan", folder, "--json").json
     assert {key: found[key] for key in whole} == whole
     assert found["components"] == ["mlp"]
-
-
-def test_published_smollm3(a3, config):
-    """Every fourth layer has no RoPE; config.json does not say the head size."""
-    sizes = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
-    more = {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 5e6, "max_position_embeddings": 65536}
-    found = a3("plan", config(model_type="smollm3", no_rope_layers=[1, 1, 1, 0] * 9, **sizes, **more), "--json").json
-    assert found["parameters"]["before"] == 3_075_098_624  # the figure on its model card
-    assert found["components"] == ["mlp"]
-    assert found["head_size"] == {"before": 128, "after": 128}
-    assert "some layers have no RoPE" in found["whole_heads"]
-    assert 0.25 <= found["budget_reached"] < 0.26
 
 
 def test_a_mixture_of_qwen3_experts_is_refused(a3, config):
