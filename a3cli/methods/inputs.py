@@ -99,6 +99,14 @@ class LayerInputs:
         return weight.view(len(weight), self.shape.heads, self.shape.head_dim).permute(1, 2, 0)
 
     @cached_property
+    def head_gains(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights `[h]` of the norms behind queries and keys."""
+        family, source = self._model.family, self._model.source
+        prefix = family.layer_prefix(self.layer)
+        query, key = (source.read(f"{prefix}{family.head_norms[role]}.weight") for role in ("q", "k"))
+        return query, key
+
+    @cached_property
     def output_gram(self) -> torch.Tensor:
         """Return `W_o,i W_o,iᵀ` `[H, h, h]`."""
         return output_gram_of(self.output_weight)

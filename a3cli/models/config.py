@@ -27,6 +27,7 @@ def read_shape(config: Any) -> ModelShape:
         residual_multiplier=read_multiplier(config, family.residual_multiplier) or 1.0,
         windows=read_windows(config),
         still_layers=read_still_layers(family, config),
+        fitted_norms=family.fitted_norms,
     )
     shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
     sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)

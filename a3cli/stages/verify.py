@@ -147,6 +147,9 @@ def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]
     for layer, size in enumerate(sizes):
         for role, wanted in shape.linear_shapes(size).items():
             shapes[family.tensor(layer, role)] = list(wanted)
+        if shape.fitted_norms:
+            prefix = family.layer_prefix(layer)
+            shapes |= {f"{prefix}{module}.weight": [size.qk] for module in family.head_norms.values()}
     return sizes, shapes
 
 

@@ -46,7 +46,6 @@ def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> 
 
     Tensors that the class ignores are left out: a stored `rotary_emb.inv_freq` has the source's head size.
     """
-    shapes = [model.shape.linear_shapes(sizes) for sizes in solution.sizes]
     planned = []
     for name, info in model.source.tensors.items():
         if not model.stock.exports(name):
@@ -54,8 +53,7 @@ def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> 
         new_shape = info.shape
         if found := model.family.find_role(name):
             layer, role, kind = found
-            if role in shapes[layer]:
-                new_shape = shapes[layer][role] if kind == "weight" else shapes[layer][role][:1]
+            new_shape = model.shape.tensor_shape(role, kind, solution.sizes[layer]) or info.shape
         dtype = info.dtype if settings.dtype == "source" else getattr(torch, settings.dtype)
         planned.append(PlannedTensor(name, tuple(new_shape), dtype))
     return plan_shards(planned, settings.max_shard_size)

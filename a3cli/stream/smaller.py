@@ -64,7 +64,5 @@ class SmallerDecoder(Decoder):
         if found is None:
             return super().read(tensor, shape)
         _, role, kind = found
-        full = self.shape.linear_shapes().get(role)
-        original = shape if full is None else torch.Size(full if kind == "weight" else full[:1])
-        value = super().read(tensor, original)
+        value = super().read(tensor, torch.Size(self.shape.tensor_shape(role, kind) or shape))
         return apply_projection(value, role, self._solution, self.shape, fold_scale=False)

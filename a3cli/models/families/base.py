@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from a3cli.settings import COMPONENTS, Component
 
-Role = Literal["q", "k", "v", "o", "mlp_norm", "gate", "up", "down"]
+Role = Literal["q", "k", "v", "o", "q_norm", "k_norm", "mlp_norm", "gate", "up", "down"]
 Kind = Literal["weight", "bias"]
 LinearShapes = Mapping[Role, tuple[int, int]]
 
@@ -39,6 +39,7 @@ LLAMA_PLACES: dict[Role, Place] = {
 }
 # Where a type with Llama's names has a norm on each query and key head.
 HEAD_NORMS: dict[Role, str] = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
+NORM_OF: dict[Role, Role] = {"q": "q_norm", "k": "k_norm"}
 UNGATED_PLACES: dict[Role, Place] = {role: place for role, place in LLAMA_PLACES.items() if role != "gate"}
 
 
@@ -60,6 +61,7 @@ class Family:
     softmax_scale: str | None = None  # the config entry of the softmax scale; None: head_dim ** -0.5
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
+    fitted_norms: bool = False  # a smaller query or key head may have a norm of its own size
     rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
@@ -92,9 +94,16 @@ class Family:
 
         The stock shape has one size for all heads: where QK keeps its own, so does OV.
         """
-        allowed = self.stock_components if shape == "stock" else self.per_layer_components
         kept = () if self.whole_heads is None else ("qk", "ov") if shape == "stock" else ("qk",)
-        return tuple(component for component in allowed if component not in kept)
+        return tuple(component for component in self._allowed(shape) if component not in kept)
+
+    def possible(self, shape: str, method: str) -> tuple[Component, ...]:
+        """Return the components that can be made smaller if asked for, with norms of their own that `best` fits."""
+        fits = self.fitted_norms and method == "best"
+        return self._allowed(shape) if fits else self.compressible(shape)
+
+    def _allowed(self, shape: str) -> tuple[Component, ...]:
+        return self.stock_components if shape == "stock" else self.per_layer_components
 
     def why_whole(self, shape: str) -> str | None:
         """Return why this shape keeps query and key heads whole, and with them others; None if it does not."""
@@ -131,6 +140,8 @@ class Family:
         path, _, kind = rest.rpartition(".")
         roles = [role for role, place in self.places.items() if place.module == path]
         roles.sort(key=lambda role: len(self.places[role].after or ()))
+        if self.fitted_norms:
+            roles += [NORM_OF[role] for role, module in self.head_norms.items() if module == path]
         return (int(number), tuple(roles), kind) if roles else None
 
     def find_role(self, tensor: str) -> tuple[int, Role, str] | None:
@@ -188,6 +199,7 @@ class ModelShape:
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
     windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
     still_layers: tuple[int, ...] = ()  # layers without RoPE
+    fitted_norms: bool = False  # query and key heads have norms, which get smaller with them
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
@@ -232,6 +244,13 @@ class ModelShape:
             **dict.fromkeys(self.mlp_inputs, (size.mlp, d)),
             "down": (d, size.mlp),
         }
+
+    def tensor_shape(self, role: Role, kind: str, sizes: LayerSizes | None = None) -> tuple[int, ...] | None:
+        """Return the shape of a role's weight or bias in a layer with these sizes; None for one that never shrinks."""
+        if role in NORM_OF.values():
+            return ((sizes or self.full_sizes).qk,)
+        found = self.linear_shapes(sizes).get(role)
+        return found if found is None or kind == "weight" else found[:1]
 
 
 def pair_dims(pairs: int, turning: int) -> list[int]:

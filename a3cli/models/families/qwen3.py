@@ -7,4 +7,5 @@ FAMILY = Family(
     places=LLAMA_PLACES,
     per_layer_class="A3Qwen3ForCausalLM",
     head_norms=HEAD_NORMS,
+    fitted_norms=True,
 )
