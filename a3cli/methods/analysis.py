@@ -84,7 +84,7 @@ def read_or_find_order(inputs: LayerInputs, device: torch.device) -> ChannelOrde
 
 
 def find_order(inputs: LayerInputs, device: torch.device) -> ChannelOrder:
-    gram, down = fitted_gram(inputs).to(device), inputs.down.to(device)
+    gram, down = fitted_gram(inputs).to(device), inputs.down_in_stream.to(device)
     block = max(1, len(gram) // BLOCKS)
     return order_channels(gram, down, block=block, overwrite_gram=True)  # it is not used again
 

@@ -13,6 +13,7 @@ from a3cli.models.rope import Rope
 from a3cli.solvers.attention import AttentionProblem, Penalty, SampledHead
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.rope import frequency_at
+from a3cli.solvers.samples import WEIGHT
 from a3cli.solvers.slots import SlotMaps
 
 VALIDATION_EVERY = 4  # every fourth block validates instead of being fitted
@@ -87,7 +88,7 @@ def refine_maps(
 def split(samples: Tensors, *, few: bool) -> tuple[Tensors, Tensors]:
     """Split samples into fitted ones, all or few, and validation ones; a single block is split by queries."""
     alone = len(samples["sample_k"]) == 1
-    divided = [name for name in samples if not alone or name in ("sample_q", "sample_seen")]
+    divided = [name for name in samples if not alone or name in ("sample_q", "sample_seen", WEIGHT)]
     place = torch.arange(samples["sample_q"].shape[1 if alone else 0]) % VALIDATION_EVERY
     fitted, judging = place == 0 if few else place != 1, place == 1
     if not judging.any():  # a single query
@@ -116,6 +117,8 @@ def sampled_head(inputs: LayerInputs, rope: Rope, samples: Tensors, kv_head: int
         scale=rope.attention_factor**2 * inputs.shape.softmax_scale,
         output_gram=inputs.output_gram[group].to(device, torch.float32),
         turning=inputs.shape.turning_pairs if inputs.shape.passed_dims else None,
+        weights=samples[WEIGHT].to(device) if WEIGHT in samples else None,
+        cap=inputs.shape.score_cap,
     )
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 
 from a3cli.errors import A3Error
+from a3cli.models.families import Role
+from a3cli.models.families.base import HEAD_NORM_ROLES
 from a3cli.models.model import Model
 from a3cli.models.rope import Rope
 from a3cli.solvers.linalg import effective_rank
 from a3cli.solvers.moments import LARGE, Tensors, gram_blocks, unpack_upper
 from a3cli.solvers.ov import output_gram_of
-from a3cli.solvers.samples import NAMES
+from a3cli.solvers.samples import NAMES, WEIGHT
 from a3cli.work.files import Json, open_tensors, read_named
 from a3cli.work.folder import Work
 from a3cli.work.manifests import CalibrationManifest
@@ -20,8 +22,8 @@ from a3cli.work.manifests import CalibrationManifest
 REMEDY = "run a3 calibrate --overwrite"
 # Component of each statistic, for messages.
 COMPONENT_OF = {
-    **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance", "sample_q", "sample_k"), "QK"),
-    **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "attention_residual"), "OV"),
+    **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance", "sample_q", "sample_k", WEIGHT), "QK"),
+    **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "o_weight", "attention_residual"), "OV"),
     **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "mlp_residual"), "MLP"),
 }
 
@@ -33,8 +35,18 @@ def check_statistics(value: torch.Tensor, name: str, layer: int) -> None:
         raise A3Error(f"{place}: statistics {name} have NaN or Inf values; run a3 calibrate --overwrite")
 
 
+def read_samples(path: Path) -> Tensors | None:
+    """Return the attention samples of a layer's statistics, with the names of `samples.py`; None if there are none."""
+    samples = read_named(path, NAMES, REMEDY)
+    return None if samples is None else samples | (read_named(path, (WEIGHT,), REMEDY) or {})
+
+
 class LayerInputs:
     """Statistics (means over tokens) and weights of one layer, read on demand.
+
+    An error e of a projection's output counts `‖e‖²` in the residual stream, and `w ‖γ ∘ e‖²` if a norm with weight γ
+    follows the projection. The statistics contain the tokens' weights w (`moments.py`), and the output weights named
+    `…_in_stream` contain γ.
 
     Raises A3Error for statistics that are missing or not finite.
     """
@@ -65,7 +77,7 @@ class LayerInputs:
 
     def samples(self) -> Tensors:
         """Return the attention samples, with the names of `samples.py`."""
-        if (samples := read_named(self._path, NAMES, REMEDY)) is None:
+        if (samples := read_samples(self._path)) is None:
             raise A3Error(f"layer {self.layer}: the statistics have no attention samples; run a3 calibrate --overwrite")
         return samples
 
@@ -95,31 +107,56 @@ class LayerInputs:
     @cached_property
     def output_weight(self) -> torch.Tensor:
         """Return `W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
-        weight = self._model.source.read(self._model.family.tensor(self.layer, "o"))
+        weight = self._model.read(self.layer, "o")
         return weight.view(len(weight), self.shape.heads, self.shape.head_dim).permute(1, 2, 0)
 
     @cached_property
     def head_gains(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights `[h]` of the norms behind queries and keys."""
         family, source = self._model.family, self._model.source
-        prefix = family.layer_prefix(self.layer)
-        query, key = (source.read(f"{prefix}{family.head_norms[role]}.weight") for role in ("q", "k"))
+        query, key = (source.read(family.tensor(self.layer, role)) for role in HEAD_NORM_ROLES)
         return query, key
 
     @cached_property
+    def output_weight_in_stream(self) -> torch.Tensor:
+        """Return `W_o,i` `[H, h, d]`, times the weight of the norm that follows, if there is one."""
+        gain = self._post_norm("o")
+        return self.output_weight if gain is None else self.output_weight * gain
+
+    @cached_property
     def output_gram(self) -> torch.Tensor:
-        """Return `W_o,i W_o,iᵀ` `[H, h, h]`."""
-        return output_gram_of(self.output_weight)
+        """Return `W_o,i W_o,iᵀ` `[H, h, h]`, of the weights in the stream."""
+        return output_gram_of(self.output_weight_in_stream)
+
+    @cached_property
+    def value_gram(self) -> torch.Tensor:
+        """Return `E[v vᵀ]` `[K, h, h]`, times the mean weight of a token if a norm follows the output projection."""
+        gram = self.mean("v_gram")
+        return gram if self._post_norm("o") is None else gram * self.mean("o_weight")
 
     @cached_property
     def down(self) -> torch.Tensor:
         """Return the down projection `[d, I]`."""
-        return self._model.source.read(self._model.family.tensor(self.layer, "down"))
+        return self._model.read(self.layer, "down")
+
+    @property
+    def down_in_stream(self) -> torch.Tensor:
+        """Return the down projection `[d, I]`, times the weight of the norm that follows, if there is one."""
+        gain = self._post_norm("down")
+        return self.down if gain is None else self.down * gain[:, None]
+
+    def _post_norm(self, role: Role) -> torch.Tensor | None:
+        """Return the weight γ `[d]` of the norm between a projection and the residual sum, or None without a norm."""
+        family = self._model.family
+        if role not in family.post_norms:
+            return None
+        weight = self._model.source.read(f"{family.layer_prefix(self.layer)}{family.post_norms[role]}.weight")
+        return weight.float() + family.norm_offset
 
     @cached_property
     def down_bias(self) -> torch.Tensor:
         """Return the down projection's bias `[d]`, for models whose MLP has biases."""
-        return self._model.source.read(self._model.family.tensor(self.layer, "down", "bias"))
+        return self._model.read(self.layer, "down", "bias")
 
     @cached_property
     def attention_unit(self) -> float:
@@ -136,15 +173,14 @@ class LayerInputs:
         attained is the share of the bound in `attention_effect` that score errors reach: errors independent of the
         values reach Σ a² of the attention weights a; docs/experiments.md has measurements.
         """
-        effect = attained * attention_effect(self.mean("v_gram"), self.head_outputs, self.output_gram)
+        effect = attained * attention_effect(self.value_gram, self.head_outputs, self.output_gram)
         scale: float = self.rope.attention_factor**2 * self.shape.softmax_scale
         return effect * (self.attention_unit * scale**2)
 
     @property
     def rope(self) -> Rope:
         """Return the rotation of this layer's heads."""
-        rope = self._model.rope
-        return rope.still if self.layer in self.shape.still_layers else rope
+        return self._model.rope_of(self.layer)
 
     @property
     def origin(self) -> Json:

@@ -22,10 +22,12 @@ VALUE_ROUNDS = 3  # of refinement of the value maps over all heads
 def refit_values(inputs: LayerInputs, layer: BestLayer, rank: int, *, ridge: float, device: torch.device) -> Projection:
     """Return value maps of this rank, and the output projection that fits them."""
     value_map = layer.ov.shared_map[..., :rank].contiguous().to(device)
-    weight = inputs.output_weight.flatten(0, 1).to(device)
+    weight, in_stream = (
+        each.flatten(0, 1).to(device) for each in (inputs.output_weight, inputs.output_weight_in_stream)
+    )
 
     def fit(gram: torch.Tensor) -> Tensors:
-        refined = refine_values(gram, weight, value_map, ridge=ridge, rounds=VALUE_ROUNDS)
+        refined = refine_values(gram, in_stream, value_map, ridge=ridge, rounds=VALUE_ROUNDS)
         refit = refit_output(gram, weight, refined, ridge=ridge)
         return {"value_map": refined.cpu(), "output_weight": refit.mT.float().contiguous().cpu()}
 

@@ -20,6 +20,7 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from a3cli.errors import A3Error, CannotRead
+from a3cli.models.families.wrappers import decoder_config
 from a3cli.models.hub import INDEX, METADATA_FILES, SINGLE, find_checkpoint, read_config, read_index, refuse_adapter
 from a3cli.work.files import Json, hash_file, hash_json, name_hash, reading
 
@@ -53,9 +54,10 @@ class TensorInfo:
 class Checkpoint:
     """A local Hugging Face folder with safetensors weights.
 
-    `config` is the raw `config.json`, `tensors` maps names to `TensorInfo` in file order. Opening reads
-    headers only. Raises A3Error for a missing, truncated, quantised or pickle-only checkpoint, for one with an adapter,
-    and for files that are links out of the folder unless `follow_symlinks`; `links_out` tells whether there are any.
+    `raw_config` is config.json, `config` the part of it that describes the decoder, `tensors` maps names to
+    `TensorInfo` in file order. Opening reads headers only. Raises A3Error for a missing, truncated, quantised or
+    pickle-only checkpoint, for one with an adapter, and for files that are links out of the folder unless
+    `follow_symlinks`; `links_out` tells whether there are any.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class Checkpoint:
         self.folder = folder
         self.name = name or str(folder)
         self.revision = revision
-        self.config = read_config(folder, self.name)
+        self.raw_config = read_config(folder, self.name)
+        self.config = decoder_config(self.raw_config)
         self.shards = find_shards(folder, self.name)
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
@@ -131,7 +134,7 @@ class Checkpoint:
         `full` adds the hash of each whole shard.
         """
         identify = hash_file if self.bytes() <= SAMPLED_ABOVE else fingerprint_shard
-        found = {"config.json": hash_json(self.config), "shards": self._of_shards(identify)}
+        found = {"config.json": hash_json(self.raw_config), "shards": self._of_shards(identify)}
         return found | ({"in_full": self._of_shards(hash_file)} if full else {})
 
     def _of_shards(self, identify: Callable[[Path], str]) -> Json:

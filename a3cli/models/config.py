@@ -12,22 +12,26 @@ from a3cli.models.families import Family, ModelShape, family_of
 def read_shape(config: Any) -> ModelShape:
     """Return the shape that a transformers config describes. Raises A3Error if its sizes do not fit together."""
     family, heads = family_of(config.model_type), config.num_attention_heads
+    kv_heads, head_dim = (getattr(config, name, None) if family.rotates else None for name in OPTIONAL_SIZES)
     attention_bias, mlp_bias = read_biases(family, config)
     shape = ModelShape(
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim or config.hidden_size // heads,
         intermediate_size=config.intermediate_size,
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
         gated=family.gated,
-        fixed_scale=read_multiplier(config, family.softmax_scale),
+        fixed_scale=read_scale(family, config),
+        score_cap=read_cap(family, config),
         residual_multiplier=read_multiplier(config, family.residual_multiplier) or 1.0,
         windows=read_windows(config),
         still_layers=read_still_layers(family, config),
         fitted_norms=family.fitted_norms,
+        query_growth=read_query_growth(family, config),
+        mlp_in_layer=not family.mlp,
     )
     shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
     sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)
@@ -59,6 +63,19 @@ def read_multiplier(config: Any, key: str | None) -> float | None:
     return float(value)
 
 
+def read_scale(family: Family, config: Any) -> float | None:
+    """Return the softmax scale that config.json says; None if it depends on the head size."""
+    said = read_multiplier(config, family.softmax_scale)
+    return None if said is None else said**family.scale_power
+
+
+def read_cap(family: Family, config: Any) -> float | None:
+    """Return the cap of attention scores, or None. Raises A3Error for a bad one."""
+    if family.score_cap is None or getattr(config, family.score_cap, None) is None:
+        return None
+    return read_multiplier(config, family.score_cap)
+
+
 def read_still_layers(family: Family, config: Any) -> tuple[int, ...]:
     """Return the layers without RoPE. Raises A3Error for an entry that does not have one number for each layer."""
     if family.rotating_layers is None:
@@ -69,18 +86,44 @@ def read_still_layers(family: Family, config: Any) -> tuple[int, ...]:
     return tuple(layer for layer in range(layers) if not rotating[layer])
 
 
+def read_query_growth(family: Family, config: Any) -> tuple[float, int] | None:
+    """Return how queries grow with their position; None if they do not. Raises A3Error for a bad entry."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if family.query_growth is None or parameters.get(family.query_growth) is None:
+        return None
+    said = parameters[family.query_growth], parameters.get("original_max_position_embeddings")
+    growth, context = (float(value) if isinstance(value, (int, float)) else -1.0 for value in said)
+    if growth < 0 or context < 1:
+        raise A3Error(
+            f"config.json: {family.query_growth} is {said[0]!r} and original_max_position_embeddings {said[1]!r}; both "
+            "must be numbers, the second at least 1"
+        )
+    return growth, int(context)
+
+
 def read_biases(family: Family, config: Any) -> tuple[bool, bool]:
     """Return whether q, k and v have biases, and whether the MLP's linear layers have them."""
     if family.use_bias:
-        every = bool(getattr(config, "use_bias", True))
+        every = bool(getattr(config, family.names.get("use_bias", "use_bias"), True))
         return every, every
     return family.qkv_bias or bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # types of attention, as in config.json
+
+
+def rope_parameters_of(config: Any, kind: str = FULL) -> dict[str, Any]:
+    """Return the RoPE parameters of the layers with a type of attention; in most models those of all layers."""
+    parameters = dict(config.rope_parameters or {})
+    return dict(parameters.get(kind) or {}) if family_of(config.model_type).local_rope else parameters
+
+
 def rotary_dims(config: Any, head_dim: int) -> int:
     """Return how many dims of a head RoPE rotates. Raises A3Error if these are not pairs."""
-    default = family_of(config.model_type).rotary_factor
-    if default is None:
+    family = family_of(config.model_type)
+    if not family.rotates:
+        return 0
+    if (default := family.rotary_factor) is None:
         return head_dim
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     said = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
@@ -108,7 +151,8 @@ BOUNDS = {
     "intermediate_size": LARGEST,
     "vocab_size": LARGEST,
 }
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")  # derived from the others if config.json lacks them
+# Derived from the others if config.json lacks them, and always without RoPE.
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 
 
 def check_sizes(raw: dict[str, Any]) -> None:
@@ -142,6 +186,10 @@ def check_rope_spellings(config: dict[str, Any], path: Path) -> None:
     if "rope_scaling" in config and isinstance(scaling := config["rope_scaling"] or {}, dict):
         beside |= with_rope_type(scaling)
     within = with_rope_type(parameters)
+    if (local := parameters.get(SLIDING)) is not None:  # a table for each type of attention
+        within = with_rope_type(parameters.get(FULL) or {})
+        if config.get(LOCAL_THETA) is not None:
+            beside[LOCAL_THETA], within[LOCAL_THETA] = config[LOCAL_THETA], local.get("rope_theta")
     differing = [
         f"{key} is {value!r:.80} at its top and {within[key]!r:.80} in rope_parameters"
         for key, value in beside.items()
@@ -160,6 +208,7 @@ def with_rope_type(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": parameters.get("type", "default"), **named}
 
 
+LOCAL_THETA = "rope_local_base_freq"  # transformers 4.57's name for the theta of sliding attention
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -178,3 +227,14 @@ def check_rope(parameters: dict[str, Any], *, partial: bool) -> str:
     if not partial and parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise A3Error("config.json: partial_rotary_factor other than 1 is not supported for this family")
     return str(kind)
+
+
+def check_local_rope(config: Any) -> None:
+    """Raise A3Error for RoPE with a table for each type of attention that exports could not say in both spellings."""
+    for kind, allowed in ((FULL, ("default", "linear", "llama3")), (SLIDING, ("default",))):
+        parameters = with_rope_type(rope_parameters_of(config, kind))
+        if parameters["rope_type"] not in allowed or "rope_theta" not in parameters:
+            raise A3Error(
+                f"config.json: RoPE of {kind} is {parameters!r:.80}; supported with a table for each type of attention "
+                f"are the types {' and '.join(allowed)} with a rope_theta"
+            )

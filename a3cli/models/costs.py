@@ -139,7 +139,7 @@ def block_bytes(shape: ModelShape, itemsize: int, seq_len: int, *, on_cpu: bool 
     The stream is held four times (input, residual, norm, output), beside the larger of attention (q, k, v before and
     after RoPE, their float32 copies, the heads' output, a mask) and the MLP (gate, up, the input of down).
     """
-    mlp_tokens = min(seq_len, MLP_TOKENS) if on_cpu else seq_len
+    mlp_tokens = min(seq_len, MLP_TOKENS) if on_cpu and not shape.mlp_in_layer else seq_len
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (4 * heads + 6 * keys) * itemsize + 4 * (heads + 2 * keys) + 4 * seq_len
     mlp = shape.intermediate_size * len(shape.mlp_roles) * itemsize

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from a3cli.errors import A3Error, first_line
+from a3cli.models.families.wrappers import decoder_config
 from a3cli.work.files import Json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -104,8 +105,11 @@ def read_remote_tensors(model: str, revision: str) -> dict[str, tuple[str, tuple
 def read_config(folder: Path, name: str) -> Json:
     """Return the raw config.json. Raises A3Error if it is missing, no JSON object, or that of a quantised model."""
     config = read_json(folder / "config.json")
-    if config.get("quantization_config") or config.get("compression_config"):
-        raise A3Error(f"{name} is quantised (config.json says so); use its fp32, bf16 or fp16 original")
+    for part in (config, decoder_config(config)):
+        if found := part.get("quantization_config") or part.get("compression_config"):
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            how = f"{method}, config.json says" if isinstance(method, str) else "config.json says so"
+            raise A3Error(f"{name} is quantised ({how}); use its fp32, bf16 or fp16 original")
     return config
 
 

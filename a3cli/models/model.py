@@ -4,16 +4,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint, same_content
-from a3cli.models.config import check_rope, check_rope_spellings, read_shape
-from a3cli.models.families import Family, ModelShape, family_of
+from a3cli.models.config import (
+    SLIDING,
+    check_local_rope,
+    check_rope,
+    check_rope_spellings,
+    read_shape,
+    rope_parameters_of,
+)
+from a3cli.models.families import Family, ModelShape, Role, family_for, usual_entries
+from a3cli.models.families.base import Kind
+from a3cli.models.families.wrappers import Wrapper, decoder_config, wrapper_of
+from a3cli.models.fused import take_role
 from a3cli.models.hub import refuse_per_layer
 from a3cli.models.rope import Rope, read_rope
 from a3cli.models.source import open_recorded
-from a3cli.models.stock import StockClass, match_tensors, read_stock_class
+from a3cli.models.stock import StockClass, match_tensors, read_stock_class, read_wrapper_class
 from a3cli.work.files import Json
 from a3cli.work.folder import Work
 from a3cli.work.manifests import SOURCE_REMEDY, CalibrationManifest, SourceRecord
@@ -24,7 +36,8 @@ from a3cli.work.sealed import name_differences
 class Model:
     """A source as every stage sees it. `config` is transformers' configuration object, `stock` its class.
 
-    The source's tensors have that class's names, even if they are stored under others.
+    The source's tensors have that class's names, even if they are stored under others. `rope` is that of all layers, or
+    of those without a window where these have their own, `local_rope`.
     """
 
     source: Checkpoint
@@ -33,6 +46,23 @@ class Model:
     shape: ModelShape
     rope: Rope
     stock: StockClass
+    wrapper: Wrapper | None = None  # what holds the decoder; then the names of its other tensors are those of its class
+    local_rope: Rope | None = None
+
+    def rope_of(self, layer: int) -> Rope:
+        """Return the rotation of one layer's heads."""
+        if layer in self.shape.still_layers:
+            return self.rope.still
+        return self.local_rope if self.local_rope and self.config.layer_types[layer] == SLIDING else self.rope
+
+    def exported_name(self, tensor: str) -> str:
+        """Return the name of a tensor in an export: a wrapper keeps those of the source's files."""
+        return self.source.info(tensor).stored if self.wrapper else tensor
+
+    def read(self, layer: int, role: Role, kind: Kind = "weight") -> torch.Tensor:
+        """Return a role's weight `[out, in]` or bias `[out]` in its stored dtype: a view of the mapped file."""
+        stored = self.source.read(self.family.tensor(layer, role, kind))
+        return take_role(stored, self.family, role, self.shape.linear_shapes())
 
 
 def describe(source: Checkpoint, *, trust_remote_code: bool = False, calibrated: bool = False) -> Model:
@@ -40,38 +70,73 @@ def describe(source: Checkpoint, *, trust_remote_code: bool = False, calibrated:
 
     A stored copy of a tied embedding must equal it; for a `calibrated` source this was checked before.
     """
-    shapes = {name: info.shape for name, info in source.tensors.items()}
+    wrapper = wrapper_of(source.raw_config)
+    shapes = own_names({name: info.shape for name, info in source.tensors.items()}, wrapper, source.name)
     config, stock = read_stock(
-        source.folder, source.config, source.name, tensors=len(shapes), trust_remote_code=trust_remote_code
+        source.folder, source.raw_config, source.name, tensors=len(shapes), trust_remote_code=trust_remote_code
     )
+    if wrapper is not None:
+        source = source.renamed({name: wrapper.own_name(name) for name in source.tensors})
     source = source.renamed(match_tensors(stock, shapes, source.name))
     if not calibrated:
         check_tied(source, stock.tied)
     with invalid_config(source.folder):
-        rope = read_rope(config)
-    return Model(source, family_of(config.model_type), config, read_shape(config), rope, stock)
+        family, rope = family_for(source.raw_config), read_rope(config)
+        local_rope = read_rope(config, SLIDING) if family.local_rope else None
+    return Model(source, family, config, read_shape(config), rope, stock, wrapper, local_rope)
+
+
+T = TypeVar("T")
+
+
+def own_names(stored: Mapping[str, T], wrapper: Wrapper | None, where: str) -> dict[str, T]:
+    """Return what is known of stored tensors by the names of the decoder's class. Raises A3Error for one name twice."""
+    if wrapper is None:
+        return dict(stored)
+    names = {name: wrapper.own_name(name) for name in stored}
+    if len({*names.values()}) < len(names):
+        twice = sorted(name for name, own in names.items() if list(names.values()).count(own) > 1)
+        raise A3Error(f"{where}: {' and '.join(twice[:2])} are the same tensor; remove one of them")
+    return {own: stored[name] for name, own in names.items()}
 
 
 def read_stock(
     folder: Path, raw: Json, name: str, *, tensors: int | None, trust_remote_code: bool = False
 ) -> tuple[Any, StockClass]:
-    """Return transformers' configuration and class for config.json, whose content is `raw`. Raises A3Error.
+    """Return transformers' configuration of the decoder, and the class, for config.json, whose content is `raw`.
 
-    `tensors` is how many the checkpoint has, None if that is unknown.
+    Raises A3Error. `tensors` is how many the checkpoint has, None if that is unknown.
+    """
+    refuse_per_layer(raw, name)
+    family, wrapper, own = family_for(raw), wrapper_of(raw), decoder_config(raw)
+    check_rope_spellings(own, folder / "config.json")
+    if tensors is not None:
+        check_layers(own, name, tensors)
+    with invalid_config(folder):
+        whole, config = read_config_object(folder, raw, trust_remote_code=trust_remote_code)
+        config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
+        check_activation(config.hidden_act)
+        check_rope(rope_parameters_of(config), partial=family.rotary_factor is not None)
+        if family.local_rope:
+            check_local_rope(config)
+        if unsupported := family.refusal(config):
+            raise A3Error(f"{folder / 'config.json'}: a3 does not support {family.model_type} with {unsupported}")
+        return config, read_stock_class(config) if wrapper is None else read_wrapper_class(whole, config, wrapper)
+
+
+def read_config_object(folder: Path, raw: Json, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Return transformers' configuration for config.json, and its part for the decoder, which may be all of it.
+
+    That part has Llama's names for entries that the family's has under others.
     """
     from transformers import AutoConfig
 
-    refuse_per_layer(raw, name)
-    family = family_of(raw.get("model_type"))
-    check_rope_spellings(raw, folder / "config.json")
-    if tensors is not None:
-        check_layers(raw, name, tensors)
-    with invalid_config(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
-        check_activation(config.hidden_act)
-        check_rope(dict(config.rope_parameters or {}), partial=family.rotary_factor is not None)
-        return config, read_stock_class(config)
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    wrapper = wrapper_of(raw)
+    config = whole if wrapper is None else getattr(whole, wrapper.entry)
+    for usual, own in family_for(raw).names.items():
+        setattr(config, usual, getattr(config, own))
+    return whole, config
 
 
 @contextmanager
@@ -88,7 +153,7 @@ def invalid_config(folder: Path) -> Iterator[None]:
 
 def check_layers(raw: Json, name: str, tensors: int) -> None:
     """Raise A3Error for more layers than tensors: some configuration classes make lists of as many."""
-    layers = raw.get("num_hidden_layers")
+    layers = usual_entries(raw).get("num_hidden_layers")
     if isinstance(layers, int) and layers > tensors:
         raise A3Error(f"{name}: config.json says {layers:,} layers, there are {tensors} tensors")
 
@@ -107,10 +172,7 @@ def check_size(source: Checkpoint) -> None:
     """Raise A3Error if config.json describes far more weights than there are: memory would be filled with them."""
     check_layers(source.config, source.name, len(source.tensors))
     try:
-        family_of(source.config.get("model_type"))
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        _, config = read_config_object(source.folder, source.raw_config)
         shape = read_shape(config)
     except Exception:  # another family, or a configuration that does not load: loading it says so
         return

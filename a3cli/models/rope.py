@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.models.config import check_rope, rotary_dims, rotary_factor
-from a3cli.models.families import family_of
+from a3cli.models.config import FULL, LOCAL_THETA, SLIDING, check_rope, rope_parameters_of, rotary_dims, rotary_factor
+from a3cli.models.families import FAMILIES, family_of
 from a3cli.solvers.rope import frequency_at
 from a3cli.work.files import Json
 
+QUERY_GROWTH = {each.query_growth for each in FAMILIES.values() if each.query_growth}
 ROUNDING = 1e-9  # pairs; a frequency in float32 is further off
-ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", LOCAL_THETA}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Rope:
         return self.turning < len(self.short)
 
     @property
+    def absent(self) -> bool:
+        """Return whether the model has no RoPE, and config.json nothing of it."""
+        return self.kind == "none"
+
+    @property
     def still(self) -> "Rope":
         """Return RoPE that rotates nothing and scales nothing, that of layers without it."""
         none = torch.zeros_like(self.short)
@@ -59,16 +65,27 @@ class Rope:
         return str(self.parameters["rope_type"])
 
     @property
+    def growth(self) -> Json:
+        """Return the entries by which queries grow with their position, from multiples of the original context on."""
+        return {key: value for key, value in self.parameters.items() if key in QUERY_GROWTH}
+
+    @property
     def theta(self) -> float:
         return float(self.parameters["rope_theta"])
 
 
-def read_rope(config: Any) -> Rope:
-    """Read a transformers (5.x) config. Raises A3Error for a RoPE type that a subset of pairs cannot express."""
+def read_rope(config: Any, attention: str = FULL) -> Rope:
+    """Read the RoPE of the layers with a type of attention from a transformers (5.x) config.
+
+    Raises A3Error for a RoPE type that a subset of pairs cannot express.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = dict(config.rope_parameters or {})
-    kind = check_rope(parameters, partial=family_of(config.model_type).rotary_factor is not None)
+    family, parameters = family_of(config.model_type), rope_parameters_of(config, attention)
+    if not family.rotates:
+        return no_rope(config)
+    kind = check_rope(parameters, partial=family.rotary_factor is not None)
+    own = {"layer_type": attention} if family.local_rope else {}
     turned = rotary_dims(config, config.head_dim)
     original = int(parameters.get("original_max_position_embeddings", config.max_position_embeddings))
     if kind == "default":
@@ -77,9 +94,9 @@ def read_rope(config: Any) -> Rope:
         factor = 1.0
     else:
         frequencies = ROPE_INIT_FUNCTIONS[kind]
-        short, factor = frequencies(config, torch.device("cpu"), seq_len=1)
-        long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1)
-    if factor != 1 and turned < config.head_dim:
+        short, factor = frequencies(config, torch.device("cpu"), seq_len=1, **own)
+        long, _ = frequencies(config, torch.device("cpu"), seq_len=original + 1, **own)
+    if factor != 1 and turned < config.head_dim and kind != "longrope":  # then query and key heads keep their size
         raise A3Error(
             f"config.json: RoPE type {kind!r} scales attention by {factor:g}, which is not supported "
             "with partial_rotary_factor; remove rope_scaling from config.json"
@@ -93,6 +110,12 @@ def read_rope(config: Any) -> Rope:
         context=int(config.max_position_embeddings),
         original_context=original,
     )
+
+
+def no_rope(config: Any) -> Rope:
+    """Return the rotation of a model without RoPE: none of any pair."""
+    still, context = torch.zeros(config.head_dim // 2, dtype=torch.float64), int(config.max_position_embeddings)
+    return Rope({"rope_type": "none"}, still, still, 1.0, context, context)
 
 
 def kept_rope_config(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> Json:
@@ -184,7 +207,7 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
     place = torch.tensor(slots, dtype=torch.float64)
     spacing = rope.theta ** (torch.arange(len(slots), dtype=torch.float64) / len(slots))
     # Only a longrope source switches tables, at its original context; elsewhere both are the same.
-    original = rope.original_context if rope.kind == "longrope" else rope.context
+    original = rope.original_context if rope.kind == "longrope" or rope.growth else rope.context
     # vLLM and SGLang read these in place of attention_factor; transformers warns of them as unrecognised. Without
     # them, both take 1.0 where the context is not extended.
     scales = {"short_mscale": rope.attention_factor, "long_mscale": rope.attention_factor}
@@ -195,10 +218,11 @@ def longrope_parameters(rope: Rope, slots: Sequence[float]) -> Json:
         "rope_theta": rope.theta,
         "short_factor": (1 / (frequency_at(rope.short, place) * spacing)).tolist(),
         "long_factor": (1 / (frequency_at(rope.long, place) * spacing)).tolist(),
-        "factor": 1.0 if rope.kind != "longrope" else max(1.0, rope.context / original),
+        "factor": max(1.0, rope.context / original),
         "attention_factor": rope.attention_factor,
         **scales,
         "original_max_position_embeddings": original,
+        **rope.growth,
     }
 
 
@@ -214,3 +238,24 @@ def both_spellings(parameters: Json) -> Json:
     if parameters["rope_type"] == "longrope":  # where 4.57 looks for the context at which longrope switches
         config["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
     return config
+
+
+def spellings_of_two(full: Json, sliding: Json) -> Json:
+    """Return `both_spellings` of a model with one RoPE for full and another, unscaled one for sliding attention."""
+    return {
+        **both_spellings(full),
+        LOCAL_THETA: sliding["rope_theta"],
+        "rope_parameters": {FULL: full, SLIDING: sliding},
+    }
+
+
+def strict_longrope(config: Json) -> Json:
+    """Return config entries whose `rope_scaling` has only type and factors, which transformers 4 demands of Phi-3.
+
+    RoPE that has more to say keeps it: that version then refuses the configuration instead of taking another RoPE.
+    """
+    scaling = config.get("rope_scaling") or {}
+    if scaling.keys() - {"type", "original_max_position_embeddings"} != {"rope_type", "short_factor", "long_factor"}:
+        return config
+    plain = {"type": scaling["rope_type"], **{key: scaling[key] for key in ("short_factor", "long_factor")}}
+    return {**config, "rope_scaling": plain}

@@ -21,11 +21,16 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that will be written."""
+    """A tensor that will be written; `source` is its name in the source's class, if that is another."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    source: str = ""
+
+    @property
+    def source_name(self) -> str:
+        return self.source or self.name
 
     @property
     def bytes(self) -> int:

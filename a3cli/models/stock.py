@@ -5,13 +5,14 @@ Configuration in, names and shapes out. The class is built on the meta device, s
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.families import family_of
+from a3cli.models.families.wrappers import Wrapper
 
 Shape = tuple[int, ...]
 SHOWN = 4  # names in an error
@@ -46,7 +47,28 @@ def read_stock_class(config: Any) -> StockClass:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        kernel = family_of(config.model_type).kernel
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel)
+    return describe_class(network, config)
+
+
+def read_wrapper_class(whole: Any, config: Any, wrapper: Wrapper) -> StockClass:
+    """Build a wrapper's class on meta; the tensors of its decoder have the names of the decoder's own class."""
+    import transformers
+
+    with torch.device("meta"):
+        auto_class = getattr(transformers, wrapper.auto_class)
+        network = auto_class.from_config(whole, dtype=torch.float32, attn_implementation="sdpa")
+    found = describe_class(network, config)
+    return replace(
+        found,
+        shapes={wrapper.own_name(name): shape for name, shape in found.shapes.items()},
+        tied={wrapper.own_name(name): wrapper.own_name(original) for name, original in found.tied.items()},
+    )
+
+
+def describe_class(network: Any, config: Any) -> StockClass:
+    """Return the tensors of a class that was built on meta for a decoder's configuration."""
     network.tie_weights()
     names = {id(parameter): name for name, parameter in network.named_parameters()}  # each parameter once
     state = network.state_dict(keep_vars=True)

@@ -59,9 +59,9 @@ Measured with `a3 eval`:
 ## Load
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {{ auto_class }}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto"{{ remote_code }})
+model = {{ auto_class }}.from_pretrained("PATH", dtype="auto"{{ remote_code }})
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
@@ -70,6 +70,9 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 {% for row in runtimes -%}
 | {{ row.runtime }} | {{ row.loads }} | {{ row.note }} |
 {% endfor %}
+{% if as_type -%}
+`config.json` says `{{ as_type }}`, not the source's `{{ source_type }}`: that class computes the same.
+{% endif -%}
 {{ rope }}
 {% for warning in warnings %}
 
@@ -96,6 +99,9 @@ def model_card(model: Model, facts: ExportFacts) -> str:
         template_str=TEMPLATE,
         **describe_provenance(model.source, facts, metadata),
         **describe_solution(model.shape, facts.solution),
+        auto_class=model.wrapper.auto_class if model.wrapper else "AutoModelForCausalLM",
+        as_type=facts.as_type,
+        source_type=model.family.model_type,
         measured=[measured_row(each) for each in facts.measured],
         runtimes=facts.runtimes,
     )
@@ -109,7 +115,7 @@ def describe_provenance(source: Checkpoint, facts: ExportFacts, metadata: Json) 
     commands = (
         *calibrate_commands(base, source.revision, calibration.request, calibration.made_with),
         solve_command(settings),
-        export_command(facts.dtype, facts.max_shard_size),
+        export_command(facts.dtype, facts.max_shard_size, facts.as_type),
     )
     licence = ", ".join(str(metadata[key]) for key in ("license", "license_name") if key in metadata)
     return {
@@ -131,7 +137,7 @@ def describe_solution(shape: ModelShape, solution: Solution) -> Json:
         "rows": compare(solution, LABELS),
         "removed": percent(solution.budget_reached, 2),
         "asked": describe_budgets(solution.request.settings),
-        "method": describe_method(solution),
+        "method": describe_method(shape, solution),
         "predicted": ", ".join(f"{title} {value:.4g}" for title, value in losses),
         "unit": LOSSES[solution.request.settings.sensitivity],
         "remote_code": ", trust_remote_code=True" if solution.shape == "per-layer" else "",
@@ -157,10 +163,11 @@ def card_metadata(source: Checkpoint) -> Json:
     return metadata
 
 
-def describe_method(solution: Solution) -> str:
+def describe_method(shape: ModelShape, solution: Solution) -> str:
     """Return method and shape in a few words."""
     settings = solution.request.settings
-    name = "A³ as published" if settings.method == "paper" else "A³ with RoPE slots and refits"
+    ours = "A³ with RoPE slots and refits" if shape.turning_pairs else "A³ with refits"
+    name = "A³ as published" if settings.method == "paper" else ours
     corrected = ", corrected in a second sweep" if settings.sequential else ""
     return f"{name} (`--method {settings.method} --shape {settings.shape}`){corrected}"
 
@@ -175,6 +182,8 @@ def measured_row(measured: Measured) -> tuple[str, ...]:
 def describe_rope(shape: ModelShape, solution: Solution) -> str:
     """Return a sentence about the RoPE of a solution's heads."""
     slots, pairs, turning = solution.rope_slots, shape.head_dim // 2, shape.turning_pairs
+    if not turning:
+        return "Queries and keys are not rotated."
     if slots is None or all(sizes.qk == shape.head_dim for sizes in solution.sizes):
         return "RoPE as in the source."
     if solution.shape == "per-layer":

@@ -92,8 +92,8 @@ def solve_command(settings: SolveSettings) -> str:
     return command("solve", None, {k: v for k, v in recorded.items() if k not in without or v != defaults[k]})
 
 
-def export_command(dtype: str, max_shard_size: int) -> str:
-    return command("export", "OUT", {"dtype": dtype, "max_shard_size": max_shard_size})
+def export_command(dtype: str, max_shard_size: int, as_type: str | None) -> str:
+    return command("export", "OUT", {"dtype": dtype, "max_shard_size": max_shard_size, "as_type": as_type})
 
 
 def command(name: str, argument: str | None, options: Json) -> str:

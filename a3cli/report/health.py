@@ -8,7 +8,7 @@ import torch
 
 from a3cli.methods.inputs import check_statistics
 from a3cli.models.checkpoint import Checkpoint
-from a3cli.models.families import family_of
+from a3cli.models.families import family_of, usual_entries
 from a3cli.settings import Component
 from a3cli.solvers.linalg import effective_rank
 from a3cli.solvers.moments import gram_blocks, unpack_upper
@@ -82,7 +82,7 @@ def read_dimensions(file: Any, source: Checkpoint | None) -> Dimensions:
         kv_heads=file.get_slice("k_gram").get_shape()[0],
         head_dim=head_dim,
         intermediate=file.get_slice("mlp_energy").get_shape()[0],
-        hidden=source.config.get("hidden_size") if source else None,
+        hidden=usual_entries(source.config).get("hidden_size") if source else None,
         item=source.dtype.itemsize if source else None,
         gated=source is None or family_of(source.config.get("model_type")).gated,
     )

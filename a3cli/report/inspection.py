@@ -11,7 +11,7 @@ from pydantic import SerializeAsAny, ValidationError
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint
-from a3cli.models.families import family_of
+from a3cli.models.families import family_for, family_of, usual_entries
 from a3cli.models.source import open_recorded, opened_work
 from a3cli.report.concerns import find_concerns
 from a3cli.report.figures import describe_budgets
@@ -148,7 +148,7 @@ def describe_export(folder: Path) -> Inspection:
 
 def cut_of(config: Json, solution: Solution | None) -> tuple[Component, ...]:
     """Return the components that the family of config.json cuts by default in some shape, or that a solution cuts."""
-    family = family_of(config.get("model_type"))
+    family = family_for(config)
     shapes = [*family.compressible("stock"), *family.compressible("per-layer")]
     shapes += solution.request.settings.cut if solution else ()
     return tuple(component for component in COMPONENTS if component in shapes)
@@ -156,6 +156,7 @@ def cut_of(config: Json, solution: Solution | None) -> tuple[Component, ...]:
 
 def read_dimensions(config: Json, path: Path, solution: Solution) -> Dimensions:
     """Return the source's dimensions from an export's config.json and its solution."""
+    config = usual_entries(config)
     heads, kv = count_in(config, "num_attention_heads", path), "num_key_value_heads"
     dimensions = Dimensions(
         heads=heads,

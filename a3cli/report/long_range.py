@@ -17,7 +17,8 @@ def solution_warnings(solution: "Solution") -> list[str]:
     length = solution.prefill_flops_per_token.seq_len
     mean = by_distance(solution.predicted_score_error)
     beyond = {distance: error for distance, error in mean.items() if distance >= length}
-    if not beyond or max(beyond.values()) <= LARGE_SCORE_ERROR:
+    same = len(set(mean.values())) == 1  # without RoPE
+    if same or not beyond or max(beyond.values()) <= LARGE_SCORE_ERROR:
         return []
     distance = max(beyond, key=lambda each: beyond[each])
     of_layers = [by_distance(layer.score_error)[distance] for layer in solution.per_layer]

@@ -5,7 +5,7 @@ The schema is closed: an unknown field makes a manifest invalid. Add new fields 
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -20,6 +20,11 @@ MANIFEST = "a3_manifest.json"
 SCHEMA_ID = "a3_manifest.schema.json"
 
 
+AsType = Annotated[
+    Literal["llama"] | None, Field(description="model type that config.json has in place of the source's")
+]
+
+
 class Runtime(Part):
     runtime: str
     loads: Loads
@@ -31,6 +36,7 @@ class ExportSummary(Part):
 
     dtype: str
     max_shard_size: Size
+    as_type: AsType = None
     runtimes: list[Runtime]
     files: dict[str, FileHash]
 
@@ -43,6 +49,7 @@ class ExportFacts(Part):
     solution: Solution
     dtype: Literal["source", "float32", "bfloat16", "float16"]
     max_shard_size: Size
+    as_type: AsType = None
     measured: list[Measured] = Field(description="figures of a3 eval that were given to a3 export")
     runtimes: list[Runtime] = Field(min_length=1, description="which runtimes load the export")
     versions: Versions
@@ -65,7 +72,8 @@ class Manifest(ExportFacts, Sealed):
         return self
 
     def summary(self) -> ExportSummary:
-        return ExportSummary(**{name: getattr(self, name) for name in ExportSummary.model_fields})
+        said = ExportSummary.model_fields.keys() & self.model_fields_set
+        return ExportSummary(**{name: getattr(self, name) for name in said})
 
 
 def schema() -> Json:

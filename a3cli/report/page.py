@@ -267,7 +267,7 @@ def commands(found: Inspection) -> list[str]:
     if found.solution:
         calls.append(solve_command(found.solution.request.settings))
     if found.export:
-        calls.append(export_command(found.export.dtype, found.export.max_shard_size))
+        calls.append(export_command(found.export.dtype, found.export.max_shard_size, found.export.as_type))
     return calls
 
 

@@ -34,7 +34,14 @@ VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
     "nemotron": (NO, "its Transformers backend continues a prompt with wrong tokens for nemotron"),
 }
 # RoPE's theta in transformers 4.57 where config.json has none; 10,000 for other model types.
-THETA_OF_4 = {"smollm3": 2_000_000}
+THETA_OF_4 = {"smollm3": 2_000_000, "gemma3_text": 1_000_000}
+LOCAL_THETA_OF_4 = 10_000  # of sliding attention, in models that have another RoPE for it
+# The rotated part of a head in transformers 4.57 where config.json has none; all of it for other model types.
+PARTIAL_OF_4 = {"nemotron": 0.5}
+# The entries of rope_scaling that 4.57 demands for a model type, and no others.
+STRICT_SCALING = {"phi3": {"type", "short_factor", "long_factor"}}
+# Model types that transformers 4.57 does not have.
+NOT_IN_4 = ("ministral3",)
 # Head sizes that vLLM accepts on a CPU.
 VLLM_CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -62,15 +69,29 @@ class Export:
     rope: str
     own_tokenizer_class: bool  # a tokenizer class that transformers 4 does not have
     hidden_rope: bool  # RoPE that transformers 4 does not find in config.json
+    refused_rope: bool  # RoPE that transformers 4 refuses to read
+    held_by: str | None  # the model type around the decoder
+    could_be_llama: bool  # `a3 export --as llama` would write it
+    retyped: bool  # model_type is not the source's
 
 
-def judge(config: dict[str, Any], *, smaller_heads: bool, tokenizer_class: str | None = None) -> list[Verdict]:
-    """Return one verdict per runtime for an export with this config.json.
+def judge(
+    config: dict[str, Any],
+    *,
+    smaller_heads: bool,
+    tokenizer_class: str | None = None,
+    could_be_llama: bool = False,
+    retyped: bool = False,
+    held_by: str | None = None,
+) -> list[Verdict]:
+    """Return one verdict per runtime for an export whose config.json says this of the decoder.
 
     `smaller_heads`: query and key heads are smaller than the source's. `tokenizer_class` is that of
-    tokenizer_config.json, if there is one.
+    tokenizer_config.json, if there is one. `could_be_llama`: `a3 export --as llama` would write the same model.
+    `retyped`: it did, so what loads the source says nothing.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get("full_attention") or rope  # Gemma 3 has a table for each type of attention
     export = Export(
         model_type=str(config.get("model_type")),
         per_layer="per_layer_config" in config,
@@ -79,15 +100,30 @@ def judge(config: dict[str, Any], *, smaller_heads: bool, tokenizer_class: str |
         rope=str(rope.get("rope_type", rope.get("type", "default"))),
         own_tokenizer_class=tokenizer_class == "TokenizersBackend",
         hidden_rope=hides_rope(config),
+        refused_rope=refuses_rope(config),
+        held_by=held_by,
+        could_be_llama=could_be_llama,
+        retyped=retyped,
     )
     return [_judge_one(runtime, rule, export) for runtime, rule in RULES.items()]
 
 
 def hides_rope(config: dict[str, Any]) -> bool:
     """Return whether transformers 4 would take its default RoPE for another: it does not read `rope_parameters`."""
-    said, default = config.get("rope_parameters") or {}, THETA_OF_4.get(str(config.get("model_type")), 10_000)
-    rope = said.get("rope_type", "default"), said.get("rope_theta", default)
-    return "rope_theta" not in config and rope != ("default", default)
+    said, kind = config.get("rope_parameters") or {}, str(config.get("model_type"))
+    defaults = {"rope_type": "default", "rope_theta": THETA_OF_4.get(kind, 10_000)}
+    if "partial_rotary_factor" not in config:
+        defaults["partial_rotary_factor"] = PARTIAL_OF_4.get(kind, 1.0)
+    full, local = said.get("full_attention") or said, said.get("sliding_attention") or {}
+    hidden = "rope_theta" not in config and any(full.get(key, value) != value for key, value in defaults.items())
+    sliding = local.get("rope_theta", LOCAL_THETA_OF_4) != LOCAL_THETA_OF_4
+    return hidden or (sliding and "rope_local_base_freq" not in config)
+
+
+def refuses_rope(config: dict[str, Any]) -> bool:
+    """Return whether the configuration class of transformers 4 refuses the entries of `rope_scaling`."""
+    scaling, demanded = config.get("rope_scaling") or {}, STRICT_SCALING.get(str(config.get("model_type")))
+    return bool(scaling) and demanded is not None and scaling.keys() != demanded
 
 
 def tokenizer_class_of(folder: Path) -> str | None:
@@ -110,13 +146,14 @@ def _judge_one(runtime: str, rule: Callable[[Export], tuple[Loads, str]], export
     if runtime.startswith("transformers"):
         return Verdict(runtime, *rule(export))
     if export.smaller_heads and not export.per_layer and runtime in IGNORES_HEAD_DIM.get(export.model_type, ()):
-        return Verdict(
-            runtime, NO, f"its class for {export.model_type} ignores head_dim; use --components mlp to keep heads whole"
-        )
-    if not export.per_layer and not export.smaller_heads:
+        as_llama = export.could_be_llama and runtime not in IGNORES_HEAD_DIM["llama"]
+        remedy = "export with --as llama" if as_llama else "use --components mlp to keep heads whole"
+        return Verdict(runtime, NO, f"its class for {export.model_type} ignores head_dim; {remedy}")
+    if not export.per_layer and not export.smaller_heads and not export.retyped:
         return Verdict(runtime, YES, "as it loads the source: heads and RoPE are the source's")
-    if not export.per_layer and export.model_type not in (TRIED_UNDER_VLLM if runtime == "vLLM" else TRIED):
-        return Verdict(runtime, UNTRIED, f"not tried with {export.model_type} and smaller heads")
+    whole = export.held_by or export.model_type
+    if not export.per_layer and whole not in (TRIED_UNDER_VLLM if runtime == "vLLM" else TRIED):
+        return Verdict(runtime, UNTRIED, f"not tried with {whole} and smaller heads")
     if not export.per_layer and export.rope == "llama3" and runtime != "vLLM":
         return Verdict(runtime, UNTRIED, "not tried with RoPE type llama3 and smaller heads")
     return Verdict(runtime, *rule(export))
@@ -127,11 +164,19 @@ def _transformers_5(export: Export) -> tuple[Loads, str]:
 
 
 def _transformers_4(export: Export) -> tuple[Loads, str]:
+    if export.model_type in NOT_IN_4:
+        return NO, f"does not have {export.model_type}"
+    if export.held_by:
+        return UNTRIED, f"not tried with a decoder in {export.held_by}"
     if export.model_type == "nemotron" and export.rope != "default":
         return NO, f"its Nemotron class ignores RoPE type {export.rope} silently"
+    if export.refused_rope:
+        return NO, f"its {export.model_type} configuration refuses what rope_scaling has beside type and factors"
     if export.hidden_rope and not export.per_layer and not export.smaller_heads:
         return NO, "takes another RoPE silently, as of the source: config.json says it only in rope_parameters"
     notes = ["with trust_remote_code=True"] if export.per_layer else []
+    if export.model_type == "gemma2" and not export.per_layer:
+        notes.append('with attn_implementation="eager": its default does not cap attention scores')
     if export.own_tokenizer_class:
         notes.append("not the tokenizer: transformers 5 saved it as TokenizersBackend, use PreTrainedTokenizerFast")
     return YES, "; ".join(notes)

@@ -18,7 +18,7 @@ from a3cli.settings.components import Component as Component
 from a3cli.settings.components import Components
 from a3cli.settings.gates import Gate, parse_gate
 from a3cli.settings.names import Public, PushToHub, SolutionName
-from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, Option, TextOptions, option_of
+from a3cli.settings.options import CUT, HOW, MACHINE, OUTPUT, TEXT, TextOptions, option_of
 from a3cli.settings.problems import find_problems
 from a3cli.settings.texts import MixedText, SeqLen, name_mixture, part_settings, weigh_alike
 from a3cli.settings.texts import TextSettings as TextSettings
@@ -184,6 +184,9 @@ class ExportSettings(Settings):
     max_shard_size: Annotated[
         int, OUTPUT, BeforeValidator(parse_size), Field(ge=1, description="Largest weight file, like 5GB.")
     ] = Field(default="5GB", validate_default=True)
+    as_type: Annotated[
+        Literal["llama"] | None, OUTPUT, Field(description="Write as this model type: exact for qwen2, see docs.")
+    ] = None
     overwrite: Annotated[bool, OUTPUT, Field(description="Replace an earlier export.")] = False
     num_processes: Annotated[int, MACHINE, Field(ge=1, description="Weight files written in parallel.")] = 1
     full_check: FullCheck = False
@@ -192,7 +195,7 @@ class ExportSettings(Settings):
     ] = False
     evaluations: Annotated[
         tuple[Path, ...],
-        Option("Output", "--eval"),
+        OUTPUT,
         Field(description="Show figures from this file of `a3 eval --json`; repeatable."),
     ] = ()
     push_to_hub: PushToHub = None

@@ -7,14 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Option:
-    """Show a setting as an option in this panel of `--help`; `name` replaces the option's usual name."""
+    """Show a setting as an option in this panel of `--help`."""
 
     panel: str
-    name: str | None = None
 
 
 PANELS = ("Text", "What to cut", "How", "Machine", "Output")  # in the order of `--help`
 TEXT, CUT, HOW, MACHINE, OUTPUT = map(Option, PANELS)
+# Options with another name than their setting's, which `eval` (taken) and `as` (a word of Python) could not have.
+OTHER_NAMES = {"evaluations": "--eval", "as_type": "--as"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Each(tuple[str, ...]):
 
 def option_of(place: tuple[int | str, ...]) -> str:
     """Return the option of a setting, whether alone, in a tuple or in nested settings."""
-    return "--" + [part for part in place if isinstance(part, str)][-1].replace("_", "-")
+    name = [part for part in place if isinstance(part, str)][-1]
+    return OTHER_NAMES.get(name, "--" + name.replace("_", "-"))
 
 
 def command_words(command: str, argument: str | None, values: Mapping[str, Any]) -> list[str]:

@@ -37,7 +37,8 @@ class SampledHead:
     queries `[N, R, g, h]` of its g heads and keys `[N, T, h]` before RoPE, values `[N, T, h]`, all float32; `seen`
     `[N, R, 2]` is the first key that each query attends to and its own place, the last one; `pairs` `[P]` are radians
     per position; `scale` multiplies scores; `output_gram` `[g, h, h]` is `W_o,i W_o,iᵀ`; `turning` counts the rotated
-    pairs, None if all are.
+    pairs, None if all are; `weights` `[N, R]` multiply the queries' errors, None for 1 each; a score s is capped as
+    `cap · tanh(s / cap)`.
     """
 
     queries: torch.Tensor
@@ -48,6 +49,8 @@ class SampledHead:
     scale: float
     output_gram: torch.Tensor
     turning: int | None = None
+    weights: torch.Tensor | None = None
+    cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,8 @@ class AttentionProblem:
         hidden = (places < first[..., None]) | (places > last[..., None])  # [n, R, T]
         # Merge heads with queries: broadcasting keys and values over heads would copy them.
         scores = turned.flatten(1, 2) @ torch.view_as_real(keys * turns[: piece.length]).flatten(-2).mT
-        weights = scores.view(shape).masked_fill(hidden[:, None], float("-inf")).softmax(-1)
+        scores = capped(scores.view(shape), self.head.cap)
+        weights = scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
         found = weights.flatten(1, 2) @ self.head.values[piece.blocks, : piece.length]
         return found.view(*shape[:3], -1)
 
@@ -197,8 +201,16 @@ class AttentionProblem:
         found = self._outputs(piece, *self._smaller(piece, maps), turns)
         wrong = found - self.outputs[index]
         sampled = self.queries.shape[0] * self.queries.shape[2]
-        error: torch.Tensor = ((wrong @ self.head.output_gram) * wrong).sum() / sampled
+        squares = (wrong @ self.head.output_gram) * wrong
+        if self.head.weights is not None:
+            squares = squares * self.head.weights[piece.blocks, None, piece.rows, None]
+        error: torch.Tensor = squares.sum() / sampled
         return error
+
+
+def capped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return attention scores as a model that limits them (Gemma 2) gives them to the softmax."""
+    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def whitening(samples: torch.Tensor) -> torch.Tensor:

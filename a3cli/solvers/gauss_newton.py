@@ -14,7 +14,8 @@ from torch.func import jvp, vjp
 from a3cli.solvers.linalg import conjugate_gradients
 
 Hidden = Callable[[torch.Tensor], torch.Tensor]
-Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Batches = Callable[[], Iterable[Batch]]
 
 
 def gauss_newton_step(
@@ -27,10 +28,11 @@ def gauss_newton_step(
     damping: float,
     iterations: int,
 ) -> torch.Tensor:
-    """Return the step `[n, m, d]` to `argmin_δ Σ ‖t − h(z) Vᵀ − J δ‖² + damping · ‖δ‖²_P` from weights `[n, m, d]`.
+    """Return the step `[n, m, d]` to `argmin_δ Σ w‖t − h(z) Vᵀ − J δ‖² + damping · ‖δ‖²_P` from weights `[n, m, d]`.
 
     hidden maps pre-activations `z` `[tokens, n, m]` to hidden values `[tokens, h]`, token by token, and output is V
-    `[k, h]`; `batches()` yields inputs `[tokens, d]` and targets `[tokens, k]`, the same each time. The metric
+    `[k, h]`; `batches()` yields inputs `[tokens, d]`, targets `[tokens, k]` and the tokens' weights w `[tokens, 1]` or
+    None for 1 each, the same each time. The metric
     `P = diag(s) ⊗ E[x xᵀ]`, `s` `[n, m]` the energy of the outputs' derivative by each pre-activation, stands for JᵀJ
     row by row: it damps and preconditions.
     """
@@ -43,10 +45,10 @@ def gauss_newton_step(
 
     def normal(step: torch.Tensor) -> torch.Tensor:
         total = damping * metric(step)
-        for x, _ in batches():
+        for x, _, counted in batches():
             before = pre_activations(x, weights, biases)
             moved = jvp(hidden, (before,), (pre_activations(x, step, still),))[1]
-            total += _as_weights(vjp(hidden, before)[1](moved @ output.mT @ output)[0], x)
+            total += _as_weights(vjp(hidden, before)[1](_times(moved @ output.mT @ output, counted))[0], x)
         return total
 
     return conjugate_gradients(normal, right, lambda r: r / rows[..., None] @ inverse, iterations=iterations)
@@ -55,6 +57,10 @@ def gauss_newton_step(
 def pre_activations(x: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
     """Return `x Wᵀ + b`, `[tokens, n, m]`."""
     return torch.addmm(biases.flatten(), x, weights.flatten(0, 1).mT).view(len(x), *biases.shape)
+
+
+def _times(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return x if weights is None else x * weights
 
 
 def _as_weights(by_pre_activations: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -72,12 +78,12 @@ def _first_pass(
     generator = torch.Generator(weights.device).manual_seed(0)
     gram = weights.new_zeros(weights.shape[2], weights.shape[2])
     rows, right, tokens = torch.zeros_like(biases), torch.zeros_like(weights), 0
-    for x, target in batches():
+    for x, target, counted in batches():
         values, pull = vjp(hidden, pre_activations(x, weights, biases))[:2]
         signs = torch.randint(2, target.shape, generator=generator, device=target.device) * 2 - 1
         rows += pull(signs.to(output.dtype) @ output)[0].square().sum(0)
-        right += _as_weights(pull((target - values @ output.mT) @ output)[0], x)
-        gram.addmm_(x.mT, x)
+        right += _as_weights(pull(_times((target - values @ output.mT) @ output, counted))[0], x)
+        gram.addmm_(x.mT, _times(x, counted))
         tokens += len(x)
     gram /= tokens
     mean = gram.diagonal().mean()

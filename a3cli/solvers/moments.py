@@ -15,6 +15,10 @@ Sums, not means, so that statistics over different text add up exactly. Per laye
 
 and attention samples of a few blocks (`samples.py`), which are concatenated, not summed.
 
+If an RMS norm follows a projection, the residual stream gets `γ ∘ f/rms(f)` of its output f, so an error of f counts
+`1/rms(f)²`. The sums of outer products and squares of that projection's input (`o_gram`; `mlp_gram`, `mlp_energy`) then
+weigh each token by this, and `o_weight` [] is the sum of the weights behind o. All other sums stay as above.
+
 Products are formed in float32 per batch and added up in float64, except the two large Gram matrices
 (`o_gram`, `mlp_gram`), which are added up in float32 and stored as the rows of their upper triangle.
 """
@@ -25,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
+from a3cli.solvers.attention import capped
 from a3cli.solvers.samples import AttentionSamples
 
 Tensors = dict[str, torch.Tensor]
@@ -44,6 +49,7 @@ class LayerMoments:
     device: torch.device
     samples: AttentionSamples | None = None
     scale: float | None = None  # of the softmax; None: head_dim ** -0.5
+    cap: float | None = None  # of attention scores, see `capped`
 
     def __post_init__(self) -> None:
         self.sums: Tensors = {}
@@ -68,26 +74,28 @@ class LayerMoments:
         self._add(f"{name}_gram", gram)
         self._add(f"{name}_sum", total.view(heads, self.head_dim))
 
-    def add_attention_output(self, o: torch.Tensor) -> None:
-        """Add the input of the output projection `[..., H · h]`."""
+    def add_attention_output(self, o: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add the input of the output projection `[..., H · h]`; `weights` `[...]` are the tokens', None for 1 each."""
         flat = o.reshape(-1, o.shape[-1])
         total = torch.zeros(flat.shape[1], device=self.device)
-        with products_of(flat.dtype):
-            for piece in self._pieces(flat):
-                self._add_gram("o_gram", piece)
+        with products_of(flat.dtype if weights is None else torch.float32):
+            for piece, weighted in self._weighted_pieces(flat, weights):
+                self._add_gram("o_gram", weighted)
                 total += piece.sum(0, dtype=torch.float32)
         self._add("o_sum", total)
+        if weights is not None:
+            self._add("o_weight", weights.sum(dtype=torch.float64))
 
-    def add_mlp(self, x: torch.Tensor) -> None:
-        """Add the input of the down projection `[..., I]`."""
+    def add_mlp(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add the input of the down projection `[..., I]`; `weights` `[...]` are the tokens', None for 1 each."""
         flat = x.reshape(-1, x.shape[-1])
         energy, total = torch.zeros(2, flat.shape[1], device=self.device)
-        with products_of(flat.dtype):
-            for piece in self._pieces(flat):
+        with products_of(flat.dtype if weights is None else torch.float32):
+            for piece, weighted in self._weighted_pieces(flat, weights):
                 total += piece.sum(0, dtype=torch.float32)
-                energy += self._energy(piece)
+                energy += self._energy(weighted)
                 if self.full_mlp:
-                    self._add_gram("mlp_gram", piece)
+                    self._add_gram("mlp_gram", weighted)
         self._add("mlp_energy", energy)
         self._add("x_sum", total)
 
@@ -120,15 +128,34 @@ class LayerMoments:
                 piece = self._wide[: part.numel()].view(part.shape).copy_(part)
             yield piece
 
+    def _weighted_pieces(
+        self, flat: torch.Tensor, weights: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the pieces of a batch, and beside each its tokens times the roots of their weights, in float32."""
+        if weights is None:
+            yield from ((piece, piece) for piece in self._pieces(flat))
+            return
+        roots = weights.reshape(-1, 1).float().sqrt()
+        length = PIECE if self._on_cpu else 16 * PIECE  # a float32 copy of a GPU's whole batch would take much memory
+        for part, root in zip(flat.split(length), roots.split(length), strict=True):
+            for piece in self._pieces(part):
+                yield piece, piece * root
+
     def add_attention(
-        self, seen: Tensors, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
+        self,
+        seen: Tensors,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None,
+        weights: torch.Tensor | None = None,
     ) -> None:
-        """Add attention by distance: `q` `[B, T, H·h]`, `k` and `v` `[B, T, K·h]` before RoPE; see `attention_mass`."""
-        self._add(
-            "distance", attention_mass(seen["q"], seen["k"], rotation, mask, head_dim=self.head_dim, scale=self.scale)
-        )
+        """Add attention by distance, and samples: see `attention_mass`.
+
+        `q` `[B, T, H·h]`, `k` and `v` `[B, T, K·h]` are before RoPE; `weights` `[B, T]` go with the samples only.
+        """
+        shown = {"scale": self.scale, "cap": self.cap}
+        self._add("distance", attention_mass(seen["q"], seen["k"], rotation, mask, head_dim=self.head_dim, **shown))
         if self.samples is not None:
-            self.samples.add(self.first_block, seen["q"], seen["k"], seen["v"], mask)
+            self.samples.add(self.first_block, seen["q"], seen["k"], seen["v"], mask, weights)
 
     def add_residual(self, name: str, x: torch.Tensor) -> None:
         """Add `attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
@@ -192,26 +219,31 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def attention_mass(
     q: torch.Tensor,
     k: torch.Tensor,
-    rotation: tuple[torch.Tensor, torch.Tensor],
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
     mask: torch.Tensor | None,
     *,
     head_dim: int,
     scale: float | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Return attention weights by distance `[T]`, summed over blocks, heads and a few evenly spaced queries per block.
 
     q `[B, T, H·h]`, k `[B, T, K·h]` before RoPE; rotation is the layer's (cos, sin), each `[·, T, r]`, with pairs
-    `(p, p + r/2)`, r < h with partial RoPE; mask `[B or 1, 1, T, T]` is boolean (True attends) or
+    `(p, p + r/2)`, r < h with partial RoPE, None without RoPE; mask `[B or 1, 1, T, T]` is boolean (True attends) or
     additive, None is causal.
     """
     length = q.shape[1]
     rows = torch.linspace(0, length - 1, min(SAMPLED_QUERIES + 1, length))[1:].round().long().to(q.device)
-    cos, sin = (part.float().to(q.device) for part in rotation)
-    queries = _rotate(q[:, rows].float().unflatten(-1, (-1, head_dim)), cos[:, rows, None], sin[:, rows, None])
-    keys = _rotate(k.float().unflatten(-1, (-1, head_dim)), cos[:, :, None], sin[:, :, None])
+    queries, keys = (heads.float().unflatten(-1, (-1, head_dim)) for heads in (q[:, rows], k))
+    if rotation is not None:
+        cos, sin = (part.float().to(q.device) for part in rotation)
+        queries, keys = (
+            _rotate(heads, cos[:, places, None], sin[:, places, None])
+            for heads, places in ((queries, rows), (keys, slice(None)))
+        )
     grouped = queries.unflatten(2, (keys.shape[2], -1))  # [B, r, K, g, h]
     scores = torch.einsum("brkgc,btkc->bkgrt", grouped, keys).flatten(1, 2)
-    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    scores = capped(scores * (head_dim**-0.5 if scale is None else scale), cap)
     distance = rows[:, None] - torch.arange(length, device=q.device)
     if mask is None:
         scores = scores.masked_fill(distance < 0, float("-inf"))

@@ -3,7 +3,7 @@
 from contextlib import suppress
 
 from a3cli.errors import A3Error
-from a3cli.models.families import Family, family_of
+from a3cli.models.families import Family, family_for
 from a3cli.models.hub import find_folder, read_config
 from a3cli.models.source import recorded_source
 from a3cli.settings import PlanSettings, SolveSettings
@@ -18,7 +18,7 @@ def known_family(model: str, revision: str | None) -> Family | None:
     """Return the family of a model whose config.json is on this machine, None for any other model."""
     with suppress(A3Error):
         folder = find_folder(model, revision, files=("config.json",), cached_only=True)
-        return family_of(read_config(folder, model).get("model_type"))
+        return family_for(read_config(folder, model))
     return None
 
 
@@ -26,7 +26,7 @@ def calibrated_family(work: Work) -> Family | None:
     """Return the family of a work folder's source, None if there is none on this machine."""
     with suppress(A3Error):
         _, config, _ = recorded_source(work)
-        return family_of(config.get("model_type"))
+        return family_for(config)
     return None
 
 
@@ -52,12 +52,22 @@ def resolve_settings(settings: SolveSettings, family: Family | None) -> SolveSet
     """
     components = settings.cut
     if family is not None:
+        check_shape(settings, family)
         check_heads(settings, family)
         check_components(settings, family)
         components = settings.components or default_components(settings, family)
     resolved = settings.model_copy(update={"components": components})
     check_settings(resolved, family)
     return resolved
+
+
+def check_shape(settings: SolveSettings | PlanSettings, family: Family) -> None:
+    """Raise A3Error for a shape in which a3 compresses nothing of a family."""
+    if not family.compressible(settings.shape):
+        raise A3Error(
+            f"--shape {settings.shape}: a3 writes the {family.model_type} decoder of a {family.held_by!r} model in the "
+            "stock shape, which the model's own class loads with all its other parts; use --shape stock"
+        )
 
 
 def check_heads(settings: SolveSettings | PlanSettings, family: Family) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.config import read_shape
-from a3cli.models.families import Family, ModelShape, family_of
+from a3cli.models.families import Family, ModelShape, family_for, family_of, usual_entries
+from a3cli.models.families.wrappers import wrapper_of
 from a3cli.models.model import describe
 from a3cli.settings import EvalSettings
 from a3cli.stream.batches import embed_in_memory, run_through
@@ -93,7 +94,7 @@ def available_memory(machine: Machine, settings: HowToLoad) -> int:
 def can_stream(checkpoint: Checkpoint) -> bool:
     """Return whether a3 knows the layers of this model type."""
     try:
-        family_of(checkpoint.config.get("model_type"))
+        family_for(checkpoint.raw_config)
     except A3Error:
         return False
     return True
@@ -113,10 +114,12 @@ class LoadedModel:
 
 def load_model(checkpoint: Checkpoint, machine: Machine, settings: HowToLoad) -> Any:
     """Return the model as transformers loads it. Raises A3Error if any weight is missing or does not fit."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    wrapper = wrapper_of(checkpoint.raw_config)
+    auto_class = getattr(transformers, wrapper.auto_class if wrapper else "AutoModelForCausalLM")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class.from_pretrained(
             checkpoint.folder,
             dtype=machine.dtype,
             device_map="auto" if machine.device.type == "cuda" and settings.device == "auto" else str(machine.device),
@@ -188,13 +191,14 @@ class ExportDecoder(Decoder):
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=True, local_files_only=True)
-        shape = read_shape(SimpleNamespace(**checkpoint.config))  # transformers' object refuses sizes that differ
+        entries = usual_entries(checkpoint.config)
+        shape = read_shape(SimpleNamespace(**entries))  # transformers' object refuses sizes that differ
         super().__init__(_Export(checkpoint, family_of(config.model_type), config, shape), machine)
 
     def build(self, config: Any, dtype: torch.dtype) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
         network: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=True
+            config, dtype=dtype, attn_implementation=self.family.kernel, trust_remote_code=True
         )
         return network

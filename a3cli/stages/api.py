@@ -32,6 +32,7 @@ from a3cli.settings import (
 from a3cli.settings.budgets import BUDGETS, DEFAULT_BUDGET
 from a3cli.settings.keywords import keywords_of, refuse_unknown, settings_from
 from a3cli.stages.allowed import known_family, resolve_settings
+from a3cli.stages.as_llama import check_as_type
 from a3cli.stages.evaluate import evaluate as run_evaluate
 from a3cli.stages.export import export as run_export
 from a3cli.stages.libraries import quiet_libraries
@@ -291,7 +292,9 @@ def compress(
     calibration = settings_from(CalibrateSettings, "compress", known_to(CalibrateSettings, given))
     solution = settings_from(SolveSettings, "compress", known_to(SolveSettings, given))
     written = settings_from(ExportSettings, "export", {"overwrite": overwrite, "name": solution.name, **(export or {})})
-    resolve_settings(solution, known_family(calibration.model, calibration.revision))
+    family = known_family(calibration.model, calibration.revision)
+    resolve_settings(solution, family)
+    check_as_type(written, family, solution.shape)
     target = Path(out)
     folder = Work(Path(work) if work is not None else target.resolve().with_name(f".{target.resolve().name}.a3-work"))
     check_free(target, folder, overwrite=written.overwrite)

@@ -37,6 +37,9 @@ class Export:
         self.folder = Path(request["folder"])
         self.code: Json | None = request["code"]  # hashes by file and auto_map of the code that may run; None: no code
         self.shapes: dict[str, list[int]] = request["shapes"]
+        self.auto_class: str = request["auto_class"]
+        self.renames: list[list[str]] = request["renames"]  # prefixes of names in files, and those of the class
+        self.vocabulary: int = request["vocabulary"]
         self.carried: tuple[str, ...] = tuple(request["carried"])  # prefixes of tensors that the class does not know
         self.tokens: torch.Tensor = load_file(request["tokens"])["tokens"]
         self.logits = Path(request["logits"])
@@ -53,6 +56,13 @@ class Export:
         if not isinstance(value, dict):
             raise Failed(f"{name} is not a JSON object")
         return value
+
+    def class_name(self, stored: str) -> str:
+        """Return the name that the class has for a tensor of the files."""
+        for old, new in self.renames:
+            if stored.startswith(old):
+                return new + stored.removeprefix(old)
+        return stored
 
     def require_shapes(self) -> None:
         """Raise Failed if config.json describes no model, which transformers could try to build anyway."""
@@ -120,11 +130,12 @@ def check_tensors(export: Export) -> str:
                 found[name], places[name] = list(file.get_slice(name).get_shape()), path.name
     if not found:
         raise Failed("there are no weight files")
+    of_class = {export.class_name(name): shape for name, shape in found.items()}
     for name, shape in sorted(export.shapes.items()):
-        if name not in found:
+        if name not in of_class:
             problems.append(f"{name} is missing")
-        elif found[name] != shape:
-            problems.append(f"{name} is {found[name]}, config.json says {shape}")
+        elif of_class[name] != shape:
+            problems.append(f"{name} is {of_class[name]}, config.json says {shape}")
     indexed = len(export.weight_files()) > 1 or (export.folder / INDEX).exists()
     if indexed and export.json(INDEX).get("weight_map") != places:
         problems.append(f"{INDEX} does not say where the tensors are")
@@ -160,17 +171,16 @@ def check_tokenizer(export: Export) -> str:
     export.require_shapes()  # transformers reads config.json for a tokenizer too
     tokenizer = AutoTokenizer.from_pretrained(export.folder, local_files_only=True, trust_remote_code=False)
     ids = tokenizer("A smaller model, tomorrow: 3.14 ≈ π\n")["input_ids"]
-    vocabulary = export.json("config.json")["vocab_size"]
-    if not ids or max(ids) >= vocabulary:
-        raise Failed(f"it gives tokens {ids}, the model has {vocabulary}")
+    if not ids or max(ids) >= export.vocabulary:
+        raise Failed(f"it gives tokens {ids}, the model has {export.vocabulary}")
     return f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens"
 
 
 def check_load(export: Export) -> str:
     """Check that the model has all tensors of the files, unchanged: none missing, left over or of another shape."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = getattr(transformers, export.auto_class).from_pretrained(
         export.folder,
         dtype=export.dtype,
         device_map="auto" if export.device == "auto" else export.device,
@@ -189,9 +199,10 @@ def check_load(export: Export) -> str:
     for name, tensor in export.tensors():
         if name.startswith(export.carried):
             continue
-        if name not in loaded or loaded[name].shape != tensor.shape:
+        found = loaded.get(export.class_name(name))
+        if found is None or found.shape != tensor.shape:
             raise Failed(f"{name} is {list(tensor.shape)} in its file and not in the loaded model")
-        if loaded[name].device.type != "meta" and not torch.equal(loaded[name].cpu(), tensor.to(export.dtype)):
+        if found.device.type != "meta" and not torch.equal(found.cpu(), tensor.to(export.dtype)):
             raise Failed(f"{name} has other values in the loaded model than in its file")
     module = type(model).__module__
     if export.code is None and not module.startswith(STOCK_CODE):

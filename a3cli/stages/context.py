@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from a3cli.errors import A3Error
 from a3cli.methods import METHODS, LayerInputs, Method
 from a3cli.models import costs
-from a3cli.models.families import Family
+from a3cli.models.families import Family, usual_entries
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.source import recorded_source
 from a3cli.settings import COMPONENTS, SolveSettings
@@ -109,7 +109,7 @@ def describe_unfinished(work: Work) -> str:
     layer, of_layers = len(record.steps), ""  # one of the finished steps is the text
     with suppress(A3Error):  # the source is not on this machine
         _, config, _ = recorded_source(work)
-        layers = int(config["num_hidden_layers"])
+        layers = int(usual_entries(config)["num_hidden_layers"])
         layer, of_layers = min(layer, layers), f" of {layers}"
     state, advice = (
         ("still running", "wait for it") if running else ("unfinished", "rerun the same a3 calibrate command")
@@ -127,6 +127,10 @@ def check_statistics(work: Work, calibration: CalibrationManifest, progress: Pro
 
 def check_settings_of_model(settings: SolveSettings, model: Model) -> None:
     """Raise A3Error for settings that this model does not allow."""
+    if settings.context is not None and model.rope.absent:
+        raise A3Error(
+            f"--context {settings.context}: {model.source.name} has no RoPE to fit to a context; leave it out"
+        )
     if settings.context is not None and settings.context > model.rope.context:
         raise A3Error(
             f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.families import decoder_config, usual_entries
 from a3cli.models.hub import INDEX
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.shards import write_index
@@ -25,6 +26,7 @@ from a3cli.report.measured import Measured, as_recorded, read_evaluation
 from a3cli.report.names import public_dataset, public_name, public_request
 from a3cli.runtimes import judge, tokenizer_class_of
 from a3cli.settings import ExportSettings
+from a3cli.stages.as_llama import check_as_type, check_windows, could_be_llama
 from a3cli.stages.exported_config import compressed_config
 from a3cli.stages.solution import Solution, read_solution
 from a3cli.stages.weights import Shards, plan_weights, write_weights
@@ -53,6 +55,7 @@ class Inputs:
     solution: Solution
     measured: list[Measured]
     shards: Shards
+    config: Json  # the export's config.json
 
     @property
     def bytes(self) -> int:
@@ -74,6 +77,9 @@ def export(
         with reporting(progress, "checking the source"):
             model = open_calibrated_source(work, calibration, full_check=settings.full_check)
         check_small_files(model.source, work)
+        check_as_type(settings, model.family, solution.manifest.shape)
+        if settings.as_type:
+            check_windows(model, solution.manifest.context)
         request = describe_request(settings, solution)
         measured = read_evaluations(settings)
         again = settings.overwrite or settings.check_reproducible
@@ -81,7 +87,8 @@ def export(
             return finished
         check_target(out, model.source, work, overwrite=settings.overwrite)
         shards = plan_weights(model, solution, settings)
-        inputs = Inputs(settings, model, calibration, solution, measured, shards)
+        config = compressed_config(model, solution, settings)
+        inputs = Inputs(settings, model, calibration, solution, measured, shards, config)
         warn_of_size(inputs, out)
         with holding_target(out.resolve()), drafting(out.resolve(), request) as draft:
             draft.check_space(inputs.bytes, "export")
@@ -94,16 +101,18 @@ def export(
 
 
 def warn_of_size(inputs: Inputs, out: Path) -> None:
-    """Warn if weights in another dtype than the source's take more than the solution was asked for."""
-    most = inputs.solution.manifest.request.settings.budget_bytes
+    """Warn if weights in another dtype than the source's, or with `--as`, take more than the solution was asked for."""
+    most, dtype = inputs.solution.manifest.request.settings.budget_bytes, inputs.settings.dtype
+    how, remedy = (f"in {dtype}", "--dtype source") if dtype != "source" else ("with zero biases", "no --as")
     if most is not None and inputs.bytes > most:
         log.warning(
-            "%s: %s of weights in %s, more than --budget-bytes %s, which counts them in the source's dtype; "
-            "export with --dtype source, or solve for fewer bytes",
+            "%s: %s of weights %s, more than --budget-bytes %s, which counts them as the source has them; "
+            "export with %s, or solve for fewer bytes",
             out,
             human_bytes(inputs.bytes),
-            inputs.settings.dtype,
+            how,
             human_bytes(most),
+            remedy,
         )
 
 
@@ -118,7 +127,7 @@ def read_evaluations(settings: ExportSettings) -> list[Measured]:
 
 def describe_request(settings: ExportSettings, solution: Solution) -> Json:
     """Return everything that the weight files depend on."""
-    wanted = {"dtype", "max_shard_size"}
+    wanted = {"dtype", "max_shard_size", *(["as_type"] if settings.as_type else [])}  # as earlier versions say it
     return {
         "settings": settings.model_dump(mode="json", include=wanted),
         "solution": solution.manifest.sha256,
@@ -134,6 +143,8 @@ def finished_export(out: Path, request: Json, measured: list[Measured]) -> Manif
     if found is None or as_recorded(found.measured) != as_recorded(measured):
         return None
     settings = {name: getattr(found, name) for name in request["settings"]}
+    if found.as_type != request["settings"].get("as_type"):
+        return None
     if {"settings": settings, "solution": found.solution.sha256, "versions": found.versions.plain()} != request:
         return None
     check_hashes({out / name: expected for name, expected in found.files.items()}, "use --overwrite")
@@ -182,13 +193,12 @@ def write_checkpoint(draft: Draft, inputs: Inputs, progress: Progress, stop: Sto
     if len(inputs.shards) > 1:
         with writing(folder / INDEX):
             write_index(folder / INDEX, inputs.shards)
-    config = compressed_config(model, solution, inputs.settings)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", inputs.config)
     if solution.per_layer:
         for file in shipped_files(model.family.model_type):
             copy_file(file, folder / file.name)
     carry_files(model.source, folder)
-    facts = state_facts(inputs, config)
+    facts = state_facts(inputs)
     with writing(folder / "README.md"):
         (folder / "README.md").write_text(model_card(model, facts), "utf-8")
     files = {p.name: hashes.get(p.name) or hash_file(p) for p in sorted(folder.iterdir())}
@@ -224,11 +234,18 @@ def carry_files(source: Checkpoint, folder: Path) -> None:
             copy_file(path, folder / name)
 
 
-def state_facts(inputs: Inputs, config: Json) -> ExportFacts:
-    """Return what the manifest and the card say of an export with this config.json."""
-    source, calibration, solution = inputs.model.source, inputs.calibration, inputs.solution
-    smaller_heads = any(size.qk < inputs.model.shape.head_dim for size in solution.sizes)
-    verdicts = judge(config, smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(source.folder))
+def state_facts(inputs: Inputs) -> ExportFacts:
+    """Return what the manifest and the card say of an export."""
+    model, calibration, solution = inputs.model, inputs.calibration, inputs.solution
+    source, as_type = model.source, inputs.settings.as_type
+    verdicts = judge(
+        usual_entries(inputs.config),
+        smaller_heads=any(size.qk < model.shape.head_dim for size in solution.sizes),
+        tokenizer_class=tokenizer_class_of(source.folder),
+        could_be_llama=could_be_llama(model.family, model.shape.windows, solution.manifest.context),
+        retyped=decoder_config(inputs.config)["model_type"] != model.family.model_type,
+        held_by=model.family.held_by,
+    )
     return ExportFacts(
         source=Source(
             model=public_name(source.name, source.revision),
@@ -245,6 +262,7 @@ def state_facts(inputs: Inputs, config: Json) -> ExportFacts:
         solution=RecordedSolution.model_validate(solution.manifest.plain(exclude={"layers"})),
         dtype=inputs.settings.dtype,
         max_shard_size=inputs.settings.max_shard_size,
+        **({"as_type": as_type} if as_type else {}),
         measured=[Measured.model_validate(each) for each in as_recorded(inputs.measured)],
         runtimes=[Runtime(**asdict(verdict)) for verdict in verdicts],
         versions=Versions(**versions()),

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from a3cli.errors import A3Error
+from a3cli.methods.inputs import read_samples
 from a3cli.report.inspection import read_source
 from a3cli.solvers.moments import Tensors
-from a3cli.solvers.samples import NAMES, merge_samples
+from a3cli.solvers.samples import NAMES, WEIGHT, merge_samples
 from a3cli.stages.calibration_folder import clear_solutions, tokens_content
 from a3cli.stages.context import read_calibration
 from a3cli.text.documents import describe_all
@@ -25,7 +26,6 @@ from a3cli.work.files import (
     check_hash,
     hash_file,
     open_tensors,
-    read_named,
     read_tensors,
     write_json,
     write_tensors,
@@ -189,13 +189,13 @@ def write_merged(
 def add_statistics(files: Sequence[Path]) -> Tensors:
     """Return the sums of one layer over all calibrations, and samples of all."""
     with open_tensors(files[0], REMEDY) as first:
-        names = [name for name in first.keys() if name not in NAMES]  # noqa: SIM118, no dictionary
+        names = [name for name in first.keys() if name not in (*NAMES, WEIGHT)]  # noqa: SIM118, no dictionary
         total = {name: first.get_tensor(name).clone() for name in names}
     for file in files[1:]:
         with open_tensors(file, REMEDY) as more:
             for name, value in total.items():
                 value.add_(more.get_tensor(name))
-    samples = [read_named(file, NAMES, REMEDY) for file in files]
+    samples = [read_samples(file) for file in files]
     if lacking := [str(file) for file, found in zip(files, samples, strict=True) if found is None]:
         raise A3Error(f"{', '.join(lacking)}: no attention samples; {REMEDY}")
     return total | merge_samples([found for found in samples if found])

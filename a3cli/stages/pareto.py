@@ -116,11 +116,13 @@ def measure_in_scratch(run: Run, analysed: Analysed, text: TextSettings) -> Json
 def variants_of(settings: ParetoSettings, family: Family) -> Iterator[tuple[str, Json]]:
     """Yield the variants to compare by name: the method as published, and ours with the given options.
 
-    Each compresses all components that the family allows.
+    Each compresses all components that the family allows; a shape that allows none is left out.
     """
     for name, variant in VARIANTS.items():
         corrected = settings.sequential and variant["method"] == "best"
         components = family.compressible(variant["shape"])
+        if not components:
+            continue
         described = {**variant, "sequential": corrected, "components": components}
         yield f"{name}, sequential" if corrected else name, described
 

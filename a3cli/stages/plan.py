@@ -15,7 +15,8 @@ from a3cli.errors import A3Error
 from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint, find_dtype
 from a3cli.models.config import check_sizes, read_shape
-from a3cli.models.families import Family, LayerSizes, ModelShape, family_of
+from a3cli.models.families import Family, LayerSizes, ModelShape, decoder_config, family_for, usual_entries
+from a3cli.models.families.wrappers import wrapper_of
 from a3cli.models.hub import (
     ADAPTER,
     INDEX,
@@ -28,7 +29,7 @@ from a3cli.models.hub import (
     refuse_adapter,
     refuse_per_layer,
 )
-from a3cli.models.model import describe, read_stock
+from a3cli.models.model import describe, own_names, read_stock
 from a3cli.models.stock import Shape, StockClass, match_tensors
 from a3cli.report.figures import describe_budgets
 from a3cli.report.serving import ITEMSIZES, Serving
@@ -37,7 +38,8 @@ from a3cli.settings import Component, PlanSettings
 from a3cli.settings.budgets import DEFAULT_BUDGET, budget_problems, given_budgets
 from a3cli.settings.seq_len import resolved_seq_len
 from a3cli.solvers.allocate import sizes
-from a3cli.stages.allowed import check_heads
+from a3cli.stages.allowed import check_heads, check_shape
+from a3cli.stages.as_llama import could_be_llama
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
 from a3cli.stages.rounding import planned_warnings
@@ -68,11 +70,11 @@ def plan(settings: PlanSettings) -> Json:
     raw = read_config(folder, settings.model)
     check_config(raw, folder, settings)
     config, stock, weights = open_model(settings, folder, raw)
+    family, raw = family_for(raw), decoder_config(raw)
     settings = for_model(settings, config)
     dtype = read_dtype(raw, folder)
     compute = settings.dtype if settings.dtype != "auto" else "float32" if settings.devices == "cpu" else dtype
     shape = read_shape(config)
-    family = family_of(config.model_type)
     parameters, item = count_parameters(stock), ITEMSIZES[dtype]
     stored = Stored(parameters, parameters * item, item)
     size, components = choose_sizes(settings, shape, stored, family), default_components(settings, family)
@@ -93,7 +95,7 @@ def plan(settings: PlanSettings) -> Json:
         "peak_ram_bytes": estimate_ram(run),
         "seconds": estimate_seconds(run, rates),
         "machine": describe_machine(run, rates, compute),
-        "runtimes": [asdict(verdict) for verdict in judge_plan(raw, folder, run)],
+        "runtimes": [asdict(verdict) for verdict in judge_plan(raw, folder, run, family)],
         "warnings": planned_warnings(settings, shape, size, stored, family),
     }
 
@@ -111,8 +113,9 @@ def check_config(raw: Json, folder: Path, settings: PlanSettings) -> None:
     """Raise A3Error for a model that a3 does not compress, and for sizes that no model has."""
     refuse_per_layer(raw, settings.model)
     refuse_adapter(folder)
-    family_of(raw.get("model_type"))
-    check_sizes(raw)
+    check_shape(settings, family_for(raw))
+    if wrapper_of(raw) is None:  # the class of a wrapper may have defaults of its own for sizes
+        check_sizes(usual_entries(raw))
 
 
 def open_model(settings: PlanSettings, folder: Path, raw: Json) -> tuple[Any, StockClass, Weights]:
@@ -126,7 +129,7 @@ def open_model(settings: PlanSettings, folder: Path, raw: Json) -> tuple[Any, St
     weights = find_weights(settings.model, folder)
     config, stock = read_stock(folder, raw, settings.model, tensors=len(weights.tensors) or None)
     if weights.tensors:
-        match_tensors(stock, weights.tensors, settings.model)
+        match_tensors(stock, own_names(weights.tensors, wrapper_of(raw), settings.model), settings.model)
     return config, stock, weights
 
 
@@ -246,11 +249,17 @@ def describe_machine(run: Run, rates: Rates, compute: str) -> Json:
     }
 
 
-def judge_plan(config: Json, folder: Path, run: Run) -> list[Verdict]:
+def judge_plan(config: Json, folder: Path, run: Run, family: Family) -> list[Verdict]:
     """Return which runtimes will load the export; of a stock one with smaller heads, if its RoPE has to be longrope."""
     smaller_heads = run.size.qk < run.shape.head_dim
     planned = planned_config(config, run)
-    return judge(planned, smaller_heads=smaller_heads, tokenizer_class=tokenizer_class_of(folder))
+    return judge(
+        usual_entries(planned),
+        smaller_heads=smaller_heads,
+        tokenizer_class=tokenizer_class_of(folder),
+        could_be_llama=could_be_llama(family, run.shape.windows, run.context),
+        held_by=family.held_by,
+    )
 
 
 def planned_config(config: Json, run: Run) -> Json:

@@ -78,7 +78,12 @@ def score_errors(run: Run, layer: int, slots: Slots, rank: int, solution: Tensor
 
 
 def describe_slots(run: Run, sizes: list[LayerSizes], slots: list[Slots]) -> list[float] | list[list[float]] | None:
-    """Return the pairs of each layer's slots, or of those that all layers share; None if heads keep their size."""
+    """Return the pairs of each layer's slots, or of those that all layers share.
+
+    None if heads keep their size, or there is no RoPE.
+    """
+    if run.model.rope.absent:
+        return None
     if run.settings.shape == "per-layer":
         return [own.pairs for own in slots]
     return slots[0].pairs if sizes[0].qk < run.model.shape.head_dim else None

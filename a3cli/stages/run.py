@@ -21,6 +21,7 @@ from a3cli.settings.options import command_words
 from a3cli.settings.report import ReportSettings
 from a3cli.settings.texts import mixture_options
 from a3cli.stages.allowed import known_family, resolve_settings
+from a3cli.stages.as_llama import check_as_type
 from a3cli.stages.calibrate import calibrate
 from a3cli.stages.evaluate import evaluate, for_models
 from a3cli.stages.export import export
@@ -102,6 +103,7 @@ def check_each(every: list[Recipe]) -> None:
     family = known_family(source.model, source.revision)
     for each in every:
         resolve_settings(each.solve, family)
+        check_as_type(each.export, family, each.solve.shape)
 
 
 def check_outputs(recipe: Recipe) -> None:
@@ -238,7 +240,7 @@ def exported(
 
 
 def is_asked_for(manifest: Manifest, settings: ExportSettings, solution: SolutionManifest) -> bool:
-    asked = {"dtype": settings.dtype, "max_shard_size": settings.max_shard_size}
+    asked = {name: getattr(settings, name) for name in ("dtype", "max_shard_size", "as_type")}
     same_settings = all(getattr(manifest, name) == value for name, value in asked.items())
     return bool(same_settings and manifest.solution.sha256 == solution.sha256)
 

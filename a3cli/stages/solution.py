@@ -29,9 +29,9 @@ class Solution:
         return self.manifest.shape == "per-layer"
 
     def slots(self, layer: int) -> list[float]:
-        """Return the RoPE slots of a layer; none where heads keep their size in the stock shape."""
+        """Return the RoPE slots of a layer; none without RoPE, or where heads keep their size in the stock shape."""
         own: Any = self.manifest.rope_slots or []
-        chosen: list[float] = own[layer] if self.per_layer else own
+        chosen: list[float] = own[layer] if self.per_layer and own else own
         return chosen
 
 

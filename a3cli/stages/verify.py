@@ -24,7 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.models.config import LARGEST, check_sizes, read_shape
-from a3cli.models.families import LayerSizes, ModelShape, family_of
+from a3cli.models.families import LayerSizes, ModelShape, decoder_config, family_of, usual_entries
+from a3cli.models.families.base import HEAD_NORM_ROLES
+from a3cli.models.families.wrappers import Wrapper, wrapper_of
+from a3cli.models.fused import stored_shape
 from a3cli.models.model import Model, open_calibrated_source
 from a3cli.models.shipped import shipped_files
 from a3cli.report.junit import Case
@@ -74,6 +77,8 @@ def verify(out: Path, settings: VerifySettings, work: Work, *, progress: Progres
             "code": code_of(manifest["config"]) if per_layer and shapes else None,
             "shapes": shapes,
             "carried": family_of(manifest["config"]["model_type"]).carried if shapes else (),
+            **loading(manifest["wrapper"]),
+            "vocabulary": manifest["config"].get("vocab_size"),
             "tokens": as_utf8(folder / "tokens.safetensors"),
             "logits": as_utf8(folder / "logits.safetensors"),
             "device": settings.device if machine.device.type == "cuda" else str(machine.device),
@@ -92,9 +97,9 @@ def verify(out: Path, settings: VerifySettings, work: Work, *, progress: Progres
 
 
 def read_export(out: Path) -> tuple[Json, list[str]]:
-    """Return the export's manifest, with config.json as `config`, and why one of them, then empty, cannot be read.
+    """Return the export's manifest, with `config` and `wrapper`, and why a file, then empty, cannot be read.
 
-    Raises A3Error if `out` is not an a3 export.
+    `config` is what config.json says of the decoder, `wrapper` what holds it. Raises A3Error if `out` is no export.
     """
     if not out.is_dir():
         raise A3Error(f"{out} is not a folder; give the output folder of a3 export")
@@ -109,7 +114,14 @@ def read_export(out: Path) -> tuple[Json, list[str]]:
         config = read_json(out / "config.json")
     except A3Error as error:
         damage.append(str(error))
-    return {**manifest, "config": config}, damage
+    return {**manifest, "config": decoder_config(config), "wrapper": wrapper_of(config)}, damage
+
+
+def loading(wrapper: Wrapper | None) -> Json:
+    """Return the class that loads an export, and what it calls tensors of the files: pairs of prefixes."""
+    if wrapper is None:
+        return {"auto_class": "AutoModelForCausalLM", "renames": []}
+    return {"auto_class": wrapper.auto_class, "renames": wrapper.renames}
 
 
 def open_manifest(path: Path) -> Json:
@@ -127,6 +139,8 @@ def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, lis
     """Check that config.json has the manifest's sizes; return the check and the expected tensor shapes by name."""
     try:
         sizes, shapes = expected_shapes(manifest["config"])
+        if wrapper := manifest["wrapper"]:
+            shapes = {wrapper.held_name(name): shape for name, shape in shapes.items()}
     except (A3Error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         why = damage or [f"config.json does not describe a model: {error}"]
         return check("config", "failed", "; ".join(why)), {}
@@ -139,17 +153,16 @@ def check_config(manifest: Json, damage: list[str]) -> tuple[Json, dict[str, lis
 
 def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]]]:
     """Return each layer's sizes and the shapes of linear weights and embedding, from config.json alone."""
-    family = family_of(config.get("model_type"))
+    family, config = family_of(config.get("model_type")), usual_entries(config)
     check_sizes(config)
     shape = read_shape(SimpleNamespace(**config))
     sizes = own_sizes(config["per_layer_config"], shape) if "per_layer_config" in config else shape.sizes
     shapes = {family.embedding + ".weight": [config["vocab_size"], config["hidden_size"]]}
     for layer, size in enumerate(sizes):
-        for role, wanted in shape.linear_shapes(size).items():
-            shapes[family.tensor(layer, role)] = list(wanted)
+        of_layer = shape.linear_shapes(size)
+        shapes |= {family.tensor(layer, role): list(stored_shape(family, role, of_layer)) for role in of_layer}
         if shape.fitted_norms:
-            prefix = family.layer_prefix(layer)
-            shapes |= {f"{prefix}{module}.weight": [size.qk] for module in family.head_norms.values()}
+            shapes |= {family.tensor(layer, role): [size.qk] for role in HEAD_NORM_ROLES}
     return sizes, shapes
 
 
@@ -175,7 +188,7 @@ def code_of(config: Json) -> Json:
 
 def choose_tokens(work: Work, config: Json, reference: "Reference | Json") -> torch.Tensor:
     """Return the first tokens of two calibration blocks, or random ones without a work folder: `[2, T]`."""
-    context, vocabulary = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
+    context, vocabulary = (usual_entries(config).get(key) for key in ("max_position_embeddings", "vocab_size"))
     length = min(LENGTH, context) if isinstance(context, int) and context > 1 else LENGTH
     if isinstance(reference, Reference):
         blocks: torch.Tensor = read_tensors(work.tokens, "run a3 calibrate --overwrite")["tokens"]

@@ -7,7 +7,7 @@ family's `forward` is repeated here.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,16 @@ Arguments = dict[str, Any]
 
 class StopForward(Exception):
     """Ends a forward pass early, once the needed values have been recorded."""
+
+
+class LayerOutput(torch.Tensor):
+    """Hidden states as a layer returns them: alone or first in a tuple, which differs by family and transformers."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        whole = self.as_subclass(torch.Tensor)
+        return whole if index == 0 else whole[index]
 
 
 class _Recorder(nn.Module):
@@ -51,11 +61,11 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         names = list(inspect.signature(self._replaced[0].forward).parameters)[1:]
-        self.hidden = hidden
+        self.hidden = hidden.as_subclass(torch.Tensor)
         self.arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         if self._last:
             raise StopForward
-        return hidden
+        return hidden.as_subclass(LayerOutput)
 
 
 class _Result(_Recorder):
@@ -66,7 +76,7 @@ class _Result(_Recorder):
 
     def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         assert self.hidden is not None
-        return self.hidden
+        return self.hidden.as_subclass(LayerOutput)
 
 
 class Described(Protocol):
@@ -100,7 +110,9 @@ class Decoder:
     def build(self, config: Any, dtype: torch.dtype) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        network: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        network: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=self.family.kernel
+        )
         return network
 
     def load(self, prefix: str, module: nn.Module, device: torch.device) -> None:
@@ -137,17 +149,29 @@ class Decoder:
         """Return the first layer's input `[B, T, d]` for token blocks `[B, T]`, and each layer's arguments."""
         recorders = [_Recorder(layer, last=layer is self.layers[-1]) for layer in self.layers]
         originals = list(self.layers)
-        try:
-            for i, recorder in enumerate(recorders):
-                self.layers[i] = recorder
-            self.base(inputs_embeds=self.look_up(blocks, table), use_cache=False)
-        except StopForward:
-            pass
-        finally:
-            for i, layer in enumerate(originals):
-                self.layers[i] = layer
+        with self._learned_positions(), suppress(StopForward):
+            try:
+                for i, recorder in enumerate(recorders):
+                    self.layers[i] = recorder
+                self.base(inputs_embeds=self.look_up(blocks, table), use_cache=False)
+            finally:
+                for i, layer in enumerate(originals):
+                    self.layers[i] = layer
         assert recorders[0].hidden is not None
         return recorders[0].hidden, [recorder.arguments for recorder in recorders]
+
+    @contextmanager
+    def _learned_positions(self) -> Iterator[None]:
+        """Hold the embedding of positions, where the model has one."""
+        if self.family.position_embedding is None:
+            yield
+            return
+        module = self.model.get_submodule(self.family.position_embedding)
+        try:
+            self.load(self.family.position_embedding + ".", module, self.machine.device)
+            yield
+        finally:
+            module.to("meta")
 
     @contextmanager
     def layer(self, index: int, device: torch.device | None = None) -> Iterator[nn.Module]:

@@ -1,7 +1,7 @@
-"""What a sweep adds to a layer's forward: the sums of its statistics, and an MLP that runs in pieces."""
+"""What sweeps add to a forward: sums of statistics, an MLP in pieces, inputs that are collected, given outputs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -9,15 +9,19 @@ import torch
 from torch import nn
 
 from a3cli.models.costs import MLP_TOKENS
-from a3cli.models.families import Family, Role
+from a3cli.models.families import Family, ModelShape, Role
+from a3cli.models.fused import RoleLinear
 from a3cli.solvers.moments import LayerMoments, Tensors
-from a3cli.stream.decoder import Arguments, hidden_states_of
+from a3cli.stream.decoder import Arguments, StopForward, hidden_states_of
+from a3cli.stream.post_norm import post_norm_of
 
 
 @contextmanager
-def moments_of(layer: nn.Module, family: Family, moments: LayerMoments, *, rotates: bool = True) -> Iterator[None]:
+def moments_of(
+    layer: nn.Module, family: Family, shape: ModelShape, moments: LayerMoments, *, rotates: bool = True
+) -> Iterator[None]:
     """Hook the roles of one layer so that every forward adds to its moments; `rotates` says whether it has RoPE."""
-    listener = _Listener(moments, rotates=rotates)
+    listener, shapes = _Listener(layer, family, shape, moments, rotates=rotates), shape.linear_shapes()
 
     def submodule(role: Role) -> nn.Module:
         return layer.get_submodule(family.module(role))
@@ -25,13 +29,15 @@ def moments_of(layer: nn.Module, family: Family, moments: LayerMoments, *, rotat
     handles = [
         layer.register_forward_pre_hook(listener.begin, with_kwargs=True),
         *(
-            layer.get_submodule(family.heads(role)).register_forward_hook(partial(listener.add_heads, role))
+            layer.get_submodule(family.heads(role)).register_forward_hook(
+                partial(listener.add_heads, role, family.head_rows(role, shapes))
+            )
             for role in listener.HEADS
         ),
-        submodule("o").register_forward_pre_hook(listener.add_attention),
-        # The MLP's norm reads the stream after attention; the layer returns the stream after the MLP.
-        submodule("mlp_norm").register_forward_pre_hook(listener.add_stream_after_attention),
-        submodule("down").register_forward_pre_hook(listener.add_mlp),
+        submodule("o").register_forward_hook(listener.add_attention),
+        # What reads the stream for the MLP has the one after attention; the layer returns the stream after the MLP.
+        layer.get_submodule(family.stream_reader).register_forward_pre_hook(listener.add_stream_after_attention),
+        submodule("down").register_forward_hook(listener.add_mlp),
         layer.register_forward_hook(listener.add_stream_after_mlp),
     ]
     try:
@@ -46,42 +52,65 @@ class _Listener:
 
     HEADS: tuple[Role, ...] = ("q", "k", "v")
 
-    def __init__(self, moments: LayerMoments, *, rotates: bool) -> None:
-        self._moments, self._rotates = moments, rotates
+    def __init__(
+        self, layer: nn.Module, family: Family, shape: ModelShape, moments: LayerMoments, *, rotates: bool
+    ) -> None:
+        self._moments, self._rotates, self._growth = moments, rotates, shape.query_growth
+        self._post_norms = {role: post_norm_of(layer, family, role) for role in family.post_norms}
+        self._heads_first = family.heads_first
         self._heads: Tensors = {}
         self._called_with: Arguments = {}
 
     def begin(self, _layer: nn.Module, _args: Any, kwargs: Arguments) -> None:
         self._called_with.update(kwargs)
 
-    def add_heads(self, role: Role, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        self._heads[role] = heads = output.flatten(2)  # a norm returns each head by itself
+    def add_heads(self, role: Role, rows: slice, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        by_token = output.transpose(1, 2) if self._heads_first and output.ndim == 4 else output
+        self._heads[role] = heads = by_token.flatten(2)[..., rows]  # a norm returns each head by itself
         self._moments.add_heads(role, heads)
 
-    def add_attention(self, _output_projection: nn.Module, args: tuple[torch.Tensor]) -> None:
-        self._moments.add_attention_output(args[0])
-        if (rotation := self._called_with.get("position_embeddings")) is not None:
-            if not self._rotates:  # models give every layer the rotation
-                rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
-            self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"))
+    def add_attention(self, _module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        weights = self._weights("o", output)
+        self._moments.add_attention_output(args[0], weights)
+        rotation = self._called_with.get("position_embeddings")  # None without RoPE
+        if rotation is not None and not self._rotates:  # models give every layer the rotation
+            rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
+        if self._growth is not None:
+            self._heads["q"] = grown(self._heads["q"], self._called_with["position_ids"], *self._growth)
+        self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"), weights)
         self._heads.clear()  # before the MLP, which needs the memory
 
     def add_stream_after_attention(self, _norm: nn.Module, args: tuple[torch.Tensor]) -> None:
         self._moments.add_residual("attention_residual", args[0])
 
-    def add_mlp(self, _down: nn.Module, args: tuple[torch.Tensor]) -> None:
-        self._moments.add_mlp(args[0])
+    def add_mlp(self, _down: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        self._moments.add_mlp(args[0], self._weights("down", output))
+
+    def _weights(self, role: Role, output: torch.Tensor) -> torch.Tensor | None:
+        """Return the weights `[...]` of a projection's tokens `[..., d]` in the stream; None if no norm follows it."""
+        norm = self._post_norms.get(role)
+        return None if norm is None else norm.weights(output)
 
     def add_stream_after_mlp(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         self._moments.add_residual("mlp_residual", hidden_states_of(output))
+
+
+def grown(queries: torch.Tensor, positions: torch.Tensor, growth: float, context: int) -> torch.Tensor:
+    """Return queries `[B, T, H·h]` at `positions` `[B or 1, T]` as attention takes them, growing with the position."""
+    scale = 1 + growth * torch.log1p((positions.to(queries.device) / context).floor())
+    return queries * scale[..., None].to(queries.dtype)
 
 
 @contextmanager
 def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
     """Run a layer's MLP, which treats each token separately, on a few tokens at a time.
 
-    On a CPU the activations then stay in the cache, and the layer's largest ones take little memory.
+    On a CPU the activations then stay in the cache, and the layer's largest ones take little memory. An MLP that is no
+    module of its own runs whole.
     """
+    if not family.mlp:
+        yield
+        return
     mlp = layer.get_submodule(family.mlp)
     whole = mlp.forward
 
@@ -93,3 +122,42 @@ def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
         yield
     finally:
         del mlp.forward  # the instance's; the class has the original one
+
+
+@contextmanager
+def outputs_given(linears: Sequence[RoleLinear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Make linear layers return these tensors, whatever their input; a fused module returns those of all its roles."""
+    given: dict[nn.Module, list[tuple[int, torch.Tensor]]] = {}
+    for linear, output in zip(linears, outputs, strict=True):
+        given.setdefault(linear.module, []).append((linear.rows.start or 0, output))
+    try:
+        for module, parts in given.items():
+            ordered = [output for _, output in sorted(parts, key=lambda part: part[0])]
+            whole = ordered[0] if len(ordered) == 1 else torch.cat(ordered, -1)
+            module.forward = partial(_given, whole)
+        yield
+    finally:
+        for module in given:
+            del module.forward
+
+
+def _given(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
+    return output
+
+
+@contextmanager
+def inputs_of(module: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Collect a module's inputs; with `stop`, end the forward pass, and with it the block, there."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen.append(args[0])
+        if stop:
+            raise StopForward
+
+    handle = module.register_forward_pre_hook(keep)
+    try:
+        with suppress(StopForward):
+            yield seen
+    finally:
+        handle.remove()

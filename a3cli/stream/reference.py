@@ -23,7 +23,8 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.families import Role
-from a3cli.models.families.base import pair_dims
+from a3cli.models.families.base import HEAD_NORM_ROLES, pair_dims
+from a3cli.models.fused import change_roles
 from a3cli.models.model import Model
 from a3cli.solvers.moments import Tensors
 from a3cli.stream.batches import embed_in_memory, run_in_turn
@@ -56,10 +57,12 @@ class FullSizeReference(Decoder):
     def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
         value = super().read(tensor, shape)
         stored = value.dtype
-        if found := self.family.find_role(tensor):
-            layer, role, kind = found
-            norm = {"q_norm": "query_norm", "k_norm": "key_norm"}.get(role)
-            value = self._place_norm(value, layer, norm) if norm else self._apply(value, layer, role, kind)
+        if found := self.family.find_roles(tensor):
+            layer, roles, kind = found
+            shapes = self.shape.linear_shapes()
+            value = change_roles(
+                value, self.family, roles, shapes, lambda role, own: self._change(own, layer, role, kind)
+            )
         return value if self._rounded is None else value.to(self._rounded(stored))
 
     def _layer_solution(self, layer: int) -> Tensors:
@@ -67,6 +70,11 @@ class FullSizeReference(Decoder):
         if unknown := solution.keys() - KNOWN - {"unchanged"}:
             raise A3Error(f"layer {layer}: the reference does not know what {', '.join(sorted(unknown))} does")
         return solution
+
+    def _change(self, value: torch.Tensor, layer: int, role: Role, kind: str) -> torch.Tensor:
+        if role in HEAD_NORM_ROLES:
+            return self._place_norm(value, layer, "query_norm" if role == "q_norm" else "key_norm")
+        return self._apply(value, layer, role, kind)
 
     def _apply(self, value: torch.Tensor, layer: int, role: Role, kind: str) -> torch.Tensor:
         solution = self._layer_solution(layer)
@@ -147,7 +155,8 @@ class FullSizeReference(Decoder):
         return full.flatten(0, 1).squeeze(-1) if heads.shape[2] == 1 else full.flatten(0, 1)
 
     def mixes_slots(self, layer: int) -> bool:
-        return "query_map" in self._solution(layer)
+        """Return whether a layer's slots have other frequencies than the source's pairs."""
+        return self.family.rotates and "query_map" in self._solution(layer)
 
 
 def mixed(heads: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,14 @@
 
 A second sweep runs the source and the smaller model side by side over the calibration blocks. In each layer the output
 projection, then the down projection, are fitted by least squares on the smaller model's own activations to the output
-of the source's layer, plus half of the accumulated drift of the residual stream. The ridge pulls towards the
+of the source's layer, plus half of the accumulated drift of the residual stream. If a norm follows the projection, each
+token is weighted as in calibration, and the drift is taken back through the norm. The ridge pulls towards the
 one-shot weights, which prevents overfitting. Then the MLP's gate (if any) and up projections are
 fitted to the same target by Gauss-Newton steps (`solvers/gauss_newton.py`), each followed by another fit of the down
 projection. Weights are read once; memory holds one layer of both models.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +18,16 @@ from torch import nn
 
 from a3cli.errors import A3Error
 from a3cli.models.families import Role
-from a3cli.solvers.gauss_newton import gauss_newton_step
-from a3cli.solvers.linalg import solve_ridge
+from a3cli.models.families.base import LinearShapes
+from a3cli.models.fused import RoleLinear, role_linear
+from a3cli.solvers.gauss_newton import Batch, gauss_newton_step
+from a3cli.solvers.least_squares import LeastSquares
 from a3cli.solvers.moments import Tensors
 from a3cli.stream.batches import Batching, Calls, embed_all, read_batches, stream
-from a3cli.stream.decoder import Decoder, StopForward, run_layer
+from a3cli.stream.decoder import Decoder, run_layer
 from a3cli.stream.hidden import HiddenStates, TwoFiles
+from a3cli.stream.hooks import inputs_of, outputs_given
+from a3cli.stream.post_norm import post_norm_of
 from a3cli.stream.smaller import SmallerDecoder
 from a3cli.work.progress import Progress
 
@@ -39,38 +42,6 @@ REFIT_NAMES: dict[Role, str] = {
     "up": "up_weight",
     "down": "down_weight",
 }
-
-
-@dataclass
-class LeastSquares:
-    """Running sums of `x` `[n, m]` and `t` `[n, d]` for the least-squares weight of `t = x Wᵀ`."""
-
-    gram: torch.Tensor | None = None
-    cross: torch.Tensor | None = None
-    energy: float = 0.0
-
-    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
-        x, target = (part.reshape(-1, part.shape[-1]).float() for part in (x, target))
-        self.energy += target.square().sum(dtype=torch.float64).item()
-        if self.gram is None or self.cross is None:
-            self.gram, self.cross = x.mT @ x, x.mT @ target
-        else:
-            self.gram.addmm_(x.mT, x)
-            self.cross.addmm_(x.mT, target)
-
-    def solve(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return `argmin ‖x Wᵀ − t‖² + ε‖W − weight‖²`, `[d, m]`. Raises ValueError if the Gram is not finite."""
-        assert self.gram is not None
-        assert self.cross is not None
-        gram, start = self.gram.double(), weight.double().mT
-        return (start + solve_ridge(gram, self.cross.double() - gram @ start, ridge=RIDGE)).mT
-
-    def error(self, weight: torch.Tensor) -> float:
-        """Return `Σ ‖x Wᵀ − t‖²` of a weight `[d, m]`."""
-        assert self.gram is not None
-        assert self.cross is not None
-        wide = weight.double().mT
-        return self.energy + (wide * (self.gram.double() @ wide - 2 * self.cross.double())).sum().item()
 
 
 def refit_sequentially(
@@ -96,7 +67,8 @@ def refit_sequentially(
     for index in range(first, layers):
         progress(layer=index, layers=layers, tokens=0, total_tokens=tokens)
         with source.layer(index) as full, smaller.layer(index) as small:
-            refit = _Layer(source, full, small, files, calls, index, batching).refit(rounds)
+            shapes = source.shape.linear_shapes(smaller.cuts[index].sizes)
+            refit = _Layer(source, full, small, shapes, files, calls, index, batching).refit(rounds)
         progress(layer=index, layers=layers, tokens=tokens, total_tokens=tokens)
         yield index, refit, [files.of_source.input_of(index + 1).path, files.of_smaller.input_of(index + 1).path]
 
@@ -136,13 +108,14 @@ class _Layer:
         decoder: Decoder,
         full: nn.Module,
         small: nn.Module,
+        shapes: LinearShapes,
         files: Files,
         calls: tuple[Calls, Calls],
         index: int,
         batching: Batching,
     ) -> None:
         self.decoder, self.full, self.small, self.files, self.index = decoder, full, small, files, index
-        self.calls, self.batching = calls, batching
+        self.shapes, self.calls, self.batching = shapes, calls, batching
         self.full_in, self.small_in = files.of_source.input_of(index), files.of_smaller.input_of(index)
         self.full_out, self.small_out = files.of_source.input_of(index + 1), files.of_smaller.input_of(index + 1)
 
@@ -158,7 +131,8 @@ class _Layer:
             error = self._improve_inputs(error)
         self._each(lambda small_in: [self._run_small(small_in)], [self.small_in], [self.small_out])
         refit: list[Role] = ["o", "down", *(self.decoder.shape.mlp_inputs if rounds else ())]
-        return {REFIT_NAMES[role]: self._linear(role).weight.float().cpu().clone() for role in refit}
+        weights = {REFIT_NAMES[role]: self._linear(role).weight.float().cpu() for role in refit}
+        return {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
 
     def _each(
         self,
@@ -198,13 +172,13 @@ class _Layer:
 
         def hidden(before: torch.Tensor) -> torch.Tensor:
             outputs = before.to(linears[0].weight.dtype).unbind(1)
-            with outputs_given(linears, outputs), inputs_of(self._linear("down"), stop=True) as seen:
+            with outputs_given(linears, outputs), inputs_of(self._linear("down").module, stop=True) as seen:
                 self._mlp(before)  # its input is not used
             return seen.pop().float()
 
         return gauss_newton_step(
             hidden,
-            self._linear("down").weight.float(),
+            self._down_in_stream(),
             weights,
             biases,
             self._mlp_batches,
@@ -212,25 +186,40 @@ class _Layer:
             iterations=ITERATIONS,
         )
 
-    def _mlp_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs of the smaller MLP and the targets of its down projection's weight, `[tokens, d]`."""
-        device = self.decoder.machine.device
+    def _down_in_stream(self) -> torch.Tensor:
+        """Return the smaller down projection `[d, m]`, times the weight of the norm that follows, if there is one."""
+        norm, weight = post_norm_of(self.full, self.decoder.family, "down"), self._linear("down").weight.float()
+        return weight if norm is None else weight * norm.gain[:, None]
+
+    def _mlp_batches(self) -> Iterator[Batch]:
+        """Yield inputs of the smaller MLP and targets of its down projection's weight, `[tokens, d]`, and weights."""
+        device, norm = self.decoder.machine.device, post_norm_of(self.full, self.decoder.family, "down")
         for _, batches in read_batches([self.files.mlp_in, self.files.mlp_target], self.batching):
             x, target = (batch.to(device) for batch in batches)
-            yield x.flatten(0, 1).float(), without_bias(self._linear("down"), target).flatten(0, 1).float()
+            wanted, weights = without_bias(self._linear("down"), target).flatten(0, 1).float(), self._weights(target)
+            if norm is not None and weights is not None:
+                wanted, weights = wanted * norm.gain, weights.reshape(-1, 1)
+            yield x.flatten(0, 1).float(), wanted, weights
 
-    @property
-    def _mlp(self) -> nn.Module:
-        """Return the module that holds the MLP's linear layers."""
-        return self.small.get_submodule(self.decoder.family.mlp)
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of the smaller MLP."""
+        family = self.decoder.family
+        if family.activation is None:
+            whole: torch.Tensor = self.small.get_submodule(family.mlp)(x)
+            return whole
+        between = self.small.get_submodule(family.activation)
+        up, down = (self.small.get_submodule(family.module(role)) for role in ("up", "down"))
+        output: torch.Tensor = down(between(up(x)))
+        return output
 
     def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> float:
         """Collect, solve, and put the new weight in the smaller layer; return the remaining squared error."""
-        sums = LeastSquares()
+        norm = post_norm_of(self.full, self.decoder.family, role)
+        sums = LeastSquares(gain=None if norm is None else norm.gain)
         collect(sums)
         linear = self._linear(role)
         try:
-            weight = sums.solve(linear.weight)
+            weight = sums.solve(linear.weight, ridge=RIDGE)
         except ValueError as error:
             raise A3Error(
                 f"layer {self.index}, {role} projection: the sequential refit failed ({error}); "
@@ -245,13 +234,13 @@ class _Layer:
         linear = self._linear("o")
 
         def fit(full_in: torch.Tensor, small_in: torch.Tensor) -> list[torch.Tensor]:
-            with inputs_of(self._module(self.full, "mlp_norm")) as seen:
+            with inputs_of(self._reader(self.full)) as seen, inputs_of(self._behind("o")) as behind:
                 out = run_layer(self.full, full_in, self.calls[0][len(full_in)][self.index])
             middle = seen.pop()
-            with inputs_of(linear, stop=True) as seen:
+            with inputs_of(linear.module, stop=True) as seen:
                 self._run_small(small_in)
-            target = self._of_block(middle - full_in + DRIFT * (full_in - small_in))
-            sums.add(seen.pop(), without_bias(linear, target))
+            target, weights = self._target("o", behind.pop, middle - full_in, DRIFT * (full_in - small_in))
+            sums.add(seen.pop(), without_bias(linear, target), weights)
             return [middle, out]
 
         self._each(fit, [self.full_in, self.small_in], [self.files.middle, self.full_out])
@@ -262,13 +251,14 @@ class _Layer:
 
         def fit(middle: torch.Tensor, out: torch.Tensor, small_in: torch.Tensor) -> list[torch.Tensor]:
             with (
-                inputs_of(self._module(self.small, "mlp_norm")) as middles,
-                inputs_of(self._linear("up")) as inputs,
-                inputs_of(linear, stop=True) as seen,
+                inputs_of(self._reader(self.small)) as middles,
+                inputs_of(self._linear("up").module) as inputs,
+                inputs_of(linear.module, stop=True) as seen,
             ):
                 self._run_small(small_in)
-            target = self._of_block(out - middle + DRIFT * (middle - middles.pop()))
-            sums.add(seen.pop(), without_bias(linear, target))
+            drift = DRIFT * (middle - middles.pop())
+            target, weights = self._target("down", lambda: self._mlp_output(middle), out - middle, drift)
+            sums.add(seen.pop(), without_bias(linear, target), weights)
             return [inputs.pop(), target] if kept else []
 
         self._each(fit, [self.files.middle, self.full_out, self.small_in], kept)
@@ -278,64 +268,49 @@ class _Layer:
         linear = self._linear("down")
 
         def fit(mlp_in: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
-            with inputs_of(linear, stop=True) as seen:
+            with inputs_of(linear.module, stop=True) as seen:
                 self._mlp(mlp_in)
-            sums.add(seen.pop(), without_bias(linear, target))
+            sums.add(seen.pop(), without_bias(linear, target), self._weights(target))
             return []
 
         self._each(fit, [self.files.mlp_in, self.files.mlp_target])
 
-    def _of_block(self, change: torch.Tensor) -> torch.Tensor:
-        """Return what attention or the MLP must output to change the residual stream by this."""
-        return change / self.decoder.shape.residual_multiplier
+    def _target(
+        self, role: Role, of_source: Callable[[], torch.Tensor], change: torch.Tensor, drift: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what a projection must output to change the stream by `change + drift`, and the tokens' weights."""
+        norm = post_norm_of(self.full, self.decoder.family, role)
+        if norm is None:
+            return (change + drift) / self.decoder.shape.residual_multiplier, None
+        output = of_source()
+        target = output + norm.change_of_output(output, drift)
+        return target, norm.weights(target)
+
+    def _weights(self, target: torch.Tensor) -> torch.Tensor | None:
+        """Return the weights of an MLP's tokens from its target, or None for 1 each."""
+        norm = post_norm_of(self.full, self.decoder.family, "down")
+        return None if norm is None else norm.weights(target)
+
+    def _mlp_output(self, middle: torch.Tensor) -> torch.Tensor:
+        """Return what the source's MLP outputs for the stream after attention."""
+        reader, mlp = self._reader(self.full), self.full.get_submodule(self.decoder.family.mlp)
+        output: torch.Tensor = mlp(middle if reader is mlp else reader(middle))
+        return output
+
+    def _reader(self, layer: nn.Module) -> nn.Module:
+        return layer.get_submodule(self.decoder.family.stream_reader)
+
+    def _behind(self, role: Role) -> nn.Module:
+        """Return the source's norm behind a projection, or without one the module that reads the stream after it."""
+        return self.full.get_submodule(self.decoder.family.post_norms.get(role, self.decoder.family.stream_reader))
 
     def _run_small(self, small_in: torch.Tensor) -> torch.Tensor:
         return run_layer(self.small, small_in, self.calls[1][len(small_in)][self.index])
 
-    def _module(self, layer: nn.Module, role: Role) -> nn.Module:
-        return layer.get_submodule(self.decoder.family.module(role))
-
-    def _linear(self, role: Role) -> nn.Linear:
-        linear = self._module(self.small, role)
-        assert isinstance(linear, nn.Linear)
-        return linear
+    def _linear(self, role: Role) -> RoleLinear:
+        return role_linear(self.small, self.decoder.family, role, self.shapes)
 
 
-@contextmanager
-def outputs_given(linears: Sequence[nn.Linear], outputs: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Make linear layers return these tensors, whatever their input."""
-    try:
-        for linear, output in zip(linears, outputs, strict=True):
-            linear.forward = partial(_given, output)  # type: ignore[method-assign]
-        yield
-    finally:
-        for linear in linears:
-            del linear.forward
-
-
-def _given(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
-    return output
-
-
-def without_bias(linear: nn.Linear, target: torch.Tensor) -> torch.Tensor:
+def without_bias(linear: RoleLinear, target: torch.Tensor) -> torch.Tensor:
     """Return the target minus the bias."""
-    bias: torch.Tensor | None = linear.bias
-    return target if bias is None else target - bias
-
-
-@contextmanager
-def inputs_of(module: nn.Module, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
-    """Collect a module's inputs; with `stop`, end the forward pass, and with it the block, there."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
-        seen.append(args[0])
-        if stop:
-            raise StopForward
-
-    handle = module.register_forward_pre_hook(keep)
-    try:
-        with suppress(StopForward):
-            yield seen
-    finally:
-        handle.remove()
+    return target if linear.bias is None else target - linear.bias

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from a3cli.models.families import LayerSizes, per_layer_config
+from a3cli.models.families import LayerSizes, Role, per_layer_config
+from a3cli.models.families.base import HEAD_NORM_ROLES
+from a3cli.models.fused import change_roles, stored_shape
 from a3cli.models.model import Model
 from a3cli.models.projections import apply_projection
 from a3cli.models.shipped import per_layer_class
@@ -42,12 +44,13 @@ class SmallerDecoder(Decoder):
         for entry in ("layer_types", model.family.rotating_layers):  # lists with an entry for each layer
             if entry and (kinds := getattr(config, entry, None)):
                 setattr(config, entry, [kinds[cut.layer] for cut in cuts])
-        config.per_layer_config = per_layer_config([cut.sizes for cut in cuts], [cut.slots for cut in cuts])
+        slots = [() if model.rope.absent else cut.slots for cut in cuts]
+        config.per_layer_config = per_layer_config([cut.sizes for cut in cuts], slots)
         super().__init__(model, machine, config=config)
 
     def build(self, config: object, dtype: torch.dtype) -> nn.Module:
         kind = per_layer_class(self.family.model_type, self.family.per_layer_class)
-        network: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        network: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation=self.family.kernel)
         return network
 
     @contextmanager
@@ -60,9 +63,16 @@ class SmallerDecoder(Decoder):
         return self.family.layer_prefix(self.cuts[index].layer)
 
     def read(self, tensor: str, shape: torch.Size) -> torch.Tensor:
-        found = self.family.find_role(tensor)
+        found = self.family.find_roles(tensor)
         if found is None:
             return super().read(tensor, shape)
-        _, role, kind = found
-        value = super().read(tensor, torch.Size(self.shape.tensor_shape(role, kind) or shape))
-        return apply_projection(value, role, self._solution, self.shape, fold_scale=False)
+        _, roles, kind = found
+        full = self.shape.linear_shapes()
+        if roles[0] in full:
+            shape = torch.Size(stored_shape(self.family, roles[0], full, "bias" if kind == "bias" else "weight"))
+        elif roles[0] in HEAD_NORM_ROLES:
+            shape = torch.Size([self.shape.head_dim])
+        return change_roles(super().read(tensor, shape), self.family, roles, full, self._project)
+
+    def _project(self, role: Role, weight: torch.Tensor) -> torch.Tensor:
+        return apply_projection(weight, role, self._solution, self.shape, fold_scale=False)

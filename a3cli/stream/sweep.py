@@ -108,7 +108,7 @@ class Sweep:
     def _run_stage(self, stage: range, first_layer: int, calls: Calls) -> dict[int, LayerMoments]:
         """Run this process's batches through consecutive layers; return the moments of each from `first_layer` on."""
         decoder, moments = self.decoder, dict[int, LayerMoments]()
-        in_background = decoder.machine.copies
+        in_background, shape = decoder.machine.copies, decoder.shape
         source, target = self.states.input_of(stage.start), self.states.begin()
         with as_out_of_memory(), ExitStack() as stack:
             modules = stack.enter_context(decoder.stage(stage))
@@ -118,7 +118,7 @@ class Sweep:
                 if index >= first_layer:
                     moments[index] = self._new_moments(next(module.parameters()).device)
                     rotates = index not in decoder.shape.still_layers
-                    stack.enter_context(moments_of(module, decoder.family, moments[index], rotates=rotates))
+                    stack.enter_context(moments_of(module, decoder.family, shape, moments[index], rotates=rotates))
 
             def step(start: int, batch: torch.Tensor) -> list[torch.Tensor]:
                 hidden = batch
@@ -134,7 +134,8 @@ class Sweep:
 
     def _new_moments(self, device: torch.device) -> LayerMoments:
         samples, shape = AttentionSamples(len(self.blocks), self.blocks.shape[1], device), self.decoder.shape
-        return LayerMoments(shape.head_dim, self.full_mlp, device, samples, scale=shape.softmax_scale)
+        scores = {"scale": shape.softmax_scale, "cap": shape.score_cap}
+        return LayerMoments(shape.head_dim, self.full_mlp, device, samples, **scores)
 
     def _report(self, stage: range, blocks: int) -> None:
         """Report progress from the main process, whose share is like the others'."""

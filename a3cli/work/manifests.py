@@ -242,7 +242,7 @@ class Solution(Part):
     prefill_flops_per_token: Flops
     rope_slots: list[Pair] | list[list[Pair]] | None = Field(
         description="source pair whose frequency each slot has, including pairs that RoPE does not rotate; "
-        "null if heads keep their size"
+        "null if heads keep their size, or without RoPE"
     )
     context: Size
     predicted_loss: ByComponent

@@ -5,11 +5,16 @@ import torch
 from a3cli.models.families import LayerSizes
 
 
-def random_solution(name: str, sizes: LayerSizes, slots: list[float], *, method: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of `projections.py` for one layer; a component that keeps its size has none."""
+def random_solution(
+    name: str, sizes: LayerSizes, slots: list[float], *, method: str, width: int = 48
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of `projections.py` for one layer; a component that keeps its size has none.
+
+    Without RoPE there are no slots.
+    """
     kv_heads, heads = (4 if "mha" in name else 2), 4
     solution = {}
-    if sizes.qk < 16 and method == "paper":
+    if sizes.qk < 16 and method == "paper" and slots:
         solution["pairs"] = torch.tensor([int(slot) for slot in slots])
     elif sizes.qk < 16:
         solution["query_map"] = torch.randn(kv_heads, 16, sizes.qk, dtype=torch.float64) / 4
@@ -19,9 +24,9 @@ def random_solution(name: str, sizes: LayerSizes, slots: list[float], *, method:
         if method == "paper":
             solution["output_map"] = torch.randn(kv_heads, sizes.ov, 16, dtype=torch.float64) / 4
         else:
-            solution["output_weight"] = torch.randn(48, heads * sizes.ov) / 4
+            solution["output_weight"] = torch.randn(width, heads * sizes.ov) / 4
     if sizes.mlp < 96:
         solution["channels"] = torch.randperm(96)[: sizes.mlp].sort().values
         if method == "best":
-            solution["down_weight"] = torch.randn(48, sizes.mlp) / 8
+            solution["down_weight"] = torch.randn(width, sizes.mlp) / 8
     return solution or {"unchanged": torch.zeros(0)}

@@ -62,7 +62,7 @@ UNSAID: dict[type[Settings], dict[str, str]] = {
     },
 }
 # Settings whose option has another name, or that have no option of their own.
-OTHER_OPTION = {"model": "model", "evaluations": "--eval"}
+OTHER_OPTION = {"model": "model"}
 # Options that are not settings: paths, time limits and verbosity.
 NO_SETTING = {"--work", "--source", "--overwrite", "--max-minutes", "--json", "--quiet", "out"}
 STAGES: dict[str, type[Settings]] = {"calibrate": CalibrateSettings, "solve": SolveSettings, "export": ExportSettings}
@@ -129,7 +129,11 @@ SOLVE = {
     "dtype": DTYPES | st.just("auto"),
     "batch_size": COUNTS,
 }
-EXPORT = {"dtype": DTYPES | st.just("source"), "max_shard_size": COUNTS}
+EXPORT = {
+    "dtype": DTYPES | st.just("source"),
+    "max_shard_size": COUNTS,
+    "as_type": st.sampled_from([None, "llama"]),
+}
 TRIED = {
     TextSettings: TEXT,
     MixedText: MIXED,
@@ -276,7 +280,7 @@ def test_solve_command_has_every_setting(settings_of, settings):
 
 @given(st.builds(ExportSettings, **EXPORT))
 def test_export_command_has_every_setting(settings_of, settings):
-    assert settings_of(export_command(settings.dtype, settings.max_shard_size)) == settings
+    assert settings_of(export_command(settings.dtype, settings.max_shard_size, settings.as_type)) == settings
 
 
 def test_layers_that_were_divided_in_different_ways_are_mentioned(opened):

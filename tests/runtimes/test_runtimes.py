@@ -9,10 +9,23 @@ from a3cli.runtimes.rules import RULES
 
 BASE = {"model_type": "mistral", "hidden_size": 512, "num_attention_heads": 4, "head_dim": 96}
 LLAMA, QWEN2, QWEN3, SMOLLM3 = (BASE | {"model_type": kind} for kind in ("llama", "qwen2", "qwen3", "smollm3"))
+PHI3, FACTORS = BASE | {"model_type": "phi3"}, {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 STARCODER2, NEMOTRON = BASE | {"model_type": "starcoder2"}, BASE | {"model_type": "nemotron"}
 LONGROPE, LINEAR, THETA, LLAMA3, YARN = (
     {"rope_parameters": {"rope_type": kind}} for kind in ("longrope", "linear", "default", "llama3", "yarn")
 )
+GEMMA3 = BASE | {"model_type": "gemma3_text"}
+
+
+def two_ropes(full: float, sliding: float, rope_type: str = "default") -> dict:
+    """Return RoPE as Gemma 3 has it."""
+    tables = {
+        "full_attention": {"rope_type": rope_type, "rope_theta": full},
+        "sliding_attention": {"rope_type": "default", "rope_theta": sliding},
+    }
+    return {"rope_parameters": tables}
+
+
 PER_LAYER = {"per_layer_config": {"0": {}}}
 
 
@@ -30,6 +43,16 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("transformers 4.57", BASE | PER_LAYER, YES, "trust_remote_code=True"),
         ("transformers 4.57", NEMOTRON | LONGROPE, NO, "ignores RoPE type longrope"),
         ("transformers 4.57", NEMOTRON | THETA, YES, ""),
+        ("transformers 4.57", PHI3 | {"rope_scaling": {"type": "longrope", **FACTORS}}, YES, ""),
+        ("transformers 4.57", PHI3 | {"rope_scaling": {"rope_type": "longrope", **FACTORS}}, NO, "refuses"),
+        ("transformers 4.57", PHI3 | {"rope_scaling": {"type": "longrope", "factor": 2.0, **FACTORS}}, NO, "refuses"),
+        ("transformers 4.57", BASE | {"model_type": "ministral3"}, NO, "does not have ministral3"),
+        (
+            "vLLM",
+            BASE | {"model_type": "ministral3"} | LONGROPE,
+            UNTRIED,
+            "not tried with ministral3 and smaller heads",
+        ),
         ("vLLM", BASE | LONGROPE, YES, ""),
         ("vLLM", BASE | THETA, YES, ""),
         ("vLLM", BASE | LINEAR, YES, "longer context"),
@@ -48,6 +71,7 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("vLLM", BASE | {"model_type": "granite"} | LONGROPE, YES, ""),
         ("vLLM", QWEN3 | PER_LAYER, UNTRIED, "not tried with qwen3 per-layer"),
         ("transformers 4.57", QWEN3 | PER_LAYER, YES, "trust_remote_code=True"),
+        ("transformers 4.57", BASE | {"model_type": "gemma2"} | THETA, YES, "does not cap attention scores"),
         ("llama.cpp", BASE | LONGROPE, NO, "drops the longrope factors"),
         ("llama.cpp", BASE | THETA, YES, ""),
         ("llama.cpp", BASE | LINEAR, YES, ""),
@@ -99,6 +123,14 @@ def test_whole_heads_load_where_the_source_loads(config):
         (LLAMA | YARN, NO),
         (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 2e6}}, YES),
         (SMOLLM3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, NO),
+        (GEMMA3 | two_ropes(1e6, 1e4), YES),
+        (GEMMA3 | two_ropes(1e5, 1e4), NO),
+        (GEMMA3 | two_ropes(1e6, 1e3), NO),
+        (GEMMA3 | two_ropes(1e6, 1e4, rope_type="linear"), NO),
+        (GEMMA3 | two_ropes(1e5, 1e3) | {"rope_theta": 1e5, "rope_local_base_freq": 1e3}, YES),
+        (GEMMA3 | two_ropes(1e5, 1e3) | {"rope_theta": 1e5}, NO),
+        (PHI3 | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}, NO),
+        (PHI3 | {"rope_parameters": {"rope_type": "default"}, "partial_rotary_factor": 0.75}, YES),
     ],
 )
 def test_rope_that_transformers_4_does_not_find(config, loads):
@@ -106,6 +138,14 @@ def test_rope_that_transformers_4_does_not_find(config, loads):
     assert verdicts(config, smaller_heads=False)["transformers 4.57"].loads == loads
     for written in (verdicts(config), verdicts(config | PER_LAYER, smaller_heads=False)):
         assert written["transformers 4.57"].loads == YES
+
+
+def test_a_decoder_inside_another_type_was_tried_with_transformers_5_alone():
+    found = verdicts(BASE | THETA, held_by="mistral3")
+    assert {name for name, each in found.items() if each.loads == YES} == {"transformers 5"}
+    assert all("mistral3" in each.note for each in found.values() if each.loads == UNTRIED)
+    whole = verdicts(BASE, smaller_heads=False, held_by="mistral3")
+    assert {name for name, each in whole.items() if each.loads != YES} == {"transformers 4.57"}
 
 
 def test_the_tokenizer_of_transformers_5_is_not_read_by_4(tmp_path):
@@ -120,6 +160,21 @@ def test_the_older_spelling_of_rope_says_the_same():
     old = BASE | {"rope_scaling": {"type": "longrope"}}
     assert judge(old, smaller_heads=True) == judge(BASE | LONGROPE, smaller_heads=True)
     assert verdicts(BASE | {"rope_scaling": None})["ONNX Runtime GenAI"].loads == YES
+
+
+def test_smaller_heads_of_a_qwen2_are_read_if_it_is_written_as_a_llama():
+    """Where Llama's class ignores them as well, --as is no remedy."""
+    before = verdicts(QWEN2 | THETA, could_be_llama=True)
+    for runtime in ("vLLM", "llama.cpp", "MLX"):
+        assert before[runtime].note == "its class for qwen2 ignores head_dim; export with --as llama"
+        assert "--components mlp" in verdicts(QWEN2 | THETA)[runtime].note
+    assert "--components mlp" in before["CTranslate2"].note
+
+
+def test_what_loads_the_source_says_nothing_of_another_model_type():
+    whole = verdicts(LLAMA | THETA | {"head_dim": 88}, smaller_heads=False, retyped=True)
+    assert (whole["ONNX Runtime GenAI"].loads, whole["MLX"].loads) == (NO, YES)
+    assert not any("as it loads the source" in each.note for each in whole.values())
 
 
 def test_summary_names_who_does_not_load_it_and_why():

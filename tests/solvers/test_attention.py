@@ -13,7 +13,7 @@ from a3cli.solvers.attention import AttentionProblem, SampledHead, whitening
 from a3cli.solvers.rope import as_pairs, distances_beyond, real_map
 from a3cli.solvers.samples import NAMES, merge_samples
 from a3cli.solvers.sampling import sampled_blocks, sampled_queries
-from tests.conftest import CONTEXT, reseal
+from tests.conftest import CONTEXT, by_token, gain_of, post_norms, reseal
 
 PAIRS = torch.tensor([1.0, 0.4, 0.1, 0.02], dtype=torch.float64)
 SLOTS = torch.tensor([0.9, 0.06], dtype=torch.float64)
@@ -256,6 +256,7 @@ def test_queries_that_are_kept(length, kept):
         "granite-gqa",
         "qwen3-window",
         "smollm3-window",
+        "gemma3-gqa",
     ],
 )
 def test_samples_are_the_models_own(name, a3, checkpoint, text_file, tmp_path):
@@ -271,7 +272,7 @@ def test_samples_are_the_models_own(name, a3, checkpoint, text_file, tmp_path):
     for index, layer in enumerate(model.model.layers):
         for part in "qkv":
             module = getattr(layer.self_attn, f"{part}_norm", getattr(layer.self_attn, f"{part}_proj"))
-            module.register_forward_hook(lambda _m, _i, out, at=(index, part): seen.update({at: out.flatten(2)}))
+            module.register_forward_hook(lambda _m, _i, out, at=(index, part): seen.update({at: by_token(out, model)}))
     with torch.inference_mode():
         attentions = model(blocks, output_attentions=True).attentions
     rows = list(sampled_queries(40))
@@ -296,7 +297,10 @@ def test_merged_samples_are_of_all():
 
 @pytest.mark.parametrize(
     "name",
-    ["llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa", "qwen3-gqa"],
+    [
+        *("llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"),
+        *("gemma2-gqa", "qwen3-gqa"),
+    ],
 )
 def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tmp_path):
     """Compare the first layer's attention in source and export on the validation blocks; only QK is cut."""
@@ -310,11 +314,13 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
     assert a3("export", out, *work).code == 0
     stored = load_file(tmp_path / "work" / "calibration" / "layer-000.safetensors")
     blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"][1::VALIDATION_EVERY]
-    heads = []
+    heads, behind = [], []
     for model_folder in (folder, out):
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, trust_remote_code=True).eval()
         found = []
         projection = model.model.layers[0].self_attn.o_proj
+        for norm in list(post_norms(model.model.layers[0]).values())[:1]:
+            norm.register_forward_pre_hook(lambda norm, args: behind.append((gain_of(norm), args[0])))
         projection.register_forward_pre_hook(lambda _m, args, into=found: into.append(args[0]))
         with torch.inference_mode():
             model(blocks)
@@ -323,6 +329,9 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
     rows = list(sampled_queries(blocks.shape[1]))
     wrong = torch.einsum("brih,ihd->brid", (heads[1] - heads[0])[:, rows], weight)
     wrong = wrong * getattr(model.config, "residual_multiplier", 1.0)
+    if behind:
+        gain, output = behind[0]  # of the source
+        wrong = wrong * gain / (output[:, rows].square().mean(-1)[..., None, None] + 1e-6).sqrt()
     residual = stored["attention_residual"] / stored["tokens"]
     measured = (wrong.double().square().sum((-1, -2)).mean() / residual).item()
     predicted = solved["per_layer"][0]["attention_error"]
@@ -331,7 +340,7 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
     assert predicted["refined"] < predicted["closed_form"]
 
 
-@pytest.mark.parametrize("name", ["llama-yarn", "qwen3-bias", "qwen3-window", "smollm3-bias"])
+@pytest.mark.parametrize("name", ["llama-yarn", "qwen3-bias", "qwen3-window", "smollm3-bias", "gemma3-gqa"])
 def test_energy_of_attention_is_that_of_the_models_own(name, a3, checkpoint, text_file, tmp_path):
     """Compare it with attention that weighs all visible keys alike, on the validation blocks."""
     from transformers import AutoModelForCausalLM
@@ -342,8 +351,10 @@ def test_energy_of_attention_is_that_of_the_models_own(name, a3, checkpoint, tex
     solved = a3("solve", "--components", "mlp", "--budget", 0.1, "--mlp-multiple", 8, *work, "--json").json
     blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"][1::VALIDATION_EVERY]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    values = []
+    values, behind = [], []
     for layer in model.model.layers:
+        for norm in post_norms(layer).values():
+            norm.register_forward_pre_hook(lambda norm, args: behind.append((norm, args[0])))
         layer.self_attn.v_proj.register_forward_hook(lambda _m, _i, out: values.append(out.unflatten(-1, (2, 1, 16))))
     with torch.inference_mode():
         attentions = model(blocks, output_attentions=True).attentions
@@ -354,6 +365,9 @@ def test_energy_of_attention_is_that_of_the_models_own(name, a3, checkpoint, tex
         wrong = torch.einsum("birt,btih->brih", alike / alike.sum(-1, keepdim=True) - sampled, spread_heads(value))
         output = model.model.layers[index].self_attn.o_proj.weight.detach().unflatten(1, (4, -1))
         wrong = torch.einsum("brih,dih->brid", wrong, output)
+        if behind:
+            norm, output = behind[2 * index]
+            wrong = wrong * gain_of(norm) / (output[:, rows, None].square().mean(-1, keepdim=True) + 1e-6).sqrt()
         stored = load_file(tmp_path / "work" / "calibration" / f"layer-{index:03d}.safetensors")
         residual = stored["attention_residual"] / stored["tokens"]
         measured = (wrong.double().square().sum((-1, -2)).mean() / residual).item()

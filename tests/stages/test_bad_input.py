@@ -97,10 +97,13 @@ def save_wide_tokenizer(folder: Path) -> None:
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
-SUPPORTED = "granite, llama, mistral, nemotron, qwen2, qwen3, smollm3, starcoder2 "
+SUPPORTED = (
+    "gemma2, gemma3_text, granite, llama, ministral3, mistral, nemotron, olmo2, opt, phi3, qwen2, qwen3, smollm3, "
+    "starcoder2 "
+)
 DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "gone": (shutil.rmtree, ("source",)),
-    "unknown family": (edit_config(model_type="gpt2"), ("'gpt2'", SUPPORTED, "docs/add-a-family.md")),
+    "unknown family": (edit_config(model_type="bert"), ("'bert'", SUPPORTED, "docs/add-a-family.md")),
     "unknown activation": (edit_config(hidden_act="swish\x9f"), ("config.json", "hidden_act", "transformers")),
     "more layers than configured": (edit_config(num_hidden_layers=1), ("model.layers.1.", "config.json says 1 layers")),
     "a mixture of experts": (edit_config(model_type="mixtral"), ("'mixtral'", SUPPORTED)),

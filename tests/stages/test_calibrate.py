@@ -13,7 +13,16 @@ from safetensors.torch import load_file
 
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.solvers.moments import LayerMoments, gram_blocks, pack_upper, unpack_upper
-from tests.conftest import MODELS, mlp_linears
+from tests.conftest import (
+    MODELS,
+    by_token,
+    decoder_layers,
+    family_of_row,
+    head_linears,
+    mlp_linears,
+    post_norms,
+    stream_reader,
+)
 from tests.helpers.statistics import calibration_files
 
 SETTINGS = ("--samples", 6, "--seq-len", 80, "--batch-size", 4)
@@ -25,22 +34,35 @@ def hooked_sums(folder, blocks):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    seen: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
+    layers = decoder_layers(model)
+    seen: list[dict[str, torch.Tensor]] = [{} for _ in layers]
 
     def keep(index, name, value):
-        seen[index][name] = value.flatten(0, 1).double()
+        seen[index][name] = value.flatten(0, -2).double()
 
-    for i, layer in enumerate(model.model.layers):
+    for i, layer in enumerate(layers):
         attention = layer.self_attn
-        for name in "qkv":
-            heads = getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj"))
-            heads.register_forward_hook(lambda m, a, out, i=i, name=name: keep(i, name, out.flatten(2)))
-        attention.o_proj.register_forward_pre_hook(lambda m, a, i=i: keep(i, "o", a[0]))
+        for name, (linear, part) in head_linears(attention).items():
+            heads = getattr(attention, f"{name}_norm", linear)
+            heads.register_forward_hook(
+                lambda m, a, out, i=i, name=name, part=part: keep(i, name, by_token(out, model)[..., part])
+            )
+        output = getattr(attention, "o_proj", None) or attention.out_proj
+        output.register_forward_pre_hook(lambda m, a, i=i: keep(i, "o", a[0]))
         mlp_linears(layer)["down"].register_forward_pre_hook(lambda m, a, i=i: keep(i, "x", a[0]))
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda m, a, i=i: keep(i, "after_attention", a[0]))
+        stream_reader(layer).register_forward_pre_hook(lambda m, a, i=i: keep(i, "after_attention", a[0]))
+        for name, norm in post_norms(layer).items():
+            seen[i]["epsilon"] = model.config.rms_norm_eps
+            norm.register_forward_pre_hook(lambda m, a, i=i, name=name: keep(i, f"behind_{name}", a[0]))
         layer.register_forward_hook(lambda m, a, out, i=i: keep(i, "after_mlp", out))
     model(blocks, use_cache=False)
     return seen
+
+
+def weights(seen, projection):
+    """Return what an error of a projection's output counts in the stream, by token `[n, 1]`."""
+    behind = seen.get(f"behind_{projection}")
+    return 1 if behind is None else 1 / (behind.square().mean(1, keepdim=True) + seen["epsilon"])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -49,15 +71,16 @@ def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_fi
     monkeypatch.setattr("a3cli.stream.hooks.MLP_TOKENS", 150)
     folder, pieces, add_mlp = checkpoint(name), [], LayerMoments.add_mlp
 
-    def noted(self, x):
+    def noted(self, x, weights):
         pieces.append(len(x))
-        add_mlp(self, x)
+        add_mlp(self, x, weights)
 
     monkeypatch.setattr(LayerMoments, "add_mlp", noted)
     assert a3("calibrate", folder, "--dataset", text_file, *SETTINGS, "--work", tmp_path).code == 0
     blocks = load_file(tmp_path / "calibration" / "tokens.safetensors")["tokens"]
     layers = hooked_sums(folder, blocks)
-    assert pieces == [150, 150, 20, 150, 10] * len(layers)
+    whole = not family_of_row(name).mlp  # no module of its own, which could run in pieces
+    assert pieces == ([320, 160] if whole else [150, 150, 20, 150, 10]) * len(layers)
     for index, seen in enumerate(layers):
         stored = load_file(tmp_path / "calibration" / f"layer-{index:03d}.safetensors")
         assert stored["tokens"].item() == blocks.numel()
@@ -65,9 +88,15 @@ def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_fi
             heads = seen[part].unflatten(1, (-1, 16)).transpose(0, 1)
             close(stored[f"{part}_gram"], heads.mT @ heads)
             close(stored[f"{part}_sum"], heads.sum(1))
-        close(unpack_upper(stored["o_gram"], seen["o"].shape[1]), seen["o"].T @ seen["o"])
-        close(unpack_upper(stored["mlp_gram"], seen["x"].shape[1]), seen["x"].T @ seen["x"])
-        close(stored["mlp_energy"], seen["x"].square().sum(0))
+        o, x = (seen[name] * weights(seen, role) for name, role in (("o", "o"), ("x", "down")))
+        close(unpack_upper(stored["o_gram"], o.shape[1]), seen["o"].T @ o)
+        close(unpack_upper(stored["mlp_gram"], x.shape[1]), seen["x"].T @ x)
+        close(stored["mlp_energy"], (seen["x"] * x).sum(0))
+        close(stored["o_sum"], seen["o"].sum(0))
+        close(stored["x_sum"], seen["x"].sum(0))
+        assert ("o_weight" in stored) == ("behind_o" in seen)
+        if "behind_o" in seen:
+            close(stored["o_weight"], weights(seen, "o").sum())
         close(stored["attention_residual"], seen["after_attention"].square().sum())
         close(stored["mlp_residual"], seen["after_mlp"].square().sum())
 
@@ -94,6 +123,9 @@ def test_fewer_tokens_than_channels_are_solved_or_refused_in_one_line(a3, checkp
         "granite-gqa",
         "qwen3-window",
         "smollm3-bias",
+        "gemma3-gqa",
+        "phi3-window",
+        "ministral3-gqa",
     ],
 )
 def test_attention_mass_is_that_of_the_models_own_attention(name, a3, checkpoint, text_file, tmp_path):

@@ -104,6 +104,15 @@ def test_a_softmax_scale_of_the_config_is_not_folded_into_queries(method, a3, ch
         assert config[name] == was[name] != 1
 
 
+def test_a_divisor_of_logits_is_also_the_factor_that_vllm_reads(a3, checkpoint, text_file, tmp_path):
+    work, out = ("--work", tmp_path / "work"), tmp_path / "out"
+    assert a3("calibrate", checkpoint("granite-gqa"), "--dataset", text_file, *SHORT, *work).code == 0
+    assert a3("solve", "--budget", 0, "--shape", "per-layer", *work).code == 0
+    assert a3("export", out, *work).code == 0
+    config = read_json(out / "config.json")
+    assert config["logit_scale"] * config["logits_scaling"] == 1
+
+
 @pytest.mark.parametrize("name", ["attention_multiplier", "residual_multiplier"])
 def test_a_multiplier_must_be_above_zero(name, a3, checkpoint, text_file, tmp_path):
     folder = shutil.copytree(checkpoint("granite-gqa"), tmp_path / "source")
@@ -320,3 +329,37 @@ def test_layers_without_rope_that_are_not_named_one_by_one(said, a3, checkpoint,
     (folder / "config.json").write_text(json.dumps({**config, "no_rope_layers": said}))
     outcome = a3("calibrate", folder, "--dataset", text_file, "--work", tmp_path / "work")
     refused(outcome, "config.json", "no_rope_layers")
+
+
+# Fused projections
+
+
+def test_a_stock_shape_that_takes_no_smaller_heads_compresses_the_mlp(a3, checkpoint, text_file, tmp_path):
+    """Its reason is in every refusal; layers with sizes of their own may have smaller heads."""
+    work, why = ("--work", tmp_path / "work"), "its configuration refuses RoPE factors for smaller heads"
+    source = checkpoint("phi3-window")
+    assert a3("calibrate", source, "--dataset", text_file, *SHORT, *work).code == 0
+    refused(a3("solve", "--attention-budget", 0.2, *work), "cannot compress attention", why, "use --shape per-layer")
+    refused(a3(*SOLVE, "--components", "qk,ov,mlp", *work), "cannot compress qk and ov", why, "use --components mlp")
+    assert why in a3("plan", source, "--budget", 0.2, "--mlp-multiple", 8, "--json").json["whole_heads"]
+    solved = a3(*SOLVE, *work, "--json").json
+    assert {(size["qk"], size["ov"]) for size in solved["sizes"]} == {(16, 16)}
+    solved = a3(*SOLVE, "--attention-budget", 0.3, "--shape", "per-layer", "--overwrite", *work, "--json").json
+    assert max(size["qk"] + size["ov"] for size in solved["sizes"]) < 32
+
+
+def test_rope_scaling_has_only_what_transformers_4_takes(a3, checkpoint, text_file, tmp_path):
+    work, out = ("--work", tmp_path / "work"), tmp_path / "out"
+    commands = (
+        ("calibrate", checkpoint("phi3-longrope"), "--dataset", text_file, *SHORT),
+        (*SOLVE, "--shape", "per-layer", "--method", "paper"),
+        ("export", out),
+    )
+    for command in commands:
+        outcome = a3(*command, *work)
+        assert outcome.code == 0, outcome.stderr
+    config = read_json(out / "config.json")
+    assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+    assert config["rope_scaling"]["long_factor"] == config["rope_parameters"]["long_factor"]
+    assert config["original_max_position_embeddings"] == 64
+    assert "| transformers 4.57 | yes |" in (out / "README.md").read_text("utf-8")

@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,19 @@ from a3cli.stages.export import export
 from a3cli.work.files import Json, hash_file, write_tensors
 from a3cli.work.folder import Work
 from a3cli.work.sealed import versions, write_manifest
-from tests.conftest import MODELS, VOCABULARY, as_slots, build_model, build_tokenizer, can_cut, mlp_linears
+from tests.conftest import (
+    MODELS,
+    VOCABULARY,
+    as_slots,
+    build_model,
+    build_tokenizer,
+    can_cut,
+    decoder_layers,
+    family_of_row,
+    gain_of,
+    head_linears,
+    mlp_linears,
+)
 from tests.helpers.solutions import random_solution
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -36,6 +49,7 @@ LENGTH = 120  # beyond the longrope source's original context
 SIZES = [LayerSizes(10, 14, 64), LayerSizes(16, 6, 96), LayerSizes(6, 16, 96)]
 WHOLE = [float(pair) for pair in range(8)]
 SLOTS = [[0.0, 1.3, 2.5, 4.0, 6.8], WHOLE, [0.0, 2.0, 6.7]]  # bfloat16 cannot represent 1.3
+NO_SLOTS: list[list[float]] = [[]] * 3  # without RoPE
 FULL = [LayerSizes(16, 16, 96)] * 3
 
 
@@ -91,7 +105,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
             "shape": "per-layer",
             "full_size": asdict(shape.full_sizes),
             "sizes": [asdict(size) for size in sizes],
-            "rope_slots": slots,
+            "rope_slots": slots if slots[0] else None,
             "context": checkpoint.config["max_position_embeddings"],
             "predicted_loss": {"qk": 0.0, "ov": 0.0, "mlp": 0.0},
             "budget_asked": 0.3,
@@ -133,12 +147,14 @@ def exported(folder: Path, source: Path, sizes: list, slots: list, solutions: li
 
 
 def random_export(name: str, folder: Path, *, method: str = "best", seed: int = 3, **settings: Any) -> Path:
-    source = save(build_model(name, num_hidden_layers=3), folder / "source")
+    model = build_model(name, num_hidden_layers=3)
+    source, width = save(model, folder / "source"), model.config.hidden_size
     torch.manual_seed(seed)
     sizes = SIZES if can_cut(name, "qk", shape="per-layer") else [replace(size, qk=16) for size in SIZES]
     slots = [own if size.qk < 16 else WHOLE for own, size in zip(SLOTS, sizes, strict=True)]
+    slots = slots if family_of_row(name).rotates else NO_SLOTS
     slots = slots if method == "best" else [[float(int(slot)) for slot in layer] for layer in slots]
-    solutions = [random_solution(name, *layer, method=method) for layer in zip(sizes, slots, strict=True)]
+    solutions = [random_solution(name, *layer, method=method, width=width) for layer in zip(sizes, slots, strict=True)]
     return exported(folder, source, sizes, slots, solutions, **settings)
 
 
@@ -177,12 +193,20 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 class LiteralAttention(torch.nn.Module):
-    """One layer's attention, head by head; each slot is a complex number that RoPE rotates."""
+    """One layer's attention, head by head; each slot is a complex number that RoPE rotates.
 
-    def __init__(self, stock: Any, rotary: Any, solution: dict[str, torch.Tensor], slots: list[float]) -> None:
+    Without RoPE, slots are pairs of dims that are not rotated.
+    """
+
+    def __init__(
+        self, stock: Any, rotary: Any | None, solution: dict[str, torch.Tensor], slots: list[float] | None
+    ) -> None:
         super().__init__()
-        self.stock, self.solution, self.slots = stock, solution, slots
-        self.inv_freq, self.factor = rotary.inv_freq.double().tolist(), rotary.attention_scaling
+        self.stock, self.solution = stock, solution
+        self.slots = [0.0] * (solution.get("key_map", torch.empty(16)).shape[-1] // 2) if slots is None else slots
+        self.inv_freq, self.factor = (
+            ([], 1.0) if rotary is None else (rotary.inv_freq.tolist(), rotary.attention_scaling)
+        )
 
     def frequency(self, slot: float) -> float:
         low, share = int(slot), slot % 1
@@ -198,54 +222,83 @@ class LiteralAttention(torch.nn.Module):
         return as_slots(mixed, sum(slot < len(self.inv_freq) for slot in self.slots))
 
     def normed(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return each head `[16]` with a root mean square of 1, times the weight."""
-        return heads / (heads.square().mean(-1, keepdim=True) + self.stock.config.rms_norm_eps).sqrt() * weight
+        """Return heads `[T, n, 16]`, each or all of a token with a root mean square of 1, times the weight."""
+        flat = heads if len(weight) == 16 else heads.flatten(1)
+        found = flat / (flat.square().mean(-1, keepdim=True) + self.stock.config.rms_norm_eps).sqrt() * weight
+        return found.view(heads.shape)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return torch.stack([self.one(row) for row in hidden_states]), None
 
     def one(self, row: torch.Tensor) -> torch.Tensor:
         stock, length, heads = self.stock, len(row), 4
-        group = stock.num_key_value_groups
+        group = getattr(stock, "num_key_value_groups", 1)
         time = torch.arange(length)
         angles = time[:, None].double() * torch.tensor([self.frequency(s) for s in self.slots], dtype=torch.float64)
-        turn = torch.polar(torch.full_like(angles, float(self.factor)), angles)
+        scaled = [self.factor if slot < len(self.inv_freq) else 1.0 for slot in self.slots]
+        turn = torch.polar(torch.tensor(scaled, dtype=torch.float64).expand_as(angles), angles)
         if not getattr(stock, "use_rope", True):
             turn = torch.ones_like(turn)
-        scale = getattr(stock.config, "attention_multiplier", 1 / 4)
+        scale = getattr(
+            stock.config, "attention_multiplier", getattr(stock.config, "query_pre_attn_scalar", 16) ** -0.5
+        )
+        parameters = getattr(stock.config, "rope_parameters", None) or {}
+        growth, context = (
+            parameters.get("llama_4_scaling_beta", 0.0),
+            parameters.get("original_max_position_embeddings", 1),
+        )
+        grown = 1 + growth * (1 + time.div(context, rounding_mode="floor")).double().log()[:, None]
         seen = time[:, None] >= time
         # In model types whose layers have different windows, each layer stores its own.
         if window := getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)):
             seen &= time[:, None] - time < window
-        q, k, v = (layer(row).view(length, -1, 16) for layer in (stock.q_proj, stock.k_proj, stock.v_proj))
+        q, k, v = (linear(row)[:, part].reshape(length, -1, 16) for linear, part in head_linears(stock).values())
         if hasattr(stock, "q_norm"):
-            q, k = self.normed(q, stock.q_norm.weight), self.normed(k, stock.k_norm.weight)
-        wide = self.stock.o_proj.weight.view(48, heads, 16)
-        out = torch.zeros(length, 48, dtype=torch.float64)
+            q, k = self.normed(q, gain_of(stock.q_norm)), self.normed(k, gain_of(stock.k_norm))
+        output = getattr(stock, "o_proj", None) or stock.out_proj
+        width = len(output.weight)
+        wide = output.weight.view(width, heads, 16)
+        out = torch.zeros(length, width, dtype=torch.float64)
         for i in range(heads):
             kv = i // group
             query, key = self.slots_of(q[:, i], "query", kv) * turn, self.slots_of(k[:, kv], "key", kv) * turn
-            weights = ((query @ key.conj().T).real * scale).masked_fill(~seen, float("-inf")).softmax(-1)
+            scores = (query @ key.conj().T).real * scale * grown
+            if cap := getattr(stock, "attn_logit_softcapping", None):
+                scores = cap * (scores / cap).tanh()
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
             value, weight = v[:, kv], wide[:, i]
             if "value_map" in self.solution:
                 value = value @ self.solution["value_map"][kv]
                 if "output_map" in self.solution:
                     weight = weight @ self.solution["output_map"][kv].T
                 else:
-                    weight = self.solution["output_weight"].double().view(48, heads, -1)[:, i]
+                    weight = self.solution["output_weight"].double().view(width, heads, -1)[:, i]
             out += weights @ value @ weight.T
-        return out if stock.o_proj.bias is None else out + stock.o_proj.bias
+        return out if output.bias is None else out + output.bias
+
+
+def rotary_of(model: Any, layer: int) -> Any:
+    """Return what has the frequencies and the scaling of one layer's RoPE."""
+    rotary = getattr(model.model, "rotary_emb", None)
+    if rotary is None:
+        return None
+    if hasattr(rotary, "layer_types"):
+        kind = model.config.layer_types[layer]
+        names = ("inv_freq", "attention_scaling")
+        return SimpleNamespace(**{name: getattr(rotary, f"{kind}_{name}") for name in names})
+    rotary(torch.zeros(1), torch.arange(LENGTH)[None])  # longrope chooses the table for this length
+    return rotary
 
 
 @torch.no_grad()
 def literal_logits(folder: Path) -> torch.Tensor:
     """Return the expected logits of the source in `folder` with the solution in `folder/work`, in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32).eval()
-    model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None])  # longrope chooses the table for this length
+    rotaries = [rotary_of(model, index) for index in range(3)]
     slots = json.loads((folder / "work" / "solution" / "manifest.json").read_text())["rope_slots"]
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(decoder_layers(model)):
         solution = load_file(folder / "work" / "solution" / f"layer-{index:03d}.safetensors")
-        layer.self_attn = LiteralAttention(layer.self_attn, model.model.rotary_emb, solution, slots[index])
+        layer.self_attn = LiteralAttention(layer.self_attn, rotaries[index], solution, slots and slots[index])
         if "channels" in solution:
             channels, weight = solution["channels"], mlp_linears(layer)["down"].weight
             down = weight.clone()
@@ -267,7 +320,8 @@ def test_export_equals_the_literal_reference(name, method, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_full_sizes_are_bit_for_bit_the_source(name, tmp_path):
     source = save(build_model(name, num_hidden_layers=3), tmp_path / "source")
-    out = exported(tmp_path, source, FULL, [WHOLE] * 3, [{"unchanged": torch.zeros(0)}] * 3)
+    slots = [WHOLE] * 3 if family_of_row(name).rotates else NO_SLOTS
+    out = exported(tmp_path, source, FULL, slots, [{"unchanged": torch.zeros(0)}] * 3)
     for length in (LENGTH, 40):  # below and above the longrope source's switch
         assert torch.equal(logits(load(out), length), logits(load(source, trust_remote_code=False), length))
 
@@ -319,6 +373,10 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
         "nemotron-gqa",
         "qwen3-window",
         "smollm3-window",
+        "gemma3-gqa",
+        "phi3-window",
+        "phi3-longrope",
+        "ministral3-gqa",
     ],
 )
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):

@@ -278,7 +278,7 @@ def test_calibration_flops_are_those_of_a_forward_and_the_products(checkpoint):
     moments = LayerMoments(16, True, torch.device("cpu"))
     with (
         torch.inference_mode(),
-        moments_of(network.layers[0], model.family, moments),
+        moments_of(network.layers[0], model.family, model.shape, moments),
         FlopCounterMode(display=False) as c,
     ):
         network(torch.zeros(2, 64, dtype=torch.long), use_cache=False)
@@ -427,7 +427,7 @@ def test_of_a_hub_id_only_the_configuration_is_downloaded(a3, config, monkeypatc
     ("changes", "options", "words"),
     [
         ({"hidden_size": None, "vocab_size": "many"}, (), ("hidden_size", "vocab_size")),
-        ({"model_type": "gpt2"}, (), ("'gpt2'", "llama, mistral, nemotron, qwen2")),
+        ({"model_type": "bert"}, (), ("'bert'", "llama, ministral3, mistral", "qwen2", "docs/add-a-family.md")),
         ({"num_key_value_heads": 3}, (), ("impossible sizes",)),
         ({"dtype": "int8"}, (), ("int8",)),
         ({"per_layer_config": {}}, (), ("layers differ in size",)),

@@ -25,6 +25,7 @@ from a3cli.stages.verify import (
     code_of,
     expected_shapes,
     judge,
+    loading,
     open_reference,
     read_export,
     run_checker,
@@ -337,7 +338,8 @@ def opened(folder: Path, tmp_path: Path, *, code: Any = None) -> checker.Export:
         shapes = expected_shapes(config)[1]
     except Exception:  # the configuration may be damaged on purpose
         shapes = {}
-    return checker.Export({**request, "folder": folder, "code": code, "shapes": shapes, "carried": (), "tie": 1e-6})
+    request |= {"folder": folder, "code": code, "shapes": shapes, "carried": (), "tie": 1e-6}
+    return checker.Export({**request, **loading(None), "vocabulary": config.get("vocab_size")})
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGES)))

@@ -13,8 +13,9 @@ from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.families import LayerSizes
 from a3cli.models.model import describe
+from a3cli.stream.post_norm import LEAST
 from a3cli.stream.sequential import DRIFT, RIDGE
-from tests.conftest import mlp_linears
+from tests.conftest import gain_of, mlp_linears, post_norms, stream_reader
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -60,7 +61,9 @@ def activations(model: Any, blocks: torch.Tensor) -> list[dict[str, torch.Tensor
 
     for i, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(keep(i, "input"))
-        layer.post_attention_layernorm.register_forward_pre_hook(keep(i, "middle"))
+        stream_reader(layer).register_forward_pre_hook(keep(i, "middle"))
+        for name, norm in post_norms(layer).items():
+            norm.register_forward_pre_hook(keep(i, f"behind_{name}"))
         layer.self_attn.o_proj.register_forward_pre_hook(keep(i, "o"))
         mlp_linears(layer)["down"].register_forward_pre_hook(keep(i, "down"))
         layer.register_forward_hook(keep_output(i))
@@ -72,6 +75,14 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
     gram = x.T @ x
     damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     return start.double() + torch.linalg.solve(damped, x.T @ (target - x @ start.double().T)).T
+
+
+def behind_norm(norm: Any, output: torch.Tensor, drift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the target of a projection whose output is normalised, and the roots of its tokens' weights."""
+    gain = gain_of(norm).double()
+    damped = gain / (gain.square() + LEAST * gain.square().mean())
+    target = output + drift * damped * (output.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    return target, (target.square().mean(1, keepdim=True) + 1e-6).rsqrt()
 
 
 @pytest.mark.parametrize("shape", ["stock", "per-layer"])
@@ -86,7 +97,9 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor)
         "nemotron-gqa",
         "granite-gqa",
         "qwen3-bias",
+        "gemma3-gqa",
         "smollm3-bias",
+        "phi3-window",
     ],
 )
 def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path, name, shape):
@@ -105,9 +118,12 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
             "down": (mlp_linears(before)["down"], mlp_linears(after)["down"]),
         }
         for role, (was, now) in modules.items():
-            target = targets[role] / getattr(corrected.config, "residual_multiplier", 1.0)
+            target, root = targets[role] / getattr(corrected.config, "residual_multiplier", 1.0), 1.0
+            if norm := post_norms(after).get(role):
+                drift = DRIFT * (f["input"] - s["input"] if role == "o" else f["middle"] - s["middle"])
+                target, root = behind_norm(norm, f[f"behind_{role}"], drift)
             target = target if now.bias is None else target - now.bias.detach().double()
-            expected = ridge_regression(s[role], target, was.weight.detach())
+            expected = ridge_regression(s[role] * root, target * root, was.weight.detach())
             difference = (now.weight - expected).norm() / expected.norm()
             assert difference < 1e-3, role  # from float32 activations and an ill-conditioned Gram matrix
     drift = {
@@ -128,6 +144,7 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
         "nemotron-gqa",
         "granite-gqa",
         "qwen3-gqa",
+        "phi3-window",
     ],
 )
 def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):

@@ -3,7 +3,7 @@
 The rest of the package uses roles (`q`, `down`, …), never names of modules or tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from a3cli.settings import COMPONENTS, Component
 
 Role = Literal["q", "k", "v", "o", "q_norm", "k_norm", "mlp_norm", "gate", "up", "down"]
 Kind = Literal["weight", "bias"]
+Positions = Literal["rope", "learned"]
 LinearShapes = Mapping[Role, tuple[int, int]]
 
 
@@ -19,11 +20,13 @@ class Place:
     """The place of one role's weight in a decoder layer.
 
     `module` is a path inside the layer. If the module's weight is fused, `after` names the roles whose rows come
-    before this role's, in order; None means that the whole weight belongs to this role.
+    before this role's, in order; None means that the whole weight belongs to this role. `transposed` weights are stored
+    as `[in, out]`.
     """
 
     module: str
     after: tuple[Role, ...] | None = None
+    transposed: bool = False
 
 
 # The module names of Llama and of most later families.
@@ -39,7 +42,14 @@ LLAMA_PLACES: dict[Role, Place] = {
 }
 # Where a type with Llama's names has a norm on each query and key head.
 HEAD_NORMS: dict[Role, str] = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
-NORM_OF: dict[Role, Role] = {"q": "q_norm", "k": "k_norm"}
+# The roles of these norms' weights, where a smaller head may have a norm of its own size.
+HEAD_NORM_ROLES: tuple[Role, ...] = ("q_norm", "k_norm")
+NORMED_PLACES: dict[Role, Place] = {
+    **LLAMA_PLACES,
+    **{role: Place(module) for role, module in zip(HEAD_NORM_ROLES, HEAD_NORMS.values(), strict=True)},
+}
+# Where a type with Llama's names has a norm between a projection and the residual sum.
+POST_NORMS: dict[Role, str] = {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm"}
 UNGATED_PLACES: dict[Role, Place] = {role: place for role, place in LLAMA_PLACES.items() if role != "gate"}
 
 
@@ -47,9 +57,10 @@ UNGATED_PLACES: dict[Role, Place] = {role: place for role, place in LLAMA_PLACES
 class Family:
     """The names and properties of a model type's modules.
 
-    Linear weights are `[out, in]`. RoPE rotates the first r dims of a head as pairs `(p, p + r/2)`. The roles q, k, v,
-    o, gate, up and down are the linear weights that a budget counts; `mlp_norm` is the module that reads the residual
-    stream for the MLP. Without a gate the MLP is `down(act(up(x)))`.
+    Linear weights are `[out, in]`, or `[in, out]` where their place says so. RoPE rotates the first r dims of a head as
+    pairs `(p, p + r/2)`. The roles q, k, v, o, gate, up and down are the linear weights that a budget counts;
+    `mlp_norm` is the module that reads the residual stream for the MLP; without that role the MLP reads it. Without a
+    gate the MLP is `down(act(up(x)))`.
     """
 
     model_type: str  # as in config.json
@@ -59,16 +70,39 @@ class Family:
     use_bias: bool = False  # config.json's use_bias (default true) gives biases to all linear layers
     rotary_factor: float | None = None  # partial_rotary_factor if config.json omits it; None: RoPE rotates all dims
     softmax_scale: str | None = None  # the config entry of the softmax scale; None: head_dim ** -0.5
+    scale_power: float = 1.0  # the softmax scale is that entry to this power
+    score_cap: str | None = None  # the config entry of the cap of attention scores, of which null is none
+    query_growth: str | None = None  # the entry of rope_parameters by which queries grow with their position
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
+    like_llama: bool = False  # without windows, the stock class computes what Llama's does, but for biases
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
-    fitted_norms: bool = False  # a smaller query or key head may have a norm of its own size
+    heads_first: bool = False  # these norms get heads before tokens, [B, H, T, h]
+    joint_norms: bool = False  # these norms are over all heads of a token together
+    post_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of an RMS norm on the output of o and down
+    norm_offset: float = 0.0  # what these norms add to their weight
+    local_rope: bool = False  # rope_parameters has a table for each type of attention, as Gemma 3
+    strict_longrope: bool = False  # transformers 4 refuses other entries of rope_scaling than type and factors
     rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
+    positions: Positions = "rope"  # how the model knows a token's place
+    position_embedding: str | None = None  # the module of learned positions
+    names: Mapping[str, str] = field(default_factory=dict)  # entries of config.json: Llama's name → its own
+    activation: str | None = None  # the module between up and down in a layer whose MLP is no module of its own
+    refusal: Callable[[Any], str | None] = lambda _config: None  # what of a configuration a3 does not support
+    stock_heads: str | None = None  # why no head can be smaller in the stock shape; None: they can
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
+    scaled_part: bool = False  # RoPE scales the part of a head that it rotates, and only that: config.json says so
+    held_by: str | None = None  # the model type around the decoder (`wrappers.py`), which only the stock shape can keep
     carried: tuple[str, ...] = ()  # prefixes of tensors that the stock class does not know, copied as they are
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
+    kernel: str = "sdpa"  # transformers' implementation of attention that computes what the model defines
+
+    @property
+    def fitted_norms(self) -> bool:
+        """Return whether a smaller query or key head may have a norm of its own size."""
+        return "q_norm" in self.places
 
     @property
     def gated(self) -> bool:
@@ -83,10 +117,19 @@ class Family:
         return self.head_norms.get(role, self.module(role))
 
     @property
+    def stream_reader(self) -> str:
+        """Return the path of the module that reads the residual stream after attention."""
+        return self.module("mlp_norm") if "mlp_norm" in self.places else self.mlp
+
+    @property
     def whole_heads(self) -> str | None:
         """Return why query and key heads must keep their size; None if they may be smaller."""
+        if self.joint_norms:
+            return "a norm follows all query heads together, and all key heads, so these keep their size"
         if self.head_norms:
             return "a norm follows each query and key head, so these keep their size"
+        if self.scaled_part:
+            return "RoPE scales only the rotated part of query and key heads, so these keep their size"
         return "some layers have no RoPE, so query and key heads keep their size" if self.rotating_layers else None
 
     def compressible(self, shape: str) -> tuple[Component, ...]:
@@ -94,7 +137,9 @@ class Family:
 
         The stock shape has one size for all heads: where QK keeps its own, so does OV.
         """
-        kept = () if self.whole_heads is None else ("qk", "ov") if shape == "stock" else ("qk",)
+        kept: tuple[Component, ...] = ()
+        if self.why_whole(shape) is not None:
+            kept = ("qk", "ov") if shape == "stock" else ("qk",)
         return tuple(component for component in self._allowed(shape) if component not in kept)
 
     def possible(self, shape: str, method: str) -> tuple[Component, ...]:
@@ -103,17 +148,30 @@ class Family:
         return self._allowed(shape) if fits else self.compressible(shape)
 
     def _allowed(self, shape: str) -> tuple[Component, ...]:
-        return self.stock_components if shape == "stock" else self.per_layer_components
+        if shape == "stock":
+            return self.stock_components
+        return () if self.held_by else self.per_layer_components
 
     def why_whole(self, shape: str) -> str | None:
         """Return why this shape keeps query and key heads whole, and with them others; None if it does not."""
-        if self.whole_heads is None or shape != "stock":
+        if shape != "stock":
             return self.whole_heads
+        if self.whole_heads is None:
+            return self.stock_heads
         return f"{self.whole_heads}, and the stock shape has one size for all heads"
 
     @property
+    def rotates(self) -> bool:
+        """Return whether the model has RoPE."""
+        return self.positions == "rope"
+
+    def usual(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a configuration's entries also under the names that Llama's has for them."""
+        return {**config, **{usual: config[own] for usual, own in self.names.items() if config.get(own) is not None}}
+
+    @property
     def mlp(self) -> str:
-        """Return the path of the MLP inside a decoder layer."""
+        """Return the path of the MLP inside a decoder layer; "" where it is no module of its own."""
         return self.module("down").rpartition(".")[0]
 
     def tensor(self, layer: int, role: Role, kind: Kind = "weight") -> str:
@@ -128,6 +186,15 @@ class Family:
         start = sum(shapes[before][0] for before in after)
         return slice(start, start + shapes[role][0])
 
+    def head_rows(self, role: Role, shapes: LinearShapes) -> slice:
+        """Return the part of the output of `heads(role)` that belongs to the role."""
+        return slice(None) if role in self.head_norms else self.rows(role, shapes)
+
+    def roles_of(self, module: str) -> tuple[Role, ...]:
+        """Return the roles of a module, given by its path inside a layer, in the order of their rows."""
+        roles = [role for role, place in self.places.items() if place.module == module]
+        return tuple(sorted(roles, key=lambda role: len(self.places[role].after or ())))
+
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."
 
@@ -137,25 +204,14 @@ class Family:
         number, _, rest = tensor.removeprefix(prefix).partition(".")
         if not tensor.startswith(prefix) or not number.isdigit():
             return None
-        path, _, kind = rest.rpartition(".")
-        roles = [role for role, place in self.places.items() if place.module == path]
-        roles.sort(key=lambda role: len(self.places[role].after or ()))
-        if self.fitted_norms:
-            roles += [NORM_OF[role] for role, module in self.head_norms.items() if module == path]
-        return (int(number), tuple(roles), kind) if roles else None
+        module, _, kind = rest.rpartition(".")
+        roles = self.roles_of(module)
+        return (int(number), roles, kind) if roles else None
 
-    def find_role(self, tensor: str) -> tuple[int, Role, str] | None:
-        """Return `find_roles` of a tensor that belongs to one role.
 
-        Raises ValueError for a fused tensor, whose roles must be compressed one by one.
-        """
-        found = self.find_roles(tensor)
-        if found is None:
-            return None
-        layer, (role, *others), kind = found
-        if others:
-            raise ValueError(f"{tensor} is fused of {', '.join(found[1])}")
-        return layer, role, kind
+def sees_later_tokens(config: Any) -> str | None:
+    """Return that attention is not causal, as in embedding models that a configuration class describes too."""
+    return "attention to later tokens" if getattr(config, "use_bidirectional_attention", False) else None
 
 
 @dataclass(frozen=True)
@@ -168,14 +224,17 @@ class LayerSizes:
 
 
 def per_layer_config(sizes: Sequence[LayerSizes], slots: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Return config.json's entry that gives each layer its sizes and RoPE slots, as transformers 5 reads it."""
+    """Return config.json's entry that gives each layer its sizes and RoPE slots, as transformers 5 reads it.
+
+    Layers of a model without RoPE have no slots, and no entry for them.
+    """
     digits = len(str(len(sizes) - 1))  # so that the keys of the file are in order
     return {
         str(layer).zfill(digits): {
             "qk_head_dim": size.qk,
             "v_head_dim": size.ov,
             "intermediate_size": size.mlp,
-            "rope_slots": list(own),
+            **({"rope_slots": list(own)} if own else {}),
         }
         for layer, (size, own) in enumerate(zip(sizes, slots, strict=True))
     }
@@ -196,10 +255,13 @@ class ModelShape:
     gated: bool = True
     passed_dims: int = 0  # dims of a query or key head that RoPE does not rotate
     fixed_scale: float | None = None  # softmax scale that does not depend on the head size
+    score_cap: float | None = None  # attention scores s become cap · tanh(s / cap)
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
     windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
-    still_layers: tuple[int, ...] = ()  # layers without RoPE
+    still_layers: tuple[int, ...] = ()  # layers without RoPE, where others have it
     fitted_norms: bool = False  # query and key heads have norms, which get smaller with them
+    query_growth: tuple[float, int] | None = None  # β, n: queries at position p times 1 + β log(1 + floor(p / n))
+    mlp_in_layer: bool = False  # the MLP is no module of its own, which could run in pieces
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
@@ -244,13 +306,6 @@ class ModelShape:
             **dict.fromkeys(self.mlp_inputs, (size.mlp, d)),
             "down": (d, size.mlp),
         }
-
-    def tensor_shape(self, role: Role, kind: str, sizes: LayerSizes | None = None) -> tuple[int, ...] | None:
-        """Return the shape of a role's weight or bias in a layer with these sizes; None for one that never shrinks."""
-        if role in NORM_OF.values():
-            return ((sizes or self.full_sizes).qk,)
-        found = self.linear_shapes(sizes).get(role)
-        return found if found is None or kind == "weight" else found[:1]
 
 
 def pair_dims(pairs: int, turning: int) -> list[int]:

@@ -6,4 +6,5 @@ FAMILY = Family(
     model_type="llama",
     places=LLAMA_PLACES,
     per_layer_class="A3LlamaForCausalLM",
+    like_llama=True,
 )

@@ -6,4 +6,5 @@ FAMILY = Family(
     model_type="mistral",
     places=LLAMA_PLACES,
     per_layer_class="A3MistralForCausalLM",
+    like_llama=True,
 )

@@ -7,4 +7,5 @@ FAMILY = Family(
     places=LLAMA_PLACES,
     per_layer_class="A3Qwen2ForCausalLM",
     qkv_bias=True,
+    like_llama=True,
 )

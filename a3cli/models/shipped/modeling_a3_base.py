@@ -4,12 +4,15 @@
 Slot j of a layer, dims `(j, j + qk_head_dim/2)`, turns like pair `rope_slots[j]` of the full head; a fraction turns
 between two pairs, by geometric interpolation of their frequencies. With partial RoPE (Nemotron), slots beyond the
 pairs that turn are passed through: they are the last dims, and slot j of these s slots has dims `(j, j + s)`.
-`head_dim` stays that of the full head: it defines the pairs and the softmax scale. Everything else is stock
-transformers, 4.57 or 5.
+`head_dim` stays that of the full head: it defines the pairs and the softmax scale. Models without RoPE have neither
+`head_dim` nor `rope_slots`. Everything else is stock transformers, 4.57 or 5.
 """
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,11 +27,11 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-PER_LAYER = ("qk_head_dim", "v_head_dim", "intermediate_size", "rope_slots")
+SIZES = ("qk_head_dim", "v_head_dim", "intermediate_size")
 
 
-def layer_config(config: Any, layer_idx: int) -> Any:
-    """The config of one layer. Raises ValueError if config.json does not describe it."""
+def layer_config(config: Any, layer_idx: int, *, rotates: bool = True) -> Any:
+    """The config of one layer, with RoPE or without. Raises ValueError if config.json does not describe it."""
     found = getattr(config, "per_layer_config", None)
     if found is None or isinstance(found, dict):  # a transformers that does not know per_layer_config keeps the dict
         own = copy.copy(config)
@@ -37,9 +40,11 @@ def layer_config(config: Any, layer_idx: int) -> Any:
                 vars(own).update(values)
     else:
         own = found[layer_idx]
-    missing = [name for name in PER_LAYER if getattr(own, name, None) is None]
+    missing = [name for name in (*SIZES, *["rope_slots"] * rotates) if getattr(own, name, None) is None]
     if missing:
         raise ValueError(f"config.json: per_layer_config gives layer {layer_idx} no {', '.join(missing)}")
+    if not rotates:
+        return own
     slots, last = own.rope_slots, config.head_dim // 2 - 1
     if 2 * len(slots) != own.qk_head_dim or not all(0 <= slot <= last for slot in slots):
         raise ValueError(
@@ -48,11 +53,23 @@ def layer_config(config: Any, layer_idx: int) -> Any:
     return own
 
 
+@contextmanager
+def without_layers(config: Any) -> Iterator[int]:
+    """Let a stock class build its model without layers, from a config that says so meanwhile; yields their number."""
+    layers, config.num_hidden_layers = config.num_hidden_layers, 0
+    try:
+        yield layers
+    finally:
+        config.num_hidden_layers = layers
+
+
 class A3RotaryEmbedding(LlamaRotaryEmbedding):
     """cos and sin `[B, T, S]` of every slot that turns in some layer; each picks its own (see `PerLayerAttention`).
 
     Frequencies come from the stock module, so every RoPE type works. A whole slot turns exactly like its pair.
     """
+
+    keeps_float32 = False  # some types rotate in float32
 
     def __init__(self, config: Any, slots: list[float]) -> None:
         super().__init__(config)
@@ -82,7 +99,7 @@ class A3RotaryEmbedding(LlamaRotaryEmbedding):
         turned = low * (high / low) ** self.fraction
         angles = position_ids[..., None].float() * turned.to(x.device)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return (cos, sin) if self.keeps_float32 else (cos.to(x.dtype), sin.to(x.dtype))
 
 
 class PerLayerAttention:
@@ -91,22 +108,46 @@ class PerLayerAttention:
     Fused kernels want one size, so for them the smaller is padded with zeros at the time of the call.
     """
 
+    rotates = True
     rotate = staticmethod(apply_rotary_pos_emb)
+    eager = staticmethod(eager_attention_forward)
+    kernel_options: Any = MappingProxyType({})  # what attention kernels of the type take beside the usual
+    output = "o_proj"
 
-    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+    def __init__(self, config: Any, layer_idx: int, slots: Sequence[float] = ()) -> None:
         super().__init__(config, layer_idx)
-        own = layer_config(config, layer_idx)
+        own = layer_config(config, layer_idx, rotates=self.rotates)
         self.qk_head_dim, self.v_head_dim = own.qk_head_dim, own.v_head_dim
-        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, self.q_proj.bias is not None
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.qk_head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.qk_head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.v_head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=self.o_proj.bias is not None)
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", heads)
+        self.build_inputs(config, heads * self.qk_head_dim, kv_heads * self.qk_head_dim, kv_heads * self.v_head_dim)
+        self.build_output(config, heads * self.v_head_dim)
         # Types whose layers differ in their window keep it in the layer.
         self.window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
-        self.places = [slots.index(slot) for slot in own.rope_slots if slot in slots] * 2  # both halves of what turns
+        rotated = [slots.index(slot) for slot in getattr(own, "rope_slots", ()) if slot in slots]
+        self.places = rotated * 2  # both halves of what turns
         self.register_buffer("slot_index", torch.zeros(len(self.places), dtype=torch.long), persistent=False)
         self.fill_buffers()
+
+    def build_inputs(self, config: Any, query: int, key: int, value: int) -> None:
+        """Replace the stock projections by ones of these widths."""
+        bias = self.q_proj.bias is not None
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, value, bias=bias)
+
+    def build_output(self, config: Any, width: int) -> None:
+        """Replace the stock output projection by one that reads this width."""
+        bias = getattr(self, self.output).bias is not None
+        setattr(self, self.output, nn.Linear(width, config.hidden_size, bias=bias))
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values `[B, T, n·h]`."""
+        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+    def grow(self, query: torch.Tensor, _position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Rotated queries as attention takes them; some types scale them by their positions."""
+        return query
 
     def fill_buffers(self) -> None:
         self.slot_index.copy_(torch.tensor(self.places, dtype=torch.long))
@@ -114,22 +155,23 @@ class PerLayerAttention:
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = hidden_states.shape[:-1]
         cache = take_cache(kwargs, attention_mask, shape[1])
         cache_position = kwargs.pop("cache_position", None)  # read by the static cache of transformers 4
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
-        cos, sin = (table[..., self.slot_index] for table in position_embeddings)
-        query, key = self.rotate(query, key, cos, sin)
+        query, key, value = self.project(hidden_states)
+        query = query.view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        key = key.view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        value = value.view(*shape, -1, self.v_head_dim).transpose(1, 2)
+        query, key = self.turn(query, key, position_embeddings)
+        query = self.grow(query, kwargs.get("position_ids"))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
-        attention, kernel = eager_attention_forward, self.config._attn_implementation
+        attention, kernel = self.eager, self.config._attn_implementation
         if kernel not in (None, "eager"):
             attention = ALL_ATTENTION_FUNCTIONS[kernel]
             # vLLM allots its cache by config.head_dim, the same for all layers.
@@ -144,11 +186,19 @@ class PerLayerAttention:
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.window,
+            **self.kernel_options,
             **kwargs,
         )
         # vLLM returns the heads of a token in one dimension.
         heads = output.reshape(*shape, self.config.num_attention_heads, -1)
-        return self.o_proj(heads[..., : self.v_head_dim].flatten(-2)), weights
+        return getattr(self, self.output)(heads[..., : self.v_head_dim].flatten(-2)), weights
+
+    def turn(self, query: torch.Tensor, key: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor] | None) -> Any:
+        """Rotate queries and keys `[B, heads, T, qk]` by this layer's slots; without RoPE nothing is rotated."""
+        if positions is None:
+            return query, key
+        cos, sin = (table[..., self.slot_index] for table in positions)
+        return self.rotate(query, key, cos, sin)
 
 
 def take_cache(kwargs: dict[str, Any], attention_mask: Any, query_length: int) -> Cache | None:
@@ -216,13 +266,16 @@ class PerLayerModel(PerLayerWeights):
         slots = sorted({float(slot) for layer in layers for slot in layer_config(config, layer).rope_slots})
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = self.build_embedding(config)
         self.rotary_emb = self.rotary_class(config, slots)
         self.layers = nn.ModuleList(self.layer_class(config, layer, self.rotary_emb.slots) for layer in layers)
         self.norm = self.norm_class(config.hidden_size, eps=getattr(config, self.norm_epsilon))
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         self.post_init()
+
+    def build_embedding(self, config: Any) -> nn.Embedding:
+        return nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
 
 
 class PerLayerCausalLM(PerLayerWeights):

@@ -1,0 +1,50 @@
+"""Least squares for a linear layer, from running sums over tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+from a3cli.solvers.linalg import solve_ridge
+
+
+@dataclass
+class LeastSquares:
+    """Running sums of `x` `[n, m]` and `t` `[n, d]` for the least-squares weight of `t = x Wᵀ`.
+
+    `gain` `[d]` is what each output counts: outputs are fitted independently, so it affects the error only.
+    """
+
+    gram: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+    energy: float = 0.0
+    gain: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens, `[..., m]` and `[..., d]`; `weights` `[...]` are theirs, None for 1 each."""
+        x, target = (part.reshape(-1, part.shape[-1]).float() for part in (x, target))
+        if weights is not None:
+            x, target = (part * weights.reshape(-1, 1).sqrt() for part in (x, target))
+        counted = target if self.gain is None else target * self.gain
+        self.energy += counted.square().sum(dtype=torch.float64).item()
+        if self.gram is None or self.cross is None:
+            self.gram, self.cross = x.mT @ x, x.mT @ target
+        else:
+            self.gram.addmm_(x.mT, x)
+            self.cross.addmm_(x.mT, target)
+
+    def solve(self, weight: torch.Tensor, *, ridge: float) -> torch.Tensor:
+        """Return `argmin ‖x Wᵀ − t‖² + ε‖W − weight‖²`, `[d, m]`. Raises ValueError if the Gram is not finite."""
+        assert self.gram is not None
+        assert self.cross is not None
+        gram, start = self.gram.double(), weight.double().mT
+        return (start + solve_ridge(gram, self.cross.double() - gram @ start, ridge=ridge)).mT
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Return `Σ ‖(x Wᵀ − t) ∘ gain‖²` of a weight `[d, m]`."""
+        assert self.gram is not None
+        assert self.cross is not None
+        wide = weight.double().mT
+        squares = wide * (self.gram.double() @ wide - 2 * self.cross.double())
+        if self.gain is not None:
+            squares = squares * self.gain.double().square()
+        return self.energy + squares.sum().item()
