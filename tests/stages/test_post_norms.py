@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import FAMILIES, build_model, gain_of, mlp_linears, post_norms, refused
+from a3cli.models.families import FAMILIES
 from tests.conftest import MODELS as ALL
+from tests.conftest import build_model, gain_of, mlp_linears, post_norms, refused
 
 MODELS = ["gemma2-gqa", "gemma3-gqa", "olmo2-gqa"]
 STEP = 1e-4  # of the change of a weight: what comes after the first order is no part of the result

@@ -86,10 +86,11 @@ def scales_part(config: dict[str, Any], family: Family) -> bool:
         return False
     if (said := rope.get("attention_factor")) is not None:
         return bool(said != 1)
-    original = config.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+    if (factor := rope.get("factor")) is not None:
+        return bool(factor != 1)
     context = config.get("max_position_embeddings")
-    longer = isinstance(context, int) and isinstance(original, int) and context > original
-    return longer if rope.get("factor") is None else rope["factor"] != 1
+    original = config.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+    return isinstance(context, int) and isinstance(original, int) and context > original
 
 
 def usual_entries(config: Mapping[str, Any]) -> dict[str, Any]:
