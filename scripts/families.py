@@ -27,6 +27,8 @@ Written by `python scripts/families.py`, from the definitions in `a3cli/models/f
   that are kept (MLP). The default method then refines QK for the output of attention; `--method paper` does not.
 - **refined**: RoPE turns queries and keys, which leaves no closed form; maps start from one and are refined on sampled
   attention, and judged on blocks that were held out. `--method paper` selects pairs instead.
+- **if asked**: if `--components` names it, and in the stock shape for `--kv-budget` and `--attention-budget`. Smaller
+  heads then have norms of their own, fitted with the maps ([method.md](method.md)).
 - **no**: the component keeps its size, for the reason in the last column.
 
 """
@@ -57,16 +59,17 @@ def compressed() -> Iterator[str]:
     for name, family in sorted(FAMILIES.items()):
         for shape in SHAPES:
             cells = [how(family, component, shape) for component in COMPONENTS]
-            reason = (family.why_whole(shape) or "") if "no" in cells else ""
+            reason = (family.why_whole(shape) or "") if {*cells} - {"exact", "refined"} else ""
             title = f"`{name}`" if shape == SHAPES[0] else ""
             yield f"| {title} | {shape} | {class_of(family, shape)} | {' | '.join(cells)} | {reason} |"
 
 
 def how(family: Family, component: Component, shape: str) -> str:
-    """Return how a component is made smaller: exact, refined or no."""
-    if component not in family.compressible(shape):
+    """Return how a component is made smaller: exact or refined, by default or if asked, or no."""
+    if component not in family.possible(shape, "best"):
         return "no"
-    return "refined" if component == "qk" and family.rotates else "exact"
+    found = "refined" if component == "qk" and family.rotates else "exact"
+    return found if component in family.compressible(shape) else f"{found}, if asked"
 
 
 def class_of(family: Family, shape: str) -> str:
@@ -96,7 +99,7 @@ def forms(family: Family) -> Iterator[tuple[str, list[Verdict]]]:
     kind, could_be_llama = {"model_type": family.model_type}, family.like_llama
     if family.compressible("stock"):
         yield "stock, whole heads", judge(SIZES | kind, smaller_heads=False, could_be_llama=could_be_llama)
-    if "qk" in family.compressible("stock"):
+    if "qk" in family.possible("stock", "best"):
         for form, rope in (("theta", "default"), ("longrope", "longrope")):
             config = SMALLER | kind | {"rope_parameters": {"rope_type": rope, "rope_theta": 10000.0}}
             yield f"stock, {form}", judge(config, smaller_heads=True, could_be_llama=could_be_llama)

@@ -1,11 +1,13 @@
 """Refine the query and key maps of one layer on its attention samples."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from a3cli.methods.base import AttentionError
-from a3cli.methods.heads import Problem
+from a3cli.methods.heads import Heads, Problem
 from a3cli.methods.inputs import LayerInputs
 from a3cli.models.rope import Rope
 from a3cli.solvers.attention import AttentionProblem, Penalty, SampledHead
@@ -26,16 +28,35 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class RefinedMaps:
-    """Complex maps `[K, P, S]` (`[K, h, S]` with partial RoPE) and their remaining error."""
+class Refined(ABC):
+    """Smaller query and key heads, with their remaining error."""
+
+    error: AttentionError
+
+    @abstractmethod
+    def tensors(self) -> Tensors:
+        """Return what a solution holds of them (see `projections.py`)."""
+
+
+@dataclass(frozen=True)
+class RefinedMaps(Refined):
+    """Complex maps `[K, P, S]` (`[K, h, S]` with partial RoPE) for these slots."""
 
     query: torch.Tensor
     key: torch.Tensor
-    error: AttentionError
+    form: Heads
+    slots: Sequence[float]
+
+    def tensors(self) -> Tensors:
+        return {
+            "query_map": self.form.real_map(self.query, self.slots),
+            "key_map": self.form.real_map(self.key, self.slots),
+        }
 
 
 def refine_maps(
     inputs: LayerInputs,
+    form: Heads,
     rope: Rope,
     slots: list[float],
     closed: SlotMaps,
@@ -60,7 +81,8 @@ def refine_maps(
         )
         query[kv_head], key[kv_head] = found.query, found.key
         before, after = before + found.before, after + found.after
-    return RefinedMaps(query, key, AttentionError(before * inputs.attention_unit, after * inputs.attention_unit))
+    error = AttentionError(before * inputs.attention_unit, after * inputs.attention_unit)
+    return RefinedMaps(error, query, key, form, slots)
 
 
 def split(samples: Tensors, *, few: bool) -> tuple[Tensors, Tensors]:

@@ -30,6 +30,7 @@ from a3cli.methods.base import (
 from a3cli.methods.heads import heads_of
 from a3cli.methods.inputs import LayerInputs
 from a3cli.methods.maps import MapSolver
+from a3cli.methods.normed import NormedSolver
 from a3cli.methods.refits import refit_channels, refit_values
 from a3cli.methods.slots import band_tables, best_spacing, cheap_spacing
 from a3cli.models.families import LayerSizes
@@ -43,7 +44,8 @@ class Best(Method[BestLayer]):
     def solver(self) -> MapSolver:
         rope, settings = self.model.rope, self.settings
         form = heads_of(rope, floor=settings.eigenvalue_floor)
-        return MapSolver(rope, form, settings.context or rope.context, self.machine.device)
+        kind = NormedSolver if self.model.shape.fitted_norms else MapSolver
+        return kind(rope, form, settings.context or rope.context, self.machine.device)
 
     @override
     def analyse(self, inputs: LayerInputs) -> BestLayer:
@@ -85,7 +87,7 @@ class Best(Method[BestLayer]):
         measured: dict[int, AttentionError] = {}
         for rank in self.smaller_ranks():
             closed = self.solver.closed_form(layer, table[rank])
-            predicted[rank] = self.solver.score_loss(layer, closed)
+            predicted[rank] = self.solver.predicted_loss(layer, table[rank], closed)
             if rank in self._measured_ranks():
                 measured[rank] = self.solver.quick_error(layer, table[rank], closed)
         gains = {
@@ -115,9 +117,8 @@ class Best(Method[BestLayer]):
 
     @override
     def project_qk(self, layer: BestLayer, slots: Slots) -> Projection:
-        found, form = self.solver.solve(layer, slots), self.solver.form
-        query, key = (form.real_map(maps, slots.pairs) for maps in (found.query, found.key))
-        return Projection({"query_map": query, "key_map": key}, found.error)
+        found = self.solver.solve(layer, slots)
+        return Projection(found.tensors(), found.error)
 
     @override
     def project_ov(self, inputs: LayerInputs, layer: BestLayer, rank: int) -> Projection:

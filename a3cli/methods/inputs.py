@@ -8,6 +8,7 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.families import Role
+from a3cli.models.families.base import HEAD_NORM_ROLES
 from a3cli.models.model import Model
 from a3cli.models.rope import Rope
 from a3cli.solvers.linalg import effective_rank
@@ -108,6 +109,13 @@ class LayerInputs:
         """Return `W_o,i` of each head, `[H, h, d]`: a view of the output projection `[d, H·h]`."""
         weight = self._model.read(self.layer, "o")
         return weight.view(len(weight), self.shape.heads, self.shape.head_dim).permute(1, 2, 0)
+
+    @cached_property
+    def head_gains(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights `[h]` of the norms behind queries and keys."""
+        family, source = self._model.family, self._model.source
+        query, key = (source.read(family.tensor(self.layer, role)) for role in HEAD_NORM_ROLES)
+        return query, key
 
     @cached_property
     def output_weight_in_stream(self) -> torch.Tensor:

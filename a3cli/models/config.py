@@ -29,6 +29,7 @@ def read_shape(config: Any) -> ModelShape:
         residual_multiplier=read_multiplier(config, family.residual_multiplier) or 1.0,
         windows=read_windows(config),
         still_layers=read_still_layers(family, config),
+        fitted_norms=family.fitted_norms,
         query_growth=read_query_growth(family, config),
         mlp_in_layer=not family.mlp,
     )

@@ -33,22 +33,23 @@ def linear_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     return attention_weights(shape, sizes) + mlp_weights(shape, sizes)
 
 
-def bias_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """Return the number of bias values that shrink with head size or MLP width, over all layers."""
+def small_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
+    """Return the number of biases and of heads' norm weights that shrink with the sizes, over all layers."""
     roles: list[Role] = [
         *(("q", "k", "v") if shape.attention_bias else ()),
         *(shape.mlp_inputs if shape.mlp_bias else ()),
     ]
-    return sum(shape.linear_shapes(size)[role][0] for size in sizes for role in roles)
+    biases = sum(shape.linear_shapes(size)[role][0] for size in sizes for role in roles)
+    return biases + (sum(2 * size.qk for size in sizes) if shape.fitted_norms else 0)
 
 
 def shrinking_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """Return the number of linear weights and of biases that shrink with them."""
-    return linear_weights(shape, sizes) + bias_parameters(shape, sizes)
+    """Return the number of linear weights, and of biases and norms of heads that shrink with them."""
+    return linear_weights(shape, sizes) + small_parameters(shape, sizes)
 
 
 def removed_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """Return the number of parameters that are removed, with biases."""
+    """Return the number of parameters that are removed, with biases and norms of heads."""
     return shrinking_parameters(shape, shape.sizes) - shrinking_parameters(shape, sizes)
 
 
@@ -295,7 +296,7 @@ def triangle(n: int) -> int:
 def solution_bytes(shape: ModelShape, size: LayerSizes, method: str) -> int:
     """Return the bytes on disk of one layer's projections; a component that keeps its size has none."""
     maps, d, refit = shape.kv_heads * shape.head_dim * 8, shape.hidden_size, method == "best"
-    qk = 2 * maps * size.qk if refit else size.qk // 2 * 8
+    qk = 2 * (maps + 8 * shape.fitted_norms) * size.qk if refit else size.qk // 2 * 8
     ov = maps * size.ov + (d * shape.heads * size.ov * 4 if refit else maps * size.ov)
     mlp = size.mlp * (8 + (4 * d if refit else 0))
     kept = ((size.qk, shape.head_dim, qk), (size.ov, shape.head_dim, ov), (size.mlp, shape.intermediate_size, mlp))

@@ -7,6 +7,7 @@ A layer's solution has, for a QK rank r < h, an OV rank s < h (the same in the s
 
     pairs [r/2]               kept RoPE pairs: dims are copied          (paper), or
     query_map, key_map [K, h, r]   W_q ← W_q · map, W_k ← W_k · map     (best)
+    query_norm, key_norm [r]  the weights of the smaller heads' norms, where the family has these    (best)
     value_map [K, h, s]       W_v ← W_v · map
     output_map [K, s, h]      W_o,i ← map · W_o,i                       (paper), or
     output_weight [d, H·s]    the refit output projection itself        (best)
@@ -26,6 +27,8 @@ from a3cli.models.families import ModelShape, Role
 from a3cli.models.families.base import pair_dims
 from a3cli.solvers.moments import Tensors
 
+# What a solution calls the weights of norms; it has none of the MLP's.
+NORMS: dict[Role, str] = {"q_norm": "query_norm", "k_norm": "key_norm", "mlp_norm": ""}
 PIECE = 1 << 22  # bytes of a weight that are projected at a time
 
 
@@ -35,15 +38,15 @@ def apply_projection(
     """Return a smaller weight `[out, in]` or bias `[out]` of one role; the tensor itself if nothing changes it.
 
     With `fold_scale` queries are multiplied by `(r/h)^½`, so that the source's softmax scale `h^-½` survives a loader
-    that computes `r^-½` from the smaller head.
+    that computes `r^-½` from the smaller head; behind a norm the norm's weights are.
     """
-    if role == "mlp_norm" or (tensor.ndim == 1 and role in ("o", "down")):
-        return solution.get(f"{role}_bias", tensor)
+    if role in NORMS or (tensor.ndim == 1 and role in ("o", "down")):
+        return _norm_or_bias(tensor, role, solution, fold_scale=fold_scale)
     if role in ("gate", "up", "down"):
         return _keep_channels(tensor, role, solution)
     if role in ("q", "k"):
         kept = _keep_queries_or_keys(tensor, role, solution, shape)
-        factor = (kept.shape[0] / tensor.shape[0]) ** 0.5
+        factor = 1.0 if "query_norm" in solution else (kept.shape[0] / tensor.shape[0]) ** 0.5
         return kept.to(_exact(kept)) * factor if fold_scale and role == "q" and factor != 1 else kept
     if role == "o" and "output_weight" in solution:
         return solution["output_weight"]
@@ -96,6 +99,13 @@ def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch
         return tensor
     channels = solution["channels"]
     return _take_columns(tensor, channels) if role == "down" else tensor.index_select(0, channels.to(tensor.device))
+
+
+def _norm_or_bias(tensor: torch.Tensor, role: Role, solution: Tensors, *, fold_scale: bool) -> torch.Tensor:
+    """Return the weight of a norm, `[r]` behind smaller queries or keys, or a bias of the width of the model."""
+    smaller = solution.get(NORMS.get(role, f"{role}_bias"), tensor)
+    factor = (len(smaller) / len(tensor)) ** 0.5 if fold_scale and role == "q_norm" else 1.0
+    return smaller if factor == 1 else smaller * factor
 
 
 def _take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

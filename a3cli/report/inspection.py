@@ -142,14 +142,15 @@ def describe_export(folder: Path) -> Inspection:
         export=manifest.summary(),
         measured=manifest.measured,
         versions=manifest.versions,
-        warnings=find_concerns(layers, None, manifest.solution, cut_of(config)),
+        warnings=find_concerns(layers, None, manifest.solution, cut_of(config, manifest.solution)),
     )
 
 
-def cut_of(config: Json) -> tuple[Component, ...]:
-    """Return the components that the family of config.json can cut in some shape."""
+def cut_of(config: Json, solution: Solution | None) -> tuple[Component, ...]:
+    """Return the components that the family of config.json cuts by default in some shape, or that a solution cuts."""
     family = family_for(config)
     shapes = [*family.compressible("stock"), *family.compressible("per-layer")]
+    shapes += solution.request.settings.cut if solution else ()
     return tuple(component for component in COMPONENTS if component in shapes)
 
 
@@ -187,7 +188,7 @@ def describe_work(work: Work) -> Inspection:
     text = describe_calibration_text(blocks, source)
     dimensions, health = describe_statistics(work, calibration.layers, source)
     layers = describe_layers(dimensions, blocks.numel(), solution, health) if dimensions else []
-    warnings = find_concerns(layers, text, solution, cut_of(source.config) if source else COMPONENTS)
+    warnings = find_concerns(layers, text, solution, cut_of(source.config, solution) if source else COMPONENTS)
     if stored and not solution:
         warnings.append(f"{work.solution_manifest} was solved from another calibration: {work.solve_again}")
     if source is None:

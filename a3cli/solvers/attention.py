@@ -14,7 +14,7 @@ With partial RoPE, `z` are the h real dims, as in `solvers/partial.py`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +129,7 @@ class AttentionProblem:
         widen, turns = [whitening(self.queries), whitening(self.keys)], self._turns(slots)
         start = balanced(*(torch.linalg.solve(w, x.to(w)) for w, x in zip(widen, (query, key), strict=True)))
         variables = [torch.view_as_real(x.to(torch.complex64).contiguous()).clone().requires_grad_() for x in start]
-        optimizer = _lbfgs(variables, iterations)
+        optimizer = lbfgs(variables, iterations)
 
         def evaluate() -> torch.Tensor:
             nonlocal best, lowest
@@ -189,11 +189,16 @@ class AttentionProblem:
         found = weights.flatten(1, 2) @ self.head.values[piece.blocks, : piece.length]
         return found.view(*shape[:3], -1)
 
-    def _error(self, index: int, maps: list[torch.Tensor], turns: torch.Tensor) -> torch.Tensor:
-        """Return one piece's part of the loss."""
-        piece, (query, key) = self.pieces[index], [each.conj() for each in maps]
+    def _smaller(self, piece: Piece, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return complex queries `[n, g, R, S]` and keys `[n, T, S]` of the smaller head."""
+        query, key = (each.conj() for each in maps)
         queries, keys = self._of(piece)
-        found = self._outputs(piece, queries @ query, keys @ key, turns)
+        return queries @ query, keys @ key
+
+    def _error(self, index: int, maps: Sequence[torch.Tensor], turns: torch.Tensor) -> torch.Tensor:
+        """Return one piece's part of the loss."""
+        piece = self.pieces[index]
+        found = self._outputs(piece, *self._smaller(piece, maps), turns)
         wrong = found - self.outputs[index]
         sampled = self.queries.shape[0] * self.queries.shape[2]
         squares = (wrong @ self.head.output_gram) * wrong
@@ -224,7 +229,7 @@ def balanced(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torc
     return query / share, key * share
 
 
-def _lbfgs(variables: list[torch.Tensor], iterations: int) -> torch.optim.LBFGS:
+def lbfgs(variables: list[torch.Tensor], iterations: int) -> torch.optim.LBFGS:
     return torch.optim.LBFGS(
         variables,
         max_iter=iterations,

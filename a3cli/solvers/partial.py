@@ -116,6 +116,12 @@ class PartialProblem:
         return 2**0.5 * self._change.mH @ maps[..., : maps.shape[-1] // 2]
 
 
+def complex_columns(maps: torch.Tensor) -> torch.Tensor:
+    """Return the complex `M` `[..., h, S]` of `real_columns`, from real maps `[..., h, 2S]`."""
+    real, imaginary = maps.chunk(2, -1)
+    return torch.complex(real, -imaginary)
+
+
 def real_columns(maps: torch.Tensor) -> torch.Tensor:
     """Return `z̃ = Mᴴ x`, `M` `[..., h, S]`, as a real matrix `[..., h, 2S]`: real parts, then imaginary ones."""
     return torch.cat([maps.real, -maps.imag], -1)

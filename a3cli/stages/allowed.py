@@ -9,10 +9,9 @@ from a3cli.models.source import recorded_source
 from a3cli.settings import PlanSettings, SolveSettings
 from a3cli.settings.options import option_of
 from a3cli.stages.context import AGAIN, check_settings
+from a3cli.stages.sizes import HEADS, default_components, possible_components
 from a3cli.work.folder import Work
 from a3cli.work.manifests import SolutionManifest
-
-HEADS = {"qk", "ov"}
 
 
 def known_family(model: str, revision: str | None) -> Family | None:
@@ -47,7 +46,7 @@ def resolve_for_work(settings: SolveSettings, work: Work) -> SolveSettings:
 
 
 def resolve_settings(settings: SolveSettings, family: Family | None) -> SolveSettings:
-    """Return settings that name the components that may be cut: by default all that the family allows in this shape.
+    """Return settings that name the components that may be cut, if they do not: `default_components`.
 
     Raises A3Error if they contradict each other or the family.
     """
@@ -56,7 +55,7 @@ def resolve_settings(settings: SolveSettings, family: Family | None) -> SolveSet
         check_shape(settings, family)
         check_heads(settings, family)
         check_components(settings, family)
-        components = settings.components or family.compressible(settings.shape)
+        components = settings.components or default_components(settings, family)
     resolved = settings.model_copy(update={"components": components})
     check_settings(resolved, family)
     return resolved
@@ -73,7 +72,7 @@ def check_shape(settings: SolveSettings | PlanSettings, family: Family) -> None:
 
 def check_heads(settings: SolveSettings | PlanSettings, family: Family) -> None:
     """Raise A3Error for a budget of attention or of the KV cache if a family keeps all heads whole in this shape."""
-    if HEADS & {*family.compressible(settings.shape)}:
+    if HEADS & {*possible_components(settings, family)}:
         return
     other = "--shape per-layer, or " if HEADS & {*family.compressible("per-layer")} else ""
     alone = "--budget or --mlp-budget" if isinstance(settings, SolveSettings) else "--budget"
@@ -87,7 +86,7 @@ def check_heads(settings: SolveSettings | PlanSettings, family: Family) -> None:
 
 def check_components(settings: SolveSettings, family: Family) -> None:
     """Raise A3Error if a component was named that a family does not allow in this shape."""
-    named, allowed = settings.components or (), family.compressible(settings.shape)
+    named, allowed = settings.components or (), possible_components(settings, family)
     if refused := [component for component in named if component not in allowed]:
         raise A3Error(
             f"--components {','.join(named)}: a3 cannot compress {' and '.join(refused)} "

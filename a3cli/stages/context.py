@@ -150,7 +150,7 @@ def check_settings(settings: SolveSettings, family: Family | None = None) -> Non
     """
     problems = budget_problems(settings)
     attention = {"qk", "ov"} & set(settings.cut)
-    allowed = family.compressible(settings.shape) if family else COMPONENTS
+    allowed = family.possible(settings.shape, settings.method) if family else COMPONENTS
     heads = " and ".join(component for component in allowed if component != "mlp")
     if len(attention) == 1 and settings.shape == "stock":
         problems.append(

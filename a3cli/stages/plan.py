@@ -43,7 +43,7 @@ from a3cli.stages.as_llama import could_be_llama
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
 from a3cli.stages.rounding import planned_warnings
-from a3cli.stages.sizes import Stored, check_budgets, planned_size
+from a3cli.stages.sizes import Stored, check_budgets, default_components, planned_size, why_whole
 from a3cli.work.files import Json
 
 
@@ -77,7 +77,7 @@ def plan(settings: PlanSettings) -> Json:
     shape = read_shape(config)
     parameters, item = count_parameters(stock), ITEMSIZES[dtype]
     stored = Stored(parameters, parameters * item, item)
-    size, components = choose_sizes(settings, shape, stored, family), family.compressible(settings.shape)
+    size, components = choose_sizes(settings, shape, stored, family), default_components(settings, family)
     context = config.max_position_embeddings
     run = Run(settings, shape, size, item, ITEMSIZES[compute], parameters, config.vocab_size, context, components)
     rates = find_rates(settings, compute)
@@ -88,7 +88,7 @@ def plan(settings: PlanSettings) -> Json:
         "dtype": dtype,
         "layers": shape.layers,
         "components": list(components),
-        "whole_heads": family.why_whole(settings.shape),
+        "whole_heads": why_whole(settings, components, family),
         **describe_model(run),
         "disk_bytes": asdict(estimate_disk(run)),
         "device_memory_bytes": asdict(estimate_device_memory(run)),
@@ -182,7 +182,7 @@ def choose_sizes(settings: PlanSettings, shape: ModelShape, stored: Stored, fami
     head, mlp = settings.head_multiple, settings.mlp_multiple
     heads, widths = sizes(shape.head_dim, head), sizes(shape.intermediate_size, mlp)
     rounded: dict[Component, list[int]] = {"qk": heads, "ov": heads, "mlp": widths}
-    cut = family.compressible(settings.shape)
+    cut = default_components(settings, family)
     allowed = {component: every if component in cut else every[-1:] for component, every in rounded.items()}
     check_budgets(settings, shape, allowed, stored, family)
     found = planned_size(settings, shape, stored, family, head, mlp)

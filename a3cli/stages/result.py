@@ -6,6 +6,7 @@ from dataclasses import asdict
 import torch
 
 from a3cli.methods import Curves, Slots
+from a3cli.methods.normed import maps_at_mean_length
 from a3cli.models import costs
 from a3cli.models.families import LayerSizes, ModelShape
 from a3cli.models.families.base import pair_dims
@@ -67,7 +68,8 @@ def score_errors(run: Run, layer: int, slots: Slots, rank: int, solution: Tensor
     kept = frequency_at(pairs, torch.tensor(slots.pairs, dtype=torch.float64))
     dims, columns = pair_dims(len(pairs), shape.turning_pairs), pair_dims(len(kept), int(kept.count_nonzero()))
     queries, keys = (inputs.mean(name)[:, dims][..., dims] for name in ("q_gram", "k_gram"))
-    query_map, key_map = (each[:, dims][..., columns] for each in head_maps(solution, shape))
+    at_mean = maps_at_mean_length(inputs, solution) if "query_norm" in solution else head_maps(solution, shape)
+    query_map, key_map = (each[:, dims][..., columns] for each in at_mean)
     grams, maps = (queries, keys), (query_map, key_map)
     return {
         "distance": distances,

@@ -20,7 +20,7 @@ from a3cli.report.serving import serving_warnings
 from a3cli.settings import Component, PlanSettings, SolveSettings
 from a3cli.settings.budgets import given_budgets
 from a3cli.solvers.allocate import sizes
-from a3cli.stages.sizes import Stored, planned_size, removed_weights
+from a3cli.stages.sizes import Stored, default_components, planned_size, removed_weights
 from a3cli.work.folder import Work
 from a3cli.work.manifests import Change, Solution
 
@@ -95,7 +95,7 @@ def planned_warnings(
     overshot = overshot_by(settings, shape, size, stored)
     if settings.shape == "per-layer" or not overshot:
         return []
-    cuts = cuts_of(settings, family.compressible(settings.shape))
+    cuts = cuts_of(settings, default_components(settings, family))
     remedy = suggest(settings, cuts, near)
     return [each.describe(settings, cuts, remedy) for each in overshot]
 

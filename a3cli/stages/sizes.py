@@ -13,6 +13,27 @@ from a3cli.settings import COMPONENTS, Component, PlanSettings, SolveSettings
 from a3cli.solvers.allocate import Choice, allocate, allocate_jointly
 
 Items = list[list[Choice]]
+HEADS: set[Component] = {"qk", "ov"}
+
+
+def default_components(settings: SolveSettings | PlanSettings, family: Family) -> tuple[Component, ...]:
+    """Return the components that are cut without --components: those that need no norm of another size.
+
+    A budget of attention or of the KV cache that these cannot meet cuts all that the method can.
+    """
+    default = family.compressible(settings.shape)
+    asked = settings.kv_budget or getattr(settings, "attention_budget", None)
+    return possible_components(settings, family) if asked and not HEADS & {*default} else default
+
+
+def possible_components(settings: SolveSettings | PlanSettings, family: Family) -> tuple[Component, ...]:
+    """Return the components that may be named; a plan does not say the method, which is `best` by default."""
+    return family.possible(settings.shape, getattr(settings, "method", "best"))
+
+
+def why_whole(settings: SolveSettings | PlanSettings, cut: Sequence[Component], family: Family) -> str | None:
+    """Return why query and key heads stay whole; None if they are among the components that are cut."""
+    return None if "qk" in cut else family.why_whole(settings.shape)
 
 
 @dataclass(frozen=True)
@@ -113,7 +134,7 @@ def planned_size(
         need.count,
         head_multiple=head_multiple,
         mlp_multiple=mlp_multiple,
-        components=family.compressible(settings.shape),
+        components=default_components(settings, family),
         kv_budget=settings.kv_budget or 0.0,
     )
 
@@ -207,7 +228,7 @@ def keep_to_budget(
     except ValueError:
         attention = count is costs.attention_weights
         name, multiple = ("attention", settings.head_multiple) if attention else ("MLP", settings.mlp_multiple)
-        why = in_brackets(family.why_whole(settings.shape)) if attention else ""
+        why = in_brackets(why_whole(settings, cut_of(settings, family), family)) if attention else ""
         raise A3Error(
             f"{name} budget {budget} cannot be reached: multiples of {multiple} remove at most "
             f"{most_of(items) / weights:.4f}{why}; lower the budget, the multiple or the least size"
@@ -223,8 +244,8 @@ def check_reach(
 ) -> None:
     """Raise A3Error naming each budget that is missed even if everything is removed that may be."""
     problems, cut = [], cut_of(settings, family)
-    why = family.why_whole(settings.shape)
-    because, other = in_brackets(why), ", or use --shape per-layer" if why and settings.shape == "stock" else ""
+    why = why_whole(settings, cut, family)
+    because, other = in_brackets(why), other_ways(settings, why, family)
     cached = sum(max(choice.cached for choice in item) for item in items)
     if need.cached is not None and cached < need.cached:
         total = costs.kv_bytes_per_token(shape, shape.sizes, 1)
@@ -248,8 +269,8 @@ def check_reach(
 
 
 def cut_of(settings: SolveSettings | PlanSettings, family: Family) -> Sequence[Component]:
-    """Return the components that may be cut: in a plan all that the family allows."""
-    return settings.cut if isinstance(settings, SolveSettings) else family.compressible(settings.shape)
+    """Return the components that may be cut: in a plan the default ones."""
+    return settings.cut if isinstance(settings, SolveSettings) else default_components(settings, family)
 
 
 def multiples_of(settings: SolveSettings | PlanSettings, cut: Sequence[Component]) -> str:
@@ -265,6 +286,15 @@ def least_sizes(settings: SolveSettings | PlanSettings, cut: Sequence[Component]
         return ""
     options = ["--min-head"] * bool({"qk", "ov"} & {*cut}) + ["--min-mlp"] * ("mlp" in cut)
     return f", or the least sizes ({', '.join(options)})"
+
+
+def other_ways(settings: SolveSettings | PlanSettings, why: str | None, family: Family) -> str:
+    """Return the advice to use another shape or to name components, if heads stay whole for the reason `why`."""
+    ways = ["--shape per-layer"] if why and settings.shape == "stock" else []
+    possible = possible_components(settings, family)
+    if why and isinstance(settings, SolveSettings) and "qk" in possible:
+        ways.append(f"--components {','.join(possible)}")
+    return f", or use {' or '.join(ways)}" if ways else ""
 
 
 def in_brackets(why: str | None) -> str:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.models.config import LARGEST, check_sizes, read_shape
 from a3cli.models.families import LayerSizes, ModelShape, decoder_config, family_of, usual_entries
+from a3cli.models.families.base import HEAD_NORM_ROLES
 from a3cli.models.families.wrappers import Wrapper, wrapper_of
 from a3cli.models.fused import stored_shape
 from a3cli.models.model import Model, open_calibrated_source
@@ -160,6 +161,8 @@ def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]
     for layer, size in enumerate(sizes):
         of_layer = shape.linear_shapes(size)
         shapes |= {family.tensor(layer, role): list(stored_shape(family, role, of_layer)) for role in of_layer}
+        if shape.fitted_norms:
+            shapes |= {family.tensor(layer, role): [size.qk] for role in HEAD_NORM_ROLES}
     return sizes, shapes
 
 

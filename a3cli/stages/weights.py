@@ -15,6 +15,7 @@ import torch
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import TensorInfo, check_finite, is_finite, read_stored, row_groups
 from a3cli.models.families import ModelShape, Role
+from a3cli.models.families.base import HEAD_NORM_ROLES
 from a3cli.models.fused import change_roles, stored_shape, take_role
 from a3cli.models.model import Model
 from a3cli.models.projections import apply_projection, pieces
@@ -59,6 +60,8 @@ def plan_weights(model: Model, solution: Solution, settings: ExportSettings) -> 
             layer, roles, kind = found
             if roles[0] in shapes[layer]:
                 new_shape = stored_shape(model.family, roles[0], shapes[layer], "bias" if kind == "bias" else "weight")
+            elif roles[0] in HEAD_NORM_ROLES:
+                new_shape = (solution.sizes[layer].qk,)
         dtype = info.dtype if settings.dtype == "source" else getattr(torch, settings.dtype)
         planned.append(PlannedTensor(model.exported_name(name), tuple(new_shape), dtype, source=name))
         if name in added:

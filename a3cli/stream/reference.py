@@ -6,6 +6,8 @@ dims of the full head:
     pairs                  rows of the other pairs are zero, RoPE as in the source               (paper), or
     query_map, key_map     slot j is in pair j with the frequency that `rope_slots[j]` says, unrotated slots are among
                            the unrotated dims, the rest is zero   (best)
+    query_norm, key_norm   the norm's weights times (r/h)^½ at the dims of the slots, the heads before it times (h/r)^½,
+                           so that their mean square over all h dims is that over the r dims of the smaller head
     value_map              the mixed value in the first dims of each head, the rest zero, and so the columns of
                            `output_weight` or `output_map`
     channels               columns of the down projection of the other channels are zero; `gate_weight` and `up_weight`
@@ -21,7 +23,7 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.families import Role
-from a3cli.models.families.base import pair_dims
+from a3cli.models.families.base import HEAD_NORM_ROLES, pair_dims
 from a3cli.models.fused import change_roles
 from a3cli.models.model import Model
 from a3cli.solvers.moments import Tensors
@@ -30,7 +32,7 @@ from a3cli.stream.decoder import Arguments, Decoder
 from a3cli.work.machine import Machine
 from a3cli.work.progress import Progress, reporting
 
-ATTENTION = {"pairs", "query_map", "key_map", "value_map", "output_map", "output_weight"}
+ATTENTION = {"pairs", "query_map", "key_map", "query_norm", "key_norm", "value_map", "output_map", "output_weight"}
 KNOWN = ATTENTION | {"channels", "gate_weight", "up_weight", "down_weight", "down_bias"}
 
 
@@ -59,7 +61,7 @@ class FullSizeReference(Decoder):
             layer, roles, kind = found
             shapes = self.shape.linear_shapes()
             value = change_roles(
-                value, self.family, roles, shapes, lambda role, own: self._apply(own, layer, role, kind)
+                value, self.family, roles, shapes, lambda role, own: self._change(own, layer, role, kind)
             )
         return value if self._rounded is None else value.to(self._rounded(stored))
 
@@ -68,6 +70,11 @@ class FullSizeReference(Decoder):
         if unknown := solution.keys() - KNOWN - {"unchanged"}:
             raise A3Error(f"layer {layer}: the reference does not know what {', '.join(sorted(unknown))} does")
         return solution
+
+    def _change(self, value: torch.Tensor, layer: int, role: Role, kind: str) -> torch.Tensor:
+        if role in HEAD_NORM_ROLES:
+            return self._place_norm(value, layer, "query_norm" if role == "q_norm" else "key_norm")
+        return self._apply(value, layer, role, kind)
 
     def _apply(self, value: torch.Tensor, layer: int, role: Role, kind: str) -> torch.Tensor:
         solution = self._layer_solution(layer)
@@ -97,17 +104,31 @@ class FullSizeReference(Decoder):
 
     def _place_slots(self, value: torch.Tensor, layer: int, role: Role, solution: Tensors) -> torch.Tensor:
         """Return rows of q or k, `[n·h, …]`: kept pairs in place, or slot j in pair j."""
-        half, turning = self.shape.head_dim // 2, self.shape.turning_pairs
+        half = self.shape.head_dim // 2
         if "pairs" in solution:
-            every = pair_dims(half, turning)
+            every = pair_dims(half, self.shape.turning_pairs)
             dims = [every[pair + second] for second in (0, half) for pair in solution["pairs"].tolist()]
             return self._placed(self._heads(value)[:, dims].double(), dims)
         if "query_map" not in solution:
             return value
         mapped = mixed(self._heads(value), solution["query_map" if role == "q" else "key_map"])
+        if "query_norm" in solution:
+            mapped *= (self.shape.head_dim / mapped.shape[1]) ** 0.5
+        return self._placed(mapped, self._dims_of_slots(layer, mapped.shape[1]))
+
+    def _place_norm(self, value: torch.Tensor, layer: int, name: str) -> torch.Tensor:
+        """Return the weights `[h]` of a norm: those of smaller heads in the dims of their slots, the rest zero."""
+        if (smaller := self._layer_solution(layer).get(name)) is None:
+            return value
+        scaled = smaller.double() * (len(smaller) / self.shape.head_dim) ** 0.5
+        return self._placed(scaled[None, :, None], self._dims_of_slots(layer, len(smaller)))
+
+    def _dims_of_slots(self, layer: int, rank: int) -> list[int]:
+        """Return the dims of the full head that hold a smaller head: slot j in pair j, then the unrotated dims."""
+        turning = self.shape.turning_pairs
         slots = sum(slot < turning for slot in self._slots[layer])
-        still = range(2 * turning, 2 * turning + mapped.shape[1] - 2 * slots)
-        return self._placed(mapped, [*range(slots), *range(turning, turning + slots), *still])
+        still = range(2 * turning, 2 * turning + rank - 2 * slots)
+        return [*range(slots), *range(turning, turning + slots), *still]
 
     def _place_outputs(self, value: torch.Tensor, solution: Tensors) -> torch.Tensor:
         """Return the output projection `[d, H·h]` for values in the first dims of each head."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from a3cli.models.families import LayerSizes, Role, per_layer_config
+from a3cli.models.families.base import HEAD_NORM_ROLES
 from a3cli.models.fused import change_roles, stored_shape
 from a3cli.models.model import Model
 from a3cli.models.projections import apply_projection
@@ -69,6 +70,8 @@ class SmallerDecoder(Decoder):
         full = self.shape.linear_shapes()
         if roles[0] in full:
             shape = torch.Size(stored_shape(self.family, roles[0], full, "bias" if kind == "bias" else "weight"))
+        elif roles[0] in HEAD_NORM_ROLES:
+            shape = torch.Size([self.shape.head_dim])
         return change_roles(super().read(tensor, shape), self.family, roles, full, self._project)
 
     def _project(self, role: Role, weight: torch.Tensor) -> torch.Tensor:

@@ -297,7 +297,10 @@ def test_merged_samples_are_of_all():
 
 @pytest.mark.parametrize(
     "name",
-    ["llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa", "gemma2-gqa"],
+    [
+        *("llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"),
+        *("gemma2-gqa", "qwen3-gqa"),
+    ],
 )
 def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tmp_path):
     """Compare the first layer's attention in source and export on the validation blocks; only QK is cut."""

@@ -143,6 +143,7 @@ def work_of_qwen3(qwen3, tmp_path):
 
 
 WHOLE = "a norm follows each query and key head, so these keep their size"
+PAPER = ("--method", "paper")
 STOCK_TOO = f"{WHOLE}, and the stock shape has one size for all heads"
 
 
@@ -193,15 +194,22 @@ def test_whole_heads_are_shown_as_whole(a3, work_of_qwen3, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--components", "qk"), ("--components qk", "'qwen3'", STOCK_TOO, "use --components mlp")),
-        (("--components", "qk,ov,mlp"), ("cannot compress qk and ov", STOCK_TOO, "use --components mlp")),
-        (("--components", "qk", "--shape", "per-layer"), (f"{WHOLE}; use --components ov,mlp",)),
-        (("--attention-budget", 0.1), ("cannot compress attention", STOCK_TOO, "use --shape per-layer")),
+        (("--components", "qk", *PAPER), ("--components qk", "'qwen3'", STOCK_TOO, "use --components mlp")),
+        (("--components", "qk,ov,mlp", *PAPER), ("cannot compress qk and ov", STOCK_TOO, "use --components mlp")),
+        (("--components", "qk", "--shape", "per-layer", *PAPER), (f"{WHOLE}; use --components ov,mlp",)),
+        (("--attention-budget", 0.1, *PAPER), ("cannot compress attention", STOCK_TOO, "use --shape per-layer")),
         (
             ("--budget", 0.58),
-            ("mlp with MLP multiple 8 remove at most 0.55", STOCK_TOO, "(--min-mlp)", "--shape per-layer"),
+            (
+                "mlp with MLP multiple 8 remove at most 0.55",
+                STOCK_TOO,
+                "(--min-mlp), or use --shape per-layer or --components qk,ov,mlp",
+            ),
         ),
-        (("--budget", 0.78, "--shape", "per-layer"), ("ov,mlp with head multiple 2 and MLP multiple 8", WHOLE)),
+        (
+            ("--budget", 0.78, "--shape", "per-layer"),
+            ("ov,mlp with head multiple 2 and MLP multiple 8", WHOLE, "or use --components qk,ov,mlp"),
+        ),
         (
             ("--attention-budget", 0.45, "--shape", "per-layer"),
             ("attention budget 0.45", "remove at most 0.4375", WHOLE),
@@ -211,6 +219,51 @@ def test_whole_heads_are_shown_as_whole(a3, work_of_qwen3, tmp_path):
 def test_what_a_norm_on_heads_forbids_is_refused_with_the_reason(options, words, a3, work_of_qwen3):
     command = but(("solve", "--budget", 0.2, "--head-multiple", 2, "--mlp-multiple", 8), *options)
     refused(a3(*command, "--work", work_of_qwen3), *words)
+
+
+def sizes_of(tensors):
+    return {name.split(".")[4]: len(tensor) for name, tensor in tensors.items() if "layers.0.self_attn" in name}
+
+
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+def test_smaller_heads_get_norms_of_their_own(shape, a3, work_of_qwen3, tmp_path):
+    """If asked for: the export answers like the full-size source with the same maps, and has the predicted size."""
+    work, out = ("--work", work_of_qwen3), tmp_path / "out"
+    command = ("solve", "--components", "qk,ov", "--budget", 0.2, "--head-multiple", 2, "--shape", shape, *work)
+    solved = a3(*command, "--json").json
+    assert max(size["qk"] for size in solved["sizes"]) < 16
+    assert solved["predicted_loss"]["qk"] > 0
+    assert solved["predicted_score_error"]["relative"][0] > 0
+    for layer in solved["per_layer"]:
+        assert 0 < layer["attention_error"]["refined"] <= layer["attention_error"]["closed_form"]
+    assert a3("export", out, *work).code == 0
+    verified = a3("verify", out, *work, "--require-reference", "--trust-remote-code", "--quiet")
+    assert verified.code == 0, verified
+    ours = load_file(out / "model.safetensors")
+    rank = solved["sizes"][0]["qk"]
+    found = sizes_of(ours)
+    assert (found["q_norm"], found["k_norm"], found["q_proj"], found["k_proj"]) == (rank, rank, 4 * rank, 2 * rank)
+    assert sum(tensor.numel() for tensor in ours.values()) == solved["parameters"]["after"]
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("option", ["--kv-budget", "--attention-budget"])
+def test_a_budget_that_only_smaller_heads_meet_takes_them(option, a3, work_of_qwen3):
+    """In the stock shape nothing else is left to cut for it; in the per-layer shape values are."""
+    command = ("solve", option, 0.2, "--head-multiple", 2, "--mlp-multiple", 8, "--work", work_of_qwen3, "--json")
+    found = a3(*command).json
+    assert found["request"]["settings"]["components"] == ["qk", "ov", "mlp"]
+    assert {(size["qk"], size["ov"], size["mlp"]) for size in found["sizes"]} == {(12, 12, 96)}
+    found = a3(*command, "--shape", "per-layer", "--overwrite").json
+    assert found["request"]["settings"]["components"] == ["ov", "mlp"]
+    assert {size["qk"] for size in found["sizes"]} == {16}
+
+
+def test_a_plan_takes_such_a_budget(a3, checkpoint):
+    found = a3("plan", checkpoint("qwen3-gqa"), "--kv-budget", 0.2, "--head-multiple", 2, "--json").json
+    assert found["components"] == ["qk", "ov", "mlp"]
+    assert [found[name]["after"] for name in ("head_size", "value_head_size")] == [12, 12]
+    assert found["whole_heads"] is None
 
 
 def test_budgets_of_attention_and_mlp_where_only_values_are_cut(a3, work_of_qwen3):
@@ -227,12 +280,12 @@ def test_a_recipe_for_heads_with_a_norm_fails_before_it_calibrates(a3, checkpoin
     recipe.write_text(
         f"work: {tmp_path / 'work'}\nout: {tmp_path / 'out'}\n"
         f"calibrate: {{model: {source}, text: {{dataset: {text_file}, samples: 2, seq_len: 32}}}}\n"
-        "solve: {attention_budget: 0.2}\n"
+        "solve: {attention_budget: 0.2, method: paper}\n"
     )
     for options in ((), ("--dry-run",)):
         refused(a3("run", recipe, *options, "--quiet"), "--attention-budget 0.2", STOCK_TOO)
     with pytest.raises(A3Error, match="a norm follows"):
-        compress(source, tmp_path / "out", components=("qk",), dataset=str(text_file), budget=0.1)
+        compress(source, tmp_path / "out", components=("qk",), dataset=str(text_file), budget=0.1, method="paper")
     assert not (tmp_path / "work").exists()
 
 

@@ -224,10 +224,6 @@ def test_a_plan_takes_the_same_budgets(a3, checkpoint):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            ("--kv-budget", 0.3),
-            ("--kv-budget 0.3: a3 cannot compress", f"{NORM}{STOCK}; use --shape per-layer, or --budget alone"),
-        ),
         (("--kv-budget", 0.45, *PER_LAYER), ("ov with head multiple 2 remove at most 0.4375", NORM)),
         (
             ("--budget-params", "1K"),
@@ -240,22 +236,29 @@ def test_a_plan_refuses_what_solve_does(options, words, a3, checkpoint):
     refused(a3("plan", checkpoint("qwen3-gqa"), *PLAN, *options), *words)
 
 
+def test_a_plan_refuses_a_budget_of_the_cache_where_heads_stay_whole(a3, checkpoint):
+    outcome = a3("plan", checkpoint("smollm3-bias"), *PLAN, "--kv-budget", 0.3)
+    refused(
+        outcome, "--kv-budget 0.3: a3 cannot compress", f"{NO_ROPE}{STOCK}; use --shape per-layer, or --budget alone"
+    )
+
+
 def test_a_plan_warns_of_the_multiple_of_what_is_cut(a3, checkpoint):
     command = ("plan", checkpoint("qwen3-gqa"), "--mlp-multiple", 64, "--budget", 0.05, "--json")
     (warning,) = a3(*command).json["warnings"]
     assert "are removed, since sizes are rounded to --mlp-multiple 64; use --mlp-multiple 8" in warning
 
 
-@pytest.mark.parametrize("solve", [{"kv_budget": 0.2}, {"budget": [0.1, 0.2], "kv_budget": 0.2}])
-def test_a_recipe_of_the_stock_shape_fails_before_it_calibrates(solve, a3, checkpoint, text_file, tmp_path):
+@pytest.mark.parametrize("budgets", [{"kv_budget": 0.2}, {"budget": [0.1, 0.2], "kv_budget": 0.2}])
+def test_a_recipe_of_the_stock_shape_fails_before_it_calibrates(budgets, a3, checkpoint, text_file, tmp_path):
     source, recipe = checkpoint("qwen3-gqa"), tmp_path / "recipe.yaml"
     text = {"dataset": str(text_file), "samples": 2, "seq_len": 32}
-    calibrate = {"model": str(source), "text": text}
+    calibrate, solve = {"model": str(source), "text": text}, {**budgets, "method": "paper"}
     recipe.write_text(yaml.safe_dump({"work": "work", "out": "out", "calibrate": calibrate, "solve": solve}))
     for options in ((), ("--dry-run",)):
         refused(a3("run", recipe, *options, "--quiet"), "--kv-budget 0.2", f"{NORM}{STOCK}")
     with pytest.raises(A3Error, match="a norm follows"):
-        compress(source, tmp_path / "out", dataset=str(text_file), kv_budget=0.2)
+        compress(source, tmp_path / "out", dataset=str(text_file), kv_budget=0.2, method="paper")
     assert not (tmp_path / "work").exists()
 
 

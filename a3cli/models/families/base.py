@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from a3cli.settings import COMPONENTS, Component
 
-Role = Literal["q", "k", "v", "o", "mlp_norm", "gate", "up", "down"]
+Role = Literal["q", "k", "v", "o", "q_norm", "k_norm", "mlp_norm", "gate", "up", "down"]
 Kind = Literal["weight", "bias"]
 Positions = Literal["rope", "learned"]
 LinearShapes = Mapping[Role, tuple[int, int]]
@@ -42,6 +42,12 @@ LLAMA_PLACES: dict[Role, Place] = {
 }
 # Where a type with Llama's names has a norm on each query and key head.
 HEAD_NORMS: dict[Role, str] = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
+# The roles of these norms' weights, where a smaller head may have a norm of its own size.
+HEAD_NORM_ROLES: tuple[Role, ...] = ("q_norm", "k_norm")
+NORMED_PLACES: dict[Role, Place] = {
+    **LLAMA_PLACES,
+    **{role: Place(module) for role, module in zip(HEAD_NORM_ROLES, HEAD_NORMS.values(), strict=True)},
+}
 # Where a type with Llama's names has a norm between a projection and the residual sum.
 POST_NORMS: dict[Role, str] = {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm"}
 UNGATED_PLACES: dict[Role, Place] = {role: place for role, place in LLAMA_PLACES.items() if role != "gate"}
@@ -94,6 +100,11 @@ class Family:
     kernel: str = "sdpa"  # transformers' implementation of attention that computes what the model defines
 
     @property
+    def fitted_norms(self) -> bool:
+        """Return whether a smaller query or key head may have a norm of its own size."""
+        return "q_norm" in self.places
+
+    @property
     def gated(self) -> bool:
         return "gate" in self.places
 
@@ -126,13 +137,20 @@ class Family:
 
         The stock shape has one size for all heads: where QK keeps its own, so does OV.
         """
-        if shape != "stock" and self.held_by:
-            return ()
-        allowed = self.stock_components if shape == "stock" else self.per_layer_components
         kept: tuple[Component, ...] = ()
         if self.why_whole(shape) is not None:
             kept = ("qk", "ov") if shape == "stock" else ("qk",)
-        return tuple(component for component in allowed if component not in kept)
+        return tuple(component for component in self._allowed(shape) if component not in kept)
+
+    def possible(self, shape: str, method: str) -> tuple[Component, ...]:
+        """Return the components that can be made smaller if asked for, with norms of their own that `best` fits."""
+        fits = self.fitted_norms and method == "best"
+        return self._allowed(shape) if fits else self.compressible(shape)
+
+    def _allowed(self, shape: str) -> tuple[Component, ...]:
+        if shape == "stock":
+            return self.stock_components
+        return () if self.held_by else self.per_layer_components
 
     def why_whole(self, shape: str) -> str | None:
         """Return why this shape keeps query and key heads whole, and with them others; None if it does not."""
@@ -241,6 +259,7 @@ class ModelShape:
     residual_multiplier: float = 1.0  # factor on what attention and the MLP add to the residual stream
     windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
     still_layers: tuple[int, ...] = ()  # layers without RoPE, where others have it
+    fitted_norms: bool = False  # query and key heads have norms, which get smaller with them
     query_growth: tuple[float, int] | None = None  # β, n: queries at position p times 1 + β log(1 + floor(p / n))
     mlp_in_layer: bool = False  # the MLP is no module of its own, which could run in pieces
 

@@ -16,8 +16,13 @@ from .modeling_a3_base import PerLayerAttention, PerLayerCausalLM, PerLayerDecod
 
 
 class A3Qwen3Attention(PerLayerAttention, Qwen3Attention):
+    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+        super().__init__(config, layer_idx, slots)
+        self.q_norm = Qwen3RMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+
     def rotate(self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-        """The norms come before RoPE. They are of the full head, so query and key heads keep that size."""
+        """The norms, which have the size of the layer's heads, come before RoPE."""
         return apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), cos, sin)
 
 
