@@ -29,8 +29,9 @@ def test_the_error_beyond_the_calibrated_length_is_judged():
     assert solution_warnings(solution([small] * 8)) == []
     assert solution_warnings(solution([large] * 5 + [small] * 3)) == []  # a large error within the length of a block
     assert solution_warnings(solution([small] * 5 + [large] + [small] * 2))
-    assert solution_warnings(solution([1.0] * 8, length=64)) == []  # the calibration blocks are as long as the context
-    assert solution_warnings(solution([1.0] * 8, length=63))
+    assert solution_warnings(solution([0.9] + [1.0] * 7, length=64)) == []  # the blocks are as long as the context
+    assert solution_warnings(solution([0.9] + [1.0] * 7, length=63))
+    assert solution_warnings(solution([1.0] * 8, length=63)) == []  # the same at every distance, as without RoPE
 
 
 def test_a_warning_names_distance_layer_and_remedy():
