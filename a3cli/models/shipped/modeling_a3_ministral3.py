@@ -17,7 +17,7 @@ class A3Ministral3Attention(PerLayerAttention, Ministral3Attention):
         """The stock function, whose name and arguments differ between 5.0 and later versions."""
         rope = self.config.rope_parameters
         growth, context = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
-        scale = 1 + growth * torch.log(1 + torch.floor(position_ids / context))
+        scale: torch.Tensor = 1 + growth * torch.log(1 + torch.floor(position_ids / context))
         return query * scale[:, None, :, None].to(query.dtype)
 
 
