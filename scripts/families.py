@@ -35,10 +35,10 @@ Written by `python scripts/families.py`, from the definitions in `a3cli/models/f
 RUNTIMES = """
 ## What loads an export
 
-"yes" and "no" mean what they mean in [formats.md](formats.md#what-loads-an-export), "–" was not tried; numbers are
-notes below the table. `a3 plan`, `a3 export` and the model card say the same for the model at hand. RoPE of smaller
-heads is a changed theta where that costs next to nothing, else longrope factors
-([how](formats.md#rope-of-the-kept-pairs)). Sizes here are multiples of 16.
+"yes" and "no" mean what they mean in [formats.md](formats.md#what-loads-an-export), "as the source" is yes where the
+runtime loads the source, "–" was not tried; numbers are notes below the table. `a3 plan`, `a3 export` and the model
+card say the same for the model at hand. RoPE of smaller heads is a changed theta where that costs next to nothing, else
+longrope factors ([how](formats.md#rope-of-the-kept-pairs)). Sizes here are multiples of 16.
 
 """
 # An export of each form, as far as the rules read config.json; heads of 128 become 96.
@@ -112,7 +112,9 @@ def forms(family: Family) -> Iterator[tuple[str, list[Verdict]]]:
 def cell(verdict: Verdict, notes: dict[str, int]) -> str:
     """Return a verdict in a word, with the number of its note, which is added to the notes if it is new."""
     word = WORDS[verdict.loads]
-    if not verdict.note or "as it loads the source" in verdict.note or verdict.loads == "untried":
+    if "as it loads the source" in verdict.note:
+        return "as the source"
+    if not verdict.note or verdict.loads == "untried":
         return word
     number = notes.setdefault(verdict.note, len(notes) + 1)
     return f"{word} ({number})"
