@@ -161,10 +161,10 @@ def test_a_penalty_pulls():
 
 @pytest.mark.slow
 def test_no_optimiser_finds_better_heads():
-    """Adam, from the same start and from our result."""
+    """Adam, from the same start and from our result, takes away at most two thousandths of the start's loss more."""
     problem = NormedAttention(layer()[0])
     found = problem.refine(start(), SLOTS, judge=problem, iterations=200)
-    assert found.after < 0.7 * found.before
+    assert found.after < 0.05 * found.before
     for begin, rate in ((start(), 0.01), (found.heads, 0.001)):
         variables = [each.clone().requires_grad_() for each in begin.parts]
         optimizer = torch.optim.Adam(variables, lr=rate)
@@ -173,7 +173,8 @@ def test_no_optimiser_finds_better_heads():
             optimizer.zero_grad()
             problem._descend(NormedHeads(*variables), turned, 1.0, None)
             optimizer.step()
-        assert found.after < 1.02 * problem.loss(NormedHeads(*(each.detach() for each in variables)), SLOTS)
+        other = problem.loss(NormedHeads(*(each.detach() for each in variables)), SLOTS)
+        assert found.after - other < 0.002 * found.before
 
 
 def test_real_maps_as_complex_ones():
