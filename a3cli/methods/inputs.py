@@ -113,8 +113,7 @@ class LayerInputs:
     @cached_property
     def head_gains(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights `[h]` of the norms behind queries and keys."""
-        family, source = self._model.family, self._model.source
-        query, key = (source.read(family.tensor(self.layer, role)) for role in HEAD_NORM_ROLES)
+        query, key = (self._model.read(self.layer, role) for role in HEAD_NORM_ROLES)
         return query, key
 
     @cached_property

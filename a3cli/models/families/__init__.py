@@ -2,25 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from a3cli.errors import A3Error
-from a3cli.models.families import (
-    gemma2,
-    gemma3_text,
-    granite,
-    llama,
-    ministral3,
-    mistral,
-    nemotron,
-    olmo2,
-    opt,
-    phi3,
-    qwen2,
-    qwen3,
-    smollm3,
-    starcoder2,
-)
 from a3cli.models.families.base import Family, LayerSizes, ModelShape, Place, Role, per_layer_config
 from a3cli.models.families.wrappers import as_held, decoder_config, wrapper_of
 
@@ -38,25 +24,9 @@ __all__ = [
     "usual_entries",
 ]
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (
-        gemma2,
-        gemma3_text,
-        granite,
-        llama,
-        ministral3,
-        mistral,
-        nemotron,
-        olmo2,
-        opt,
-        phi3,
-        qwen2,
-        qwen3,
-        smollm3,
-        starcoder2,
-    )
-}
+# Of every module here that has a definition.
+_MODULES = (import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__))
+FAMILIES: dict[str, Family] = {each.FAMILY.model_type: each.FAMILY for each in _MODULES if hasattr(each, "FAMILY")}
 
 
 def family_of(model_type: Any) -> Family:
