@@ -8,6 +8,8 @@ from typing import Any
 from a3cli.errors import A3Error
 from a3cli.models.families import Family, ModelShape, family_of
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # types of attention, as in config.json
+
 
 def read_shape(config: Any) -> ModelShape:
     """Return the shape that a transformers config describes. Raises A3Error if its sizes do not fit together."""
@@ -49,8 +51,8 @@ def read_windows(config: Any) -> tuple[int | None, ...]:
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if not isinstance(window, int):
         return ()
-    types = types or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    types = types or [SLIDING] * config.num_hidden_layers
+    return tuple(window if kind == SLIDING else None for kind in types)
 
 
 def read_multiplier(config: Any, key: str | None) -> float | None:
@@ -107,9 +109,6 @@ def read_biases(family: Family, config: Any) -> tuple[bool, bool]:
         every = bool(getattr(config, family.names.get("use_bias", "use_bias"), True))
         return every, every
     return family.qkv_bias or bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
-
-
-FULL, SLIDING = "full_attention", "sliding_attention"  # types of attention, as in config.json
 
 
 def rope_parameters_of(config: Any, kind: str = FULL) -> dict[str, Any]:

@@ -213,9 +213,9 @@ def capped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-def whitening(samples: torch.Tensor) -> torch.Tensor:
-    """Return `E[z zᴴ]^{-1/2}` `[P, P]` of samples `[..., P]`, complex128: `z̃ = Mᴴ z`, `M = E[z zᴴ]^{-1/2} M'`."""
-    flat = samples.flatten(0, -2).to(torch.complex128)
+def whitening(samples: torch.Tensor, dtype: torch.dtype = torch.complex128) -> torch.Tensor:
+    """Return `E[z zᴴ]^{-1/2}` `[P, P]` of samples `[..., P]`, in this dtype: `z̃ = Mᴴ z`, `M = E[z zᴴ]^{-1/2} M'`."""
+    flat = samples.flatten(0, -2).to(dtype)
     gram = (flat.mH @ flat).mT / len(flat)
     values, vectors = torch.linalg.eigh(gram)
     floor = FLOOR * values.mean().clamp_min(torch.finfo(torch.float64).tiny)

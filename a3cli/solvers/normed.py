@@ -20,10 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from a3cli.solvers.attention import AttentionProblem, Piece, SampledHead, lbfgs
+from a3cli.solvers.attention import AttentionProblem, Piece, SampledHead, lbfgs, whitening
 from a3cli.solvers.rope import as_pairs
 
-FLOOR = 1e-4  # of the mean eigenvalue, when queries and keys are whitened
 EPSILON = 1e-12  # of the mean square of a head, which may be zero
 
 
@@ -202,8 +201,8 @@ class Whitened:
 
     def __init__(self, heads: Sequence[NormedHead], start: NormedHeads) -> None:
         self._roots = [
-            torch.stack([whitening(head.queries) for head in heads]).cpu(),
-            torch.stack([whitening(head.keys) for head in heads]).cpu(),
+            torch.stack([whitening(head.queries, torch.float64) for head in heads]).cpu(),
+            torch.stack([whitening(head.keys, torch.float64) for head in heads]).cpu(),
         ]
         self._sizes = [each.square().mean().sqrt() for each in start.parts[2:]]
         maps = [torch.linalg.solve(root, each.cpu()) for root, each in zip(self._roots, start.parts[:2], strict=True)]
@@ -216,12 +215,3 @@ class Whitened:
         maps = [root @ each.double() for root, each in zip(self._roots, variables[:2], strict=True)]
         norms = [each.double() * size for each, size in zip(variables[2:], self._sizes, strict=True)]
         return NormedHeads(*maps, *norms)
-
-
-def whitening(samples: torch.Tensor) -> torch.Tensor:
-    """Return `E[x xᵀ]^{-1/2}` `[h, h]` of samples `[..., h]`, float64."""
-    flat = samples.flatten(0, -2).double()
-    values, vectors = torch.linalg.eigh(flat.mT @ flat / len(flat))
-    floor = FLOOR * values.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    root: torch.Tensor = (vectors * values.clamp_min(floor).rsqrt()) @ vectors.mT
-    return root
