@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--training", type=Path, required=True, help="text to train and calibrate on")
     parser.add_argument("--evaluation", type=Path, required=True, help="text to measure on")
     parser.add_argument("--budgets", type=fractions, default=(0.1, 0.25), help="fractions of the linear weights")
-    parser.add_argument("--kv-budgets", type=fractions, default=(0.25, 0.5), help="fractions of the KV cache")
+    parser.add_argument("--kv-budgets", type=fractions, default=(0.25, 0.4), help="fractions of the KV cache")
     parser.add_argument("--seeds", type=int, default=2, help="how many models to train")
     parser.add_argument("--steps", type=int, default=300, help="training steps of 8 blocks")
     parser.add_argument("--samples", type=int, default=64, help="blocks to calibrate on")

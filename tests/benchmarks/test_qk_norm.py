@@ -38,14 +38,14 @@ def test_each_way_is_measured_once(checkpoint, text_file, tmp_path, monkeypatch)
     written = tmp_path / "table.md"
     written.write_text("before\n<!-- qk-norm -->\n\n<!-- end of qk-norm -->\nafter\n")
     options = ("--samples", 3, "--seq-len", 32, "--blocks", 2, "--steps", 2, "--seeds", 1, "--write", written)
-    budgets = ("--budgets", "0.2", "--kv-budgets", "0.4")
+    budgets = ("--budgets", "0.2", "--kv-budgets", "0.2")  # values alone reach a quarter
     texts = ("--training", text_file, "--evaluation", text_file, "--folder", tmp_path / "bench")
     command = ["qk_norm.py", checkpoint("llama-gqa-tied"), *texts, *options, *budgets]
     monkeypatch.setattr("sys.argv", list(map(str, command)))
     qk_norm.main()
     table = written.read_text()
     assert table.count("\n| weights | 20 % |") == len(WAYS["weights"])
-    assert table.count("\n| KV cache | 40 % |") == len(WAYS["KV cache"])
+    assert table.count("\n| KV cache | 20 % |") == len(WAYS["KV cache"])
     cells = [json.loads(line) for line in (tmp_path / "bench" / "cells.jsonl").read_text().splitlines()]
     assert {size["qk"] for size in cells[0]["sizes"]} == {16}
     monkeypatch.setattr(qk_norm, "Bench", lambda *_: pytest.fail("measured again"))
