@@ -50,7 +50,8 @@ def with_transformers(
     model.eval()
     logits = model(tokens).logits
     prompt = tokens[:, :PROMPT]
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    model.generation_config.eos_token_id = None  # go on behind it, as vLLM's ignore_eos does
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=False, **options)
     result = {
         "runtime": f"transformers {transformers.__version__}",

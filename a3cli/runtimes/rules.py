@@ -25,13 +25,14 @@ TRIED_UNDER_VLLM = ("llama", "mistral", "granite", "starcoder2", "nemotron")
 TRIED = ("llama", "mistral")
 _THROUGH_BACKEND: tuple[Loads, str] = (YES, "with --model-impl transformers --trust-remote-code")
 # Whether vLLM's Transformers backend loads per-layer exports, by model type.
+_TRIED_THROUGH_BACKEND = (
+    *("gemma3_text", "granite", "llama", "ministral3", "mistral", "nemotron"),
+    *("olmo2", "qwen2", "qwen3", "smollm3"),
+)
 VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
-    "llama": _THROUGH_BACKEND,
-    "mistral": _THROUGH_BACKEND,
-    "qwen2": _THROUGH_BACKEND,
-    "granite": _THROUGH_BACKEND,
+    **dict.fromkeys(_TRIED_THROUGH_BACKEND, _THROUGH_BACKEND),
     "starcoder2": (NO, "its Transformers backend stops with an error for starcoder2"),
-    "nemotron": (NO, "its Transformers backend continues a prompt with wrong tokens for nemotron"),
+    "opt": (NO, "its Transformers backend stops with an error for opt"),
 }
 # RoPE's theta in transformers 4.57 where config.json has none; 10,000 for other model types.
 THETA_OF_4 = {"smollm3": 2_000_000, "gemma3_text": 1_000_000}
