@@ -84,6 +84,8 @@ GEMMA3_OTHER_ROPES = GEMMA3 | {
 # Entries that configurations of models without RoPE do not have.
 WITHOUT_ROPE = dict.fromkeys(("head_dim", "num_key_value_heads", "intermediate_size", "rope_parameters"), ...)
 OPT = WITHOUT_ROPE | {"ffn_dim": 512, "pad_token_id": 1}
+GPT2 = WITHOUT_ROPE | {"n_inner": 512}
+MPT = WITHOUT_ROPE | {"max_position_embeddings": ..., "max_seq_len": 512}
 PHI3 = {"pad_token_id": None, "sliding_window": None}
 PHI3_LONGROPE: dict[str, Any] = PHI3 | {
     "sliding_window": 64,
@@ -148,6 +150,7 @@ SUBJECTS = (
     Subject("granite stock", "granite", config=GRANITE),
     Subject("ministral3 stock", "ministral3", config=MINISTRAL3),
     Subject("opt stock", "opt", BUDGET, OPT),
+    Subject("gpt2 stock", "gpt2", BUDGET, GPT2),
     Subject("phi3 stock", "phi3", BUDGET, PHI3),
     Subject("gemma2 stock", "gemma2", config=GEMMA2),
     Subject("gemma3_text stock", "gemma3_text", BUDGET, GEMMA3),
@@ -167,6 +170,9 @@ SUBJECTS = (
     Subject("olmo2 per-layer", "olmo2", PER_LAYER),
     Subject("ministral3 per-layer", "ministral3", PER_LAYER, MINISTRAL3),
     Subject("opt per-layer", "opt", PER_LAYER, OPT),
+    Subject("gpt2 per-layer", "gpt2", PER_LAYER, GPT2),
+    Subject("mpt per-layer", "mpt", PER_LAYER, MPT),
+    Subject("mpt per-layer heads", "mpt", ("--kv-budget", "0.25", "--shape", "per-layer"), MPT),
     Subject("phi3 per-layer", "phi3", PER_LAYER, PHI3_LONGROPE),
     Subject("phi3 per-layer partial", "phi3", PER_LAYER, PHI4_MINI),
 )

@@ -18,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -26,6 +28,8 @@ from transformers import (
     Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
     Olmo2Config,
@@ -183,6 +187,9 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "num_key_value_heads": 4,
         },
     ),
+    # The common sizes reach GPT-2's configuration under its own names.
+    "gpt2-mha": (GPT2Config, GPT2LMHeadModel, WITHOUT_ROPE | {"n_inner": 96}),
+    "mpt-mha": (MptConfig, MptForCausalLM, WITHOUT_ROPE | {"max_position_embeddings": ..., "max_seq_len": CONTEXT}),
     "opt-mha": (OPTConfig, OPTForCausalLM, WITHOUT_ROPE | {"ffn_dim": 96, "pad_token_id": 1}),
     "phi3-window": (Phi3Config, Phi3ForCausalLM, {"sliding_window": 24, "pad_token_id": None}),
     "phi3-partial": (
@@ -280,9 +287,14 @@ def family_of_row(name: str) -> Family:
     return family_for({"model_type": config_class.model_type, "max_position_embeddings": CONTEXT, **changes})
 
 
+def mlp_width(name: str) -> int:
+    """Return the MLP width of a model of the table: MPT's is four times the hidden size, whatever is asked for."""
+    return 256 if name.startswith("mpt") else 96
+
+
 def mlp_linears(layer: Any) -> dict[str, Any]:
     """Return the linear layers of a decoder layer's MLP by role, fused ones by both."""
-    mlp = getattr(layer, "mlp", layer)
+    mlp = getattr(layer, "mlp", getattr(layer, "ffn", layer))
     names = {"gate": "gate_proj", "up": "up_proj", "gate_up": "gate_up_proj", "down": "down_proj"}
     if hasattr(mlp, "c_fc"):
         names = {"up": "c_fc", "down": "c_proj"}
@@ -293,7 +305,25 @@ def mlp_linears(layer: Any) -> dict[str, Any]:
 
 def decoder_layers(model: Any) -> Any:
     """Return the decoder layers of a causal language model."""
-    return getattr(model.model, "decoder", model.model).layers
+    base = model.base_model
+    return getattr(base, "h", None) or getattr(base, "blocks", None) or getattr(base, "decoder", base).layers
+
+
+def attention_of(layer: Any) -> Any:
+    """Return a stock decoder layer's attention module."""
+    return getattr(layer, "self_attn", None) or layer.attn
+
+
+def output_linear(attention: Any) -> tuple[Any, torch.Tensor]:
+    """Return the output projection of a stock attention module, and its weight `[d, H·h]`."""
+    name = next(name for name in ("o_proj", "out_proj", "c_proj") if hasattr(attention, name))
+    linear = getattr(attention, name)
+    return linear, linear.weight.T if name == "c_proj" else linear.weight
+
+
+def down_weight(linear: Any) -> torch.Tensor:
+    """Return the weight `[out, in]` of a stock linear layer, a view: GPT-2 stores `[in, out]`."""
+    return linear.weight.T if type(linear).__name__ == "Conv1D" else linear.weight
 
 
 def post_norms(layer: Any) -> dict[str, Any]:
@@ -312,7 +342,8 @@ def stream_reader(layer: Any) -> Any:
     """Return the module of a decoder layer that reads the residual stream after attention."""
     if post_norms(layer):
         return getattr(layer, "pre_feedforward_layernorm", layer.mlp)
-    return getattr(layer, "post_attention_layernorm", None) or layer.final_layer_norm
+    names = ("post_attention_layernorm", "final_layer_norm", "ln_2", "norm_2")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
 def by_token(heads: torch.Tensor, model: Any) -> torch.Tensor:
@@ -323,12 +354,16 @@ def by_token(heads: torch.Tensor, model: Any) -> torch.Tensor:
 
 def head_linears(attention: Any) -> dict[str, tuple[Any, slice]]:
     """Return the linear layer of q, k and v of a stock attention module, and the part of its output that is theirs."""
-    if not hasattr(attention, "qkv_proj"):
+    fused = next(
+        (getattr(attention, name) for name in ("qkv_proj", "c_attn", "Wqkv") if hasattr(attention, name)), None
+    )
+    if fused is None:
         return {name: (getattr(attention, f"{name}_proj"), slice(None)) for name in "qkv"}
-    queries = 16 * attention.config.num_attention_heads
-    values = queries + 16 * attention.config.num_key_value_heads
+    heads = attention.config.num_attention_heads if hasattr(attention, "config") else attention.n_heads
+    queries = 16 * heads
+    values = queries + 16 * getattr(getattr(attention, "config", None), "num_key_value_heads", heads)
     parts = {"q": slice(queries), "k": slice(queries, values), "v": slice(values, None)}
-    return {name: (attention.qkv_proj, part) for name, part in parts.items()}
+    return {name: (fused, part) for name, part in parts.items()}
 
 
 def turning_pairs(config: Any) -> int:

@@ -10,7 +10,7 @@ from a3cli.methods.base import AttentionError
 from a3cli.methods.heads import Heads, Problem
 from a3cli.methods.inputs import LayerInputs
 from a3cli.models.rope import Rope
-from a3cli.solvers.attention import AttentionProblem, Penalty, SampledHead
+from a3cli.solvers.attention import AttentionProblem, Penalty, SampledHead, alibi_slopes
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.samples import WEIGHT
@@ -119,6 +119,7 @@ def sampled_head(inputs: LayerInputs, rope: Rope, samples: Tensors, kv_head: int
         turning=inputs.shape.turning_pairs if inputs.shape.passed_dims else None,
         weights=samples[WEIGHT].to(device) if WEIGHT in samples else None,
         cap=inputs.shape.score_cap,
+        slopes=alibi_slopes(inputs.shape.heads)[group].to(device) if inputs.shape.alibi else None,
     )
 
 

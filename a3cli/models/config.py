@@ -34,6 +34,7 @@ def read_shape(config: Any) -> ModelShape:
         fitted_norms=family.fitted_norms,
         query_growth=read_query_growth(family, config),
         mlp_in_layer=not family.mlp,
+        alibi=family.positions == "alibi",
     )
     shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
     sizes = (shape.hidden_size, shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate_size)

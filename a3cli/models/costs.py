@@ -142,6 +142,8 @@ def block_bytes(shape: ModelShape, itemsize: int, seq_len: int, *, on_cpu: bool 
     mlp_tokens = min(seq_len, MLP_TOKENS) if on_cpu and not shape.mlp_in_layer else seq_len
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (4 * heads + 6 * keys) * itemsize + 4 * (heads + 2 * keys) + 4 * seq_len
+    if shape.alibi:  # no fused kernel: scores, with bias, masked, and weights
+        attention += shape.heads * seq_len * (3 * itemsize + 4)
     mlp = shape.intermediate_size * len(shape.mlp_roles) * itemsize
     return seq_len * 4 * shape.hidden_size * itemsize + max(seq_len * attention, mlp_tokens * mlp)
 

@@ -115,7 +115,7 @@ def read_stock(
     with invalid_config(folder):
         whole, config = read_config_object(folder, raw, trust_remote_code=trust_remote_code)
         config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
-        check_activation(config.hidden_act)
+        check_activation(getattr(config, "hidden_act", "gelu"))  # MPT has but one
         check_rope(rope_parameters_of(config), partial=family.rotary_factor is not None)
         if family.local_rope:
             check_local_rope(config)
@@ -132,10 +132,12 @@ def read_config_object(folder: Path, raw: Json, *, trust_remote_code: bool = Fal
     from transformers import AutoConfig
 
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    wrapper = wrapper_of(raw)
+    wrapper, family = wrapper_of(raw), family_for(raw)
     config = whole if wrapper is None else getattr(whole, wrapper.entry)
-    for usual, own in family_for(raw).names.items():
-        setattr(config, usual, getattr(config, own))
+    own = {name: getattr(config, name, None) for name in family.names.values()}
+    for name, value in family.usual(own).items():
+        if name not in own:
+            setattr(config, name, value)
     return whole, config
 
 

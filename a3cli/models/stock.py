@@ -17,7 +17,7 @@ from a3cli.models.families.wrappers import Wrapper
 Shape = tuple[int, ...]
 SHOWN = 4  # names in an error
 # Buffers that transformers no longer stores and ignores in checkpoints that do; classes don't list them.
-STORED_BUFFERS = r"rotary_emb\.inv_freq"
+STORED_BUFFERS = r"rotary_emb\.inv_freq|attn\.masked_bias"
 
 
 @dataclass(frozen=True)

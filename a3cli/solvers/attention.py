@@ -51,6 +51,7 @@ class SampledHead:
     turning: int | None = None
     weights: torch.Tensor | None = None
     cap: float | None = None
+    slopes: torch.Tensor | None = None  # [g], of ALiBi: added to scores for each position of the key
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ class AttentionProblem:
         # Merge heads with queries: broadcasting keys and values over heads would copy them.
         scores = turned.flatten(1, 2) @ torch.view_as_real(keys * turns[: piece.length]).flatten(-2).mT
         scores = capped(scores.view(shape), self.head.cap)
+        if self.head.slopes is not None:
+            scores = scores + self.head.slopes[:, None, None] * (places - piece.length + 1)
         weights = scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
         found = weights.flatten(1, 2) @ self.head.values[piece.blocks, : piece.length]
         return found.view(*shape[:3], -1)
@@ -211,6 +214,13 @@ class AttentionProblem:
 def capped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
     """Return attention scores as a model that limits them (Gemma 2) gives them to the softmax."""
     return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """Return the slope of each head `[H]` of ALiBi with a largest bias of 8 (arXiv 2108.12409, as MPT orders them)."""
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = 2.0 ** -(torch.arange(1, power + 1) * 8 / power)
+    return slopes if power == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
 
 
 def whitening(samples: torch.Tensor, dtype: torch.dtype = torch.complex128) -> torch.Tensor:

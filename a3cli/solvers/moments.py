@@ -147,13 +147,15 @@ class LayerMoments:
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
         mask: torch.Tensor | None,
         weights: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> None:
         """Add attention by distance, and samples: see `attention_mass`.
 
         `q` `[B, T, H·h]`, `k` and `v` `[B, T, K·h]` are before RoPE; `weights` `[B, T]` go with the samples only.
         """
-        shown = {"scale": self.scale, "cap": self.cap}
-        self._add("distance", attention_mass(seen["q"], seen["k"], rotation, mask, head_dim=self.head_dim, **shown))
+        heads = seen["q"], seen["k"]
+        mass = attention_mass(*heads, rotation, mask, head_dim=self.head_dim, bias=bias, scale=self.scale, cap=self.cap)
+        self._add("distance", mass)
         if self.samples is not None:
             self.samples.add(self.first_block, seen["q"], seen["k"], seen["v"], mask, weights)
 
@@ -223,6 +225,7 @@ def attention_mass(
     mask: torch.Tensor | None,
     *,
     head_dim: int,
+    bias: torch.Tensor | None = None,
     scale: float | None = None,
     cap: float | None = None,
 ) -> torch.Tensor:
@@ -230,7 +233,7 @@ def attention_mass(
 
     q `[B, T, H·h]`, k `[B, T, K·h]` before RoPE; rotation is the layer's (cos, sin), each `[·, T, r]`, with pairs
     `(p, p + r/2)`, r < h with partial RoPE, None without RoPE; mask `[B or 1, 1, T, T]` is boolean (True attends) or
-    additive, None is causal.
+    additive, None is causal; bias `[H, 1, ≥ T]` is added to scores, its last entry to that of the last key.
     """
     length = q.shape[1]
     rows = torch.linspace(0, length - 1, min(SAMPLED_QUERIES + 1, length))[1:].round().long().to(q.device)
@@ -244,6 +247,8 @@ def attention_mass(
     grouped = queries.unflatten(2, (keys.shape[2], -1))  # [B, r, K, g, h]
     scores = torch.einsum("brkgc,btkc->bkgrt", grouped, keys).flatten(1, 2)
     scores = capped(scores * (head_dim**-0.5 if scale is None else scale), cap)
+    if bias is not None:
+        scores = scores + bias[..., -length:].float().to(q.device)
     distance = rows[:, None] - torch.arange(length, device=q.device)
     if mask is None:
         scores = scores.masked_fill(distance < 0, float("-inf"))

@@ -63,11 +63,15 @@ def resolve_settings(settings: SolveSettings, family: Family | None) -> SolveSet
 
 def check_shape(settings: SolveSettings | PlanSettings, family: Family) -> None:
     """Raise A3Error for a shape in which a3 compresses nothing of a family."""
-    if not family.compressible(settings.shape):
-        raise A3Error(
-            f"--shape {settings.shape}: a3 writes the {family.model_type} decoder of a {family.held_by!r} model in the "
-            "stock shape, which the model's own class loads with all its other parts; use --shape stock"
-        )
+    if family.compressible(settings.shape):
+        return
+    if family.held_by is None:
+        where = in_shape(family, settings.shape)
+        raise A3Error(f"--shape {settings.shape}: a3 cannot compress anything {where}; use --shape per-layer")
+    raise A3Error(
+        f"--shape {settings.shape}: a3 writes the {family.model_type} decoder of a {family.held_by!r} model in the "
+        "stock shape, which the model's own class loads with all its other parts; use --shape stock"
+    )
 
 
 def check_heads(settings: SolveSettings | PlanSettings, family: Family) -> None:

@@ -8,7 +8,7 @@ import torch
 from a3cli.errors import A3Error
 from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint, resolve_model
-from a3cli.models.families import ModelShape
+from a3cli.models.families import ModelShape, usual_entries
 from a3cli.models.model import Model, describe
 from a3cli.settings import CalibrateSettings
 from a3cli.solvers.moments import Tensors
@@ -102,7 +102,7 @@ def open_model(settings: CalibrateSettings) -> tuple[Model, Machine]:
 
 def for_source(settings: CalibrateSettings, source: Checkpoint) -> CalibrateSettings:
     """Return settings without defaults that depend on the model."""
-    text = settings.text.for_context(source.config.get(CONTEXT))
+    text = settings.text.for_context(usual_entries(source.config).get(CONTEXT))
     return settings.model_copy(update={"text": text})
 
 
@@ -262,7 +262,7 @@ class Calibration:
                 for part, read in zip(parts, self.reads, strict=True)
             ]
         blocks, self.held_out = (torch.cat(each) for each in zip(*sampled, strict=True))
-        check_fit([*blocks, *self.held_out], source.config, source.name)
+        check_fit([*blocks, *self.held_out], usual_entries(source.config), source.name)
         self._check_space()
         return blocks
 

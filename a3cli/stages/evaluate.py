@@ -15,6 +15,7 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint, resolve_model
+from a3cli.models.families import usual_entries
 from a3cli.models.model import check_size
 from a3cli.report.junit import Case
 from a3cli.settings import EvalSettings, TextSettings
@@ -104,7 +105,7 @@ def for_models(settings: EvalSettings) -> EvalSettings:
 
 def for_context(settings: EvalSettings, checkpoints: Sequence[Checkpoint]) -> EvalSettings:
     """Return settings whose texts have their tokens per block: the default is the shorter context's."""
-    contexts = [each.config.get(CONTEXT) for each in checkpoints]
+    contexts = [usual_entries(each.config).get(CONTEXT) for each in checkpoints]
     shortest = min((context for context in contexts if isinstance(context, int)), default=None)
     return settings.model_copy(update={"texts": tuple(text.for_context(shortest) for text in settings.texts)})
 
@@ -117,7 +118,7 @@ def read_blocks(
     limit = None if text.samples is None else text.samples * text.block_tokens
     with counting(progress, f"reading {short_name(text.dataset)}", tokenizer, limit) as counted:
         blocks = evaluation_blocks(counted, text, read)
-    check_fit(blocks, checkpoint.config, checkpoint.name)
+    check_fit(blocks, usual_entries(checkpoint.config), checkpoint.name)
     return blocks, read
 
 

@@ -13,6 +13,7 @@ import torch
 
 from a3cli.errors import A3Error, first_line
 from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.families import usual_entries
 from a3cli.models.model import check_size
 from a3cli.settings.generation import GenerateSettings
 from a3cli.stages.answers import available_memory, load_model
@@ -91,14 +92,14 @@ def tokenize(tokenizer: Any, checkpoint: Checkpoint, prompt: str, settings: Gene
         raise A3Error(f"{checkpoint.name}: the tokenizer fails: {first_line(error)}") from error
     if not tokens:
         raise A3Error(f"--prompt {prompt!r}: the tokenizer of {checkpoint.name} makes no token of it; give another")
-    context = checkpoint.config.get("max_position_embeddings")
+    context = usual_entries(checkpoint.config).get("max_position_embeddings")
     if isinstance(context, int) and len(tokens) + settings.max_new_tokens > context:
         shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
         raise A3Error(
             f"--prompt {shown!r} has {len(tokens)} tokens, which with --max-new-tokens {settings.max_new_tokens} is "
             f"more than the context of {checkpoint.name} ({context}); use fewer"
         )
-    check_fit([torch.tensor(tokens)], checkpoint.config, checkpoint.name)
+    check_fit([torch.tensor(tokens)], usual_entries(checkpoint.config), checkpoint.name)
     return tokens
 
 

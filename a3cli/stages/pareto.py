@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from a3cli.errors import A3Error
 from a3cli.methods import Curves
 from a3cli.models import costs
-from a3cli.models.families import Family, LayerSizes
+from a3cli.models.families import Family, LayerSizes, usual_entries
 from a3cli.models.model import Model
 from a3cli.settings import LOSSES, EvalSettings, ExportSettings, ParetoSettings, SolveSettings, TextSettings
 from a3cli.stages.context import AGAIN, Run, check_settings, open_run, read_calibration
@@ -80,7 +80,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
 
 def for_model(settings: ParetoSettings, model: Model) -> ParetoSettings:
     """Return settings whose text has its tokens per block."""
-    text = settings.text and settings.text.for_context(model.source.config.get(CONTEXT))
+    text = settings.text and settings.text.for_context(usual_entries(model.source.config).get(CONTEXT))
     return settings.model_copy(update={"text": text})
 
 
@@ -124,7 +124,8 @@ def variants_of(settings: ParetoSettings, family: Family) -> Iterator[tuple[str,
         if not components:
             continue
         described = {**variant, "sequential": corrected, "components": components}
-        yield f"{name}, sequential" if corrected else name, described
+        if components:
+            yield f"{name}, sequential" if corrected else name, described
 
 
 class Points:

@@ -77,7 +77,10 @@ class _Listener:
             rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
         if self._growth is not None:
             self._heads["q"] = grown(self._heads["q"], self._called_with["position_ids"], *self._growth)
-        self._moments.add_attention(self._heads, rotation, self._called_with.get("attention_mask"), weights)
+        mask, bias = self._called_with.get("attention_mask"), self._called_with.get("position_bias")
+        if bias is not None:  # MPT's, whose mask is true where a key is hidden
+            mask = None if mask is None else ~mask
+        self._moments.add_attention(self._heads, rotation, mask, weights, bias)
         self._heads.clear()  # before the MLP, which needs the memory
 
     def add_stream_after_attention(self, _norm: nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -114,8 +117,9 @@ def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
     mlp = layer.get_submodule(family.mlp)
     whole = mlp.forward
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([whole(piece) for piece in x.flatten(0, -2).split(MLP_TOKENS)]).view(x.shape)
+    def forward(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        pieces = zip(*(each.flatten(0, -2).split(MLP_TOKENS) for each in (x, *others)), strict=True)
+        return torch.cat([whole(*piece) for piece in pieces]).view(x.shape)
 
     mlp.forward = forward
     try:

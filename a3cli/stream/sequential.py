@@ -203,14 +203,10 @@ class _Layer:
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the smaller MLP."""
-        family = self.decoder.family
-        if family.activation is None:
-            whole: torch.Tensor = self.small.get_submodule(family.mlp)(x)
-            return whole
-        between = self.small.get_submodule(family.activation)
-        up, down = (self.small.get_submodule(family.module(role)) for role in ("up", "down"))
-        output: torch.Tensor = down(between(up(x)))
-        return output
+        of, between = self.decoder.family, self.decoder.family.activation
+        for module in [of.module("up"), between, of.module("down")] if between else [of.mlp]:
+            x = self.small.get_submodule(module)(x)
+        return x
 
     def _fit(self, role: Role, collect: Callable[[LeastSquares], None]) -> float:
         """Collect, solve, and put the new weight in the smaller layer; return the remaining squared error."""
@@ -236,7 +232,7 @@ class _Layer:
         def fit(full_in: torch.Tensor, small_in: torch.Tensor) -> list[torch.Tensor]:
             with inputs_of(self._reader(self.full)) as seen, inputs_of(self._behind("o")) as behind:
                 out = run_layer(self.full, full_in, self.calls[0][len(full_in)][self.index])
-            middle = seen.pop()
+            middle = seen.pop().view_as(full_in)  # OPT reads it without the dimension of the batch
             with inputs_of(linear.module, stop=True) as seen:
                 self._run_small(small_in)
             target, weights = self._target("o", behind.pop, middle - full_in, DRIFT * (full_in - small_in))
@@ -256,10 +252,10 @@ class _Layer:
                 inputs_of(linear.module, stop=True) as seen,
             ):
                 self._run_small(small_in)
-            drift = DRIFT * (middle - middles.pop())
+            drift = DRIFT * (middle - middles.pop().view_as(middle))
             target, weights = self._target("down", lambda: self._mlp_output(middle), out - middle, drift)
             sums.add(seen.pop(), without_bias(linear, target), weights)
-            return [inputs.pop(), target] if kept else []
+            return [inputs.pop().view_as(middle), target] if kept else []
 
         self._each(fit, [self.files.middle, self.full_out, self.small_in], kept)
 

@@ -46,6 +46,8 @@ class Published:
             "max_position_embeddings": self.context,
             **self.more,
         }
+        if family.mlp_ratio is not None:  # such cards leave the width out
+            del content["intermediate_size"]
         return {family.names.get(key, key): value for key, value in content.items()}
 
     @property
@@ -129,6 +131,9 @@ PUBLISHED: dict[str, Published] = {
     "starcoder2-15b": Published("starcoder2", 6144, 24576, 40, 48, 4, 128, 49152, 15_957_889_024, context=16384),
     "opt-125m": Published("opt", 768, 3072, 12, 12, 12, 64, 50272, 125_239_296, tied=True, context=2048),
     "opt-6.7b": Published("opt", 4096, 16384, 32, 32, 32, 128, 50272, 6_658_473_984, tied=True, context=2048),
+    "gpt2": Published("gpt2", 768, 3072, 12, 12, 12, 64, 50257, 124_439_808, tied=True, context=1024),
+    "gpt2-xl": Published("gpt2", 1600, 6400, 48, 25, 25, 64, 50257, 1_557_611_200, tied=True, context=1024),
+    "mpt-7b": Published("mpt", 4096, 16384, 32, 32, 32, 128, 50432, 6_649_286_656, tied=True, context=2048),
     "Minitron-4B": Published(
         "nemotron", 3072, 9216, 32, 24, 8, 128, 256000, 4_190_509_056, context=4096,
         more={"partial_rotary_factor": 0.5},

@@ -3,6 +3,7 @@
 import torch
 
 from a3cli.models.families import LayerSizes
+from tests.conftest import mlp_width
 
 
 def random_solution(
@@ -25,8 +26,8 @@ def random_solution(
             solution["output_map"] = torch.randn(kv_heads, sizes.ov, 16, dtype=torch.float64) / 4
         else:
             solution["output_weight"] = torch.randn(width, heads * sizes.ov) / 4
-    if sizes.mlp < 96:
-        solution["channels"] = torch.randperm(96)[: sizes.mlp].sort().values
+    if sizes.mlp < (full := mlp_width(name)):
+        solution["channels"] = torch.randperm(full)[: sizes.mlp].sort().values
         if method == "best":
             solution["down_weight"] = torch.randn(width, sizes.mlp) / 8
     return solution or {"unchanged": torch.zeros(0)}

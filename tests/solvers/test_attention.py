@@ -9,11 +9,20 @@ from safetensors.torch import load_file
 
 from a3cli.methods.attention import VALIDATION_EVERY, split
 from a3cli.solvers import attention
-from a3cli.solvers.attention import AttentionProblem, SampledHead, whitening
+from a3cli.solvers.attention import AttentionProblem, SampledHead, alibi_slopes, whitening
 from a3cli.solvers.rope import as_pairs, distances_beyond, real_map
 from a3cli.solvers.samples import NAMES, merge_samples
 from a3cli.solvers.sampling import sampled_blocks, sampled_queries
-from tests.conftest import CONTEXT, by_token, gain_of, post_norms, reseal
+from tests.conftest import (
+    CONTEXT,
+    attention_of,
+    by_token,
+    decoder_layers,
+    gain_of,
+    output_linear,
+    post_norms,
+    reseal,
+)
 
 PAIRS = torch.tensor([1.0, 0.4, 0.1, 0.02], dtype=torch.float64)
 SLOTS = torch.tensor([0.9, 0.06], dtype=torch.float64)
@@ -66,7 +75,10 @@ def literal_loss(head, output, query, key, slots=SLOTS):
                         rotated(head.keys[block, n].double() @ k_map.double(), n, turns)
                         for n in range(first, place + 1)
                     ]
-                    weights = (torch.stack(ks) @ q / math.sqrt(H)).softmax(0)
+                    scores = torch.stack(ks) @ q / math.sqrt(H)
+                    if head.slopes is not None:
+                        scores += head.slopes[i] * (torch.arange(first, place + 1) - place)
+                    weights = scores.softmax(0)
                     outputs.append(weights @ values @ output[i].double())
                 loss += (outputs[0] - outputs[1]).square().sum().item()
     return loss / (BLOCKS * head.queries.shape[1])
@@ -78,6 +90,23 @@ def test_loss_is_the_literal_one(window):
     query, key = start()
     found = AttentionProblem(head).loss(query, key, SLOTS)
     assert found == pytest.approx(literal_loss(head, output, query, key), rel=1e-4)
+
+
+def test_loss_with_alibi_is_the_literal_one():
+    head, output = sampled()
+    head = replace(head, slopes=torch.tensor([0.5, 0.125]))
+    found = AttentionProblem(head).loss(*start(), SLOTS)
+    assert found == pytest.approx(literal_loss(head, output, *start()), rel=1e-4)
+    assert found != pytest.approx(literal_loss(replace(head, slopes=None), output, *start()), rel=1e-2)
+
+
+@pytest.mark.parametrize("heads", [4, 6, 12, 32])
+def test_slopes_are_those_of_transformers_class(heads):
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    bias = build_mpt_alibi_tensor(heads, 10).squeeze().double()
+    expected = alibi_slopes(heads).double()[:, None] * torch.arange(-9, 1)
+    torch.testing.assert_close(bias, expected)
 
 
 def test_it_does_not_matter_how_it_is_cut(monkeypatch):
@@ -299,7 +328,7 @@ def test_merged_samples_are_of_all():
     "name",
     [
         *("llama-gqa-bias", "llama-yarn", "mistral-gqa", "starcoder2-gqa", "nemotron-gqa", "granite-gqa"),
-        *("gemma2-gqa", "qwen3-gqa"),
+        *("gemma2-gqa", "qwen3-gqa", "mpt-mha"),
     ],
 )
 def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tmp_path):
@@ -318,14 +347,15 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
     for model_folder in (folder, out):
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, trust_remote_code=True).eval()
         found = []
-        projection = model.model.layers[0].self_attn.o_proj
-        for norm in list(post_norms(model.model.layers[0]).values())[:1]:
+        layer = decoder_layers(model)[0]
+        projection, output_weight = output_linear(attention_of(layer))
+        for norm in list(post_norms(layer).values())[:1]:
             norm.register_forward_pre_hook(lambda norm, args: behind.append((gain_of(norm), args[0])))
         projection.register_forward_pre_hook(lambda _m, args, into=found: into.append(args[0]))
         with torch.inference_mode():
             model(blocks)
         heads.append(found[0].unflatten(-1, (4, -1)))
-        weight = projection.weight.detach().unflatten(1, (4, -1)).permute(1, 2, 0)  # [H, h, d]
+        weight = output_weight.detach().unflatten(1, (4, -1)).permute(1, 2, 0)  # [H, h, d]
     rows = list(sampled_queries(blocks.shape[1]))
     wrong = torch.einsum("brih,ihd->brid", (heads[1] - heads[0])[:, rows], weight)
     wrong = wrong * getattr(model.config, "residual_multiplier", 1.0)

@@ -15,11 +15,13 @@ from a3cli.models.checkpoint import Checkpoint
 from a3cli.solvers.moments import LayerMoments, gram_blocks, pack_upper, unpack_upper
 from tests.conftest import (
     MODELS,
+    attention_of,
     by_token,
     decoder_layers,
     family_of_row,
     head_linears,
     mlp_linears,
+    output_linear,
     post_norms,
     stream_reader,
 )
@@ -41,20 +43,21 @@ def hooked_sums(folder, blocks):
         seen[index][name] = value.flatten(0, -2).double()
 
     for i, layer in enumerate(layers):
-        attention = layer.self_attn
+        attention = attention_of(layer)
         for name, (linear, part) in head_linears(attention).items():
             heads = getattr(attention, f"{name}_norm", linear)
             heads.register_forward_hook(
                 lambda m, a, out, i=i, name=name, part=part: keep(i, name, by_token(out, model)[..., part])
             )
-        output = getattr(attention, "o_proj", None) or attention.out_proj
-        output.register_forward_pre_hook(lambda m, a, i=i: keep(i, "o", a[0]))
+        output_linear(attention)[0].register_forward_pre_hook(lambda m, a, i=i: keep(i, "o", a[0]))
         mlp_linears(layer)["down"].register_forward_pre_hook(lambda m, a, i=i: keep(i, "x", a[0]))
         stream_reader(layer).register_forward_pre_hook(lambda m, a, i=i: keep(i, "after_attention", a[0]))
         for name, norm in post_norms(layer).items():
             seen[i]["epsilon"] = model.config.rms_norm_eps
             norm.register_forward_pre_hook(lambda m, a, i=i, name=name: keep(i, f"behind_{name}", a[0]))
-        layer.register_forward_hook(lambda m, a, out, i=i: keep(i, "after_mlp", out))
+        layer.register_forward_hook(
+            lambda m, a, out, i=i: keep(i, "after_mlp", out[0] if isinstance(out, tuple) else out)
+        )
     model(blocks, use_cache=False)
     return seen
 

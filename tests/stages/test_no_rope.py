@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from a3cli.models.families import FAMILIES
@@ -134,17 +134,68 @@ def test_the_stock_shape_keeps_heads_and_says_why(name, a3, calibrated, tmp_path
     refused(a3("solve", "--budget", 0.2, "--shape", "per-layer", "--context", 64, *work), "--context 64", "no RoPE")
 
 
+def test_mpt_has_no_stock_shape(a3, checkpoint, calibrated, tmp_path):
+    work, why = shutil.copytree(calibrated("mpt-mha"), tmp_path / "work"), FAMILIES["mpt"].stock_heads
+    for command in (("solve", "--budget", 0.2, "--work", work), ("plan", checkpoint("mpt-mha"))):
+        refused(
+            a3(*command), "--shape stock: a3 cannot compress anything of model_type 'mpt'", why, "--shape per-layer"
+        )
+
+
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("name", "changes", "word"),
     [
-        ({"do_layer_norm_before": False}, ("do_layer_norm_before",)),
-        ({"word_embed_proj_dim": 32}, ("word_embed_proj_dim 32",)),
+        ("opt-mha", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("opt-mha", {"word_embed_proj_dim": 32}, "word_embed_proj_dim 32"),
+        ("gpt2-mha", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt2-mha", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2-mha", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("mpt-mha", {"attn_config": {"clip_qkv": 6.0}}, "clip_qkv 6.0"),
+        ("mpt-mha", {"attn_config": {"softmax_scale": 0.1}}, "softmax_scale 0.1"),
+        ("mpt-mha", {"attn_config": {"alibi": False}}, "alibi"),
+        ("mpt-mha", {"attn_config": {"qk_ln": True}}, "qk_ln"),
     ],
 )
-def test_variants_of_opt_that_are_not_supported(changes, words, a3, checkpoint, text_file, tmp_path):
-    folder = shutil.copytree(checkpoint("opt-mha"), tmp_path / "source")
+def test_variants_that_are_not_supported(name, changes, word, a3, checkpoint, text_file, tmp_path):
+    folder = shutil.copytree(checkpoint(name), tmp_path / "source")
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | changes))
-    command = ("calibrate", folder, "--dataset", text_file, *SHORT, "--work", tmp_path / "work")
-    refused(a3(*command), "does not support opt with", *words)
-    refused(a3("plan", folder), "does not support opt with", *words)
+    words = (f"does not support {config['model_type']} with", word)
+    refused(a3("calibrate", folder, "--dataset", text_file, *SHORT, "--work", tmp_path / "work"), *words)
+    refused(a3("plan", folder, "--shape", "per-layer"), *words)
+
+
+def test_a_published_gpt2(a3, checkpoint, text_file, tmp_path):
+    """Without the decoder's prefix and an MLP width, and with buffers of the mask, which its class ignores."""
+    folder, work = shutil.copytree(checkpoint("gpt2-mha", n_inner=None), tmp_path / "source"), tmp_path / "work"
+    tensors = load_file(folder / "model.safetensors")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256).tril() for layer in (0, 1)}
+    masks |= {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in (0, 1)}
+    save_file(short | masks, folder / "model.safetensors")
+    config = read_json(folder / "config.json")
+    del config["n_inner"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in (
+        ("calibrate", folder, "--dataset", text_file, *SHORT),
+        ("solve", "--budget", 0.2, "--head-multiple", 2, "--mlp-multiple", 8, "--method", "paper"),
+        ("export", tmp_path / "out"),
+        ("verify", tmp_path / "out", "--require-reference"),
+    ):
+        outcome = a3(*command, "--work", work)
+        assert outcome.code == 0, outcome.stderr
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert read_json(tmp_path / "out" / "config.json")["n_inner"] < 256
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_the_reference_of_a_second_sweep_agrees_with_its_export(name, a3, calibrated, tmp_path, hasty):
+    work, sizes = shutil.copytree(calibrated(name), tmp_path / "work"), ("--head-multiple", 2, "--mlp-multiple", 8)
+    for command in (
+        ("solve", "--budget", 0.25, "--shape", "per-layer", *sizes, "--sequential", "--batch-size", 3),
+        ("export", tmp_path / "out"),
+        ("verify", tmp_path / "out", "--require-reference", "--trust-remote-code"),
+    ):
+        outcome = a3(*command, "--work", work)
+        assert outcome.code == 0, outcome.stderr

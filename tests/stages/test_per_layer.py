@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from a3cli.models import costs
 from a3cli.models.checkpoint import Checkpoint
-from a3cli.models.families import LayerSizes
+from a3cli.models.families import LayerSizes, usual_entries
 from a3cli.models.model import describe
 from a3cli.settings import ExportSettings, SolveSettings, TextSettings
 from a3cli.stages.export import export
@@ -31,14 +31,18 @@ from tests.conftest import (
     MODELS,
     VOCABULARY,
     as_slots,
+    attention_of,
     build_model,
     build_tokenizer,
     can_cut,
     decoder_layers,
+    down_weight,
     family_of_row,
     gain_of,
     head_linears,
     mlp_linears,
+    mlp_width,
+    output_linear,
 )
 from tests.helpers.solutions import random_solution
 
@@ -106,7 +110,7 @@ def make_work(folder: Path, source: Path, sizes: list[LayerSizes], slots: list[l
             "full_size": asdict(shape.full_sizes),
             "sizes": [asdict(size) for size in sizes],
             "rope_slots": slots if slots[0] else None,
-            "context": checkpoint.config["max_position_embeddings"],
+            "context": usual_entries(checkpoint.config)["max_position_embeddings"],
             "predicted_loss": {"qk": 0.0, "ov": 0.0, "mlp": 0.0},
             "budget_asked": 0.3,
             "budget_reached": (before - kept) / before,
@@ -151,6 +155,7 @@ def random_export(name: str, folder: Path, *, method: str = "best", seed: int = 
     source, width = save(model, folder / "source"), model.config.hidden_size
     torch.manual_seed(seed)
     sizes = SIZES if can_cut(name, "qk", shape="per-layer") else [replace(size, qk=16) for size in SIZES]
+    sizes = [replace(size, mlp=mlp_width(name) if size.mlp == 96 else size.mlp) for size in sizes]
     slots = [own if size.qk < 16 else WHOLE for own, size in zip(SLOTS, sizes, strict=True)]
     slots = slots if family_of_row(name).rotates else NO_SLOTS
     slots = slots if method == "best" else [[float(int(slot)) for slot in layer] for layer in slots]
@@ -239,10 +244,9 @@ class LiteralAttention(torch.nn.Module):
         turn = torch.polar(torch.tensor(scaled, dtype=torch.float64).expand_as(angles), angles)
         if not getattr(stock, "use_rope", True):
             turn = torch.ones_like(turn)
-        scale = getattr(
-            stock.config, "attention_multiplier", getattr(stock.config, "query_pre_attn_scalar", 16) ** -0.5
-        )
-        parameters = getattr(stock.config, "rope_parameters", None) or {}
+        config = getattr(stock, "config", None)  # MPT's attention keeps none
+        scale = getattr(config, "attention_multiplier", getattr(config, "query_pre_attn_scalar", 16) ** -0.5)
+        parameters = getattr(config, "rope_parameters", None) or {}
         growth, context = (
             parameters.get("llama_4_scaling_beta", 0.0),
             parameters.get("original_max_position_embeddings", 1),
@@ -250,14 +254,14 @@ class LiteralAttention(torch.nn.Module):
         grown = 1 + growth * (1 + time.div(context, rounding_mode="floor")).double().log()[:, None]
         seen = time[:, None] >= time
         # In model types whose layers have different windows, each layer stores its own.
-        if window := getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)):
+        if window := getattr(stock, "sliding_window", getattr(config, "sliding_window", None)):
             seen &= time[:, None] - time < window
         q, k, v = (linear(row)[:, part].reshape(length, -1, 16) for linear, part in head_linears(stock).values())
         if hasattr(stock, "q_norm"):
             q, k = self.normed(q, gain_of(stock.q_norm)), self.normed(k, gain_of(stock.k_norm))
-        output = getattr(stock, "o_proj", None) or stock.out_proj
-        width = len(output.weight)
-        wide = output.weight.view(width, heads, 16)
+        output, weights = output_linear(stock)
+        width = len(weights)
+        wide = weights.reshape(width, heads, 16)
         out = torch.zeros(length, width, dtype=torch.float64)
         for i in range(heads):
             kv = i // group
@@ -265,6 +269,8 @@ class LiteralAttention(torch.nn.Module):
             scores = (query @ key.conj().T).real * scale * grown
             if cap := getattr(stock, "attn_logit_softcapping", None):
                 scores = cap * (scores / cap).tanh()
+            if hasattr(stock, "Wqkv"):  # ALiBi with a largest bias of 8
+                scores = scores - 2.0 ** (-8 * (i + 1) / heads) * (time[:, None] - time)
             weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
             value, weight = v[:, kv], wide[:, i]
             if "value_map" in self.solution:
@@ -279,7 +285,7 @@ class LiteralAttention(torch.nn.Module):
 
 def rotary_of(model: Any, layer: int) -> Any:
     """Return what has the frequencies and the scaling of one layer's RoPE."""
-    rotary = getattr(model.model, "rotary_emb", None)
+    rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None:
         return None
     if hasattr(rotary, "layer_types"):
@@ -298,9 +304,10 @@ def literal_logits(folder: Path) -> torch.Tensor:
     slots = json.loads((folder / "work" / "solution" / "manifest.json").read_text())["rope_slots"]
     for index, layer in enumerate(decoder_layers(model)):
         solution = load_file(folder / "work" / "solution" / f"layer-{index:03d}.safetensors")
-        layer.self_attn = LiteralAttention(layer.self_attn, rotaries[index], solution, slots and slots[index])
+        name = "self_attn" if hasattr(layer, "self_attn") else "attn"
+        setattr(layer, name, LiteralAttention(attention_of(layer), rotaries[index], solution, slots and slots[index]))
         if "channels" in solution:
-            channels, weight = solution["channels"], mlp_linears(layer)["down"].weight
+            channels, weight = solution["channels"], down_weight(mlp_linears(layer)["down"])
             down = weight.clone()
             weight.zero_()
             weight[:, channels] = solution.get("down_weight", down[:, channels])
@@ -321,7 +328,8 @@ def test_export_equals_the_literal_reference(name, method, tmp_path):
 def test_full_sizes_are_bit_for_bit_the_source(name, tmp_path):
     source = save(build_model(name, num_hidden_layers=3), tmp_path / "source")
     slots = [WHOLE] * 3 if family_of_row(name).rotates else NO_SLOTS
-    out = exported(tmp_path, source, FULL, slots, [{"unchanged": torch.zeros(0)}] * 3)
+    full = [LayerSizes(16, 16, mlp_width(name))] * 3
+    out = exported(tmp_path, source, full, slots, [{"unchanged": torch.zeros(0)}] * 3)
     for length in (LENGTH, 40):  # below and above the longrope source's switch
         assert torch.equal(logits(load(out), length), logits(load(source, trust_remote_code=False), length))
 

@@ -11,7 +11,7 @@ from a3cli.settings import COMPONENTS, Component
 
 Role = Literal["q", "k", "v", "o", "q_norm", "k_norm", "mlp_norm", "gate", "up", "down"]
 Kind = Literal["weight", "bias"]
-Positions = Literal["rope", "learned"]
+Positions = Literal["rope", "learned", "alibi"]
 LinearShapes = Mapping[Role, tuple[int, int]]
 
 
@@ -86,6 +86,7 @@ class Family:
     positions: Positions = "rope"  # how the model knows a token's place
     position_embedding: str | None = None  # the module of learned positions
     names: Mapping[str, str] = field(default_factory=dict)  # entries of config.json: Llama's name → its own
+    mlp_ratio: int | None = None  # the MLP's width in hidden sizes if config.json omits it
     activation: str | None = None  # the module between up and down in a layer whose MLP is no module of its own
     refusal: Callable[[Any], str | None] = lambda _config: None  # what of a configuration a3 does not support
     stock_heads: str | None = None  # why no head can be smaller in the stock shape; None: they can
@@ -167,7 +168,11 @@ class Family:
 
     def usual(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a configuration's entries also under the names that Llama's has for them."""
-        return {**config, **{usual: config[own] for usual, own in self.names.items() if config.get(own) is not None}}
+        found = {**config, **{usual: config[own] for usual, own in self.names.items() if config.get(own) is not None}}
+        hidden = found.get("hidden_size")
+        if self.mlp_ratio and found.get("intermediate_size") is None and isinstance(hidden, int):
+            found["intermediate_size"] = self.mlp_ratio * hidden
+        return found
 
     @property
     def mlp(self) -> str:
@@ -261,6 +266,7 @@ class ModelShape:
     still_layers: tuple[int, ...] = ()  # layers without RoPE, where others have it
     fitted_norms: bool = False  # query and key heads have norms, which get smaller with them
     query_growth: tuple[float, int] | None = None  # β, n: queries at position p times 1 + β log(1 + floor(p / n))
+    alibi: bool = False  # scores have a bias by distance, the same for all layers
     mlp_in_layer: bool = False  # the MLP is no module of its own, which could run in pieces
 
     @property
