@@ -111,6 +111,14 @@ MINISTRAL3 = {
     "pad_token_id": None,
     "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
 }
+QWEN3_5 = {
+    "full_attention_interval": 3,  # the last layer; the others have linear attention
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 48,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}  # from the second layer on
 BUDGET = ("--budget", "0.25")
 FEWER_HEAD_DIMS = ("--attention-budget", "0.25", "--mlp-budget", "0.25")
@@ -144,6 +152,7 @@ SUBJECTS = (
     Subject("qwen2 MLP only", "qwen2", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("qwen3 stock", "qwen3", FEWER_HEAD_DIMS, QWEN3),
     Subject("qwen3 MLP only", "qwen3", (*BUDGET, "--components", "mlp"), QWEN3),
+    Subject("qwen3_5_text stock", "qwen3_5_text", BUDGET, QWEN3_5),
     Subject("smollm3 stock", "smollm3", BUDGET, SMOLLM3),
     Subject("starcoder2 stock", "starcoder2", config={"sliding_window": None}),
     Subject("nemotron stock", "nemotron", config={"partial_rotary_factor": 0.5}),
@@ -161,6 +170,7 @@ SUBJECTS = (
     Subject("qwen2 per-layer", "qwen2", PER_LAYER),
     Subject("qwen3 per-layer", "qwen3", PER_LAYER, QWEN3 | WINDOWS),
     Subject("qwen3 per-layer smaller heads", "qwen3", (*PER_LAYER, "--components", "qk,ov"), QWEN3 | WINDOWS),
+    Subject("qwen3_5_text per-layer", "qwen3_5_text", PER_LAYER, QWEN3_5),
     Subject("smollm3 per-layer", "smollm3", PER_LAYER, SMOLLM3 | WINDOWS),
     Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
     Subject("nemotron per-layer", "nemotron", PER_LAYER, {"partial_rotary_factor": 0.5}),
@@ -315,7 +325,7 @@ def main() -> None:
                 sys.exit(f"{export}: {expected[export]['error']}")
             found = probe(python, export, mode)
             cells, wrong = compare(found, expected[export])
-            if not a3_says_yes(export, RUNTIMES.get(name, "transformers 5")):
+            if not a3_says_yes(export, name):
                 cells, wrong = [f"{cells[0]}; a3 does not claim it", *cells[1:]], []
             failed |= bool(wrong)
             print(f"| {found.get('runtime', name)} | {export.name} | {' | '.join(cells)} |", flush=True)
@@ -324,10 +334,18 @@ def main() -> None:
     sys.exit(failed)
 
 
-def a3_says_yes(export: Path, runtime: str) -> bool:
-    """Return whether the export's manifest claims that a runtime loads it: not "no" and not "untried"."""
+def a3_says_yes(export: Path, environment: str) -> bool:
+    """Return whether a3 claims that what is in an environment loads the export: not "no" and not "untried"."""
     from a3cli.runtimes import YES
+    from a3cli.runtimes.rules import SINCE
 
+    runtime, version = RUNTIMES.get(environment, "transformers 5"), environment.rpartition("-")[2]
+    config = json.loads((export / "config.json").read_text("utf-8"))
+    since = SINCE.get(config["model_type"])
+    if since is not None and runtime == "transformers 5" and version != "newest":
+        numbers = [[int(number) for number in each.split(".")] for each in (version, since)]
+        if numbers[0] < numbers[1]:
+            return False
     manifest = json.loads((export / "a3_manifest.json").read_text("utf-8"))
     return any(each["runtime"] == runtime and each["loads"] == YES for each in manifest["runtimes"])
 

@@ -41,6 +41,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     SmolLM3Config,
@@ -49,7 +51,7 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from a3cli.models.families import Family, family_for
+from a3cli.models.families import FAMILIES, Family, family_for
 from a3cli.settings import Component
 from a3cli.work.files import hash_file, read_json
 from a3cli.work.sealed import write_manifest
@@ -154,6 +156,18 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},  # from the second layer on
     ),
     "qwen3-gqa": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "qwen3_5-hybrid": (
+        Qwen3_5TextConfig,
+        Qwen3_5ForCausalLM,
+        {
+            "full_attention_interval": 2,  # every second layer; the others have linear attention
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        },
+    ),
     "qwen3-bias": (Qwen3Config, Qwen3ForCausalLM, {"attention_bias": True, "tie_word_embeddings": True}),
     "qwen3-window": (
         Qwen3Config,
@@ -290,6 +304,11 @@ def family_of_row(name: str) -> Family:
 def mlp_width(name: str) -> int:
     """Return the MLP width of a model of the table: MPT's is four times the hidden size, whatever is asked for."""
     return 256 if name.startswith("mpt") else 96
+
+
+def carries_attention(model: Any) -> bool:
+    """Return whether a3 leaves the attention of a model as it is."""
+    return FAMILIES[model.config.model_type].carried_attention is not None
 
 
 def mlp_linears(layer: Any) -> dict[str, Any]:

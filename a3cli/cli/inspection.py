@@ -77,7 +77,7 @@ def _component_figures(part: "ComponentState") -> list[str]:
         _or_dash(part.energy_kept, ".2%"),
         _or_dash(part.effective_rank, ".1f"),
         "singular" if part.is_singular else _or_dash(part.condition, ".1e"),
-        f"{part.tokens_per_dimension:,.1f}",
+        _or_dash(part.tokens_per_dimension, ",.1f"),
         _or_dash(part.damping, ".0e"),
         _or_dash(None if now is None else now / 1e6, ",.2f"),
     ]

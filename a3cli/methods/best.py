@@ -133,7 +133,7 @@ class Best(Method[BestLayer]):
         return describe_layer(
             layer,
             channel_rank=layer.channel_rank,
-            qk_energy=self.solver.loss_of_nothing(layer),
+            qk_energy=self.solver.loss_of_nothing(layer) if self.model.shape.heads else 0.0,
             mlp_energy=float(layer.channels.curve[0]) * layer.mlp_unit,
         )
 

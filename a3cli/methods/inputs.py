@@ -26,6 +26,8 @@ COMPONENT_OF = {
     **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "o_weight", "attention_residual"), "OV"),
     **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "mlp_residual"), "MLP"),
 }
+# Dimensions of the sums that methods read of heads, which statistics of carried attention do not have.
+DIMENSIONS = {"q_gram": 3, "k_gram": 3, "v_gram": 3, "k_sum": 2, "distance": 1}
 
 
 def check_statistics(value: torch.Tensor, name: str, layer: int) -> None:
@@ -63,7 +65,12 @@ class LayerInputs:
                     check_statistics(file.get_tensor(name), name, self.layer)
 
     def mean(self, name: str) -> torch.Tensor:
-        """Return one sum of `moments.py` over the token count, as stored: the large ones are packed triangles."""
+        """Return one sum of `moments.py` over the token count, as stored: the large ones are packed triangles.
+
+        Where attention is carried, those of heads are of no heads.
+        """
+        if self.shape.carried_attention and name in DIMENSIONS:
+            return torch.zeros(0, *[self.shape.head_dim] * (DIMENSIONS[name] - 1), dtype=torch.float64)
         with open_tensors(self._path, REMEDY) as file:
             if name not in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
                 raise A3Error(
@@ -93,7 +100,7 @@ class LayerInputs:
     @cached_property
     def head_outputs(self) -> torch.Tensor:
         """Return `E[o_i o_iᵀ]` `[H, h, h]` of each head."""
-        return gram_blocks(self.o_gram, self.shape.heads)
+        return gram_blocks(self.o_gram, self.shape.heads) if self.shape.heads else self.mean("v_gram")
 
     def mlp_gram(self) -> torch.Tensor:
         """Return `E[x xᵀ]` `[I, I]` float64, by far the largest tensor here: computed at each call, not kept."""
@@ -125,7 +132,7 @@ class LayerInputs:
     @cached_property
     def output_gram(self) -> torch.Tensor:
         """Return `W_o,i W_o,iᵀ` `[H, h, h]`, of the weights in the stream."""
-        return output_gram_of(self.output_weight_in_stream)
+        return output_gram_of(self.output_weight_in_stream) if self.shape.heads else self.mean("v_gram")
 
     @cached_property
     def value_gram(self) -> torch.Tensor:
@@ -172,6 +179,8 @@ class LayerInputs:
         attained is the share of the bound in `attention_effect` that score errors reach: errors independent of the
         values reach Σ a² of the attention weights a; docs/experiments.md has measurements.
         """
+        if not self.shape.heads:
+            return torch.zeros(0, dtype=torch.float64)
         effect = attained * attention_effect(self.value_gram, self.head_outputs, self.output_gram)
         scale: float = self.rope.attention_factor**2 * self.shape.softmax_scale
         return effect * (self.attention_unit * scale**2)

@@ -44,7 +44,10 @@ def read_shape(config: Any) -> ModelShape:
             f"head_dim {shape.head_dim}, hidden {shape.hidden_size}, MLP {shape.intermediate_size}, "
             f"layers {shape.layers})"
         )
-    return shape
+    if family.carried_attention is None:
+        return shape
+    costs = family.carried_attention.costs(config)
+    return replace(shape, heads=0, kv_heads=0, attention_bias=False, carried_attention=costs)
 
 
 def read_windows(config: Any) -> tuple[int | None, ...]:

@@ -14,13 +14,20 @@ ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
 
 
 def attention_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """Return the number of weights of q, k, v and o over all layers, without biases."""
+    """Return the number of weights of attention's linear layers over all layers, without biases."""
+    if carried := shape.carried_attention:
+        return _part_of(carried.weights, shape, sizes)
     return _weights(shape, sizes, ATTENTION)
 
 
 def mlp_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Return the number of weights of gate, up and down over all layers, without biases."""
     return _weights(shape, sizes, shape.mlp_roles)
+
+
+def _part_of(total: int, shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
+    """Return the part of a sum over all layers that so many of them have on average."""
+    return total * len(sizes) // shape.layers
 
 
 def _weights(shape: ModelShape, sizes: Sequence[LayerSizes], roles: Sequence[Role]) -> int:
@@ -55,11 +62,18 @@ def removed_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
 
 def kv_bytes_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int) -> int:
     """Return the bytes of the KV cache for one token."""
+    if carried := shape.carried_attention:
+        return _part_of(carried.cached, shape, sizes) * bytes_per_value
     return sum(shape.kv_heads * (size.qk + size.ov) for size in sizes) * bytes_per_value
 
 
 def kv_cache_bytes(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int, tokens: int) -> int:
-    """Return the bytes of one sequence's KV cache of so many tokens; a sliding window keeps all but one of its own."""
+    """Return the bytes of one sequence's KV cache of so many tokens; a sliding window keeps all but one of its own.
+
+    The states of linear attention, which do not grow with the text, are not counted.
+    """
+    if shape.carried_attention:
+        return tokens * kv_bytes_per_token(shape, sizes, bytes_per_value)
     windows = shape.windows or (None,) * len(sizes)
     kept = (tokens if window is None else min(tokens, max(0, window - 1)) for window in windows)
     return sum(
@@ -71,9 +85,12 @@ def prefill_flops_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], seq_
     """Return the FLOPs of the decoder layers for one token of a prompt of `seq_len` tokens.
 
     Matrix products take two per weight, `QKᵀ` takes `2·T·H·qk` and the product with V `2·T·H·ov`; both are counted
-    in full, as dense kernels compute them, without halving for the causal mask. Embedding, norms and output head, which
-    a3 does not change, are left out.
+    in full, as dense kernels compute them, without halving for the causal mask. Linear attention takes three products
+    with its state. Embedding, norms and output head, which a3 does not change, are left out.
     """
+    if carried := shape.carried_attention:
+        attention = _part_of(2 * seq_len * carried.products + 6 * carried.state, shape, sizes)
+        return 2 * linear_weights(shape, sizes) + attention
     attention = sum(2 * seq_len * shape.heads * (size.qk + size.ov) for size in sizes)
     return 2 * linear_weights(shape, sizes) + attention
 
@@ -89,11 +106,14 @@ def statistics_bytes(shape: ModelShape, samples: int, seq_len: int, *, full_mlp:
     heads = (query + 2 * kv) * (h + 1) * 8
     outputs = triangle(query) * 4 + query * 8
     mlp = (triangle(width) * 4 if full_mlp else 0) + 2 * width * 8
-    return heads + outputs + mlp + (seq_len + 3) * 8 + sample_bytes(shape, samples, seq_len)
+    distance = 0 if shape.carried_attention else seq_len * 8
+    return heads + outputs + mlp + distance + 3 * 8 + sample_bytes(shape, samples, seq_len)
 
 
 def sample_bytes(shape: ModelShape, samples: int, seq_len: int) -> int:
     """Return the bytes of one layer's sampled attention (see `samples.py`)."""
+    if shape.carried_attention:
+        return 0
     queries = len(sampled_queries(seq_len))
     of_block = (queries * shape.heads + 2 * seq_len * shape.kv_heads) * shape.head_dim * 2 + queries * 8
     return len(sampled_blocks(samples, seq_len)) * of_block
@@ -144,6 +164,8 @@ def block_bytes(shape: ModelShape, itemsize: int, seq_len: int, *, on_cpu: bool 
     attention = (4 * heads + 6 * keys) * itemsize + 4 * (heads + 2 * keys) + 4 * seq_len
     if shape.alibi:  # no fused kernel: scores, with bias, masked, and weights
         attention += shape.heads * seq_len * (3 * itemsize + 4)
+    if carried := shape.carried_attention:  # outputs of its projections, and float32 copies
+        attention = 4 * (itemsize + 4) * carried.weights // (shape.layers * shape.hidden_size)
     mlp = shape.intermediate_size * len(shape.mlp_roles) * itemsize
     return seq_len * 4 * shape.hidden_size * itemsize + max(seq_len * attention, mlp_tokens * mlp)
 
@@ -205,7 +227,7 @@ def refine_flops(shape: ModelShape, size: LayerSizes, samples: int, seq_len: int
 def refine_memory(shape: ModelShape, samples: int, seq_len: int) -> int:
     """Return the bytes of one layer's stored samples, and of one KV head's in float32, complex and with gradients."""
     stored = sample_bytes(shape, samples, seq_len)
-    return stored + 6 * stored // shape.kv_heads
+    return stored + 6 * stored // max(1, shape.kv_heads)
 
 
 GAUSS_NEWTON_STEPS = 8  # steps of conjugate gradients in one round of the sequential correction

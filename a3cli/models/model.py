@@ -116,7 +116,8 @@ def read_stock(
         whole, config = read_config_object(folder, raw, trust_remote_code=trust_remote_code)
         config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
         check_activation(getattr(config, "hidden_act", "gelu"))  # MPT has but one
-        check_rope(rope_parameters_of(config), partial=family.rotary_factor is not None)
+        if not family.carried_attention:
+            check_rope(rope_parameters_of(config), partial=family.rotary_factor is not None)
         if family.local_rope:
             check_local_rope(config)
         if unsupported := family.refusal(config):

@@ -51,7 +51,7 @@ class Rope:
 
     @property
     def absent(self) -> bool:
-        """Return whether the model has no RoPE, and config.json nothing of it."""
+        """Return whether there is no RoPE to change: the model has none, or its attention is carried."""
         return self.kind == "none"
 
     @property
@@ -82,7 +82,7 @@ def read_rope(config: Any, attention: str = FULL) -> Rope:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     family, parameters = family_of(config.model_type), rope_parameters_of(config, attention)
-    if not family.rotates:
+    if not family.rotates or family.carried_attention:
         return no_rope(config)
     kind = check_rope(parameters, partial=family.rotary_factor is not None)
     own = {"layer_type": attention} if family.local_rope else {}
@@ -113,7 +113,7 @@ def read_rope(config: Any, attention: str = FULL) -> Rope:
 
 
 def no_rope(config: Any) -> Rope:
-    """Return the rotation of a model without RoPE: none of any pair."""
+    """Return the rotation of a model without RoPE, or whose attention is carried: none of any pair."""
     still, context = torch.zeros(config.head_dim // 2, dtype=torch.float64), int(config.max_position_embeddings)
     return Rope({"rope_type": "none"}, still, still, 1.0, context, context)
 

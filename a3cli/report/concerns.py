@@ -29,9 +29,11 @@ def find_concerns(
 def component_warnings(component: Component, layers: list[ComponentState]) -> list[str]:
     """Return the warnings of one component; `layers` has its state in each layer."""
     title, found = TITLES[component], []
-    if layers and (first := layers[0]).tokens_per_dimension < ENOUGH_TOKENS:
+    tokens = layers[0].tokens_per_dimension if layers else None
+    if tokens is not None and tokens < ENOUGH_TOKENS:
+        first = layers[0]
         found.append(
-            f"{title}: {first.tokens_per_dimension:.1f} tokens for each of the {first.dimension:,} dimensions of "
+            f"{title}: {tokens:.1f} tokens for each of the {first.dimension:,} dimensions of "
             f"its statistics, fewer than {ENOUGH_TOKENS}: calibrate on {ENOUGH_TOKENS * first.dimension:,} or more"
         )
     singular = [layer for layer, each in enumerate(layers) if each.is_singular]

@@ -24,7 +24,7 @@ REMEDY = "run a3 calibrate --overwrite"
 @dataclass(frozen=True)
 class Dimensions:
     """H, K, h, I; and, if the source or the export is available, d, the bytes of a weight, and whether the MLP has a
-    gate.
+    gate. H and K are 0 where attention is carried.
     """
 
     heads: int
@@ -43,8 +43,8 @@ class Dimensions:
         return {"qk": self.head_dim, "ov": self.heads * self.head_dim, "mlp": self.intermediate}[component]
 
     def bytes(self, component: Component, size: int) -> int | None:
-        """Return the bytes of a component's weights in one layer, without biases."""
-        if self.hidden is None or self.item is None:
+        """Return the bytes of a component's weights in one layer, without biases; None if they are not known."""
+        if self.hidden is None or self.item is None or (component != "mlp" and not self.heads):
             return None
         rows = (3 if self.gated else 2) if component == "mlp" else self.heads + self.kv_heads
         return rows * size * self.hidden * self.item
@@ -76,16 +76,25 @@ def describe_statistics(
 
 
 def read_dimensions(file: Any, source: Checkpoint | None) -> Dimensions:
-    heads, head_dim, _ = file.get_slice("q_gram").get_shape()
+    config = usual_entries(source.config) if source else {}
+    heads, kv_heads, head_dim = 0, 0, config.get("head_dim", 0)
+    if has_heads(file):
+        heads, head_dim, _ = file.get_slice("q_gram").get_shape()
+        kv_heads = file.get_slice("k_gram").get_shape()[0]
     return Dimensions(
         heads=heads,
-        kv_heads=file.get_slice("k_gram").get_shape()[0],
+        kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=file.get_slice("mlp_energy").get_shape()[0],
-        hidden=usual_entries(source.config).get("hidden_size") if source else None,
+        hidden=config.get("hidden_size"),
         item=source.dtype.itemsize if source else None,
         gated=source is None or family_of(source.config.get("model_type")).gated,
     )
+
+
+def has_heads(file: Any) -> bool:
+    """Return whether statistics have sums of heads, which those of carried attention have not."""
+    return "q_gram" in file.keys()  # noqa: SIM118, a safetensors file is no dictionary
 
 
 def layer_health(file: Any, dimensions: Dimensions, layer: int) -> LayerHealth:
@@ -96,16 +105,18 @@ def layer_health(file: Any, dimensions: Dimensions, layer: int) -> LayerHealth:
         check_statistics(found, name, layer)
         return found
 
-    width = dimensions.heads * dimensions.head_dim
-    outputs = unpack_upper(sums("o_gram"), width)
-    attention = spectrum_health(gram_blocks(outputs, dimensions.heads))
-    if width <= WIDEST_SPECTRUM:  # used by the refit of the output projection
-        attention = with_conditions(attention, outputs[None])
     energy = sums("mlp_energy").double()
     dead = int((energy <= SINGULAR * energy.max()).sum())
     mlp = Health(effective_rank=effective_rank(energy).item(), dead=dead)
     if "mlp_gram" in file.keys() and dimensions.intermediate <= WIDEST_SPECTRUM:  # noqa: SIM118, no dictionary
         mlp = with_conditions(mlp, unpack_upper(sums("mlp_gram"), dimensions.intermediate)[None])
+    if not has_heads(file):
+        return {"qk": Health(), "ov": Health(), "mlp": mlp}
+    width = dimensions.heads * dimensions.head_dim
+    outputs = unpack_upper(sums("o_gram"), width)
+    attention = spectrum_health(gram_blocks(outputs, dimensions.heads))
+    if width <= WIDEST_SPECTRUM:  # used by the refit of the output projection
+        attention = with_conditions(attention, outputs[None])
     keys = sums("k_gram")
     scores = with_conditions(spectrum_health(keys), torch.cat([sums("q_gram"), keys]))
     return {"qk": scores, "ov": attention, "mlp": mlp}

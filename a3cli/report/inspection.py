@@ -158,14 +158,16 @@ def read_dimensions(config: Json, path: Path, solution: Solution) -> Dimensions:
     """Return the source's dimensions from an export's config.json and its solution."""
     config = usual_entries(config)
     heads, kv = count_in(config, "num_attention_heads", path), "num_key_value_heads"
+    kv_heads = heads if config.get(kv) is None else count_in(config, kv, path)
+    family = family_of(config.get("model_type"))
     dimensions = Dimensions(
-        heads=heads,
-        kv_heads=heads if config.get(kv) is None else count_in(config, kv, path),
+        heads=0 if family.carried_attention else heads,
+        kv_heads=0 if family.carried_attention else kv_heads,
         head_dim=solution.full_size.qk,
         intermediate=solution.full_size.mlp,
         hidden=count_in(config, "hidden_size", path),
         item=round(solution.bytes.before / solution.parameters.before),
-        gated=family_of(config.get("model_type")).gated,
+        gated=family.gated,
     )
     count_in(config, "vocab_size", path)
     return dimensions

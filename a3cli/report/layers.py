@@ -25,7 +25,7 @@ class ComponentState(Health):
     predicted_loss: float | None = None
     energy_kept: float | None = None
     dimension: int
-    tokens_per_dimension: float
+    tokens_per_dimension: float | None  # None where there are no statistics: attention is carried
     damping: float | None = None
     floored: int | None = None
     bytes: Bytes
@@ -71,7 +71,7 @@ def describe_component(component: Component, dimensions: Dimensions, tokens: int
         **dict(health),
         full_size=full,
         dimension=dimension,
-        tokens_per_dimension=tokens / dimension,
+        tokens_per_dimension=tokens / dimension if component == "mlp" or dimensions.heads else None,
         bytes=Bytes(before=dimensions.bytes(component, full)),
     )
 
@@ -96,12 +96,17 @@ def add_solution(
             "size": size,
             "predicted_loss": loss,
             "energy_kept": max(0.0, 1 - loss / energy) if energy and loss is not None else None,
-            "effective_rank": sum(ranks) / len(ranks) if isinstance(ranks, list) else ranks,
+            "effective_rank": mean_of(ranks) if isinstance(ranks, list) else ranks,
             "damping": damping,
             "floored": None if floored is None else sum(floored),
             "bytes": Bytes(before=dimensions.bytes(component, full), after=dimensions.bytes(component, size)),
         }
     )
+
+
+def mean_of(values: list[float]) -> float | None:
+    """Return the mean; None without values, as of the heads of carried attention."""
+    return sum(values) / len(values) if values else None
 
 
 def loss_at(curve: Curve, size: int) -> float | None:

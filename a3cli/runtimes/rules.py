@@ -42,7 +42,9 @@ PARTIAL_OF_4 = {"nemotron": 0.5}
 # The entries of rope_scaling that 4.57 demands for a model type, and no others.
 STRICT_SCALING = {"phi3": {"type", "short_factor", "long_factor"}}
 # Model types that transformers 4.57 does not have.
-NOT_IN_4 = ("ministral3",)
+NOT_IN_4 = ("ministral3", "qwen3_5_text")
+# The release of transformers 5 from which on it has a model type; 5.0 for other model types.
+SINCE = {"qwen3_5_text": "5.2"}
 # Head sizes that vLLM accepts on a CPU.
 VLLM_CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -161,7 +163,10 @@ def _judge_one(runtime: str, rule: Callable[[Export], tuple[Loads, str]], export
 
 
 def _transformers_5(export: Export) -> tuple[Loads, str]:
-    return YES, "with trust_remote_code=True: the code is in the folder" if export.per_layer else ""
+    notes = ["with trust_remote_code=True: the code is in the folder"] if export.per_layer else []
+    if export.model_type in SINCE:
+        notes.append(f"from {SINCE[export.model_type]} on")
+    return YES, "; ".join(notes)
 
 
 def _transformers_4(export: Export) -> tuple[Loads, str]:

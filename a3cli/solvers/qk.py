@@ -33,4 +33,4 @@ def keep_pairs(scores: torch.Tensor, kept: int) -> torch.Tensor:
 
 def sum_over_group(gram: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """Sum `[H, h, h]` of query heads over the group of each KV head: `[K, h, h]`, float64."""
-    return gram.double().view(kv_heads, len(gram) // kv_heads, *gram.shape[1:]).sum(1)
+    return gram.double().view(kv_heads, len(gram) // max(1, kv_heads), *gram.shape[1:]).sum(1)

@@ -128,9 +128,8 @@ def check_statistics(work: Work, calibration: CalibrationManifest, progress: Pro
 def check_settings_of_model(settings: SolveSettings, model: Model) -> None:
     """Raise A3Error for settings that this model does not allow."""
     if settings.context is not None and model.rope.absent:
-        raise A3Error(
-            f"--context {settings.context}: {model.source.name} has no RoPE to fit to a context; leave it out"
-        )
+        why = "keeps its attention as it is" if model.family.carried_attention else "has no RoPE to fit to a context"
+        raise A3Error(f"--context {settings.context}: {model.source.name} {why}; leave it out")
     if settings.context is not None and settings.context > model.rope.context:
         raise A3Error(
             f"--context {settings.context} is longer than the context of {model.source.name} ({model.rope.context})"

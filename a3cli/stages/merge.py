@@ -195,6 +195,8 @@ def add_statistics(files: Sequence[Path]) -> Tensors:
         with open_tensors(file, REMEDY) as more:
             for name, value in total.items():
                 value.add_(more.get_tensor(name))
+    if "q_gram" not in total:  # attention is carried
+        return total
     samples = [read_samples(file) for file in files]
     if lacking := [str(file) for file, found in zip(files, samples, strict=True) if found is None]:
         raise A3Error(f"{', '.join(lacking)}: no attention samples; {REMEDY}")

@@ -290,7 +290,8 @@ def least_sizes(settings: SolveSettings | PlanSettings, cut: Sequence[Component]
 
 def other_ways(settings: SolveSettings | PlanSettings, why: str | None, family: Family) -> str:
     """Return the advice to use another shape or to name components, if heads stay whole for the reason `why`."""
-    ways = ["--shape per-layer"] if why and settings.shape == "stock" else []
+    cut_per_layer = HEADS & {*family.compressible("per-layer")}
+    ways = ["--shape per-layer"] if why and settings.shape == "stock" and cut_per_layer else []
     possible = possible_components(settings, family)
     if why and isinstance(settings, SolveSettings) and "qk" in possible:
         ways.append(f"--components {','.join(possible)}")

@@ -26,15 +26,16 @@ def moments_of(
     def submodule(role: Role) -> nn.Module:
         return layer.get_submodule(family.module(role))
 
+    heads: tuple[Role, ...] = () if family.carried_attention else listener.HEADS
     handles = [
         layer.register_forward_pre_hook(listener.begin, with_kwargs=True),
         *(
             layer.get_submodule(family.heads(role)).register_forward_hook(
                 partial(listener.add_heads, role, family.head_rows(role, shapes))
             )
-            for role in listener.HEADS
+            for role in heads
         ),
-        submodule("o").register_forward_hook(listener.add_attention),
+        *([submodule("o").register_forward_hook(listener.add_attention)] if heads else []),
         # What reads the stream for the MLP has the one after attention; the layer returns the stream after the MLP.
         layer.get_submodule(family.stream_reader).register_forward_pre_hook(listener.add_stream_after_attention),
         submodule("down").register_forward_hook(listener.add_mlp),

@@ -122,7 +122,12 @@ class _Layer:
     @torch.no_grad()  # not inference mode: Gauss-Newton takes derivatives
     def refit(self, rounds: int) -> Tensors:
         self.files.middle.create()
-        self._fit("o", self._fit_attention)
+        refit: list[Role] = ["down", *(self.decoder.shape.mlp_inputs if rounds else ())]
+        if self.decoder.family.carried_attention:
+            self._each(self._run_full, [self.full_in], [self.files.middle, self.full_out])
+        else:
+            self._fit("o", self._fit_attention)
+            refit.insert(0, "o")
         kept = [self.files.mlp_in, self.files.mlp_target] if rounds else []  # without rounds they are not read again
         for file in kept:
             file.create()
@@ -130,7 +135,6 @@ class _Layer:
         for _ in range(rounds):
             error = self._improve_inputs(error)
         self._each(lambda small_in: [self._run_small(small_in)], [self.small_in], [self.small_out])
-        refit: list[Role] = ["o", "down", *(self.decoder.shape.mlp_inputs if rounds else ())]
         weights = {REFIT_NAMES[role]: self._linear(role).weight.float().cpu() for role in refit}
         return {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
 
@@ -230,9 +234,8 @@ class _Layer:
         linear = self._linear("o")
 
         def fit(full_in: torch.Tensor, small_in: torch.Tensor) -> list[torch.Tensor]:
-            with inputs_of(self._reader(self.full)) as seen, inputs_of(self._behind("o")) as behind:
-                out = run_layer(self.full, full_in, self.calls[0][len(full_in)][self.index])
-            middle = seen.pop().view_as(full_in)  # OPT reads it without the dimension of the batch
+            with inputs_of(self._behind("o")) as behind:
+                middle, out = self._run_full(full_in)
             with inputs_of(linear.module, stop=True) as seen:
                 self._run_small(small_in)
             target, weights = self._target("o", behind.pop, middle - full_in, DRIFT * (full_in - small_in))
@@ -299,6 +302,12 @@ class _Layer:
     def _behind(self, role: Role) -> nn.Module:
         """Return the source's norm behind a projection, or without one the module that reads the stream after it."""
         return self.full.get_submodule(self.decoder.family.post_norms.get(role, self.decoder.family.stream_reader))
+
+    def _run_full(self, full_in: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the source's stream after attention, and after the MLP."""
+        with inputs_of(self._reader(self.full)) as seen:
+            out = run_layer(self.full, full_in, self.calls[0][len(full_in)][self.index])
+        return seen.pop().view_as(full_in), out  # OPT reads the stream without the dimension of the batch
 
     def _run_small(self, small_in: torch.Tensor) -> torch.Tensor:
         return run_layer(self.small, small_in, self.calls[1][len(small_in)][self.index])

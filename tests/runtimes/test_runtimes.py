@@ -47,6 +47,9 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("transformers 4.57", PHI3 | {"rope_scaling": {"rope_type": "longrope", **FACTORS}}, NO, "refuses"),
         ("transformers 4.57", PHI3 | {"rope_scaling": {"type": "longrope", "factor": 2.0, **FACTORS}}, NO, "refuses"),
         ("transformers 4.57", BASE | {"model_type": "ministral3"}, NO, "does not have ministral3"),
+        ("transformers 4.57", BASE | {"model_type": "qwen3_5_text"}, NO, "does not have qwen3_5_text"),
+        ("transformers 5", BASE | {"model_type": "qwen3_5_text"}, YES, "from 5.2 on"),
+        ("transformers 5", BASE | PER_LAYER | {"model_type": "qwen3_5_text"}, YES, "in the folder; from 5.2 on"),
         (
             "vLLM",
             BASE | {"model_type": "ministral3"} | LONGROPE,

@@ -99,7 +99,7 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 SUPPORTED = (
     "gemma2, gemma3_text, gpt2, granite, llama, ministral3, mistral, mpt, nemotron, olmo2, opt, phi3, qwen2, qwen3, "
-    "smollm3, starcoder2 "
+    "qwen3_5_text, smollm3, starcoder2 "
 )
 DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "gone": (shutil.rmtree, ("source",)),

@@ -17,6 +17,7 @@ from tests.conftest import (
     MODELS,
     attention_of,
     by_token,
+    carries_attention,
     decoder_layers,
     family_of_row,
     head_linears,
@@ -42,14 +43,17 @@ def hooked_sums(folder, blocks):
     def keep(index, name, value):
         seen[index][name] = value.flatten(0, -2).double()
 
-    for i, layer in enumerate(layers):
-        attention = attention_of(layer)
+    def hook_attention(i, attention):
         for name, (linear, part) in head_linears(attention).items():
             heads = getattr(attention, f"{name}_norm", linear)
             heads.register_forward_hook(
                 lambda m, a, out, i=i, name=name, part=part: keep(i, name, by_token(out, model)[..., part])
             )
         output_linear(attention)[0].register_forward_pre_hook(lambda m, a, i=i: keep(i, "o", a[0]))
+
+    for i, layer in enumerate(layers):
+        if not carries_attention(model):
+            hook_attention(i, attention_of(layer))
         mlp_linears(layer)["down"].register_forward_pre_hook(lambda m, a, i=i: keep(i, "x", a[0]))
         stream_reader(layer).register_forward_pre_hook(lambda m, a, i=i: keep(i, "after_attention", a[0]))
         for name, norm in post_norms(layer).items():
@@ -82,26 +86,36 @@ def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_fi
     assert a3("calibrate", folder, "--dataset", text_file, *SETTINGS, "--work", tmp_path).code == 0
     blocks = load_file(tmp_path / "calibration" / "tokens.safetensors")["tokens"]
     layers = hooked_sums(folder, blocks)
+    carried = family_of_row(name).carried_attention is not None
     whole = not family_of_row(name).mlp  # no module of its own, which could run in pieces
     assert pieces == ([320, 160] if whole else [150, 150, 20, 150, 10]) * len(layers)
     for index, seen in enumerate(layers):
         stored = load_file(tmp_path / "calibration" / f"layer-{index:03d}.safetensors")
         assert stored["tokens"].item() == blocks.numel()
-        for part in "qkv":
-            heads = seen[part].unflatten(1, (-1, 16)).transpose(0, 1)
-            close(stored[f"{part}_gram"], heads.mT @ heads)
-            close(stored[f"{part}_sum"], heads.sum(1))
-        o, x = (seen[name] * weights(seen, role) for name, role in (("o", "o"), ("x", "down")))
-        close(unpack_upper(stored["o_gram"], o.shape[1]), seen["o"].T @ o)
+        if carried:
+            assert stored.keys() == {"mlp_gram", "mlp_energy", "x_sum", "attention_residual", "mlp_residual", "tokens"}
+        else:
+            check_heads(stored, seen)
+        x = seen["x"] * weights(seen, "down")
         close(unpack_upper(stored["mlp_gram"], x.shape[1]), seen["x"].T @ x)
         close(stored["mlp_energy"], (seen["x"] * x).sum(0))
-        close(stored["o_sum"], seen["o"].sum(0))
         close(stored["x_sum"], seen["x"].sum(0))
-        assert ("o_weight" in stored) == ("behind_o" in seen)
-        if "behind_o" in seen:
-            close(stored["o_weight"], weights(seen, "o").sum())
         close(stored["attention_residual"], seen["after_attention"].square().sum())
         close(stored["mlp_residual"], seen["after_mlp"].square().sum())
+
+
+def check_heads(stored, seen):
+    """Check the sums of queries, keys, values and the input of the output projection."""
+    for part in "qkv":
+        heads = seen[part].unflatten(1, (-1, 16)).transpose(0, 1)
+        close(stored[f"{part}_gram"], heads.mT @ heads)
+        close(stored[f"{part}_sum"], heads.sum(1))
+    o = seen["o"] * weights(seen, "o")
+    close(unpack_upper(stored["o_gram"], o.shape[1]), seen["o"].T @ o)
+    close(stored["o_sum"], seen["o"].sum(0))
+    assert ("o_weight" in stored) == ("behind_o" in seen)
+    if "behind_o" in seen:
+        close(stored["o_weight"], weights(seen, "o").sum())
 
 
 def test_fewer_tokens_than_channels_are_solved_or_refused_in_one_line(a3, checkpoint, text_file, tmp_path):

@@ -197,7 +197,16 @@ def test_a_configuration_without_head_dim(name, options, a3, checkpoint, text_fi
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-gqa", "llama-longrope", "starcoder2-gqa", "nemotron-gqa", "qwen3-window", "smollm3-window"]
+    "name",
+    [
+        "llama-gqa",
+        "llama-longrope",
+        "starcoder2-gqa",
+        "nemotron-gqa",
+        "qwen3-window",
+        "smollm3-window",
+        "qwen3_5-hybrid",
+    ],
 )
 def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file, tmp_path):
     out = run_chain(
@@ -213,7 +222,16 @@ def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file,
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-gqa-bias", "llama-yarn", "starcoder2-gqa", "nemotron-gqa", "qwen3-bias", "smollm3-bias"]
+    "name",
+    [
+        "llama-gqa-bias",
+        "llama-yarn",
+        "starcoder2-gqa",
+        "nemotron-gqa",
+        "qwen3-bias",
+        "smollm3-bias",
+        "qwen3_5-hybrid",
+    ],
 )
 def test_budget_zero_keeps_every_byte(name, a3, checkpoint, text_file, tmp_path):
     source = checkpoint(name)

@@ -148,7 +148,10 @@ def test_a_mixture_of_qwen3_experts_is_refused(a3, config):
     experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
     folder = config(**{**sizes, **experts, "model_type": "qwen3_moe", "num_key_value_heads": 4})
     refused(
-        a3("plan", folder), "'qwen3_moe' is not supported", "qwen2, qwen3, smollm3, starcoder2", "docs/add-a-family.md"
+        a3("plan", folder),
+        "'qwen3_moe' is not supported",
+        "qwen2, qwen3, qwen3_5_text, smollm3, starcoder2",
+        "docs/add-a-family.md",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from a3cli.models.families.carried import AttentionCosts, CarriedAttention
 from a3cli.settings import COMPONENTS, Component
 
 Role = Literal["q", "k", "v", "o", "q_norm", "k_norm", "mlp_norm", "gate", "up", "down"]
@@ -40,6 +41,8 @@ LLAMA_PLACES: dict[Role, Place] = {
     "up": Place("mlp.up_proj"),
     "down": Place("mlp.down_proj"),
 }
+# The roles of a type whose attention is carried.
+MLP_PLACES: dict[Role, Place] = {role: LLAMA_PLACES[role] for role in ("mlp_norm", "gate", "up", "down")}
 # Where a type with Llama's names has a norm on each query and key head.
 HEAD_NORMS: dict[Role, str] = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
 # The roles of these norms' weights, where a smaller head may have a norm of its own size.
@@ -76,6 +79,7 @@ class Family:
     residual_multiplier: str | None = None  # the config entry of the factor on each block's output
     like_llama: bool = False  # without windows, the stock class computes what Llama's does, but for biases
     head_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of a norm on each query and key head
+    carried_attention: CarriedAttention | None = None  # attention that has no places and stays as it is
     heads_first: bool = False  # these norms get heads before tokens, [B, H, T, h]
     joint_norms: bool = False  # these norms are over all heads of a token together
     post_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of an RMS norm on the output of o and down
@@ -125,6 +129,8 @@ class Family:
     @property
     def whole_heads(self) -> str | None:
         """Return why query and key heads must keep their size; None if they may be smaller."""
+        if self.carried_attention:
+            return self.carried_attention.reason
         if self.joint_norms:
             return "a norm follows all query heads together, and all key heads, so these keep their size"
         if self.head_norms:
@@ -155,7 +161,7 @@ class Family:
 
     def why_whole(self, shape: str) -> str | None:
         """Return why this shape keeps query and key heads whole, and with them others; None if it does not."""
-        if shape != "stock":
+        if shape != "stock" or self.carried_attention:
             return self.whole_heads
         if self.whole_heads is None:
             return self.stock_heads
@@ -247,7 +253,10 @@ def per_layer_config(sizes: Sequence[LayerSizes], slots: Sequence[Sequence[float
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder: d, L, H, K, h and I of the method; which linear layers it has, and which have biases."""
+    """The sizes of a decoder: d, L, H, K, h and I of the method; which linear layers it has, and which have biases.
+
+    H and K are 0 where attention is carried, so that there are no heads to read.
+    """
 
     hidden_size: int
     layers: int
@@ -268,6 +277,7 @@ class ModelShape:
     query_growth: tuple[float, int] | None = None  # β, n: queries at position p times 1 + β log(1 + floor(p / n))
     alibi: bool = False  # scores have a bias by distance, the same for all layers
     mlp_in_layer: bool = False  # the MLP is no module of its own, which could run in pieces
+    carried_attention: AttentionCosts | None = None
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
@@ -290,7 +300,7 @@ class ModelShape:
     @property
     def group(self) -> int:
         """Return the number of query heads per KV head, g = H / K."""
-        return self.heads // self.kv_heads
+        return self.heads // max(1, self.kv_heads)
 
     @property
     def sizes(self) -> list[LayerSizes]:
@@ -304,13 +314,15 @@ class ModelShape:
     def linear_shapes(self, sizes: LayerSizes | None = None) -> dict[Role, tuple[int, int]]:
         """Return `[out, in]` of each linear weight of a layer with these sizes; by default the full ones."""
         d, size = self.hidden_size, sizes or self.full_sizes
+        mlp: dict[Role, tuple[int, int]] = {**dict.fromkeys(self.mlp_inputs, (size.mlp, d)), "down": (d, size.mlp)}
+        if self.carried_attention:
+            return mlp
         return {
             "q": (self.heads * size.qk, d),
             "k": (self.kv_heads * size.qk, d),
             "v": (self.kv_heads * size.ov, d),
             "o": (d, self.heads * size.ov),
-            **dict.fromkeys(self.mlp_inputs, (size.mlp, d)),
-            "down": (d, size.mlp),
+            **mlp,
         }
 
 
