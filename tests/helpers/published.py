@@ -53,7 +53,8 @@ class Published:
     @property
     def cache(self) -> int:
         """Return the bytes of the KV cache per token in bfloat16."""
-        return 2 * self.layers * self.kv_heads * self.head * 2
+        layers = self.layers // self.more.get("full_attention_interval", 1)  # the others have linear attention
+        return 2 * layers * self.kv_heads * self.head * 2
 
 
 LLAMA3 = {
@@ -112,6 +113,16 @@ PUBLISHED: dict[str, Published] = {
     ),
     "Qwen3-8B": Published("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, 8_190_735_360, context=40960, more=QWEN3),
     "Qwen3-32B": Published("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, 32_762_123_264, context=40960, more=QWEN3),
+    "Qwen3.5-27B": Published(  # without its vision tower
+        "qwen3_5_text", 5120, 17408, 64, 24, 4, 256, 248320, 26_895_998_464, context=262144,
+        more={
+            "full_attention_interval": 4,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 48,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+        },
+    ),
     "Phi-4": Published("phi3", 5120, 17920, 40, 40, 10, 128, 100352, 14_659_507_200, context=16384),
     "Phi-4-mini": Published(
         "phi3", 3072, 8192, 32, 24, 8, 128, 200064, 3_836_021_760, tied=True, more={"partial_rotary_factor": 0.75}
