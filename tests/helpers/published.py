@@ -10,7 +10,8 @@ from a3cli.models.families import FAMILIES
 class Published:
     """A row of the table: sizes by their usual names, and the number of parameters that the card gives.
 
-    `head` is the head size; config.json says it if it is not hidden size over heads.
+    `head` is the head size; config.json says it if it is not hidden size over heads. `most` is the largest share that
+    rounding to the default multiples may remove where a quarter was asked for.
     """
 
     model_type: str
@@ -24,6 +25,7 @@ class Published:
     parameters: int
     tied: bool = False
     context: int = 32768
+    most: float = 0.26
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,6 +70,7 @@ LLAMA3 = {
     },
 }
 NO_WINDOW = {"sliding_window": None}
+GEMMA3 = {"rope_local_base_freq": 10000.0, "sliding_window": 512, "query_pre_attn_scalar": 256}
 QWEN3 = {"attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28}
 
 # model_type, hidden, width, layers, heads, KV heads, head size, vocabulary, parameters
@@ -122,6 +125,14 @@ PUBLISHED: dict[str, Published] = {
             "linear_key_head_dim": 128,
             "linear_value_head_dim": 128,
         },
+    ),
+    "Gemma-3-270M": Published(
+        "gemma3_text", 640, 2048, 18, 4, 1, 256, 262144, 268_098_176, tied=True, more=GEMMA3, most=0.27
+    ),
+    "Gemma-3-1B": Published("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144, 999_885_952, tied=True, more=GEMMA3),
+    "Gemma-3-27B": Published(  # without its vision tower of 423,060,336 parameters
+        "gemma3_text", 5376, 21504, 62, 32, 16, 128, 262208, 27_009_346_304, tied=True, context=131072,
+        more={**GEMMA3, "sliding_window": 1024, "query_pre_attn_scalar": 168},
     ),
     "Phi-4": Published("phi3", 5120, 17920, 40, 40, 10, 128, 100352, 14_659_507_200, context=16384),
     "Phi-4-mini": Published(

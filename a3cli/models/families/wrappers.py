@@ -63,7 +63,7 @@ def shared(raw: Json, wrapper: Wrapper) -> Json:
     return {key: raw[key] for key in ("dtype", "torch_dtype") if key in raw and key not in (own or {})}
 
 
-WRAPPERS = {each.model_type: each for each in (Wrapper("mistral3"), Wrapper("qwen3_5", renames=()))}
+WRAPPERS = {each.model_type: each for each in (Wrapper("gemma3"), Wrapper("mistral3"), Wrapper("qwen3_5", renames=()))}
 
 
 def wrapper_of(raw: Json) -> Wrapper | None:
