@@ -62,10 +62,15 @@ GRANITE = {
     "logits_scaling": 4.0,
 }
 QWEN3 = {"head_dim": 96, "attention_bias": True}  # a head size of its own: not hidden size over heads
+QWEN3_MOE = QWEN3 | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 512, "intermediate_size": 320}
 SMOLLM3 = {
     "no_rope_layer_interval": 2,  # every second layer has no RoPE
     "pad_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 2000000.0},  # 4.57 reads none and has this default
+}
+MIXTRAL = {
+    "num_local_experts": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},  # 4.57 reads none and has this default
 }
 GEMMA2 = {"query_pre_attn_scalar": 24, "sliding_window": 64, "tie_word_embeddings": True}
 GEMMA3 = GEMMA2 | {
@@ -146,12 +151,15 @@ SUBJECTS = (
     Subject("llama stock yarn", "llama", config={"rope_parameters": YARN}),
     Subject("llama MLP only", "llama", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("mistral stock", "mistral", config={"sliding_window": None}),
+    Subject("mixtral stock", "mixtral", config=MIXTRAL),
     Subject("qwen2 stock", "qwen2"),
     Subject("qwen2 stock as llama", "qwen2", export=("--as", "llama")),
     Subject("mistral stock as llama", "mistral", config={"sliding_window": None}, export=("--as", "llama")),
     Subject("qwen2 MLP only", "qwen2", ("--mlp-budget", "0.25", "--components", "mlp")),
     Subject("qwen3 stock", "qwen3", FEWER_HEAD_DIMS, QWEN3),
     Subject("qwen3 MLP only", "qwen3", (*BUDGET, "--components", "mlp"), QWEN3),
+    Subject("qwen3_moe stock", "qwen3_moe", FEWER_HEAD_DIMS, QWEN3_MOE),
+    Subject("qwen3_moe MLP only", "qwen3_moe", (*BUDGET, "--components", "mlp"), QWEN3_MOE),
     Subject("qwen3_5_text stock", "qwen3_5_text", BUDGET, QWEN3_5),
     Subject("smollm3 stock", "smollm3", BUDGET, SMOLLM3),
     Subject("starcoder2 stock", "starcoder2", config={"sliding_window": None}),
@@ -166,10 +174,12 @@ SUBJECTS = (
     Subject("olmo2 stock", "olmo2", BUDGET),
     Subject("llama per-layer", "llama", PER_LAYER),
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
+    Subject("mixtral per-layer", "mixtral", PER_LAYER, MIXTRAL),
     Subject("mistral per-layer", "mistral", PER_LAYER, {"sliding_window": 64}),
     Subject("qwen2 per-layer", "qwen2", PER_LAYER),
     Subject("qwen3 per-layer", "qwen3", PER_LAYER, QWEN3 | WINDOWS),
     Subject("qwen3 per-layer smaller heads", "qwen3", (*PER_LAYER, "--components", "qk,ov"), QWEN3 | WINDOWS),
+    Subject("qwen3_moe per-layer", "qwen3_moe", PER_LAYER, QWEN3_MOE),
     Subject("qwen3_5_text per-layer", "qwen3_5_text", PER_LAYER, QWEN3_5),
     Subject("smollm3 per-layer", "smollm3", PER_LAYER, SMOLLM3 | WINDOWS),
     Subject("starcoder2 per-layer", "starcoder2", PER_LAYER, {"sliding_window": None}),
@@ -199,8 +209,8 @@ def make_source(subject: Subject, folder: Path) -> None:
     settings = copy.deepcopy(entries)  # configurations modify their arguments
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(subject.model_type, **settings))
     for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5)
+        if parameter.ndim in (2, 3):  # 3: of all experts
+            torch.nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     vocabulary = {letter: i + 1 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab={"<|end|>": 0, **vocabulary}, merges=[]))

@@ -28,6 +28,8 @@ from transformers import (
     Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     MptConfig,
     MptForCausalLM,
     NemotronConfig,
@@ -45,6 +47,8 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     Starcoder2Config,
@@ -147,6 +151,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "mistral-gqa": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "mixtral-gqa": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
     "olmo2-gqa": (Olmo2Config, Olmo2ForCausalLM, {}),
     "ministral3-gqa": (Ministral3Config, Ministral3ForCausalLM, {"rope_parameters": GROWING, "pad_token_id": None}),
     "qwen2-gqa": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -173,6 +178,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen3Config,
         Qwen3ForCausalLM,
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},  # from the second layer on
+    ),
+    "qwen3moe-gqa": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "intermediate_size": 80},
     ),
     "smollm3-bias": (
         SmolLM3Config,
@@ -285,6 +295,8 @@ def build_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
                 parameter.normal_(0, 0.5)
             elif parameter.ndim == 2:
                 parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+            elif parameter.ndim == 3:  # of all experts
+                parameter.normal_(0, 1.5 / parameter.shape[2] ** 0.5)
             else:
                 parameter.uniform_(0.5, 1.5)
     return model

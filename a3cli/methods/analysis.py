@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 
 from a3cli.methods.base import LayerAnalysis
+from a3cli.methods.experts import describe_experts, order_experts
 from a3cli.methods.heads import Heads
 from a3cli.methods.inputs import LayerInputs
 from a3cli.settings import SolveSettings
@@ -60,14 +61,15 @@ def analyse_layer(inputs: LayerInputs, form: Heads, settings: SolveSettings, dev
         attention_unit=inputs.attention_unit,
         mlp_unit=inputs.mlp_unit,
         key_ranks=inputs.key_ranks(),
-        channel_rank=effective_rank(inputs.mean("mlp_energy")).item(),
+        channel_rank=effective_rank(inputs.mean("mlp_energy")).mean().item(),
         form=form,
+        experts=describe_experts(inputs) if inputs.shape.experts else None,
     )
 
 
 def any_order(inputs: LayerInputs) -> ChannelOrder:
     """Return the order of channels of an MLP that is not cut."""
-    width = inputs.shape.intermediate_size
+    width = inputs.shape.intermediate_size  # of each expert too
     return ChannelOrder(torch.arange(width), torch.zeros(width + 1, dtype=torch.float64))
 
 
@@ -84,9 +86,14 @@ def read_or_find_order(inputs: LayerInputs, device: torch.device) -> ChannelOrde
 
 
 def find_order(inputs: LayerInputs, device: torch.device) -> ChannelOrder:
-    gram, down = fitted_gram(inputs).to(device), inputs.down_in_stream.to(device)
-    block = max(1, len(gram) // BLOCKS)
-    return order_channels(gram, down, block=block, overwrite_gram=True)  # it is not used again
+    if inputs.shape.experts:
+        return order_experts(inputs, order_for_refit, device)
+    return order_for_refit(fitted_gram(inputs).to(device), inputs.down_in_stream.to(device))
+
+
+def order_for_refit(gram: torch.Tensor, down: torch.Tensor) -> ChannelOrder:
+    """Return the order of channels that accounts for the refit; overwrites the Gram matrix."""
+    return order_channels(gram, down, block=max(1, len(gram) // BLOCKS), overwrite_gram=True)
 
 
 def fitted_gram(inputs: LayerInputs) -> torch.Tensor:

@@ -36,6 +36,7 @@ class LayerAnalysis:
     attention_unit: float
     mlp_unit: float
     key_ranks: list[float]
+    experts: Json | None = field(default=None, kw_only=True)  # their tokens, for the manifest
 
     def output_losses(self) -> torch.Tensor:
         """Return the loss `[h + 1]` at each size of a value head."""
@@ -191,6 +192,7 @@ class Method(ABC, Generic[L]):
 def describe_layer(layer: LayerAnalysis, channel_rank: float, qk_energy: float, mlp_energy: float) -> Json:
     """Return `Method.describe` of one layer."""
     return {
+        **({"experts": layer.experts} if layer.experts else {}),
         "effective_rank": {"qk": layer.key_ranks, "ov": layer.ov.effective_rank.tolist(), "mlp": channel_rank},
         "floored_eigenvalues": {"ov": layer.ov.floored.tolist()},
         "energy": {

@@ -31,7 +31,7 @@ from a3cli.methods.heads import heads_of
 from a3cli.methods.inputs import LayerInputs
 from a3cli.methods.maps import MapSolver
 from a3cli.methods.normed import NormedSolver
-from a3cli.methods.refits import refit_channels, refit_values
+from a3cli.methods.refits import refit_channels, refit_experts, refit_values
 from a3cli.methods.slots import band_tables, best_spacing, cheap_spacing
 from a3cli.models.families import LayerSizes
 from a3cli.work.files import Json
@@ -126,7 +126,8 @@ class Best(Method[BestLayer]):
 
     @override
     def project_mlp(self, inputs: LayerInputs, layer: BestLayer, width: int) -> Projection:
-        return refit_channels(inputs, layer, width, ridge=self.settings.ridge, device=self.machine.device)
+        refit = refit_experts if inputs.shape.experts else refit_channels
+        return refit(inputs, layer, width, ridge=self.settings.ridge, device=self.machine.device)
 
     @override
     def describe(self, layer: BestLayer) -> Json:

@@ -24,7 +24,7 @@ REMEDY = "run a3 calibrate --overwrite"
 COMPONENT_OF = {
     **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance", "sample_q", "sample_k", WEIGHT), "QK"),
     **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "o_weight", "attention_residual"), "OV"),
-    **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "mlp_residual"), "MLP"),
+    **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "expert_tokens", "mlp_residual"), "MLP"),
 }
 # Dimensions of the sums that methods read of heads, which statistics of carried attention do not have.
 DIMENSIONS = {"q_gram": 3, "k_gram": 3, "v_gram": 3, "k_sum": 2, "distance": 1}
@@ -64,10 +64,10 @@ class LayerInputs:
                 if name not in LARGE:
                     check_statistics(file.get_tensor(name), name, self.layer)
 
-    def mean(self, name: str) -> torch.Tensor:
+    def mean(self, name: str, expert: int | None = None) -> torch.Tensor:
         """Return one sum of `moments.py` over the token count, as stored: the large ones are packed triangles.
 
-        Where attention is carried, those of heads are of no heads.
+        With `expert`, only that expert's part is read. Where attention is carried, those of heads are of no heads.
         """
         if self.shape.carried_attention and name in DIMENSIONS:
             return torch.zeros(0, *[self.shape.head_dim] * (DIMENSIONS[name] - 1), dtype=torch.float64)
@@ -77,7 +77,7 @@ class LayerInputs:
                     f"layer {self.layer}: the statistics have no {name}; run a3 calibrate --overwrite "
                     "--mlp-stats full, or use --method paper"
                 )
-            value: torch.Tensor = file.get_tensor(name)
+            value: torch.Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
             value = value / file.get_tensor("tokens").to(value.dtype)
         check_statistics(value, name, self.layer)
         return value
@@ -102,9 +102,21 @@ class LayerInputs:
         """Return `E[o_i o_iᵀ]` `[H, h, h]` of each head."""
         return gram_blocks(self.o_gram, self.shape.heads) if self.shape.heads else self.mean("v_gram")
 
-    def mlp_gram(self) -> torch.Tensor:
+    def mlp_gram(self, expert: int | None = None) -> torch.Tensor:
         """Return `E[x xᵀ]` `[I, I]` float64, by far the largest tensor here: computed at each call, not kept."""
-        return unpack_upper(self.mean("mlp_gram").double(), self.shape.intermediate_size)
+        return unpack_upper(self.mean("mlp_gram", expert).double(), self.shape.intermediate_size)
+
+    @cached_property
+    def expert_tokens(self) -> list[int]:
+        """Return how many tokens went through each expert; empty without experts."""
+        if not self.shape.experts:
+            return []
+        with open_tensors(self._path, REMEDY) as file:
+            return [int(count) for count in file.get_tensor("expert_tokens").tolist()]
+
+    def weight(self, role: Role, expert: int) -> torch.Tensor:
+        """Return a linear weight of one expert."""
+        return self._model.read(self.layer, role, expert=expert)
 
     @cached_property
     def mlp_mean(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from typing_extensions import override
 
 from a3cli.methods.base import LayerAnalysis, Method, Prediction, Projection, Slots, Table, describe_layer
+from a3cli.methods.experts import describe_experts, keep_by_score, score_experts
 from a3cli.methods.inputs import LayerInputs
 from a3cli.models.families.base import pair_dims
 from a3cli.solvers.linalg import JointDecomposition, effective_rank, tail_sums
@@ -25,7 +26,9 @@ ATTAINED = 1 / 4
 
 @dataclass(frozen=True)
 class PaperLayer(LayerAnalysis):
-    """`pair_scores` `[K, h/2]` in squared scores, `channel_scores` `[I]`; `theorem` solves QK without RoPE."""
+    """`pair_scores` `[K, h/2]` in squared scores, `channel_scores` `[1, I]`, with experts `[E, I]`; `theorem` solves QK
+    without RoPE.
+    """
 
     pair_scores: torch.Tensor
     channel_scores: torch.Tensor
@@ -43,12 +46,19 @@ class Paper(Method[PaperLayer]):
             pair_scores=score_pairs(*(gram[:, dims][..., dims] for gram in grams)),
             theorem=solve_qk(*grams, floor=floor) if self.model.rope.absent else None,
             ov=solve_ov(value_gram, inputs.output_gram, floor=floor),
-            channel_scores=score_channels(inputs.mean("mlp_energy"), inputs.down_in_stream),
+            channel_scores=self._score_channels(inputs),
             score_unit=inputs.score_unit(ATTAINED),
             attention_unit=inputs.attention_unit,
             mlp_unit=inputs.mlp_unit,
             key_ranks=inputs.key_ranks(),
+            experts=describe_experts(inputs) if inputs.shape.experts else None,
         )
+
+    def _score_channels(self, inputs: LayerInputs) -> torch.Tensor:
+        """Return the scores of channels `[1, I]`, with experts of each one's `[E, I]`."""
+        if inputs.shape.experts:
+            return score_experts(inputs)
+        return score_channels(inputs.mean("mlp_energy"), inputs.down_in_stream)[None]
 
     @override
     def smaller_tables(self, layers: Sequence[PaperLayer]) -> list[Table]:
@@ -68,7 +78,7 @@ class Paper(Method[PaperLayer]):
     def predict(self, layers: Sequence[PaperLayer], tables: Sequence[Table], layer: int) -> Prediction:
         found = layers[layer]
         ov = found.output_losses()
-        mlp = tail_sums(found.channel_scores.sort(descending=True).values) * found.mlp_unit
+        mlp = tail_sums(found.channel_scores.sort(descending=True).values).sum(0) * found.mlp_unit
         return Prediction(
             {
                 "qk": self._score_losses(layers, layer),
@@ -109,14 +119,16 @@ class Paper(Method[PaperLayer]):
 
     @override
     def project_mlp(self, inputs: LayerInputs, layer: PaperLayer, width: int) -> Projection:
-        return Projection({"channels": keep_channels(layer.channel_scores, width)})
+        if inputs.shape.experts:
+            return Projection({"channels": keep_by_score(inputs, layer.channel_scores, width)})
+        return Projection({"channels": keep_channels(layer.channel_scores[0], width)})
 
     @override
     def describe(self, layer: PaperLayer) -> Json:
         energies = layer.pair_scores if layer.theorem is None else layer.theorem.values
         return describe_layer(
             layer,
-            channel_rank=effective_rank(layer.channel_scores).item(),
+            channel_rank=effective_rank(layer.channel_scores).mean().item(),
             qk_energy=float((layer.score_unit @ energies).sum()),
             mlp_energy=float(layer.channel_scores.sum()) * layer.mlp_unit,
         )

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from a3cli.errors import A3Error
 from a3cli.methods.analysis import BestLayer, fitted_gram
 from a3cli.methods.base import Projection
+from a3cli.methods.experts import refittable, warn_of_experts
 from a3cli.methods.inputs import LayerInputs
 from a3cli.settings import Component
 from a3cli.solvers.mlp import refit_down
@@ -51,6 +53,30 @@ def refit_channels(
         return tensors
 
     return fit_damped(inputs.layer, "mlp", fitted_gram(inputs).to(device), fit, ridge=ridge)
+
+
+def refit_experts(
+    inputs: LayerInputs, layer: BestLayer, width: int, *, ridge: float, device: torch.device
+) -> Projection:
+    """Return the first channels of each expert's order, and the down projections that fit them."""
+    kept = layer.channels.order[:, :width].sort(-1).values
+    weights = torch.empty(len(kept), inputs.shape.hidden_size, width)
+    damping = 0.0
+    for expert, (channels, tokens) in enumerate(zip(kept, inputs.expert_tokens, strict=True)):
+        down = inputs.weight("down", expert)
+        if not refittable(inputs, tokens):
+            weights[expert] = down[:, channels]
+            continue
+        fit = partial(_refit_down, down=down.to(device), kept=channels.to(device), ridge=ridge)
+        found = fit_damped(inputs.layer, "mlp", inputs.mlp_gram(expert).to(device), fit, ridge=ridge)
+        weights[expert] = found.tensors["down_weight"]
+        damping = max(damping, found.damping["mlp"])
+    warn_of_experts(inputs)
+    return Projection({"channels": kept, "down_weight": weights}, damping={"mlp": damping})
+
+
+def _refit_down(gram: torch.Tensor, *, down: torch.Tensor, kept: torch.Tensor, ridge: float) -> Tensors:
+    return {"down_weight": refit_down(gram, down, kept, ridge=ridge)}
 
 
 def fit_damped(

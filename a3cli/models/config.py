@@ -16,6 +16,7 @@ def read_shape(config: Any) -> ModelShape:
     family, heads = family_of(config.model_type), config.num_attention_heads
     kv_heads, head_dim = (getattr(config, name, None) if family.rotates else None for name in OPTIONAL_SIZES)
     attention_bias, mlp_bias = read_biases(family, config)
+    experts, active = read_experts(family, config)
     shape = ModelShape(
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -34,6 +35,8 @@ def read_shape(config: Any) -> ModelShape:
         fitted_norms=family.fitted_norms,
         query_growth=read_query_growth(family, config),
         mlp_in_layer=not family.mlp,
+        experts=experts,
+        active_experts=active,
         alibi=family.positions == "alibi",
     )
     shape = replace(shape, passed_dims=shape.head_dim - rotary_dims(config, shape.head_dim))
@@ -48,6 +51,23 @@ def read_shape(config: Any) -> ModelShape:
         return shape
     costs = family.carried_attention.costs(config)
     return replace(shape, heads=0, kv_heads=0, attention_bias=False, carried_attention=costs)
+
+
+def read_experts(family: Family, config: Any) -> tuple[int, int]:
+    """Return how many experts a layer has, and how many of them a token goes through; zeros without experts.
+
+    Raises A3Error for numbers that do not fit together.
+    """
+    if family.experts is None:
+        return 0, 0
+    names = family.experts.count
+    count = next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+    active = getattr(config, family.experts.active, None)
+    if type(count) is not int or type(active) is not int or not 1 <= active <= count <= MOST_EXPERTS:
+        raise A3Error(
+            f"config.json: impossible numbers of experts ({names[0]} {count!r}, {family.experts.active} {active!r})"
+        )
+    return count, active
 
 
 def read_windows(config: Any) -> tuple[int | None, ...]:
@@ -154,6 +174,7 @@ BOUNDS = {
     "intermediate_size": LARGEST,
     "vocab_size": LARGEST,
 }
+MOST_EXPERTS = 2**16
 # Derived from the others if config.json lacks them, and always without RoPE.
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 

@@ -21,8 +21,8 @@ def attention_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
 
 
 def mlp_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
-    """Return the number of weights of gate, up and down over all layers, without biases."""
-    return _weights(shape, sizes, shape.mlp_roles)
+    """Return the number of weights of gate, up and down over all layers, without biases; of all experts."""
+    return shape.mlps * _weights(shape, sizes, shape.mlp_roles)
 
 
 def _part_of(total: int, shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
@@ -38,6 +38,12 @@ def _weights(shape: ModelShape, sizes: Sequence[LayerSizes], roles: Sequence[Rol
 def linear_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
     """Return the number of linear weights of all decoder layers, of which a budget is a fraction."""
     return attention_weights(shape, sizes) + mlp_weights(shape, sizes)
+
+
+def active_weights(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
+    """Return the number of linear weights that a token is multiplied with: of experts, those that it goes through."""
+    active = (shape.active_experts or 1) * _weights(shape, sizes, shape.mlp_roles)
+    return attention_weights(shape, sizes) + active
 
 
 def small_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
@@ -86,13 +92,14 @@ def prefill_flops_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], seq_
 
     Matrix products take two per weight, `QKᵀ` takes `2·T·H·qk` and the product with V `2·T·H·ov`; both are counted
     in full, as dense kernels compute them, without halving for the causal mask. Linear attention takes three products
-    with its state. Embedding, norms and output head, which a3 does not change, are left out.
+    with its state. Of experts, those that a token goes through are counted. Embedding, norms and output head, which a3
+    does not change, are left out.
     """
     if carried := shape.carried_attention:
         attention = _part_of(2 * seq_len * carried.products + 6 * carried.state, shape, sizes)
         return 2 * linear_weights(shape, sizes) + attention
     attention = sum(2 * seq_len * shape.heads * (size.qk + size.ov) for size in sizes)
-    return 2 * linear_weights(shape, sizes) + attention
+    return 2 * active_weights(shape, sizes) + attention
 
 
 def statistics_bytes(shape: ModelShape, samples: int, seq_len: int, *, full_mlp: bool) -> int:
@@ -105,9 +112,10 @@ def statistics_bytes(shape: ModelShape, samples: int, seq_len: int, *, full_mlp:
     )
     heads = (query + 2 * kv) * (h + 1) * 8
     outputs = triangle(query) * 4 + query * 8
-    mlp = (triangle(width) * 4 if full_mlp else 0) + 2 * width * 8
+    beside = width + 1 if shape.experts else 2 * width  # energy and tokens of each expert, or energy and sum
+    mlp = (triangle(width) * 4 if full_mlp else 0) + beside * 8
     distance = 0 if shape.carried_attention else seq_len * 8
-    return heads + outputs + mlp + distance + 3 * 8 + sample_bytes(shape, samples, seq_len)
+    return heads + outputs + shape.mlps * mlp + distance + 3 * 8 + sample_bytes(shape, samples, seq_len)
 
 
 def sample_bytes(shape: ModelShape, samples: int, seq_len: int) -> int:
@@ -128,7 +136,8 @@ def calibration_flops_per_token(shape: ModelShape, seq_len: int, *, full_mlp: bo
     """Return the FLOPs of one layer's forward and moments, for one token of blocks of `seq_len`."""
     query, kv, width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate_size
     forward = prefill_flops_per_token(shape, shape.sizes[:1], seq_len)
-    large = (query**2 + (width**2 if full_mlp else 2 * width)) // 2  # upper triangles
+    active = shape.active_experts or 1
+    large = (query**2 + active * (width**2 if full_mlp else 2 * width)) // 2  # upper triangles
     return forward + 2 * ((query + 2 * kv) * shape.head_dim + large)
 
 
@@ -145,9 +154,9 @@ def gathered_bytes(shape: ModelShape, samples: int, seq_len: int, *, full_mlp: b
 def moment_bytes(shape: ModelShape, *, full_mlp: bool) -> int:
     """Return the bytes of one layer's running sums, and of the packed copy in which the largest leaves the device."""
     query, width = shape.heads * shape.head_dim, shape.intermediate_size
-    large = [query**2, width**2 if full_mlp else 0]
+    large = [query**2, shape.mlps * width**2 if full_mlp else 0]
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim**2 * 8
-    return 4 * sum(large) + 2 * max(large) + heads + 16 * (query + width)
+    return 4 * sum(large) + 2 * max(large) + heads + 16 * (query + shape.mlps * width)
 
 
 MLP_TOKENS = 512  # tokens in one step of the MLP on a CPU, so that activations stay in the cache
@@ -159,7 +168,8 @@ def block_bytes(shape: ModelShape, itemsize: int, seq_len: int, *, on_cpu: bool 
     The stream is held four times (input, residual, norm, output), beside the larger of attention (q, k, v before and
     after RoPE, their float32 copies, the heads' output, a mask) and the MLP (gate, up, the input of down).
     """
-    mlp_tokens = min(seq_len, MLP_TOKENS) if on_cpu and not shape.mlp_in_layer else seq_len
+    whole = shape.mlp_in_layer or shape.experts  # one expert may take all tokens
+    mlp_tokens = min(seq_len, MLP_TOKENS) if on_cpu and not whole else seq_len
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (4 * heads + 6 * keys) * itemsize + 4 * (heads + 2 * keys) + 4 * seq_len
     if shape.alibi:  # no fused kernel: scores, with bias, masked, and weights
@@ -188,7 +198,7 @@ def paper_flops(shape: ModelShape) -> int:
     """
     h, d = shape.head_dim, shape.hidden_size
     heads = 2 * shape.heads * h**2 * d + SMALL * shape.kv_heads * 2 * EIGH * h**3
-    return heads + 2 * shape.intermediate_size * d
+    return heads + shape.mlps * 2 * shape.intermediate_size * d
 
 
 def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
@@ -210,7 +220,7 @@ def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
     ranks, coordinates = shape.head_dim // head_multiple, shape.head_dim // (1 if shape.passed_dims else 2)
     slots = ranks * ROUNDS * shape.kv_heads * 10 * coordinates**3 // 2 * 4  # ten complex products per round
     return paper_flops(shape) + 2 * (
-        select + refit_mlp + (refit_output + values) * (size.ov < shape.head_dim) + SMALL * slots
+        shape.mlps * (select + refit_mlp) + (refit_output + values) * (size.ov < shape.head_dim) + SMALL * slots
     )
 
 
@@ -309,7 +319,8 @@ def solve_memory(shape: ModelShape, size: LayerSizes, method: str) -> int:
     unpack = (width**2 + triangle(width)) * 8
     select = (width**2 + 2 * width * d) * 8
     refit = (width**2 + size.mlp**2 + 2 * size.mlp * d) * 8
-    return max(outputs, refit_output, max(unpack, select, refit) + width * d * 2)
+    others = (shape.mlps - 1) * size.mlp * d * 4  # refit projections of a layer's other experts
+    return max(outputs, refit_output, max(unpack, select, refit) + width * d * 2 + others)
 
 
 def triangle(n: int) -> int:
@@ -322,7 +333,7 @@ def solution_bytes(shape: ModelShape, size: LayerSizes, method: str) -> int:
     maps, d, refit = shape.kv_heads * shape.head_dim * 8, shape.hidden_size, method == "best"
     qk = 2 * (maps + 8 * shape.fitted_norms) * size.qk if refit else size.qk // 2 * 8
     ov = maps * size.ov + (d * shape.heads * size.ov * 4 if refit else maps * size.ov)
-    mlp = size.mlp * (8 + (4 * d if refit else 0))
+    mlp = shape.mlps * size.mlp * (8 + (4 * d if refit else 0))
     kept = ((size.qk, shape.head_dim, qk), (size.ov, shape.head_dim, ov), (size.mlp, shape.intermediate_size, mlp))
     return sum(needed for now, before, needed in kept if now < before)
 

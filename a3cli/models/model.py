@@ -18,6 +18,7 @@ from a3cli.models.config import (
     read_shape,
     rope_parameters_of,
 )
+from a3cli.models.costs import linear_weights
 from a3cli.models.families import Family, ModelShape, Role, family_for, usual_entries
 from a3cli.models.families.base import Kind
 from a3cli.models.families.wrappers import Wrapper, decoder_config, wrapper_of
@@ -59,9 +60,12 @@ class Model:
         """Return the name of a tensor in an export: a wrapper keeps those of the source's files."""
         return self.source.info(tensor).stored if self.wrapper else tensor
 
-    def read(self, layer: int, role: Role, kind: Kind = "weight") -> torch.Tensor:
-        """Return a role's weight `[out, in]` or bias `[out]` in its stored dtype: a view of the mapped file."""
-        stored = self.source.read(self.family.tensor(layer, role, kind))
+    def read(self, layer: int, role: Role, kind: Kind = "weight", *, expert: int | None = None) -> torch.Tensor:
+        """Return a role's weight `[out, in]` or bias `[out]` in its stored dtype: a view of the mapped file.
+
+        If there are experts, the MLP's roles are of one `expert`.
+        """
+        stored = self.source.read(self.family.tensor(layer, role, kind, expert))
         return take_role(stored, self.family, role, self.shape.linear_shapes())
 
 
@@ -115,6 +119,7 @@ def read_stock(
     with invalid_config(folder):
         whole, config = read_config_object(folder, raw, trust_remote_code=trust_remote_code)
         config.head_dim = read_shape(config).head_dim  # some types know it only as hidden size over heads
+        config.output_router_logits = False  # of experts: they serve training alone
         check_activation(getattr(config, "hidden_act", "gelu"))  # MPT has but one
         if not family.carried_attention:
             check_rope(rope_parameters_of(config), partial=family.rotary_factor is not None)
@@ -182,8 +187,7 @@ def check_size(source: Checkpoint) -> None:
     if "per_layer_config" in source.config:  # the sizes there are those of the source
         described = shape.layers
     else:
-        of_layer = sum(rows * columns for rows, columns in shape.linear_shapes().values())
-        described = shape.layers * of_layer + config.vocab_size * shape.hidden_size
+        described = linear_weights(shape, shape.sizes) + config.vocab_size * shape.hidden_size
     if described > 2 * source.parameters():
         raise A3Error(
             f"{source.name}: config.json describes {described:,} weights, the checkpoint has {source.parameters():,}; "

@@ -15,6 +15,9 @@ A layer's solution has, for a QK rank r < h, an OV rank s < h (the same in the s
     down_weight [d, m]        the refit down projection itself          (best; else columns are copied)
     down_bias [d]             its bias plus the mean output of the dropped channels, where the MLP has biases   (best)
 
+With experts, `channels` `[E, m]` and `down_weight` `[E, d, m]` have an entry for each (`experts.of_expert`); that of an
+expert that is not refit has the source's columns.
+
 Each of the three groups, QK, OV and MLP, is absent where the layer keeps that component; a sequential solution has the
 refit `output_weight` and `down_weight` of every layer, and `gate_weight` and `up_weight` `[m, d]`.
 """

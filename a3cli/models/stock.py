@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from a3cli.errors import A3Error
+from a3cli.models.experts import hold_apart, stored_name
 from a3cli.models.families import family_of
 from a3cli.models.families.wrappers import Wrapper
 
@@ -70,15 +71,18 @@ def read_wrapper_class(whole: Any, config: Any, wrapper: Wrapper) -> StockClass:
 def describe_class(network: Any, config: Any) -> StockClass:
     """Return the tensors of a class that was built on meta for a decoder's configuration."""
     network.tie_weights()
-    names = {id(parameter): name for name, parameter in network.named_parameters()}  # each parameter once
-    state = network.state_dict(keep_vars=True)
+    family = family_of(config.model_type)
+    hold_apart(network, family)
+    # Each parameter once; experts have the checkpoint's names.
+    names = {id(parameter): stored_name(family, name) for name, parameter in network.named_parameters()}
+    state = {stored_name(family, name): tensor for name, tensor in network.state_dict(keep_vars=True).items()}
     return StockClass(
         name=type(network).__name__,
         layers=config.num_hidden_layers,
         shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
         tied={name: names[id(tensor)] for name, tensor in state.items() if names.get(id(tensor), name) != name},
         ignored=re.compile("|".join((STORED_BUFFERS, *(network._keys_to_ignore_on_load_unexpected or ())))),
-        carried=family_of(config.model_type).carried,
+        carried=family.carried,
         prefix=network.base_model_prefix + ".",
     )
 

@@ -54,7 +54,7 @@ def least_cuts(
     """
     total = linear_weights(shape, shape.sizes[:1])
     needed = share_of(budget, total)
-    channel = len(shape.mlp_roles) * shape.hidden_size
+    channel = shape.mlps * len(shape.mlp_roles) * shape.hidden_size
     found: list[tuple[LayerSizes, float]] = []
     for head in reversed(heads):
         of_heads = total - linear_weights(shape, [LayerSizes(head, head, shape.intermediate_size)])

@@ -1,5 +1,6 @@
 """Warn of what may hurt a solution: too few tokens, singular statistics, repeated text, scores beyond the context."""
 
+import math
 from collections.abc import Sequence
 
 from a3cli.report.figures import TITLES, percent
@@ -20,7 +21,7 @@ def find_concerns(
     cut: Sequence[Component] = COMPONENTS,
 ) -> list[str]:
     """Return the warnings, one line each; of statistics only for components that the model's family can cut."""
-    found = solution_warnings(solution) if solution else []
+    found = [*solution_warnings(solution), *expert_warnings(solution)] if solution else []
     for component in cut:
         found += component_warnings(component, [each.part(component) for each in layers])
     return found + (text_warnings(text) if text else [])
@@ -34,7 +35,7 @@ def component_warnings(component: Component, layers: list[ComponentState]) -> li
         first = layers[0]
         found.append(
             f"{title}: {tokens:.1f} tokens for each of the {first.dimension:,} dimensions of "
-            f"its statistics, fewer than {ENOUGH_TOKENS}: calibrate on {ENOUGH_TOKENS * first.dimension:,} or more"
+            f"its statistics, fewer than {ENOUGH_TOKENS}: calibrate on {tokens_needed(first):,} or more"
         )
     singular = [layer for layer, each in enumerate(layers) if each.is_singular]
     if singular:
@@ -47,6 +48,22 @@ def component_warnings(component: Component, layers: list[ComponentState]) -> li
     if dead := [layer for layer, each in enumerate(layers) if each.dead]:
         found.append(f"{title}: channels that are always zero in {name_layers(dead)}: they cost nothing to remove")
     return found
+
+
+def tokens_needed(state: ComponentState) -> int:
+    return math.ceil(ENOUGH_TOKENS * state.dimension / state.share_of_tokens)
+
+
+def expert_warnings(solution: Solution) -> list[str]:
+    """Return the warning of experts that too few tokens went through to refit them."""
+    few = {layer: len(each.experts.few_tokens) for layer, each in enumerate(solution.per_layer) if each.experts}
+    if not any(few.values()):
+        return []
+    layers = [layer for layer, count in few.items() if count]
+    return [
+        f"MLP: {sum(few.values())} experts in {name_layers(layers)} saw fewer tokens than they have channels: "
+        "they are cut without a refit; calibrate on more tokens"
+    ]
 
 
 def text_warnings(text: TokenStatistics) -> list[str]:

@@ -1,6 +1,6 @@
 """Judge a calibration's statistics: effective ranks and conditions of their spectra."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ class Dimensions:
     hidden: int | None = None
     item: int | None = None
     gated: bool = True
+    experts: int = 0  # MLPs in each layer; 0: one, without a router
+    active_experts: int = 0  # those that a token goes through
 
     def full_size(self, component: Component) -> int:
         return self.intermediate if component == "mlp" else self.head_dim
@@ -47,7 +49,12 @@ class Dimensions:
         if self.hidden is None or self.item is None or (component != "mlp" and not self.heads):
             return None
         rows = (3 if self.gated else 2) if component == "mlp" else self.heads + self.kv_heads
-        return rows * size * self.hidden * self.item
+        many = self.experts or 1 if component == "mlp" else 1
+        return many * rows * size * self.hidden * self.item
+
+    def share_of_tokens(self, component: Component) -> float:
+        """Return which share of the tokens the statistics of a component see: of an expert, on average its own."""
+        return self.active_experts / self.experts if component == "mlp" and self.experts else 1.0
 
 
 class Health(Part):
@@ -77,6 +84,7 @@ def describe_statistics(
 
 def read_dimensions(file: Any, source: Checkpoint | None) -> Dimensions:
     config = usual_entries(source.config) if source else {}
+    experts, active = count_experts(file)
     heads, kv_heads, head_dim = 0, 0, config.get("head_dim", 0)
     if has_heads(file):
         heads, head_dim, _ = file.get_slice("q_gram").get_shape()
@@ -85,11 +93,21 @@ def read_dimensions(file: Any, source: Checkpoint | None) -> Dimensions:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate=file.get_slice("mlp_energy").get_shape()[0],
+        intermediate=file.get_slice("mlp_energy").get_shape()[-1],
         hidden=config.get("hidden_size"),
         item=source.dtype.itemsize if source else None,
         gated=source is None or family_of(source.config.get("model_type")).gated,
+        experts=experts,
+        active_experts=active,
     )
+
+
+def count_experts(file: Any) -> tuple[int, int]:
+    """Return how many experts a layer has, and how many of them a token goes through; zeros without experts."""
+    if "expert_tokens" not in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
+        return 0, 0
+    of_each = file.get_tensor("expert_tokens")
+    return len(of_each), round((of_each.sum() / file.get_tensor("tokens")).item())
 
 
 def has_heads(file: Any) -> bool:
@@ -105,11 +123,7 @@ def layer_health(file: Any, dimensions: Dimensions, layer: int) -> LayerHealth:
         check_statistics(found, name, layer)
         return found
 
-    energy = sums("mlp_energy").double()
-    dead = int((energy <= SINGULAR * energy.max()).sum())
-    mlp = Health(effective_rank=effective_rank(energy).item(), dead=dead)
-    if "mlp_gram" in file.keys() and dimensions.intermediate <= WIDEST_SPECTRUM:  # noqa: SIM118, no dictionary
-        mlp = with_conditions(mlp, unpack_upper(sums("mlp_gram"), dimensions.intermediate)[None])
+    mlp = mlp_health(file, dimensions, sums)
     if not has_heads(file):
         return {"qk": Health(), "ov": Health(), "mlp": mlp}
     width = dimensions.heads * dimensions.head_dim
@@ -120,6 +134,23 @@ def layer_health(file: Any, dimensions: Dimensions, layer: int) -> LayerHealth:
     keys = sums("k_gram")
     scores = with_conditions(spectrum_health(keys), torch.cat([sums("q_gram"), keys]))
     return {"qk": scores, "ov": attention, "mlp": mlp}
+
+
+def mlp_health(file: Any, dimensions: Dimensions, sums: Callable[[str], torch.Tensor]) -> Health:
+    """Return the health of the MLP's statistics, of experts that of those with as many tokens as channels."""
+    width, energy = dimensions.intermediate, sums("mlp_energy").double()
+    tokens = sums("expert_tokens") if dimensions.experts else torch.full((1,), torch.inf)
+    enough = (tokens >= width).nonzero().flatten()
+    energies = energy.view(-1, width)[enough]
+    if not len(energies):
+        return Health()
+    dead = int((energies <= SINGULAR * energies.amax(-1, keepdim=True)).sum())
+    found = Health(effective_rank=effective_rank(energies).mean().item(), dead=dead)
+    computable = len(energies) * width**3 <= WIDEST_SPECTRUM**3
+    if "mlp_gram" in file.keys() and computable:  # noqa: SIM118, no dictionary
+        packed = sums("mlp_gram").view(len(tokens), -1)[enough]
+        found = with_conditions(found, torch.stack([unpack_upper(each, width) for each in packed]))
+    return found
 
 
 def with_conditions(health: Health, grams: torch.Tensor) -> Health:

@@ -4,6 +4,7 @@ A work folder has its statistics and calibration text; an export has only its ma
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from pydantic import SerializeAsAny, ValidationError
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.config import read_experts
 from a3cli.models.families import family_for, family_of, usual_entries
 from a3cli.models.source import open_recorded, opened_work
 from a3cli.report.concerns import find_concerns
@@ -160,6 +162,7 @@ def read_dimensions(config: Json, path: Path, solution: Solution) -> Dimensions:
     heads, kv = count_in(config, "num_attention_heads", path), "num_key_value_heads"
     kv_heads = heads if config.get(kv) is None else count_in(config, kv, path)
     family = family_of(config.get("model_type"))
+    experts, active = read_experts(family, SimpleNamespace(**config))
     dimensions = Dimensions(
         heads=0 if family.carried_attention else heads,
         kv_heads=0 if family.carried_attention else kv_heads,
@@ -168,6 +171,8 @@ def read_dimensions(config: Json, path: Path, solution: Solution) -> Dimensions:
         hidden=count_in(config, "hidden_size", path),
         item=round(solution.bytes.before / solution.parameters.before),
         gated=family.gated,
+        experts=experts,
+        active_experts=active,
     )
     count_in(config, "vocab_size", path)
     return dimensions

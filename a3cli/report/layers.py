@@ -1,5 +1,7 @@
 """Describe each layer's components: size, loss, energy, ranks, tokens, damping and bytes."""
 
+from pydantic import Field
+
 from a3cli.report.health import Dimensions, Health, LayerHealth
 from a3cli.settings import Component
 from a3cli.work.manifests import Curve, Solution
@@ -25,6 +27,7 @@ class ComponentState(Health):
     predicted_loss: float | None = None
     energy_kept: float | None = None
     dimension: int
+    share_of_tokens: float = Field(default=1.0, exclude=True)  # that the statistics see
     tokens_per_dimension: float | None  # None where there are no statistics: attention is carried
     damping: float | None = None
     floored: int | None = None
@@ -67,11 +70,13 @@ def describe_layers(
 def describe_component(component: Component, dimensions: Dimensions, tokens: int, health: Health) -> ComponentState:
     """Return the state of a component without a solution."""
     full, dimension = dimensions.full_size(component), dimensions.of_gram(component)
+    share = dimensions.share_of_tokens(component)
     return ComponentState(
         **dict(health),
         full_size=full,
         dimension=dimension,
-        tokens_per_dimension=tokens / dimension if component == "mlp" or dimensions.heads else None,
+        share_of_tokens=share,
+        tokens_per_dimension=share * tokens / dimension if component == "mlp" or dimensions.heads else None,
         bytes=Bytes(before=dimensions.bytes(component, full)),
     )
 

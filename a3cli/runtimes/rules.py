@@ -35,12 +35,14 @@ VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
     "opt": (NO, "its Transformers backend stops with an error for opt"),
 }
 # RoPE's theta in transformers 4.57 where config.json has none; 10,000 for other model types.
-THETA_OF_4 = {"smollm3": 2_000_000, "gemma3_text": 1_000_000}
+THETA_OF_4 = {"smollm3": 2_000_000, "gemma3_text": 1_000_000, "mixtral": 1_000_000}
 LOCAL_THETA_OF_4 = 10_000  # of sliding attention, in models that have another RoPE for it
 # The rotated part of a head in transformers 4.57 where config.json has none; all of it for other model types.
 PARTIAL_OF_4 = {"nemotron": 0.5}
 # The entries of rope_scaling that 4.57 demands for a model type, and no others.
 STRICT_SCALING = {"phi3": {"type", "short_factor", "long_factor"}}
+# Model types with experts, which were tried with transformers alone.
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
 # Model types that transformers 4.57 does not have.
 NOT_IN_4 = ("ministral3", "qwen3_5_text")
 # The release of transformers 5 from which on it has a model type; 5.0 for other model types.
@@ -152,14 +154,25 @@ def _judge_one(runtime: str, rule: Callable[[Export], tuple[Loads, str]], export
         as_llama = export.could_be_llama and runtime not in IGNORES_HEAD_DIM["llama"]
         remedy = "export with --as llama" if as_llama else "use --components mlp to keep heads whole"
         return Verdict(runtime, NO, f"its class for {export.model_type} ignores head_dim; {remedy}")
+    if untried := _untried(runtime, export):
+        return Verdict(runtime, UNTRIED, untried)
     if not export.per_layer and not export.smaller_heads and not export.retyped:
         return Verdict(runtime, YES, "as it loads the source: heads and RoPE are the source's")
-    whole = export.held_by or export.model_type
-    if not export.per_layer and whole not in (TRIED_UNDER_VLLM if runtime == "vLLM" else TRIED):
-        return Verdict(runtime, UNTRIED, f"not tried with {whole} and smaller heads")
-    if not export.per_layer and export.rope == "llama3" and runtime != "vLLM":
-        return Verdict(runtime, UNTRIED, "not tried with RoPE type llama3 and smaller heads")
     return Verdict(runtime, *rule(export))
+
+
+def _untried(runtime: str, export: Export) -> str:
+    """Return what of a stock export was not tried with this runtime."""
+    if export.per_layer:
+        return ""
+    if export.model_type in WITH_EXPERTS:
+        return f"not tried with {export.model_type}"
+    if not export.smaller_heads and not export.retyped:
+        return ""
+    whole = export.held_by or export.model_type
+    if whole not in (TRIED_UNDER_VLLM if runtime == "vLLM" else TRIED):
+        return f"not tried with {whole} and smaller heads"
+    return "not tried with RoPE type llama3 and smaller heads" if export.rope == "llama3" and runtime != "vLLM" else ""
 
 
 def _transformers_5(export: Export) -> tuple[Loads, str]:

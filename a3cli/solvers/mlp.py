@@ -80,6 +80,18 @@ def order_channels(
     return ChannelOrder(torch.cat(order), curve)
 
 
+def plain_losses(gram: torch.Tensor, down_weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return the squared error `[I + 1]` of keeping the first m channels of `order` as they are, without a refit.
+
+    gram `[I, I]` = `E[x xᵀ]`, down_weight `[d, I]`. The dropped channels D lose `Σ_{i,j in D} R_ij w_iᵀ w_j`.
+    """
+    weight = down_weight[:, order].double()
+    effects = gram[order[:, None], order].double() * (weight.mT @ weight)
+    of_channel = effects.triu(1).sum(1) * 2 + effects.diagonal()  # with the channels behind it
+    tail = of_channel.flip(0).cumsum(0).flip(0)
+    return torch.cat([tail, tail.new_zeros(1)]).clamp_min(0)
+
+
 class _Left:
     """The remaining channels in the leading rows (and columns) of `R` and of `T = R W`, updated in place.
 

@@ -13,6 +13,12 @@ Sums, not means, so that statistics over different text add up exactly. Per laye
     distance [T]       attention mass by query-key distance, of sampled queries over all heads
     tokens []
 
+With experts, each token in an expert's sums is weighted by its routing weight, with which the expert's output enters
+the stream; there is no x_sum:
+
+    mlp_gram [E, I, I]  Σ w² x xᵀ    input of each expert's down projection      mlp_energy [E, I]
+    expert_tokens [E]   tokens that went through each expert
+
 and attention samples of a few blocks (`samples.py`), which are concatenated, not summed.
 
 If an RMS norm follows a projection, the residual stream gets `γ ∘ f/rms(f)` of its output f, so an error of f counts
@@ -99,6 +105,25 @@ class LayerMoments:
         self._add("mlp_energy", energy)
         self._add("x_sum", total)
 
+    def begin_experts(self, count: int, width: int) -> None:
+        """Begin with zeros, once: an expert may get no token, of this process's share or at all."""
+        if "expert_tokens" in self.sums:
+            return
+        self._add("expert_tokens", torch.zeros(count, device=self.device))
+        self._add("mlp_energy", torch.zeros(count, width, device=self.device))
+        if self.full_mlp:
+            self.sums["mlp_gram"] = torch.zeros(count, width, width, device=self.device)
+
+    def add_expert(self, expert: int, x: torch.Tensor, routing: torch.Tensor) -> None:
+        """Add the input `[n, I]` of an expert's down projection and the tokens' routing weights `[n, 1]`."""
+        self.sums["expert_tokens"][expert] += len(x)
+        # In float32, in which the weighted values are not rounded.
+        for piece, weights in zip(x.split(PIECE), routing.split(PIECE), strict=True):
+            weighted = piece.float() * weights.float()
+            self.sums["mlp_energy"][expert] += self._energy(weighted)
+            if self.full_mlp:
+                self._add_to_gram(self.sums["mlp_gram"][expert], weighted)
+
     @property
     def _on_cpu(self) -> bool:
         return self.device.type == "cpu"
@@ -173,11 +198,14 @@ class LayerMoments:
             self.sums[name] = value.double()
 
     def _add_gram(self, name: str, flat: torch.Tensor) -> None:
-        """Add `Σ x xᵀ` to the upper triangle of a large Gram matrix, a few rows of it at a time: half the work."""
         width = flat.shape[1]
         if name not in self.sums:
             self.sums[name] = torch.zeros(width, width, device=self.device)
-        gram, rows = self.sums[name], ROWS if self._on_cpu else 8 * ROWS
+        self._add_to_gram(self.sums[name], flat)
+
+    def _add_to_gram(self, gram: torch.Tensor, flat: torch.Tensor) -> None:
+        """Add `Σ x xᵀ` to the upper triangle of a large Gram matrix, a few rows of it at a time: half the work."""
+        width, rows = flat.shape[1], ROWS if self._on_cpu else 8 * ROWS
         for i in range(0, width, rows):
             _add_product(gram[i : i + rows, i:], flat[:, i : i + rows].mT, flat[:, i:])
 
@@ -269,7 +297,9 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def pack_upper(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the rows of the upper triangle of `[n, n]`, concatenated: `[n(n+1)/2]`."""
+    """Return the rows of the upper triangle of `[n, n]`, concatenated: `[n(n+1)/2]`; of each of several matrices."""
+    if matrix.ndim == 3:
+        return torch.stack([pack_upper(each) for each in matrix])
     n = len(matrix)
     packed = matrix.new_empty(n * (n + 1) // 2)
     start = 0

@@ -7,6 +7,7 @@ and detail. It imports nothing of a3, so the checks also hold for users who load
 """
 
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ class Export:
         self.renames: list[list[str]] = request["renames"]  # prefixes of names in files, and those of the class
         self.vocabulary: int = request["vocabulary"]
         self.carried: tuple[str, ...] = tuple(request["carried"])  # prefixes of tensors that the class does not know
+        self.experts: Json | None = request["experts"]  # the files' names of experts; None: there are none
         self.tokens: torch.Tensor = load_file(request["tokens"])["tokens"]
         self.logits = Path(request["logits"])
         self.device: str = request["device"]
@@ -199,7 +201,7 @@ def check_load(export: Export) -> str:
     for name, tensor in export.tensors():
         if name.startswith(export.carried):
             continue
-        found = loaded.get(export.class_name(name))
+        found = find_loaded(loaded, export.class_name(name), export.experts)
         if found is None or found.shape != tensor.shape:
             raise Failed(f"{name} is {list(tensor.shape)} in its file and not in the loaded model")
         if found.device.type != "meta" and not torch.equal(found.cpu(), tensor.to(export.dtype)):
@@ -209,6 +211,25 @@ def check_load(export: Export) -> str:
         raise Failed(f"the class {module}.{type(model).__name__} is not a class of transformers")
     export.model = model.eval()
     return f"{type(model).__name__}, {'stock' if export.code is None else 'from the code in the folder'}"
+
+
+def find_loaded(loaded: dict[str, torch.Tensor], name: str, experts: Json | None) -> torch.Tensor | None:
+    """Return what a file's tensor fills in the loaded model, None if nothing.
+
+    transformers 5 holds the experts of a layer in two tensors, `[experts, …]`: gate above up, and down.
+    """
+    if name in loaded or experts is None:
+        return loaded.get(name)
+    own = name.replace(f".{experts['block']}.", ".mlp.")
+    found = re.fullmatch(r"(.+\.experts\.)(\d+)\.(\w+)\.weight", own)
+    if found is None:
+        return loaded.get(own)
+    role = experts["roles"].get(found[3])
+    together = loaded.get(found[1] + ("down_proj" if role == "down" else "gate_up_proj"))
+    if role is None or together is None or int(found[2]) >= len(together):
+        return None
+    weight = together[int(found[2])]
+    return weight if role == "down" else weight.chunk(2)[role == "up"]
 
 
 @torch.inference_mode()

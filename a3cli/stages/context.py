@@ -29,6 +29,7 @@ from a3cli.work.record import Record
 T = TypeVar("T")
 
 AGAIN = "rerun the same command to resume"
+WIDTH_OF_EXPERTS = 8  # values of 16 bits in 16 bytes
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def check_settings(settings: SolveSettings, family: Family | None = None) -> Non
         problems.append(f"--kv-budget needs {heads} among --components, since the MLP has no KV cache")
     if settings.mlp_budget and "mlp" not in settings.cut:
         problems.append("--mlp-budget needs mlp among --components")
+    problems += expert_problems(settings, family)
     if settings.rope_form != "auto" and (settings.method, settings.shape) != ("best", "stock"):
         problems.append(
             f"--rope-form {settings.rope_form} needs --method best and --shape stock: the paper's method keeps the "
@@ -171,3 +173,25 @@ def check_settings(settings: SolveSettings, family: Family | None = None) -> Non
         problems.append(f"--head-multiple {settings.head_multiple}: RoPE rotates pairs of dims, so it must be even")
     if problems:
         raise A3Error("bad settings: " + "; ".join(problems))
+
+
+def expert_problems(settings: SolveSettings, family: Family | None) -> list[str]:
+    """Return what of the settings a family with experts does not allow."""
+    if family is None or family.experts is None:
+        return []
+    found = []
+    if settings.sequential:
+        found.append(f"--sequential: a3 cannot refit the experts of model_type {family.model_type!r} in a second sweep")
+    if "mlp" in settings.cut and (problem := width_problem(settings.mlp_multiple)):
+        found.append(problem)
+    return found
+
+
+def width_problem(multiple: int) -> str | None:
+    """Return why widths of experts cannot be rounded to this multiple; None if they can."""
+    if multiple % WIDTH_OF_EXPERTS == 0:
+        return None
+    return (
+        f"--mlp-multiple {multiple}: transformers multiplies experts in a kernel that needs rows of whole 16 bytes; "
+        f"use a multiple of {WIDTH_OF_EXPERTS}"
+    )

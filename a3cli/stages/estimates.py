@@ -134,7 +134,7 @@ def estimate_ram(run: Run) -> dict[str, int]:
     shape, item, device = run.shape, run.source_item, estimate_device_memory(run)
     mapped = costs.layer_bytes(shape, item)
     batch = run.batch * run.seq_len * shape.hidden_size * run.item
-    packed = costs.triangle(shape.intermediate_size) * 4 if run.full_mlp else 0
+    packed = shape.mlps * costs.triangle(shape.intermediate_size) * 4 if run.full_mlp else 0
     calibrate = mapped + 2 * packed + 2 * batch if run.on_gpu else mapped + device.total
     at_once = min(os.cpu_count() or 1, shape.layers) if costs.side_by_side(shape) else 1
     solve = {

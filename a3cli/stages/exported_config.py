@@ -28,6 +28,8 @@ def compressed_config(model: Model, solution: Solution, settings: ExportSettings
     if model.wrapper is not None:  # its configuration may leave to the class what runtimes and a3 read
         changes = {key: getattr(model.config, key) for key in STATED if key not in model.source.config} | changes
     config = {key: value for key, value in model.source.config.items() if key not in gone} | changes
+    if experts := model.family.experts:  # transformers 4.57 knows only the first name
+        config[experts.count[0]] = model.shape.experts
     if settings.dtype != "source":
         config.pop("torch_dtype", None)
         config["dtype"] = settings.dtype

@@ -91,7 +91,7 @@ def add_variant(settings: ParetoSettings, run: Run, points: "Points", name: str,
     if not missing:
         return
     log.info("error curves: %s", name)
-    check_settings(missing[0].settings)
+    check_settings(missing[0].settings, run.model.family)
     analysed = analyse(missing[0])
     with reporting(run.progress, f"points of {name}", len(missing), "points") as finished:
         for each in missing:

@@ -40,6 +40,7 @@ from a3cli.settings.seq_len import resolved_seq_len
 from a3cli.solvers.allocate import sizes
 from a3cli.stages.allowed import check_heads, check_shape
 from a3cli.stages.as_llama import could_be_llama
+from a3cli.stages.context import width_problem
 from a3cli.stages.estimates import Run, estimate_device_memory, estimate_disk, estimate_ram, estimate_seconds
 from a3cli.stages.rates import Rates, find_rates
 from a3cli.stages.rounding import planned_warnings
@@ -179,6 +180,8 @@ def read_dtype(raw: Json, folder: Path) -> str:
 def choose_sizes(settings: PlanSettings, shape: ModelShape, stored: Stored, family: Family) -> LayerSizes:
     """Return the sizes of every layer. Raises A3Error for a budget that rounding or the family does not allow."""
     check_heads(settings, family)
+    if family.experts and (problem := width_problem(settings.mlp_multiple)):
+        raise A3Error(problem)
     head, mlp = settings.head_multiple, settings.mlp_multiple
     heads, widths = sizes(shape.head_dim, head), sizes(shape.intermediate_size, mlp)
     rounded: dict[Component, list[int]] = {"qk": heads, "ov": heads, "mlp": widths}

@@ -123,6 +123,7 @@ def describe_curves(curves: Curves) -> Json:
 
 
 def tokens_per_dimension(shape: ModelShape, calibration: CalibrationManifest) -> Json:
-    """Return the number of tokens per dimension for a head and for the MLP."""
+    """Return the number of tokens per dimension for a head and for the MLP, of experts on average."""
     tokens = calibration.tokens
-    return {"head": tokens / shape.head_dim, "mlp": tokens / shape.intermediate_size}
+    of_mlp = tokens * shape.active_experts / shape.experts if shape.experts else tokens
+    return {"head": tokens / shape.head_dim, "mlp": of_mlp / shape.intermediate_size}

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from a3cli.errors import A3Error, CheckFailed
 from a3cli.models.config import LARGEST, check_sizes, read_shape
+from a3cli.models.experts import checkpoint_names, weight_names
 from a3cli.models.families import LayerSizes, ModelShape, decoder_config, family_of, usual_entries
 from a3cli.models.families.base import HEAD_NORM_ROLES
 from a3cli.models.families.wrappers import Wrapper, wrapper_of
@@ -77,6 +78,7 @@ def verify(out: Path, settings: VerifySettings, work: Work, *, progress: Progres
             "code": code_of(manifest["config"]) if per_layer and shapes else None,
             "shapes": shapes,
             "carried": family_of(manifest["config"]["model_type"]).carried if shapes else (),
+            "experts": checkpoint_names(family_of(manifest["config"]["model_type"])) if shapes else None,
             **loading(manifest["wrapper"]),
             "vocabulary": manifest["config"].get("vocab_size"),
             "tokens": as_utf8(folder / "tokens.safetensors"),
@@ -160,7 +162,9 @@ def expected_shapes(config: Json) -> tuple[list[LayerSizes], dict[str, list[int]
     shapes = {family.embedding + ".weight": [config["vocab_size"], config["hidden_size"]]}
     for layer, size in enumerate(sizes):
         of_layer = shape.linear_shapes(size)
-        shapes |= {family.tensor(layer, role): list(stored_shape(family, role, of_layer)) for role in of_layer}
+        for role in of_layer:
+            wanted = list(stored_shape(family, role, of_layer))
+            shapes |= dict.fromkeys(weight_names(family, layer, role, shape.experts), wanted)
         if shape.fitted_norms:
             shapes |= {family.tensor(layer, role): [size.qk] for role in HEAD_NORM_ROLES}
     return sizes, shapes

@@ -14,6 +14,7 @@ import torch
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import TensorInfo, check_finite, is_finite, read_stored, row_groups
+from a3cli.models.experts import of_expert
 from a3cli.models.families import ModelShape, Role
 from a3cli.models.families.base import HEAD_NORM_ROLES
 from a3cli.models.fused import change_roles, stored_shape, take_role
@@ -110,14 +111,15 @@ def row_jobs(tensor: PlannedTensor, model: Model, solution: Solution) -> Iterato
         return
     layer, roles, _ = found
     fold_scale = not solution.per_layer and model.shape.fixed_scale is None
-    projection = Projection(solution.layer(layer), model.shape, fold_scale)
+    own = of_expert(solution.layer(layer), name, model.family)
+    projection = Projection(own, model.shape, fold_scale)
     stored = model.source.read(name)
     if model.family.places[roles[0]].transposed:
         yield partial(project_at_once, stored, roles, projection, tensor, model)
         return
     for role in roles:
-        own = take_role(stored, model.family, role, model.shape.linear_shapes())
-        for rows, part in pieces(own, role, projection.solution, model.shape):
+        weight = take_role(stored, model.family, role, model.shape.linear_shapes())
+        for rows, part in pieces(weight, role, projection.solution, model.shape):
             of_rows = replace(projection, solution=part)
             yield partial(project_rows, rows, role, of_rows, tensor, model.source.name)
 

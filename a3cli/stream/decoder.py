@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from a3cli.errors import A3Error
 from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.experts import hold_apart, stored_name
 from a3cli.models.families import Family, ModelShape
 from a3cli.stream.offload import Weights
 from a3cli.work.machine import Machine
@@ -100,6 +101,7 @@ class Decoder:
         self.weights = Weights(model.source, machine)
         with init_empty_weights(include_buffers=False):
             self.model = self.build(config or model.config, machine.dtype).eval()
+            hold_apart(self.model, self.family)
         layers = self.model.get_submodule(self.family.layers)
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
@@ -118,7 +120,7 @@ class Decoder:
     def load(self, prefix: str, module: nn.Module, device: torch.device) -> None:
         """Fill a meta module with the checkpoint's tensors. Raises A3Error for missing, misshaped or NaN ones."""
         for name, parameter in module.named_parameters():
-            value = self.read(prefix + name, parameter.shape).to(device, non_blocking=True)
+            value = self.read(stored_name(self.family, prefix + name), parameter.shape).to(device, non_blocking=True)
             # The next parameter or layer allocates freed memory again at once: the allocator may keep it.
             set_module_tensor_to_device(module, name, device, value=value, dtype=self.machine.dtype, clear_cache=False)
 
@@ -181,7 +183,9 @@ class Decoder:
             self.load(self.source_prefix(index), module, device or self.machine.device)
             if index + 1 < len(self.layers):
                 following = self.source_prefix(index + 1)
-                self.weights.prefetch(following + name for name, _ in module.named_parameters())
+                self.weights.prefetch(
+                    stored_name(self.family, following + name) for name, _ in module.named_parameters()
+                )
             yield module
         finally:
             module.to("meta")

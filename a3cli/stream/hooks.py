@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from a3cli.models.costs import MLP_TOKENS
 from a3cli.models.families import Family, ModelShape, Role
+from a3cli.models.families.expert_names import EXPERT_BLOCK
 from a3cli.models.fused import RoleLinear
 from a3cli.solvers.moments import LayerMoments, Tensors
 from a3cli.stream.decoder import Arguments, StopForward, hidden_states_of
@@ -38,7 +40,7 @@ def moments_of(
         *([submodule("o").register_forward_hook(listener.add_attention)] if heads else []),
         # What reads the stream for the MLP has the one after attention; the layer returns the stream after the MLP.
         layer.get_submodule(family.stream_reader).register_forward_pre_hook(listener.add_stream_after_attention),
-        submodule("down").register_forward_hook(listener.add_mlp),
+        *hook_mlp(layer, family, listener),
         layer.register_forward_hook(listener.add_stream_after_mlp),
     ]
     try:
@@ -46,6 +48,21 @@ def moments_of(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hook_mlp(layer: nn.Module, family: Family, listener: "_Listener") -> list[RemovableHandle]:
+    """Hook the inputs of the MLP's down projection, or of every expert's."""
+    if family.experts is None:
+        return [layer.get_submodule(family.module("down")).register_forward_hook(listener.add_mlp)]
+    experts = layer.get_submodule(f"{EXPERT_BLOCK}.experts")
+    name = family.module("down").rpartition(".")[2]
+    downs = [expert.get_submodule(name) for expert in experts.children()]
+    width = downs[0].get_parameter("weight").shape[1]
+    return [
+        experts.register_forward_pre_hook(partial(listener.begin_experts, len(downs), width)),
+        *(expert.register_forward_pre_hook(listener.begin_expert) for expert in experts.children()),
+        *(down.register_forward_pre_hook(partial(listener.add_expert, index)) for index, down in enumerate(downs)),
+    ]
 
 
 class _Listener:
@@ -61,6 +78,7 @@ class _Listener:
         self._heads_first = family.heads_first
         self._heads: Tensors = {}
         self._called_with: Arguments = {}
+        self._routing = torch.empty(0)  # weights of the current expert's tokens
 
     def begin(self, _layer: nn.Module, _args: Any, kwargs: Arguments) -> None:
         self._called_with.update(kwargs)
@@ -95,6 +113,15 @@ class _Listener:
         norm = self._post_norms.get(role)
         return None if norm is None else norm.weights(output)
 
+    def begin_experts(self, count: int, width: int, _experts: nn.Module, _args: Any) -> None:
+        self._moments.begin_experts(count, width)
+
+    def begin_expert(self, _expert: nn.Module, args: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._routing = args[1]
+
+    def add_expert(self, index: int, _down: nn.Module, args: tuple[torch.Tensor]) -> None:
+        self._moments.add_expert(index, args[0], self._routing)
+
     def add_stream_after_mlp(self, _layer: nn.Module, _args: Any, output: Any) -> None:
         self._moments.add_residual("mlp_residual", hidden_states_of(output))
 
@@ -110,9 +137,9 @@ def mlp_in_pieces(layer: nn.Module, family: Family) -> Iterator[None]:
     """Run a layer's MLP, which treats each token separately, on a few tokens at a time.
 
     On a CPU the activations then stay in the cache, and the layer's largest ones take little memory. An MLP that is no
-    module of its own runs whole.
+    module of its own runs whole, and so do experts, among which the tokens are divided anyway.
     """
-    if not family.mlp:
+    if not family.mlp or family.experts:
         yield
         return
     mlp = layer.get_submodule(family.mlp)

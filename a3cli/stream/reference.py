@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from a3cli.errors import A3Error
+from a3cli.models.experts import of_expert
 from a3cli.models.families import Role
 from a3cli.models.families.base import HEAD_NORM_ROLES, pair_dims
 from a3cli.models.fused import change_roles
@@ -59,9 +60,9 @@ class FullSizeReference(Decoder):
         stored = value.dtype
         if found := self.family.find_roles(tensor):
             layer, roles, kind = found
-            shapes = self.shape.linear_shapes()
+            shapes, solution = self.shape.linear_shapes(), of_expert(self._layer_solution(layer), tensor, self.family)
             value = change_roles(
-                value, self.family, roles, shapes, lambda role, own: self._change(own, layer, role, kind)
+                value, self.family, roles, shapes, lambda role, own: self._change(own, layer, role, kind, solution)
             )
         return value if self._rounded is None else value.to(self._rounded(stored))
 
@@ -71,13 +72,12 @@ class FullSizeReference(Decoder):
             raise A3Error(f"layer {layer}: the reference does not know what {', '.join(sorted(unknown))} does")
         return solution
 
-    def _change(self, value: torch.Tensor, layer: int, role: Role, kind: str) -> torch.Tensor:
+    def _change(self, value: torch.Tensor, layer: int, role: Role, kind: str, solution: Tensors) -> torch.Tensor:
         if role in HEAD_NORM_ROLES:
             return self._place_norm(value, layer, "query_norm" if role == "q_norm" else "key_norm")
-        return self._apply(value, layer, role, kind)
+        return self._apply(value, layer, role, kind, solution)
 
-    def _apply(self, value: torch.Tensor, layer: int, role: Role, kind: str) -> torch.Tensor:
-        solution = self._layer_solution(layer)
+    def _apply(self, value: torch.Tensor, layer: int, role: Role, kind: str, solution: Tensors) -> torch.Tensor:
         if role in ("q", "k"):
             return self._place_slots(value, layer, role, solution)
         if role == "v" and "value_map" in solution:

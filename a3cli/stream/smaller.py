@@ -8,10 +8,12 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from a3cli.models.experts import of_expert
 from a3cli.models.families import LayerSizes, Role, per_layer_config
 from a3cli.models.families.base import HEAD_NORM_ROLES
 from a3cli.models.fused import change_roles, stored_shape
@@ -72,7 +74,8 @@ class SmallerDecoder(Decoder):
             shape = torch.Size(stored_shape(self.family, roles[0], full, "bias" if kind == "bias" else "weight"))
         elif roles[0] in HEAD_NORM_ROLES:
             shape = torch.Size([self.shape.head_dim])
-        return change_roles(super().read(tensor, shape), self.family, roles, full, self._project)
+        project = partial(self._project, of_expert(self._solution, tensor, self.family))
+        return change_roles(super().read(tensor, shape), self.family, roles, full, project)
 
-    def _project(self, role: Role, weight: torch.Tensor) -> torch.Tensor:
-        return apply_projection(weight, role, self._solution, self.shape, fold_scale=False)
+    def _project(self, solution: Tensors, role: Role, weight: torch.Tensor) -> torch.Tensor:
+        return apply_projection(weight, role, solution, self.shape, fold_scale=False)

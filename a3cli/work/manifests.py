@@ -199,6 +199,13 @@ class TokensPerDimension(Part):
     mlp: Loss
 
 
+class ExpertTokens(Part):
+    """Tokens of the calibration that went through each expert of a layer."""
+
+    tokens: list[Count] = Field(min_length=1)
+    few_tokens: list[Count] = Field(description="experts with fewer tokens than channels, which are not refit")
+
+
 class Layer(Part):
     effective_rank: EffectiveRank
     floored_eigenvalues: Floored
@@ -208,6 +215,7 @@ class Layer(Part):
     curves: Curves
     score_error: ByDistance
     tokens_per_dimension: TokensPerDimension
+    experts: ExpertTokens | None = Field(default=None, description="of models with experts")
 
 
 class SolutionRequest(Part):

@@ -27,6 +27,8 @@ class Published:
     context: int = 32768
     most: float = 0.26
     more: dict[str, Any] = field(default_factory=dict)
+    experts: int = 1
+    multiple: int = 64  # of MLP widths, with which a quarter of the weights can be removed
 
     @property
     def config(self) -> dict[str, Any]:
@@ -116,6 +118,15 @@ PUBLISHED: dict[str, Published] = {
     ),
     "Qwen3-8B": Published("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, 8_190_735_360, context=40960, more=QWEN3),
     "Qwen3-32B": Published("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, 32_762_123_264, context=40960, more=QWEN3),
+    "Mixtral-8x7B-v0.1": Published(
+        "mixtral", 4096, 14336, 32, 32, 8, 128, 32000, 46_702_792_704, more=NO_WINDOW | {"num_local_experts": 8},
+        experts=8,
+    ),
+    "Qwen3-30B-A3B": Published(
+        "qwen3_moe", 2048, 768, 48, 32, 4, 128, 151936, 30_532_122_624, context=40960,
+        more=QWEN3 | {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1},
+        experts=128, multiple=8,
+    ),
     "Qwen3.5-27B": Published(  # without its vision tower
         "qwen3_5_text", 5120, 17408, 64, 24, 4, 256, 248320, 26_895_998_464, context=262144,
         more={

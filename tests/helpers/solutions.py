@@ -3,7 +3,7 @@
 import torch
 
 from a3cli.models.families import LayerSizes
-from tests.conftest import mlp_width
+from tests.conftest import family_of_row, mlp_width
 
 
 def random_solution(
@@ -27,7 +27,8 @@ def random_solution(
         else:
             solution["output_weight"] = torch.randn(width, heads * sizes.ov) / 4
     if sizes.mlp < (full := mlp_width(name)):
-        solution["channels"] = torch.randperm(full)[: sizes.mlp].sort().values
+        experts = (4,) if family_of_row(name).experts else ()
+        solution["channels"] = torch.rand(*experts, full).argsort()[..., : sizes.mlp].sort().values
         if method == "best":
-            solution["down_weight"] = torch.randn(width, sizes.mlp) / 8
+            solution["down_weight"] = torch.randn(*experts, width, sizes.mlp) / 8
     return solution or {"unchanged": torch.zeros(0)}

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from a3cli.models.experts import hold_apart, stored_name, weight_names
 from a3cli.models.families import FAMILIES, LayerSizes, ModelShape, Place
+from a3cli.models.families.expert_names import index_of
 from a3cli.models.families.llama import FAMILY as LLAMA
 from tests.conftest import MODELS, build_model
 
@@ -28,15 +30,17 @@ FUSED = replace(
 def test_every_role_of_a_family_is_a_module_of_its_stock_class(model_type):
     name = next(name for name, (config, _, _) in MODELS.items() if config.model_type == model_type)
     family, model = FAMILIES[model_type], build_model(name)
-    parameters = dict(model.named_parameters())
+    hold_apart(model, family)
+    parameters = {stored_name(family, name) for name, _ in model.named_parameters()}
     for role in family.places:
         for layer in range(2):
-            tensor = family.tensor(layer, role)
-            assert tensor in parameters
-            found, roles, kind = family.find_roles(tensor)
-            assert (found, kind) == (layer, "weight")
-            assert role in roles
-            assert roles == tuple(other for other in roles if family.tensor(layer, other) == tensor)
+            for index, tensor in enumerate(weight_names(family, layer, role, 4)):
+                assert tensor in parameters
+                found, roles, kind = family.find_roles(tensor)
+                assert (found, kind) == (layer, "weight")
+                assert role in roles
+                assert roles == tuple(other for other in roles if tensor in weight_names(family, layer, other, 4))
+                assert index_of(tensor) == (index if ".experts." in tensor else None)
     assert isinstance(model.get_submodule(family.embedding), torch.nn.Embedding)
     assert len(model.get_submodule(family.layers)) == 2
     assert model.get_submodule(family.layers)[0].get_submodule(family.mlp)

@@ -98,15 +98,15 @@ def save_wide_tokenizer(folder: Path) -> None:
 DOWN = "model.layers.0.mlp.down_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 SUPPORTED = (
-    "gemma2, gemma3_text, gpt2, granite, llama, ministral3, mistral, mpt, nemotron, olmo2, opt, phi3, qwen2, qwen3, "
-    "qwen3_5_text, smollm3, starcoder2 "
+    "gemma2, gemma3_text, gpt2, granite, llama, ministral3, mistral, mixtral, mpt, nemotron, olmo2, opt, phi3, qwen2, "
+    "qwen3, qwen3_5_text, qwen3_moe, smollm3, starcoder2 "
 )
 DAMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "gone": (shutil.rmtree, ("source",)),
     "unknown family": (edit_config(model_type="bert"), ("'bert'", SUPPORTED, "docs/add-a-family.md")),
     "unknown activation": (edit_config(hidden_act="swish\x9f"), ("config.json", "hidden_act", "transformers")),
     "more layers than configured": (edit_config(num_hidden_layers=1), ("model.layers.1.", "config.json says 1 layers")),
-    "a mixture of experts": (edit_config(model_type="mixtral"), ("'mixtral'", SUPPORTED)),
+    "a mixture of experts": (edit_config(model_type="qwen2_moe"), ("'qwen2_moe'", SUPPORTED)),
     "no family": (edit_config(model_type=None), ("None", SUPPORTED)),
     "pickle only": (pickle_only, ("pickle", "safetensors")),
     "truncated shard": (truncate_shard, ("model-00003", "truncated")),

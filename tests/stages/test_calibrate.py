@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from a3cli.models.checkpoint import Checkpoint
+from a3cli.models.families import family_of
 from a3cli.solvers.moments import LayerMoments, gram_blocks, pack_upper, unpack_upper
 from tests.conftest import (
     MODELS,
@@ -26,6 +27,7 @@ from tests.conftest import (
     post_norms,
     stream_reader,
 )
+from tests.helpers.experts import routed
 from tests.helpers.statistics import calibration_files
 
 SETTINGS = ("--samples", 6, "--seq-len", 80, "--batch-size", 4)
@@ -54,7 +56,10 @@ def hooked_sums(folder, blocks):
     for i, layer in enumerate(layers):
         if not carries_attention(model):
             hook_attention(i, attention_of(layer))
-        mlp_linears(layer)["down"].register_forward_pre_hook(lambda m, a, i=i: keep(i, "x", a[0]))
+        if family_of(model.config.model_type).experts:
+            layer.mlp.experts.register_forward_pre_hook(lambda m, a, i=i: seen[i].update(routed=routed(m, a)))
+        else:
+            mlp_linears(layer)["down"].register_forward_pre_hook(lambda m, a, i=i: keep(i, "x", a[0]))
         stream_reader(layer).register_forward_pre_hook(lambda m, a, i=i: keep(i, "after_attention", a[0]))
         for name, norm in post_norms(layer).items():
             seen[i]["epsilon"] = model.config.rms_norm_eps
@@ -88,7 +93,8 @@ def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_fi
     layers = hooked_sums(folder, blocks)
     carried = family_of_row(name).carried_attention is not None
     whole = not family_of_row(name).mlp  # no module of its own, which could run in pieces
-    assert pieces == ([320, 160] if whole else [150, 150, 20, 150, 10]) * len(layers)
+    expected = [320, 160] if whole else [150, 150, 20, 150, 10]
+    assert pieces == expected * sum("x" in seen for seen in layers)
     for index, seen in enumerate(layers):
         stored = load_file(tmp_path / "calibration" / f"layer-{index:03d}.safetensors")
         assert stored["tokens"].item() == blocks.numel()
@@ -96,12 +102,24 @@ def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_fi
             assert stored.keys() == {"mlp_gram", "mlp_energy", "x_sum", "attention_residual", "mlp_residual", "tokens"}
         else:
             check_heads(stored, seen)
-        x = seen["x"] * weights(seen, "down")
-        close(unpack_upper(stored["mlp_gram"], x.shape[1]), seen["x"].T @ x)
-        close(stored["mlp_energy"], (seen["x"] * x).sum(0))
-        close(stored["x_sum"], seen["x"].sum(0))
+        if "routed" in seen:
+            check_experts(stored, seen["routed"])
+        else:
+            x = seen["x"] * weights(seen, "down")
+            close(unpack_upper(stored["mlp_gram"], x.shape[1]), seen["x"].T @ x)
+            close(stored["mlp_energy"], (seen["x"] * x).sum(0))
+            close(stored["x_sum"], seen["x"].sum(0))
         close(stored["attention_residual"], seen["after_attention"].square().sum())
         close(stored["mlp_residual"], seen["after_mlp"].square().sum())
+
+
+def check_experts(stored, experts):
+    """Check each expert's sums, in which a token has its routing weight."""
+    assert stored["expert_tokens"].tolist() == [len(each.x) for each in experts]
+    assert all(len(each.x) for each in experts)
+    for packed, energy, each in zip(stored["mlp_gram"], stored["mlp_energy"], experts, strict=True):
+        close(unpack_upper(packed, each.x.shape[1]), each.weighted.T @ each.weighted)
+        close(energy, each.weighted.square().sum(0))
 
 
 def check_heads(stored, seen):

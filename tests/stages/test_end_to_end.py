@@ -28,12 +28,12 @@ from tests.conftest import (
     build_tokenizer,
     can_cut,
     decoder_layers,
-    down_weight,
     mlp_linears,
     refused,
     slot_dims,
     turning_pairs,
 )
+from tests.helpers.experts import down_bias, each_down
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -76,7 +76,7 @@ def zeroed_reference(source: Path, work: Path) -> Any:
     model = load(source)
     for index, layer in enumerate(decoder_layers(model)):
         solution = load_file(work / "solution" / f"layer-{index:03d}.safetensors")
-        attention, down = attention_of(layer), mlp_linears(layer)["down"]
+        attention = attention_of(layer)
         if "pairs" in solution:
             size = attention.head_dim
             gone = torch.ones(size, dtype=torch.bool)
@@ -89,10 +89,10 @@ def zeroed_reference(source: Path, work: Path) -> Any:
                 for k, head in enumerate(parameter.view(-1, size, *parameter.shape[1:])):
                     head.copy_((projectors[k].T @ head.double()).float())
         if "channels" in solution:
-            weight = down_weight(down)
-            gone = torch.ones(weight.shape[1], dtype=torch.bool)
-            gone[solution["channels"]] = False
-            weight[:, gone] = 0
+            for weight, channels in each_down(layer, solution["channels"]):
+                gone = torch.ones(weight.shape[1], dtype=torch.bool)
+                gone[channels] = False
+                weight[:, gone] = 0
     return model
 
 
@@ -103,12 +103,12 @@ def banded_reference(source: Path, work: Path) -> Any:
     slots = json.loads((work / "solution" / "manifest.json").read_text())["rope_slots"]
     for index, layer in enumerate(decoder_layers(model)):
         solution = load_file(work / "solution" / f"layer-{index:03d}.safetensors")
-        down = mlp_linears(layer)["down"]
         if slots is not None:  # heads are smaller
             mix_heads(layer.self_attn, solution, dims_of_slots(model.config, slots))
-        down_weight(down).zero_()[:, solution["channels"]] = solution["down_weight"]
-        if down.bias is not None:
-            down.bias.copy_(solution["down_bias"])
+        for weight, channels, refit in each_down(layer, solution["channels"], solution["down_weight"]):
+            weight.zero_()[:, channels] = refit
+        if (bias := down_bias(layer)) is not None:
+            bias.copy_(solution["down_bias"])
     if slots is not None:
         turned = sum(slot < turning_pairs(model.config) for slot in slots)
         model.model.rotary_emb = Turning(model.model.rotary_emb, slots[:turned], LENGTH)
@@ -206,6 +206,7 @@ def test_a_configuration_without_head_dim(name, options, a3, checkpoint, text_fi
         "qwen3-window",
         "smollm3-window",
         "qwen3_5-hybrid",
+        "mixtral-gqa",
     ],
 )
 def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file, tmp_path):
@@ -231,6 +232,7 @@ def test_export_generates_with_cache_as_without(name, a3, checkpoint, text_file,
         "qwen3-bias",
         "smollm3-bias",
         "qwen3_5-hybrid",
+        "mixtral-gqa",
     ],
 )
 def test_budget_zero_keeps_every_byte(name, a3, checkpoint, text_file, tmp_path):
@@ -248,6 +250,7 @@ def test_budget_zero_keeps_every_byte(name, a3, checkpoint, text_file, tmp_path)
         ("llama-gqa-bias", {"gate_proj", "up_proj", "down_proj"}),
         ("starcoder2-gqa", {"c_fc", "c_proj"}),
         ("qwen3-gqa", {"gate_proj", "up_proj", "down_proj"}),
+        ("mixtral-gqa", {"w1", "w2", "w3"}),
     ],
 )
 def test_mlp_only_leaves_everything_else_bit_identical(name, linears, a3, checkpoint, text_file, tmp_path):

@@ -142,17 +142,17 @@ def test_what_a_plan_says_of_heads_that_stay_whole(a3, config):
     assert found["components"] == ["mlp"]
 
 
-def test_a_mixture_of_qwen3_experts_is_refused(a3, config):
-    """The sizes of Qwen3-30B-A3B."""
-    sizes = qwen3_config(2048, 6144, 48, 32, tied=False)
+def test_a_mixture_of_qwen3_experts(a3, config):
+    """The sizes of four layers of Qwen3-30B-A3B, of whose parameters a token meets a tenth."""
+    sizes = qwen3_config(2048, 6144, 4, 32, tied=False)
     experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
     folder = config(**{**sizes, **experts, "model_type": "qwen3_moe", "num_key_value_heads": 4})
-    refused(
-        a3("plan", folder),
-        "'qwen3_moe' is not supported",
-        "qwen2, qwen3, qwen3_5_text, smollm3, starcoder2",
-        "docs/add-a-family.md",
-    )
+    found = a3("plan", folder, "--budget", 0.24, "--json").json
+    assert found["mlp_width"] == {"before": 768, "after": 576}
+    assert found["budget_reached"] == pytest.approx(128 * 3 * 2048 * 192 / (128 * 3 * 2048 * 768 + 18_874_368))
+    active = 8 * 3 * 2048 * 768 + 18_874_368
+    heads = 2 * 2 * found["prefill_flops_per_token"]["seq_len"] * 32 * 128
+    assert found["prefill_flops_per_token"]["before"] == 4 * (2 * active + heads)
 
 
 @pytest.mark.parametrize("name", ["nemotron-gqa", "nemotron-mha-bias"])

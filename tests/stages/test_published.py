@@ -41,7 +41,7 @@ def test_figures_are_those_of_the_card(name, planned):
     """Parameters, head size and KV cache before; a quarter removed, in the components that the family allows, after."""
     row = PUBLISHED[name]
     shape = "stock" if FAMILIES[row.model_type].compressible("stock") else "per-layer"
-    found = planned(name, "--shape", shape)
+    found = planned(name, "--shape", shape, "--mlp-multiple", row.multiple)
     assert found["weights"]["checked"] == "nothing"
     assert found["parameters"]["before"] == row.parameters
     assert found["bytes"]["before"] == 2 * row.parameters
@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_card(name, planned):
     cut = FAMILIES[row.model_type].compressible(shape)
     assert found["components"] == [*cut]
     assert 0.25 <= found["budget_reached"] < row.most
-    assert found["mlp_width"]["after"] % 64 == 0
+    assert found["mlp_width"]["after"] % row.multiple == 0
     assert 0 < found["mlp_width"]["after"] < row.width
     smaller = found["kv_bytes_per_token"]["after"] / row.cache
     assert smaller == found["head_size"]["after"] / row.head
@@ -61,7 +61,7 @@ def test_figures_are_those_of_the_card(name, planned):
     heads = row.head - found["head_size"]["after"]
     channels = row.width - found["mlp_width"]["after"]
     of_heads = 2 * (row.heads + row.kv_heads) * heads * row.hidden
-    of_channels = (3 if FAMILIES[row.model_type].gated else 2) * channels * row.hidden
+    of_channels = (3 if FAMILIES[row.model_type].gated else 2) * row.experts * channels * row.hidden
     biases = removed - row.layers * (of_heads + of_channels)
     assert 0 <= biases < 0.001 * removed
     for figures in ("disk_bytes", "device_memory_bytes", "peak_ram_bytes", "seconds"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from a3cli.models.families.carried import AttentionCosts, CarriedAttention
+from a3cli.models.families.expert_names import EXPERT_BLOCK, Experts, place_of
 from a3cli.settings import COMPONENTS, Component
 
 Role = Literal["q", "k", "v", "o", "q_norm", "k_norm", "mlp_norm", "gate", "up", "down"]
@@ -20,9 +21,9 @@ LinearShapes = Mapping[Role, tuple[int, int]]
 class Place:
     """The place of one role's weight in a decoder layer.
 
-    `module` is a path inside the layer. If the module's weight is fused, `after` names the roles whose rows come
-    before this role's, in order; None means that the whole weight belongs to this role. `transposed` weights are stored
-    as `[in, out]`.
+    `module` is a path inside the layer, with `{expert}` for the index of an expert. If the module's weight is fused,
+    `after` names the roles whose rows come before this role's, in order; None means that the whole weight belongs to
+    this role. `transposed` weights are stored as `[in, out]`.
     """
 
     module: str
@@ -94,6 +95,7 @@ class Family:
     activation: str | None = None  # the module between up and down in a layer whose MLP is no module of its own
     refusal: Callable[[Any], str | None] = lambda _config: None  # what of a configuration a3 does not support
     stock_heads: str | None = None  # why no head can be smaller in the stock shape; None: they can
+    experts: Experts | None = None  # many MLPs in each layer; None: one
     stock_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the stock shape
     per_layer_components: tuple[Component, ...] = COMPONENTS  # what can be made smaller in the per-layer shape
     scaled_part: bool = False  # RoPE scales the part of a head that it rotates, and only that: config.json says so
@@ -182,12 +184,12 @@ class Family:
 
     @property
     def mlp(self) -> str:
-        """Return the path of the MLP inside a decoder layer; "" where it is no module of its own."""
-        return self.module("down").rpartition(".")[0]
+        """Return the path of the MLP or of the block with experts in a layer; "" where it is no module of its own."""
+        return EXPERT_BLOCK if self.experts else self.module("down").rpartition(".")[0]
 
-    def tensor(self, layer: int, role: Role, kind: Kind = "weight") -> str:
-        """Return the checkpoint's name of the tensor that holds a role."""
-        return f"{self.layer_prefix(layer)}{self.module(role)}.{kind}"
+    def tensor(self, layer: int, role: Role, kind: Kind = "weight", expert: int | None = None) -> str:
+        """Return the checkpoint's name of the tensor that holds a role, of one expert if there are experts."""
+        return f"{self.layer_prefix(layer)}{self.module(role).format(expert=expert)}.{kind}"
 
     def rows(self, role: Role, shapes: LinearShapes) -> slice:
         """Return the rows of its tensor that belong to a role, for linear weights of these shapes."""
@@ -216,7 +218,7 @@ class Family:
         if not tensor.startswith(prefix) or not number.isdigit():
             return None
         module, _, kind = rest.rpartition(".")
-        roles = self.roles_of(module)
+        roles = self.roles_of(place_of(module) if self.experts else module)
         return (int(number), roles, kind) if roles else None
 
 
@@ -227,7 +229,7 @@ def sees_later_tokens(config: Any) -> str | None:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """The sizes that a solution chooses for a layer: dims of a query or key head and of a value head, MLP channels."""
+    """The sizes of a layer in a solution: dims of a query or key head and of a value head, MLP or expert channels."""
 
     qk: int
     ov: int
@@ -278,6 +280,13 @@ class ModelShape:
     alibi: bool = False  # scores have a bias by distance, the same for all layers
     mlp_in_layer: bool = False  # the MLP is no module of its own, which could run in pieces
     carried_attention: AttentionCosts | None = None
+    experts: int = 0  # MLPs in each layer among which a router chooses; 0: one MLP, without a router
+    active_experts: int = 0  # those that a token goes through
+
+    @property
+    def mlps(self) -> int:
+        """Return the number of MLPs in a layer."""
+        return self.experts or 1
 
     @property
     def mlp_inputs(self) -> tuple[Role, ...]:
@@ -312,7 +321,10 @@ class ModelShape:
         return LayerSizes(self.head_dim, self.head_dim, self.intermediate_size)
 
     def linear_shapes(self, sizes: LayerSizes | None = None) -> dict[Role, tuple[int, int]]:
-        """Return `[out, in]` of each linear weight of a layer with these sizes; by default the full ones."""
+        """Return `[out, in]` of each linear weight of a layer with these sizes; by default the full ones.
+
+        Those of the MLP are of one expert if there are experts.
+        """
         d, size = self.hidden_size, sizes or self.full_sizes
         mlp: dict[Role, tuple[int, int]] = {**dict.fromkeys(self.mlp_inputs, (size.mlp, d)), "down": (d, size.mlp)}
         if self.carried_attention:

@@ -11,6 +11,7 @@ pairs that turn are passed through: they are the last dims, and slot j of these 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -294,3 +295,19 @@ class PerLayerCausalLM(PerLayerWeights):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+
+def convert_names_as(model_type: str, *classes: type[PreTrainedModel]) -> None:
+    """Make transformers convert checkpoints for these classes as it does for its own classes of a model type.
+
+    Since transformers 5, a layer's experts are one module with 3-D tensors, while checkpoints have tensors for each
+    expert. For classes outside of transformers it converts them only if they are registered. transformers 4 holds
+    experts as checkpoints do.
+    """
+    try:
+        conversion = import_module("transformers.conversion_mapping")
+    except ImportError:
+        return
+    for each in classes:
+        mapping = conversion.get_checkpoint_conversion_mapping(model_type)
+        conversion.register_checkpoint_conversion_mapping(each.__name__, mapping, overwrite=True)
