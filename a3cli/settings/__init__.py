@@ -269,6 +269,9 @@ class EvalSettings(Settings):
         HOW,
         Field(description="Exit code 1 if so, like 'kl > 0.1'; repeatable (docs/ci.md)."),
     ] = ()
+    continuations: Annotated[
+        int | None, HOW, Field(ge=1, description="Passages whose continuation to choose (docs/ci.md).")
+    ] = None
     bootstrap: Annotated[int, HOW, Field(ge=0, description="Resamples for the 95 % intervals; 0 for none.")] = 1000
     seed: Annotated[int, HOW, Field(ge=0, description="Seed of the resamples.")] = 0
     tasks: Annotated[tuple[str, ...], HOW, Field(description="Comma list of lm-evaluation-harness tasks.")] = ()

@@ -19,7 +19,12 @@ METRICS = {
     "ppl_increase": "perplexity_increase",
     "kl": "kl",
     "top1_agreement": "top1_agreement",
+    "continuation_accuracy": "continuation_accuracy",
+    "continuation_drop": "continuation_drop",
+    "last_word_accuracy": "last_word_accuracy",
+    "last_word_drop": "last_word_drop",
 }
+WITHOUT_SOURCE = ("perplexity", "continuation_accuracy", "last_word_accuracy")
 PERCENT = "perplexity_increase_percent"
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -41,7 +46,11 @@ class Gate:
 
     @property
     def needs_source(self) -> bool:
-        return self.key != "perplexity"
+        return self.key not in WITHOUT_SOURCE
+
+    @property
+    def needs_continuations(self) -> bool:
+        return self.key.startswith(("continuation", "last_word"))
 
     def judge(self, figures: Json) -> Json:
         """Return whether a model with these figures fails, with value and limit. A non-finite figure always fails."""

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,10 +22,12 @@ from a3cli.settings import EvalSettings, TextSettings
 from a3cli.settings.gates import describe
 from a3cli.settings.generation import GenerateSettings
 from a3cli.stages.answers import Answers, LoadedModel, batches, open_models, short_name
+from a3cli.stages.continuations import Choice, accuracies, encode, measure_choices
 from a3cli.stages.tasks import open_tasks, run_tasks
 from a3cli.text.blocks import CONTEXT, check_fit, evaluation_blocks
 from a3cli.text.counted import counting
 from a3cli.text.documents import TextRead
+from a3cli.text.passages import read_passages
 from a3cli.text.sources import check_texts
 from a3cli.text.tokenizer import load_tokenizer
 from a3cli.work.files import Json
@@ -33,7 +35,19 @@ from a3cli.work.machine import choose_machine
 from a3cli.work.progress import Progress, reporting, silent
 
 CONFIDENCE = 0.95
-FIGURES = ("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement")
+FIGURES = (
+    *("perplexity", "source_perplexity", "perplexity_increase", "kl", "top1_agreement"),
+    *("continuation_accuracy", "last_word_accuracy"),
+)
+
+
+class Text(NamedTuple):
+    """What is measured on: the blocks of a data set, the record of what was read, and continuations to choose."""
+
+    settings: TextSettings
+    blocks: list[torch.Tensor]
+    read: TextRead
+    choices: list[Choice]
 
 
 @torch.inference_mode()
@@ -51,11 +65,11 @@ def evaluate(settings: EvalSettings, *, progress: Progress = silent) -> Json:
         check_size(checkpoint)  # before transformers reads it
     machine = choose_machine(settings.device, settings.dtype, checkpoints[0].dtype)
     tokenizer = load_tokenizer(checkpoints[0].folder, trust_remote_code=settings.trust_remote_code)
-    texts = [(text, read_blocks(text, tokenizer, checkpoints[0], progress)) for text in settings.texts]
+    texts = [read_text(text, tokenizer, checkpoints[0], settings, progress) for text in settings.texts]
     models = open_models(checkpoints, machine, settings, progress)
     check_vocabularies(models)
 
-    datasets = [measure(models, text, *blocks, settings, progress) for text, blocks in texts]
+    datasets = [measure(models, text, settings, progress) for text in texts]
     result: Json = {
         "model": models[0].name,
         "device": str(machine.device),
@@ -76,9 +90,14 @@ def check_settings(settings: EvalSettings) -> None:
         raise A3Error("nothing to measure: give --dataset or --tasks")
     if settings.fail_if and not settings.texts:
         raise A3Error("--fail-if needs a figure to compare; give a --dataset")
-    unknown = [gate.text for gate in settings.fail_if if gate.needs_source and not settings.against]
-    if unknown:
-        raise A3Error(f"--fail-if {', '.join(map(repr, unknown))}: this figure needs --against SOURCE")
+    if settings.continuations and not settings.texts:
+        raise A3Error("--continuations needs a text to cut into passages; give a --dataset")
+    for needed, given, option in (
+        ("needs_source", settings.against, "--against SOURCE"),
+        ("needs_continuations", settings.continuations, "--continuations NUMBER"),
+    ):
+        if not given and (unknown := [gate.text for gate in settings.fail_if if getattr(gate, needed)]):
+            raise A3Error(f"--fail-if {', '.join(map(repr, unknown))}: this figure needs {option}")
     check_texts(settings.texts)
 
 
@@ -110,48 +129,54 @@ def for_context(settings: EvalSettings, checkpoints: Sequence[Checkpoint]) -> Ev
     return settings.model_copy(update={"texts": tuple(text.for_context(shortest) for text in settings.texts)})
 
 
-def read_blocks(
-    text: TextSettings, tokenizer: Any, checkpoint: Checkpoint, progress: Progress
-) -> tuple[list[torch.Tensor], TextRead]:
-    """Return a data set's blocks and the record of what was read."""
+def read_text(
+    text: TextSettings, tokenizer: Any, checkpoint: Checkpoint, settings: EvalSettings, progress: Progress
+) -> Text:
+    """Return a data set's blocks and, if asked for, its continuations. Raises A3Error if the model cannot read them."""
     read = TextRead()
     limit = None if text.samples is None else text.samples * text.block_tokens
     with counting(progress, f"reading {short_name(text.dataset)}", tokenizer, limit) as counted:
         blocks = evaluation_blocks(counted, text, read)
     check_fit(blocks, usual_entries(checkpoint.config), checkpoint.name)
-    return blocks, read
+    choices = []
+    if settings.continuations:
+        choices = encode(tokenizer, read_passages(tokenizer, text, settings.continuations), checkpoint)
+    return Text(text, blocks, read, choices)
 
 
-def measure(
-    models: Sequence[Answers],
-    text: TextSettings,
-    blocks: list[torch.Tensor],
-    read: TextRead,
-    settings: EvalSettings,
-    progress: Progress,
-) -> Json:
+def measure(models: Sequence[Answers], text: Text, settings: EvalSettings, progress: Progress) -> Json:
     """Return the figures of one data set, their intervals and the results of the gates."""
-    step = f"evaluating {short_name(models[0].name)} on {short_name(text.dataset)}"
+    name = short_name(text.settings.dataset)
     source = models[1] if len(models) > 1 else None
-    with reporting(progress, step, len(blocks), "blocks") as finished:
-        sums, seconds = sum_blocks(models[0], source, blocks, settings.batch_size, finished)
-    figures = describe_sums(sums)
-    tokens = sum(len(block) for block in blocks)
+    with reporting(progress, f"evaluating {short_name(models[0].name)} on {name}", len(text.blocks), "blocks") as done:
+        sums, seconds = sum_blocks(models[0], source, text.blocks, settings.batch_size, done)
+    tokens = sum(len(block) for block in text.blocks)
     result: Json = {
-        "dataset": text.dataset,
-        "text_files": read.files,
-        "text_read": read.describe(),
-        "seq_len": text.block_tokens,
-        "blocks": len(blocks),
+        "dataset": text.settings.dataset,
+        "text_files": text.read.files,
+        "text_read": text.read.describe(),
+        "seq_len": text.settings.block_tokens,
+        "blocks": len(text.blocks),
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
-        **figures,
+        **describe_sums(sums),
     }
     if settings.bootstrap:
         result["confidence"] = bootstrap(sums, resamples=settings.bootstrap, seed=settings.seed)
+    if text.choices:
+        add_continuations(result, measure_choices(models, text.choices, name, settings.batch_size, progress), settings)
     if settings.fail_if:
-        result["gates"] = [gate.judge(figures) for gate in settings.fail_if]
+        result["gates"] = [gate.judge(result) for gate in settings.fail_if]
     return result
+
+
+def add_continuations(result: Json, sums: torch.Tensor, settings: EvalSettings) -> None:
+    """Add the accuracies of a data set's continuations and their intervals."""
+    result["passages"], result["words"] = (int(count) for count in sums.sum(0)[:2])
+    result.update({key: value.item() for key, value in accuracies(sums.sum(0)).items()})
+    if settings.bootstrap:
+        found = bootstrap(sums, resamples=settings.bootstrap, seed=settings.seed, figures=accuracies)
+        result["confidence"].update(found)
 
 
 @torch.inference_mode()
@@ -232,17 +257,24 @@ def figures_of(total: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def bootstrap(sums: torch.Tensor, *, resamples: int, seed: int) -> Json:
+def bootstrap(
+    sums: torch.Tensor,
+    *,
+    resamples: int,
+    seed: int,
+    figures: Callable[[torch.Tensor], dict[str, torch.Tensor]] = figures_of,
+) -> Json:
     """Return 95 % intervals of all figures by resampling whole blocks with replacement; None for a single block.
 
-    Tokens of one block are not independent, blocks nearly are, and both models see the same ones.
+    Tokens of one block are not independent, blocks nearly are, and both models see the same ones. So it is with
+    passages.
     """
     described: Json = {"level": CONFIDENCE, "resamples": resamples, "seed": seed}
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randint(len(sums), (len(sums),), generator=generator) for _ in range(resamples))
-    figures = figures_of(torch.stack([sums[draw].sum(0) for draw in draws]))
+    found = figures(torch.stack([sums[draw].sum(0) for draw in draws]))
     tails = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
-    for key, values in figures.items():
+    for key, values in found.items():
         described[key] = values.quantile(tails).tolist() if len(sums) > 1 else None
     return described
 
