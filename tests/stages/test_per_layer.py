@@ -398,7 +398,27 @@ def test_what_is_zero_can_be_dropped_exactly(tmp_path):
     ],
 )
 def test_generation_with_cache_equals_generation_without(name, implementation, tmp_path):
-    model = load(random_export(name, tmp_path), attn_implementation=implementation)
+    assert_same_with_cache(load(random_export(name, tmp_path), attn_implementation=implementation))
+
+
+@pytest.mark.parametrize("name", ["gpt2-mha", "mpt-mha", "opt-mha"])
+def test_generation_without_rope_is_the_same_with_cache(name, tmp_path):
+    """With the attention that transformers chooses: MPT has but one."""
+    model = load(random_export(name, tmp_path))
+    assert_same_with_cache(model)
+    padded = torch.cat([torch.zeros(2, 7, dtype=torch.long), tokens(40)], 1)
+    mask = (torch.arange(47) >= 7).long().expand(2, -1)
+    with torch.inference_mode():
+        shifted = model(padded, attention_mask=mask, **positions_for(model, mask)).logits[:, 7:]
+    torch.testing.assert_close(shifted, logits(model, 40), rtol=1e-4, atol=1e-4)
+
+
+def positions_for(model: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return how generation gives GPT-2 the places of padded tokens; OPT counts by the mask, MPT from the end."""
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if model.config.model_type == "gpt2" else {}
+
+
+def assert_same_with_cache(model: Any) -> None:
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     # Longer than Mistral's window, but not across the longrope switch: cached keys would come from the other table.
     prompt = {"input_ids": tokens(40), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
