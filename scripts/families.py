@@ -101,7 +101,10 @@ def forms(family: Family) -> Iterator[tuple[str, list[Verdict]]]:
         yield "stock, whole heads", judge(SIZES | kind, smaller_heads=False, could_be_llama=could_be_llama)
     if "qk" in family.possible("stock", "best"):
         for form, rope in (("theta", "default"), ("longrope", "longrope")):
-            config = SMALLER | kind | {"rope_parameters": {"rope_type": rope, "rope_theta": 10000.0}}
+            parameters: Json = {"rope_type": rope, "rope_theta": 10000.0}
+            if family.local_rope:
+                parameters = {"full_attention": parameters, "sliding_attention": parameters}
+            config = SMALLER | kind | {"rope_parameters": parameters}
             yield f"stock, {form}", judge(config, smaller_heads=True, could_be_llama=could_be_llama)
     if could_be_llama and family.model_type != "llama":
         yield "stock, `--as llama`", judge(SMALLER | {"model_type": "llama"}, smaller_heads=True, retyped=True)

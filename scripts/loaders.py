@@ -171,6 +171,10 @@ SUBJECTS = (
     Subject("phi3 stock", "phi3", BUDGET, PHI3),
     Subject("gemma2 stock", "gemma2", config=GEMMA2),
     Subject("gemma3_text stock", "gemma3_text", BUDGET, GEMMA3),
+    *(
+        Subject(f"gemma3_text stock heads {form}", "gemma3_text", (*FEWER_HEAD_DIMS, "--rope-form", form), GEMMA3)
+        for form in ("longrope", "theta")
+    ),
     Subject("olmo2 stock", "olmo2", BUDGET),
     Subject("llama per-layer", "llama", PER_LAYER),
     Subject("llama per-layer llama3", "llama", PER_LAYER, {"rope_parameters": LLAMA3}),
@@ -187,6 +191,12 @@ SUBJECTS = (
     Subject("granite per-layer", "granite", PER_LAYER, GRANITE),
     Subject("gemma2 per-layer", "gemma2", PER_LAYER, GEMMA2),
     Subject("gemma3_text per-layer", "gemma3_text", PER_LAYER, GEMMA3_OTHER_ROPES),
+    Subject(
+        "gemma3_text per-layer smaller heads",
+        "gemma3_text",
+        (*PER_LAYER, "--components", "qk,ov"),
+        GEMMA3_OTHER_ROPES,
+    ),
     Subject("olmo2 per-layer", "olmo2", PER_LAYER),
     Subject("ministral3 per-layer", "ministral3", PER_LAYER, MINISTRAL3),
     Subject("opt per-layer", "opt", PER_LAYER, OPT),

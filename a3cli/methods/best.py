@@ -40,29 +40,42 @@ REFINED_AT = (1 / 4, 1 / 2, 3 / 4)  # of a head: sizes measured on sampled atten
 
 
 class Best(Method[BestLayer]):
-    @property
-    def solver(self) -> MapSolver:
-        rope, settings = self.model.rope, self.settings
-        form = heads_of(rope, floor=settings.eigenvalue_floor)
+    def solver_of(self, layer: int) -> MapSolver:
+        """Return the solver for one layer and all that have the same RoPE."""
+        rope, context = self.model.table_of(layer), self.settings.context or self.model.rope.context
+        form = heads_of(rope, floor=self.settings.eigenvalue_floor)
         kind = NormedSolver if self.model.shape.fitted_norms else MapSolver
-        return kind(rope, form, settings.context or rope.context, self.machine.device)
+        if rope is self.model.local_rope:  # which serves no distance beyond the window
+            context = min(context, self.model.shape.windows[layer] or context)
+        return kind(rope, form, context, self.machine.device)
+
+    def _solver_for(self, layer: BestLayer) -> MapSolver:
+        return self.solver_of(layer.inputs().layer)
 
     @override
     def analyse(self, inputs: LayerInputs) -> BestLayer:
-        return analyse_layer(inputs, self.solver.form, self.settings, self.machine.device)
+        return analyse_layer(inputs, self.solver_of(inputs.layer).form, self.settings, self.machine.device)
 
     @override
     def smaller_tables(self, layers: Sequence[BestLayer]) -> list[Table]:
         """Choose bands, or evenly spaced slots if the settings force them."""
-        ranks = self.smaller_ranks()
+        ranks, found = self.smaller_ranks(), [Table() for _ in layers]
         if self.per_layer:
-            return [band_tables(self.solver, [layer], ranks)[0] for layer in layers]
-        tables = band_tables(self.solver, layers, ranks)
+            return [band_tables(self._solver_for(layer), [layer], ranks)[0] for layer in layers]
+        for group in self.model.layers_by_table():
+            shared = self._shared_tables(self.solver_of(group[0]), [layers[i] for i in group], ranks)
+            for i, table in zip(group, shared, strict=True):
+                found[i] = table
+        return found
+
+    def _shared_tables(self, solver: MapSolver, layers: Sequence[BestLayer], ranks: Sequence[int]) -> list[Table]:
+        """Return the tables of layers that share their slots."""
+        tables = band_tables(solver, layers, ranks)
         if self.settings.rope_form not in ("theta", "linear"):
             return tables
-        linear_factor = self.settings.rope_form == "linear"
+        linear_factor = self.settings.rope_form == "linear" and solver.rope is self.model.rope
         spaced = {
-            rank: best_spacing(self.solver, layers, [table[rank] for table in tables], linear_factor=linear_factor)
+            rank: best_spacing(solver, layers, [table[rank] for table in tables], linear_factor=linear_factor)
             for rank in ranks
         }
         return [{rank: spaced[rank][layer] for rank in ranks} for layer in range(len(layers))]
@@ -85,11 +98,12 @@ class Best(Method[BestLayer]):
         """
         predicted: dict[int, float] = {}
         measured: dict[int, AttentionError] = {}
+        solver = self._solver_for(layer)
         for rank in self.smaller_ranks():
-            closed = self.solver.closed_form(layer, table[rank])
-            predicted[rank] = self.solver.predicted_loss(layer, table[rank], closed)
+            closed = solver.closed_form(layer, table[rank])
+            predicted[rank] = solver.predicted_loss(layer, table[rank], closed)
             if rank in self._measured_ranks():
-                measured[rank] = self.solver.quick_error(layer, table[rank], closed)
+                measured[rank] = solver.quick_error(layer, table[rank], closed)
         gains = {
             rank: error.refined / predicted[rank] if predicted[rank] > 0 else 1.0 for rank, error in measured.items()
         }
@@ -110,14 +124,30 @@ class Best(Method[BestLayer]):
         losses = [prediction.losses for prediction in analysis.predictions]
         others = sum(each["ov"][size.ov] + each["mlp"][size.mlp] for each, size in zip(losses, sizes, strict=True))
         errors = [
-            prediction.measured.get(rank) or self.solver.quick_error(layer, own, self.solver.closed_form(layer, own))
+            prediction.measured.get(rank) or self._quick_error(layer, own)
             for prediction, layer, own in zip(analysis.predictions, analysis.layers, slots, strict=True)
         ]
-        return cheap_spacing(self.solver, analysis.layers, slots, errors, others)
+        chosen = list(slots)
+        for group in self.model.layers_by_table():
+            elsewhere = sum(error.refined for i, error in enumerate(errors) if i not in group)
+            found = cheap_spacing(
+                self.solver_of(group[0]),
+                [analysis.layers[i] for i in group],
+                [slots[i] for i in group],
+                [errors[i] for i in group],
+                others + elsewhere,
+            )
+            for i, spaced in zip(group, found, strict=True):
+                chosen[i] = spaced
+        return chosen
+
+    def _quick_error(self, layer: BestLayer, slots: Slots) -> AttentionError:
+        solver = self._solver_for(layer)
+        return solver.quick_error(layer, slots, solver.closed_form(layer, slots))
 
     @override
     def project_qk(self, layer: BestLayer, slots: Slots) -> Projection:
-        found = self.solver.solve(layer, slots)
+        found = self._solver_for(layer).solve(layer, slots)
         return Projection(found.tensors(), found.error)
 
     @override
@@ -134,7 +164,7 @@ class Best(Method[BestLayer]):
         return describe_layer(
             layer,
             channel_rank=layer.channel_rank,
-            qk_energy=self.solver.loss_of_nothing(layer) if self.model.shape.heads else 0.0,
+            qk_energy=self._solver_for(layer).loss_of_nothing(layer) if self.model.shape.heads else 0.0,
             mlp_energy=float(layer.channels.curve[0]) * layer.mlp_unit,
         )
 

@@ -131,8 +131,8 @@ class LayerInputs:
 
     @cached_property
     def head_gains(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights `[h]` of the norms behind queries and keys."""
-        query, key = (self._model.read(self.layer, role) for role in HEAD_NORM_ROLES)
+        """Return what the norms behind queries and keys multiply by, `[h]` float64."""
+        query, key = (self._model.read(self.layer, role).double() + self.shape.norm_offset for role in HEAD_NORM_ROLES)
         return query, key
 
     @cached_property

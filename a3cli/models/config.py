@@ -33,6 +33,7 @@ def read_shape(config: Any) -> ModelShape:
         windows=read_windows(config),
         still_layers=read_still_layers(family, config),
         fitted_norms=family.fitted_norms,
+        norm_offset=family.norm_offset if family.fitted_norms else 0.0,
         query_growth=read_query_growth(family, config),
         mlp_in_layer=not family.mlp,
         experts=experts,
@@ -257,8 +258,16 @@ def check_local_rope(config: Any) -> None:
     """Raise A3Error for RoPE with a table for each type of attention that exports could not say in both spellings."""
     for kind, allowed in ((FULL, ("default", "linear", "llama3")), (SLIDING, ("default",))):
         parameters = with_rope_type(rope_parameters_of(config, kind))
-        if parameters["rope_type"] not in allowed or "rope_theta" not in parameters:
+        known = parameters["rope_type"] in allowed or has_fixed_factors(parameters)
+        if not known or "rope_theta" not in parameters:
             raise A3Error(
                 f"config.json: RoPE of {kind} is {parameters!r:.80}; supported with a table for each type of attention "
                 f"are the types {' and '.join(allowed)} with a rope_theta"
             )
+
+
+def has_fixed_factors(parameters: dict[str, Any]) -> bool:
+    """Return whether RoPE is longrope that the context does not change, as in our own exports."""
+    factors = parameters.get("short_factor"), parameters.get("long_factor")
+    fixed = factors[0] == factors[1] and "attention_factor" in parameters
+    return parameters["rope_type"] == "longrope" and fixed

@@ -52,9 +52,16 @@ class Model:
 
     def rope_of(self, layer: int) -> Rope:
         """Return the rotation of one layer's heads."""
-        if layer in self.shape.still_layers:
-            return self.rope.still
+        return self.rope.still if layer in self.shape.still_layers else self.table_of(layer)
+
+    def table_of(self, layer: int) -> Rope:
+        """Return the RoPE of the layers with one layer's type of attention."""
         return self.local_rope if self.local_rope and self.config.layer_types[layer] == SLIDING else self.rope
+
+    def layers_by_table(self) -> list[list[int]]:
+        """Return the layers of each type of attention that has a RoPE of its own: mostly all layers together."""
+        local = [self.table_of(layer) is self.local_rope for layer in range(self.shape.layers)]
+        return [[layer for layer, own in enumerate(local) if own == kind] for kind in (False, True) if kind in local]
 
     def exported_name(self, tensor: str) -> str:
         """Return the name of a tensor in an export: a wrapper keeps those of the source's files."""

@@ -7,7 +7,7 @@ A layer's solution has, for a QK rank r < h, an OV rank s < h (the same in the s
 
     pairs [r/2]               kept RoPE pairs: dims are copied          (paper), or
     query_map, key_map [K, h, r]   W_q ← W_q · map, W_k ← W_k · map     (best)
-    query_norm, key_norm [r]  the weights of the smaller heads' norms, where the family has these    (best)
+    query_norm, key_norm [r]  what the smaller heads' norms multiply by, where the family has these  (best)
     value_map [K, h, s]       W_v ← W_v · map
     output_map [K, s, h]      W_o,i ← map · W_o,i                       (paper), or
     output_weight [d, H·s]    the refit output projection itself        (best)
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 import torch
 
 from a3cli.models.families import ModelShape, Role
-from a3cli.models.families.base import pair_dims
+from a3cli.models.families.base import HEAD_NORM_ROLES, pair_dims
 from a3cli.solvers.moments import Tensors
 
 # What a solution calls the weights of norms; it has none of the MLP's.
@@ -44,7 +44,7 @@ def apply_projection(
     that computes `r^-½` from the smaller head; behind a norm the norm's weights are.
     """
     if role in NORMS or (tensor.ndim == 1 and role in ("o", "down")):
-        return _norm_or_bias(tensor, role, solution, fold_scale=fold_scale)
+        return _norm_or_bias(tensor, role, solution, shape, fold_scale=fold_scale)
     if role in ("gate", "up", "down"):
         return _keep_channels(tensor, role, solution)
     if role in ("q", "k"):
@@ -104,11 +104,14 @@ def _keep_channels(tensor: torch.Tensor, role: Role, solution: Tensors) -> torch
     return _take_columns(tensor, channels) if role == "down" else tensor.index_select(0, channels.to(tensor.device))
 
 
-def _norm_or_bias(tensor: torch.Tensor, role: Role, solution: Tensors, *, fold_scale: bool) -> torch.Tensor:
+def _norm_or_bias(
+    tensor: torch.Tensor, role: Role, solution: Tensors, shape: ModelShape, *, fold_scale: bool
+) -> torch.Tensor:
     """Return the weight of a norm, `[r]` behind smaller queries or keys, or a bias of the width of the model."""
     smaller = solution.get(NORMS.get(role, f"{role}_bias"), tensor)
     factor = (len(smaller) / len(tensor)) ** 0.5 if fold_scale and role == "q_norm" else 1.0
-    return smaller if factor == 1 else smaller * factor
+    scaled = smaller if factor == 1 else smaller * factor
+    return scaled - shape.norm_offset if smaller is not tensor and role in HEAD_NORM_ROLES else scaled
 
 
 def _take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,12 @@ def no_rope(config: Any) -> Rope:
 
 
 def kept_rope_config(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> Json:
-    """Return the config entries that give slot `j` of a smaller head the rotation of source pair `slots[j]`.
+    """Return the config entries for `kept_parameters`."""
+    return both_spellings(kept_parameters(rope, slots, linear_factor=linear_factor))
+
+
+def kept_parameters(rope: Rope, slots: Sequence[float], *, linear_factor: bool = False) -> Json:
+    """Return RoPE parameters that give slot `j` of a smaller head the rotation of source pair `slots[j]`.
 
     The frequency of a fractional pair is interpolated geometrically between its neighbours. Slots that are not rotated
     come last, as a `partial_rotary_factor`. `linear_factor` allows that form where pairs are evenly spaced.
@@ -130,7 +135,7 @@ def kept_rope_config(rope: Rope, slots: Sequence[float], *, linear_factor: bool 
         parameters = {"rope_type": "default", "rope_theta": rope.theta}
     if "partial_rotary_factor" in rope.parameters:
         parameters = {**parameters, "partial_rotary_factor": rotary_factor(len(turning), len(slots))}
-    return both_spellings(parameters)
+    return parameters
 
 
 def turning_slots(rope: Rope, slots: Sequence[float]) -> list[float]:
@@ -241,10 +246,14 @@ def both_spellings(parameters: Json) -> Json:
 
 
 def spellings_of_two(full: Json, sliding: Json) -> Json:
-    """Return `both_spellings` of a model with one RoPE for full and another, unscaled one for sliding attention."""
+    """Return `both_spellings` of a model with one RoPE for full and another for sliding attention.
+
+    The second is unscaled in transformers 4. For another one theta is null, and that version stops with an error
+    instead of rotating otherwise.
+    """
     return {
         **both_spellings(full),
-        LOCAL_THETA: sliding["rope_theta"],
+        LOCAL_THETA: sliding["rope_theta"] if sliding["rope_type"] == "default" else None,
         "rope_parameters": {FULL: full, SLIDING: sliding},
     }
 

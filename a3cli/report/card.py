@@ -188,6 +188,8 @@ def describe_rope(shape: ModelShape, solution: Solution) -> str:
         return "RoPE as in the source."
     if solution.shape == "per-layer":
         return "Each layer has its own RoPE slots (`rope_slots` in config.json)."
+    if isinstance(slots[0], list):
+        return f"RoPE has {len(slots[0])} rotated pairs of {pairs}, others for each type of attention."
     if turning == pairs:
         return f"RoPE has {len(slots)} rotated pairs of {pairs}."
     turned = sum(slot < turning for slot in slots if isinstance(slot, float))

@@ -75,6 +75,7 @@ class Export:
     own_tokenizer_class: bool  # a tokenizer class that transformers 4 does not have
     hidden_rope: bool  # RoPE that transformers 4 does not find in config.json
     refused_rope: bool  # RoPE that transformers 4 refuses to read
+    local_rope: str  # the RoPE type of sliding attention, if it has a table of its own
     held_by: str | None  # the model type around the decoder
     could_be_llama: bool  # `a3 export --as llama` would write it
     retyped: bool  # model_type is not the source's
@@ -96,7 +97,8 @@ def judge(
     `retyped`: it did, so what loads the source says nothing.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = rope.get("full_attention") or rope  # Gemma 3 has a table for each type of attention
+    local = rope.get("sliding_attention") or {}  # Gemma 3 has a table for each type of attention
+    rope = rope.get("full_attention") or rope
     export = Export(
         model_type=str(config.get("model_type")),
         per_layer="per_layer_config" in config,
@@ -106,6 +108,7 @@ def judge(
         own_tokenizer_class=tokenizer_class == "TokenizersBackend",
         hidden_rope=hides_rope(config),
         refused_rope=refuses_rope(config),
+        local_rope=str(local.get("rope_type", "default")),
         held_by=held_by,
         could_be_llama=could_be_llama,
         retyped=retyped,
@@ -187,18 +190,27 @@ def _transformers_4(export: Export) -> tuple[Loads, str]:
         return NO, f"does not have {export.model_type}"
     if export.held_by:
         return UNTRIED, f"not tried with a decoder in {export.held_by}"
-    if export.model_type == "nemotron" and export.rope != "default":
-        return NO, f"its Nemotron class ignores RoPE type {export.rope} silently"
-    if export.refused_rope:
-        return NO, f"its {export.model_type} configuration refuses what rope_scaling has beside type and factors"
-    if export.hidden_rope and not export.per_layer and not export.smaller_heads:
-        return NO, "takes another RoPE silently, as of the source: config.json says it only in rope_parameters"
+    if refusal := _rope_unknown_to_4(export):
+        return NO, refusal
     notes = ["with trust_remote_code=True"] if export.per_layer else []
     if export.model_type == "gemma2" and not export.per_layer:
         notes.append('with attn_implementation="eager": its default does not cap attention scores')
     if export.own_tokenizer_class:
         notes.append("not the tokenizer: transformers 5 saved it as TokenizersBackend, use PreTrainedTokenizerFast")
     return YES, "; ".join(notes)
+
+
+def _rope_unknown_to_4(export: Export) -> str | None:
+    """Return why transformers 4 does not compute what RoPE in config.json says, or None if it does."""
+    if export.model_type == "nemotron" and export.rope != "default":
+        return f"its Nemotron class ignores RoPE type {export.rope} silently"
+    if export.refused_rope:
+        return f"its {export.model_type} configuration refuses what rope_scaling has beside type and factors"
+    if export.local_rope != "default":
+        return "has no RoPE factors for sliding attention; use --rope-form theta"
+    if export.hidden_rope and not export.per_layer and not export.smaller_heads:
+        return "takes another RoPE silently, as of the source: config.json says it only in rope_parameters"
+    return None
 
 
 def _vllm(export: Export) -> tuple[Loads, str]:

@@ -5,7 +5,14 @@ from dataclasses import replace
 from a3cli.models.config import BOUNDS
 from a3cli.models.families import Family, per_layer_config
 from a3cli.models.model import Model
-from a3cli.models.rope import ROPE_KEYS, both_spellings, kept_rope_config, spellings_of_two, strict_longrope
+from a3cli.models.rope import (
+    ROPE_KEYS,
+    both_spellings,
+    kept_parameters,
+    kept_rope_config,
+    spellings_of_two,
+    strict_longrope,
+)
 from a3cli.models.shipped import module_name
 from a3cli.settings import ExportSettings
 from a3cli.stages.as_llama import as_llama
@@ -45,11 +52,25 @@ def stock_changes(model: Model, solution: Solution) -> Json:
     if model.source.stored_otherwise and model.wrapper is None:  # config.json names only the decoder's class
         changes["architectures"] = [model.stock.name]
     if sizes.qk < model.shape.head_dim:
-        rope = replace(model.rope, context=solution.manifest.context)
-        linear_factor = solution.manifest.request.settings.rope_form == "linear"
-        kept = kept_rope_config(rope, solution.slots(0), linear_factor=linear_factor)
-        return changes | {"head_dim": sizes.qk, **kept}
+        return changes | {"head_dim": sizes.qk, **smaller_rope(model, solution)}
     return changes | lowered_rope(model, solution)
+
+
+def smaller_rope(model: Model, solution: Solution) -> Json:
+    """Return the RoPE of smaller heads, in both spellings, of each type of attention that has its own."""
+    linear_factor = solution.manifest.request.settings.rope_form == "linear"
+    kept = [
+        kept_parameters(
+            replace(model.table_of(group[0]), context=solution.manifest.context),
+            solution.slots(group[0]),
+            linear_factor=linear_factor,
+        )
+        for group in model.layers_by_table()
+    ]
+    if model.local_rope is None:
+        return both_spellings(kept[0])
+    # A type of attention that no layer has is not read.
+    return spellings_of_two(kept[0], kept[-1])
 
 
 def per_layer_changes(model: Model, solution: Solution) -> Json:

@@ -61,7 +61,7 @@ def stock_sizes(shape: ModelShape, sizes: LayerSizes) -> Json:
 
 def score_errors(run: Run, layer: int, slots: Slots, rank: int, solution: Tensors) -> Json:
     """Return the predicted relative error of one layer's attention scores at distances up to the context."""
-    shape, pairs, inputs = run.model.shape, run.model.rope.short, run.inputs(layer)
+    shape, pairs, inputs = run.model.shape, run.model.table_of(layer).short, run.inputs(layer)
     distances = [0, *(2**i for i in range(int(math.log2(max(1, run.context - 1))) + 1)), run.context - 1]
     if rank == shape.head_dim:
         return {"distance": distances, "relative": [0.0] * len(distances)}
@@ -78,15 +78,16 @@ def score_errors(run: Run, layer: int, slots: Slots, rank: int, solution: Tensor
 
 
 def describe_slots(run: Run, sizes: list[LayerSizes], slots: list[Slots]) -> list[float] | list[list[float]] | None:
-    """Return the pairs of each layer's slots, or of those that all layers share.
+    """Return the pairs of each layer's slots, or of those that all layers share with one RoPE.
 
     None if heads keep their size, or there is no RoPE.
     """
     if run.model.rope.absent:
         return None
-    if run.settings.shape == "per-layer":
-        return [own.pairs for own in slots]
-    return slots[0].pairs if sizes[0].qk < run.model.shape.head_dim else None
+    if run.settings.shape == "stock" and sizes[0].qk == run.model.shape.head_dim:
+        return None
+    shared = run.settings.shape == "stock" and run.model.local_rope is None
+    return slots[0].pairs if shared else [own.pairs for own in slots]
 
 
 def describe_layers(run: Run, written: list[Json], curves: list[Curves]) -> list[Json]:

@@ -31,7 +31,7 @@ class Solution:
     def slots(self, layer: int) -> list[float]:
         """Return the RoPE slots of a layer; none without RoPE, or where heads keep their size in the stock shape."""
         own: Any = self.manifest.rope_slots or []
-        chosen: list[float] = own[layer] if self.per_layer and own else own
+        chosen: list[float] = own[layer] if own and isinstance(own[0], list) else own
         return chosen
 
 

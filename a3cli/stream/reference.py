@@ -121,7 +121,7 @@ class FullSizeReference(Decoder):
         if (smaller := self._layer_solution(layer).get(name)) is None:
             return value
         scaled = smaller.double() * (len(smaller) / self.shape.head_dim) ** 0.5
-        return self._placed(scaled[None, :, None], self._dims_of_slots(layer, len(smaller)))
+        return self._placed(scaled[None, :, None], self._dims_of_slots(layer, len(smaller))) - self.shape.norm_offset
 
     def _dims_of_slots(self, layer: int, rank: int) -> list[int]:
         """Return the dims of the full head that hold a smaller head: slot j in pair j, then the unrotated dims."""

@@ -249,7 +249,8 @@ class Solution(Part):
     )
     prefill_flops_per_token: Flops
     rope_slots: list[Pair] | list[list[Pair]] | None = Field(
-        description="source pair whose frequency each slot has, including pairs that RoPE does not rotate; "
+        description="source pair whose frequency each slot has, including pairs that RoPE does not rotate, of all "
+        "layers, or a list for each; "
         "null if heads keep their size, or without RoPE"
     )
     context: Size

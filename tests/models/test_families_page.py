@@ -42,11 +42,12 @@ def test_every_form_has_a_verdict_of_each_runtime(script):
 
 def test_how_is_what_the_solvers_do(script):
     """A norm on heads leaves no map of queries and keys; RoPE leaves no closed form, and without it there is one."""
-    llama, qwen3, gemma3, opt = (FAMILIES[name] for name in ("llama", "qwen3", "gemma3_text", "opt"))
+    llama, qwen3, gemma3, olmo2, opt = (FAMILIES[name] for name in ("llama", "qwen3", "gemma3_text", "olmo2", "opt"))
     assert [script.how(opt, part, "stock") for part in ("qk", "ov", "mlp")] == ["no", "no", "exact"]
     assert [script.how(opt, part, "per-layer") for part in ("qk", "ov", "mlp")] == ["exact"] * 3
     assert [script.how(llama, part, "stock") for part in ("qk", "ov", "mlp")] == ["refined", "exact", "exact"]
-    found = [[script.how(qwen3, part, shape) for part in ("qk", "ov", "mlp")] for shape in ("stock", "per-layer")]
-    assert found == [["refined, if asked", "exact, if asked", "exact"], ["refined, if asked", "exact", "exact"]]
-    assert [script.how(gemma3, part, "stock") for part in ("qk", "ov", "mlp")] == ["no", "no", "exact"]
-    assert [script.how(gemma3, part, "per-layer") for part in ("qk", "ov", "mlp")] == ["no", "exact", "exact"]
+    for family in (qwen3, gemma3):
+        found = [[script.how(family, part, shape) for part in ("qk", "ov", "mlp")] for shape in ("stock", "per-layer")]
+        assert found == [["refined, if asked", "exact, if asked", "exact"], ["refined, if asked", "exact", "exact"]]
+    assert [script.how(olmo2, part, "stock") for part in ("qk", "ov", "mlp")] == ["no", "no", "exact"]
+    assert [script.how(olmo2, part, "per-layer") for part in ("qk", "ov", "mlp")] == ["no", "exact", "exact"]

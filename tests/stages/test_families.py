@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from a3cli import compress
 from a3cli.errors import A3Error
@@ -124,22 +125,36 @@ def test_a_multiplier_must_be_above_zero(name, a3, checkpoint, text_file, tmp_pa
 # Norms on query and key heads
 
 
-@pytest.fixture(scope="module")
-def qwen3(checkpoint, text_file, tmp_path_factory):
-    """Return the work folder of a calibrated qwen3. Copy it to solve there."""
-    folder = tmp_path_factory.mktemp("qwen3")
+def calibrated(name, checkpoint, text_file, tmp_path_factory):
+    """Return the work folder of a calibrated model of the table. Copy it to solve there."""
+    folder = tmp_path_factory.mktemp(name)
     settings = make_settings(
         CalibrateSettings,
-        model=str(checkpoint("qwen3-gqa")),
+        model=str(checkpoint(name)),
         text={"dataset": str(text_file), "samples": 3, "seq_len": 32},
     )
     calibrate(settings, Work(folder / "work"), overwrite=False, progress=silent)
     return folder / "work"
 
 
+@pytest.fixture(scope="module")
+def qwen3(checkpoint, text_file, tmp_path_factory):
+    return calibrated("qwen3-gqa", checkpoint, text_file, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def gemma3(checkpoint, text_file, tmp_path_factory):
+    return calibrated("gemma3-gqa", checkpoint, text_file, tmp_path_factory)
+
+
 @pytest.fixture
 def work_of_qwen3(qwen3, tmp_path):
     return shutil.copytree(qwen3, tmp_path / "work")
+
+
+@pytest.fixture
+def work_of_gemma3(gemma3, tmp_path):
+    return shutil.copytree(gemma3, tmp_path / "work")
 
 
 WHOLE = "a norm follows each query and key head, so these keep their size"
@@ -221,14 +236,18 @@ def test_what_a_norm_on_heads_forbids_is_refused_with_the_reason(options, words,
     refused(a3(*command, "--work", work_of_qwen3), *words)
 
 
+FITTED = "solution/layer-000.safetensors"
+
+
 def sizes_of(tensors):
     return {name.split(".")[4]: len(tensor) for name, tensor in tensors.items() if "layers.0.self_attn" in name}
 
 
 @pytest.mark.parametrize("shape", ["stock", "per-layer"])
-def test_smaller_heads_get_norms_of_their_own(shape, a3, work_of_qwen3, tmp_path):
+@pytest.mark.parametrize("source", ["qwen3", "gemma3"])
+def test_smaller_heads_get_norms_of_their_own(source, shape, a3, request, tmp_path):
     """If asked for: the export answers like the full-size source with the same maps, and has the predicted size."""
-    work, out = ("--work", work_of_qwen3), tmp_path / "out"
+    work, out = ("--work", request.getfixturevalue(f"work_of_{source}")), tmp_path / "out"
     command = ("solve", "--components", "qk,ov", "--budget", 0.2, "--head-multiple", 2, "--shape", shape, *work)
     solved = a3(*command, "--json").json
     assert max(size["qk"] for size in solved["sizes"]) < 16
@@ -244,6 +263,40 @@ def test_smaller_heads_get_norms_of_their_own(shape, a3, work_of_qwen3, tmp_path
     found = sizes_of(ours)
     assert (found["q_norm"], found["k_norm"], found["q_proj"], found["k_proj"]) == (rank, rank, 4 * rank, 2 * rank)
     assert sum(tensor.numel() for tensor in ours.values()) == solved["parameters"]["after"]
+
+
+@pytest.mark.parametrize(("form", "in_4"), [("longrope", "no"), ("theta", "yes")])
+def test_each_type_of_attention_has_its_own_slots(form, in_4, a3, work_of_gemma3, tmp_path):
+    """The frequencies of smaller heads are those of the slots in the source's table for that type of attention."""
+    work, out = ("--work", work_of_gemma3), tmp_path / "out"
+    command = ("solve", "--kv-budget", 0.25, "--head-multiple", 2, "--rope-form", form, *work)
+    sliding, full = a3(*command, "--json").json["rope_slots"]
+    assert len(sliding) == len(full) == 6
+    assert sliding != full or form == "theta"
+    assert a3("export", out, *work).code == 0
+    verified = a3("verify", out, *work, "--require-reference", "--quiet")
+    assert verified.code == 0, verified
+    config, model = read_json(out / "config.json"), AutoModelForCausalLM.from_pretrained(out)
+    for kind, theta, factor, slots in (("sliding", 1e3, 1, sliding), ("full", 1e4, 2, full)):
+        found = getattr(model.model.rotary_emb, f"{kind}_attention_inv_freq")
+        torch.testing.assert_close(found, torch.tensor([theta ** (-slot / 8) / factor for slot in slots]))
+        assert config["rope_parameters"][f"{kind}_attention"]["rope_type"] in (form, "default", "linear")
+    fitted, written = (load_file(folder) for folder in (work_of_gemma3 / FITTED, out / "model.safetensors"))
+    torch.testing.assert_close(
+        written["model.layers.0.self_attn.q_norm.weight"] + 1, fitted["query_norm"], check_dtype=False
+    )
+    # transformers 4 would turn the heads of sliding attention otherwise; a theta of null stops it.
+    assert (config["rope_local_base_freq"] is None) == (form == "longrope")
+    loads = {each["runtime"]: each["loads"] for each in read_json(out / "a3_manifest.json")["runtimes"]}
+    assert (loads["transformers 5"], loads["transformers 4.57"]) == ("yes", in_4)
+    prompt = {"input_ids": torch.arange(10, 50)[None], "attention_mask": torch.ones(1, 40, dtype=torch.long)}
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (model.generate(**prompt, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, plain)
+    text = ("--dataset", work_of_gemma3.parent / "text.txt", "--samples", 2, "--seq-len", 40)
+    (work_of_gemma3.parent / "text.txt").write_text("Some text to measure. " * 20)
+    assert a3("eval", out, *text).code == 0
+    assert "RoPE has 6 rotated pairs of 8" in (out / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("hasty")

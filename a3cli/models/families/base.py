@@ -84,7 +84,7 @@ class Family:
     heads_first: bool = False  # these norms get heads before tokens, [B, H, T, h]
     joint_norms: bool = False  # these norms are over all heads of a token together
     post_norms: Mapping[Role, str] = field(default_factory=dict)  # modules of an RMS norm on the output of o and down
-    norm_offset: float = 0.0  # what these norms add to their weight
+    norm_offset: float = 0.0  # what these norms, and those of heads, add to their weight
     local_rope: bool = False  # rope_parameters has a table for each type of attention, as Gemma 3
     strict_longrope: bool = False  # transformers 4 refuses other entries of rope_scaling than type and factors
     rotating_layers: str | None = None  # the config entry that is 0 for each layer without RoPE; None: all have it
@@ -276,6 +276,7 @@ class ModelShape:
     windows: tuple[int | None, ...] = ()  # of each layer's sliding attention, None for full; empty if all are full
     still_layers: tuple[int, ...] = ()  # layers without RoPE, where others have it
     fitted_norms: bool = False  # query and key heads have norms, which get smaller with them
+    norm_offset: float = 0.0  # what these norms add to their weight
     query_growth: tuple[float, int] | None = None  # β, n: queries at position p times 1 + β log(1 + floor(p / n))
     alibi: bool = False  # scores have a bias by distance, the same for all layers
     mlp_in_layer: bool = False  # the MLP is no module of its own, which could run in pieces

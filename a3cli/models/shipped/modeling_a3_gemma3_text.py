@@ -38,7 +38,7 @@ class A3Gemma3RotaryEmbeddings(nn.Module):
 
     def __init__(self, config: Any, slots: list[float]) -> None:
         super().__init__()
-        self.slots = slots  # all pairs: query and key heads are whole
+        self.slots = slots
         self.full_attention, self.sliding_attention = (
             A3RotaryEmbedding(config_of_rope(config, kind), slots) for kind in ("full_attention", "sliding_attention")
         )
@@ -48,8 +48,13 @@ class A3Gemma3RotaryEmbeddings(nn.Module):
 
 
 class A3Gemma3TextAttention(PerLayerAttention, Gemma3Attention):
+    def __init__(self, config: Any, layer_idx: int, slots: list[float]) -> None:
+        super().__init__(config, layer_idx, slots)
+        self.q_norm = Gemma3RMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Gemma3RMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+
     def rotate(self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-        """The norms come before RoPE. They are of the full head, so query and key heads keep that size."""
+        """The norms, which have the size of the layer's heads, come before RoPE."""
         return apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), cos, sin)
 
 
