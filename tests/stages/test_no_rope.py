@@ -165,6 +165,7 @@ def test_variants_that_are_not_supported(name, changes, word, a3, checkpoint, te
     refused(a3("plan", folder, "--shape", "per-layer"), *words)
 
 
+@pytest.mark.slow
 def test_a_published_gpt2(a3, checkpoint, text_file, tmp_path):
     """Without the decoder's prefix and an MLP width, and with buffers of the mask, which its class ignores."""
     folder, work = shutil.copytree(checkpoint("gpt2-mha", n_inner=None), tmp_path / "source"), tmp_path / "work"
