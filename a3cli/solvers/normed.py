@@ -9,9 +9,9 @@ A norm ignores the length of p, so M may take q̂, which calibration samples, in
 direction. RoPE comes after the norm, so M need not commute with it. Maps are real `[h, r]`, for each KV head one of its
 queries and one of its keys; γ' `[r]` of queries and of keys are shared by all heads of the layer, as in the source.
 
-The start are maps that ignore the norm (`solvers/slots.py`), which get the directions right; γ' are the root mean
-squares of their dims, so that the lengths that the norm removes vary little. Then maps and γ' are refined together by
-L-BFGS for the loss of `solvers/attention.py`, with the norms inside.
+The start are maps that ignore the norm (`solvers/slots.py`), which get the directions right, with equal γ': the norm
+then divides by the length that these maps give a head. Then maps and γ' are refined together by L-BFGS for the loss of
+`solvers/attention.py`, with the norms inside.
 """
 
 import math
@@ -53,7 +53,7 @@ class RefinedHeads:
 
 
 def with_norms(query: torch.Tensor, key: torch.Tensor, q_gram: torch.Tensor, k_gram: torch.Tensor) -> NormedHeads:
-    """Return maps `[K, h, r]` that ignore the norm, with norms whose weights restore the dims' mean squares.
+    """Return maps `[K, h, r]` that ignore the norm, with norms whose equal weights restore the heads' mean squares.
 
     q_gram `[H, h, h]` and k_gram `[K, h, h]` are those of the source's heads behind its norms. Both maps of a slot,
     dims `(j, j + r/2)`, are scaled to the same energy, which leaves scores as they are.
@@ -62,8 +62,8 @@ def with_norms(query: torch.Tensor, key: torch.Tensor, q_gram: torch.Tensor, k_g
     squares = [_mean_squares(query, of_queries), _mean_squares(key, k_gram)]
     energies = [each.unflatten(-1, (2, -1)).sum(-2).clamp_min(EPSILON) for each in squares]
     share = (energies[0] / energies[1]).pow(0.25).repeat(1, 2)  # [K, r]
-    weights = [(squares[0] / share.square()).mean(0).sqrt(), (squares[1] * share.square()).mean(0).sqrt()]
-    weights = [each.clamp_min(1e-6 * each.max().clamp_min(EPSILON)) for each in weights]
+    sizes = [(squares[0] / share.square()).mean().sqrt(), (squares[1] * share.square()).mean().sqrt()]
+    weights = [size.clamp_min(EPSILON).repeat(query.shape[-1]) for size in sizes]
     scales = [1 / (share[:, None] * weights[0]), share[:, None] / weights[1]]
     return NormedHeads(query.double() * scales[0], key.double() * scales[1], *weights)
 

@@ -97,7 +97,7 @@ def grams(heads):
 
 
 def test_norms_restore_mean_squares_and_scores():
-    """Maps get norms whose heads have the dims' mean squares and the scores that the maps have without them."""
+    """Maps get equal norms whose heads have the mean square and the scores that the maps have without them."""
     heads, _ = layer()
     maps, own = torch.randn(2, KV_HEADS, H, RANK, dtype=torch.float64), grams(heads)
     found = with_norms(*maps, *own)
@@ -108,8 +108,9 @@ def test_norms_restore_mean_squares_and_scores():
         torch.einsum("khr,khi,kir->kr", each, gram.unflatten(0, (KV_HEADS, -1)).mean(1), each).mean(0)
         for each, gram in zip((found.query, found.key), own, strict=True)
     ]
-    for each in squares:
-        torch.testing.assert_close(each, torch.ones(RANK, dtype=torch.float64))
+    for each, norm in zip(squares, (found.query_norm, found.key_norm), strict=True):
+        assert each.mean().item() == pytest.approx(1)
+        assert (norm == norm[0]).all()
 
 
 def test_maps_at_the_mean_length_are_the_heads_themselves_if_lengths_do_not_vary():
