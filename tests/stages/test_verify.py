@@ -476,7 +476,8 @@ def test_exports_are_about_as_far_from_the_reference_as_rounding(name, dtype, a3
             reference, tokens = reference_of(tmp_path)
             found = judge(logits(out, tokens), *reference.logits(tokens, CPU, exported))
             print(name, dtype, options, exported, found["difference"] / found["rounding"])
-            assert 0.7 < found["difference"] / found["rounding"] < 2.5
+            least = 0.5 if family_of_row(name).experts else 0.7  # rounding changes which experts tokens go to
+            assert least < found["difference"] / found["rounding"] < 2.5
 
 
 def test_logits_that_are_no_numbers_fail():
