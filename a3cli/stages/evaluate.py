@@ -132,16 +132,24 @@ def for_context(settings: EvalSettings, checkpoints: Sequence[Checkpoint]) -> Ev
 def read_text(
     text: TextSettings, tokenizer: Any, checkpoint: Checkpoint, settings: EvalSettings, progress: Progress
 ) -> Text:
-    """Return a data set's blocks and, if asked for, its continuations. Raises A3Error if the model cannot read them."""
+    """Return what to measure on. Raises A3Error if the model cannot read the text."""
+    blocks, read = read_blocks(text, tokenizer, checkpoint, progress)
+    choices = []
+    if settings.continuations:
+        choices = encode(tokenizer, read_passages(tokenizer, text, settings.continuations), checkpoint)
+    return Text(text, blocks, read, choices)
+
+
+def read_blocks(
+    text: TextSettings, tokenizer: Any, checkpoint: Checkpoint, progress: Progress
+) -> tuple[list[torch.Tensor], TextRead]:
+    """Return a data set's blocks and the record of what was read."""
     read = TextRead()
     limit = None if text.samples is None else text.samples * text.block_tokens
     with counting(progress, f"reading {short_name(text.dataset)}", tokenizer, limit) as counted:
         blocks = evaluation_blocks(counted, text, read)
     check_fit(blocks, usual_entries(checkpoint.config), checkpoint.name)
-    choices = []
-    if settings.continuations:
-        choices = encode(tokenizer, read_passages(tokenizer, text, settings.continuations), checkpoint)
-    return Text(text, blocks, read, choices)
+    return blocks, read
 
 
 def measure(models: Sequence[Answers], text: Text, settings: EvalSettings, progress: Progress) -> Json:

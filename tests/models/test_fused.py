@@ -51,7 +51,7 @@ def weights():
 @pytest.fixture
 def solution():
     torch.manual_seed(1)
-    found = random_solution("gqa", SIZES, [0.0, 1.0, 2.0, 3.0, 4.5], method="best")
+    found = random_solution("llama-gqa", SIZES, [0.0, 1.0, 2.0, 3.0, 4.5], method="best")
     return found | {name: torch.randn(SIZES.mlp, 48) for name in ("gate_weight", "up_weight")}
 
 

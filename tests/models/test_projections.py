@@ -17,7 +17,7 @@ SHAPE = ModelShape(hidden_size=48, layers=1, heads=4, kv_heads=2, head_dim=16, i
 def test_pieces_are_rows_of_the_whole(method, dtype, at_once, monkeypatch):
     monkeypatch.setattr(projections, "PIECE", at_once)
     sizes = LayerSizes(12, 12, 40)
-    solution = random_solution("gqa", sizes, list(range(6)), method="paper" if method == "paper" else "best")
+    solution = random_solution("llama-gqa", sizes, list(range(6)), method="paper" if method == "paper" else "best")
     if method == "sequential":
         solution |= {name: torch.randn(sizes.mlp, 48) for name in ("gate_weight", "up_weight")}
     for role, full in SHAPE.linear_shapes().items():
@@ -44,7 +44,7 @@ def test_what_no_solution_touches_is_not_copied():
 def test_products_of_half_precision_are_rounded_to_it_once():
     """Computed in float32 they equal the rounded float64 result, except for ties."""
     weight = torch.randn(64, 48, dtype=torch.bfloat16)
-    solution = random_solution("gqa", LayerSizes(12, 12, 96), [], method="best")
+    solution = random_solution("llama-gqa", LayerSizes(12, 12, 96), [], method="best")
     ours = apply_projection(weight, "q", solution, SHAPE, fold_scale=True).to(torch.bfloat16)
     exact = apply_projection(weight.double(), "q", solution, SHAPE, fold_scale=True).to(torch.bfloat16)
     assert (ours != exact).float().mean() < 0.002
