@@ -67,17 +67,14 @@ def removed_parameters(shape: ModelShape, sizes: Sequence[LayerSizes]) -> int:
 
 
 def kv_bytes_per_token(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int) -> int:
-    """Return the bytes of the KV cache for one token."""
+    """Return the bytes of the KV cache for one token, without the states of linear attention."""
     if carried := shape.carried_attention:
         return _part_of(carried.cached, shape, sizes) * bytes_per_value
     return sum(shape.kv_heads * (size.qk + size.ov) for size in sizes) * bytes_per_value
 
 
 def kv_cache_bytes(shape: ModelShape, sizes: Sequence[LayerSizes], bytes_per_value: int, tokens: int) -> int:
-    """Return the bytes of one sequence's KV cache of so many tokens; a sliding window keeps all but one of its own.
-
-    The states of linear attention, which do not grow with the text, are not counted.
-    """
+    """Return the bytes of one sequence's KV cache of so many tokens; a sliding window keeps all but one of its own."""
     if shape.carried_attention:
         return tokens * kv_bytes_per_token(shape, sizes, bytes_per_value)
     windows = shape.windows or (None,) * len(sizes)

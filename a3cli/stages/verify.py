@@ -90,12 +90,8 @@ def verify(out: Path, settings: VerifySettings, work: Work, *, progress: Progres
         with reporting(progress, f"checking {out.name}"):
             checks = [config, *run_checker(request, folder)]
         checks.append(check_reference(reference, manifest, machine, folder, required=settings.require_reference))
-    return {
-        "model": str(out),
-        "passed": all(check["outcome"] != "failed" for check in checks),
-        "checks": checks,
-        "versions": versions(),
-    }
+    passed = all(check["outcome"] != "failed" for check in checks)
+    return {"model": str(out), "passed": passed, "checks": checks, "versions": versions()}
 
 
 def read_export(out: Path) -> tuple[Json, list[str]]:
