@@ -45,9 +45,9 @@ from a3cli.solvers.qk import solve_qk
 from a3cli.text.blocks import evaluation_blocks
 from a3cli.text.tokenizer import load_tokenizer
 from benchmarks.baselines import truncate
-from benchmarks.qk_norm import BATCH, random_batches
 from benchmarks.quality import a3, load
 from benchmarks.results import Cell, Cells, write_between
+from benchmarks.training import BATCH, fit, random_batches
 
 CPU = torch.device("cpu")
 HEADS, HEAD, HIDDEN, LAYERS, CONTEXT = 4, 32, 128, 4, 256
@@ -90,20 +90,8 @@ def train(plan: Plan, seed: int, out: Path) -> None:
     batches = random_batches(stream, CONTEXT, seed)
     sizes = {"d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": CONTEXT}
     model = MptForCausalLM(MptConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    for step in range(plan.steps):
-        for group in optimizer.param_groups:
-            decay = 0.55 + 0.45 * math.cos(math.pi * step / plan.steps)
-            group["lr"] = PEAK_RATE * min(1.0, (step + 1) / WARM_UP) * decay
-        batch = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"seed {seed}, step {step} of {plan.steps}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
+    rates = {"peak_rate": PEAK_RATE, "warm_up": WARM_UP, "weight_decay": 0.1}
+    fit(model, batches, plan.steps, **rates, name=f"seed {seed}")
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
 

@@ -11,7 +11,6 @@ what is there is not computed again.
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -34,9 +33,10 @@ from a3cli.text.blocks import evaluation_blocks
 from a3cli.text.tokenizer import load_tokenizer
 from benchmarks.quality import Remembered, a3, load
 from benchmarks.results import Cell, Cells, write_between
+from benchmarks.training import fit, random_batches
 
 CPU = torch.device("cpu")
-BATCH, PEAK_RATE, WARM_UP = 8, 6e-4, 40
+PEAK_RATE, WARM_UP = 6e-4, 40
 ROUNDING = "--overwrite --head-multiple 8 --mlp-multiple 16"
 WAYS = {
     "weights": {
@@ -81,29 +81,10 @@ def train(plan: Plan, seed: int, out: Path) -> None:
     stream = torch.tensor(tokenizer(plan.training.read_text("utf-8")).input_ids)
     batches = random_batches(stream, plan.seq_len, seed)
     model = with_norms(llama, next(batches))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    for step in range(plan.steps):
-        for group in optimizer.param_groups:
-            decay = 0.55 + 0.45 * math.cos(math.pi * step / plan.steps)
-            group["lr"] = PEAK_RATE * min(1, (step + 1) / WARM_UP) * decay
-        batch = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0:
-            print(f"seed {seed}, step {step}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
+    rates = {"peak_rate": PEAK_RATE, "warm_up": WARM_UP, "weight_decay": 0.01}
+    fit(model, batches, plan.steps, **rates, name=f"seed {seed}")
     tokenizer.save_pretrained(out)
     model.to(torch.bfloat16).save_pretrained(out)
-
-
-def random_batches(stream: torch.Tensor, length: int, seed: int) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(len(stream) - length, (BATCH,), generator=generator)
-        yield torch.stack([stream[start : start + length] for start in starts])
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Perplexity hides damage. The log-probability of a continuation, per character, c
 decoding writes all its tokens. Both come from the same forwards. `text.passages` says how a text is cut.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -80,26 +80,29 @@ def measure_choices(
     words = [choice.word is not None for choice in choices[::CHOICES]]
     columns = [torch.ones(len(words)), torch.tensor(words)]
     for model in models:
-        step = f"{short_name(model.name)}: choosing continuations of {short_name(text)}"
+        step = f"{short_name(model.name)}: choosing continuations of {text}"
         with reporting(progress, step, len(choices), "continuations") as finished:
-            scores = []
-            for score in score_choices(model, choices, batch_size):
-                scores.append(score)
-                finished()
+            scores = list(score_choices(model, choices, batch_size, finished))
         likelihood = torch.tensor([score.likelihood for score in scores], dtype=torch.float64).view(-1, CHOICES)
         columns.append(likelihood[:, 0] > likelihood[:, 1:].amax(1))
         columns.append(torch.tensor([score.word for score in scores[::CHOICES]]))
     return torch.stack([column.double() for column in columns], 1)
 
 
-def score_choices(model: Answers, choices: Sequence[Choice], batch_size: int) -> Iterator[Score]:
-    """Yield the score of each choice. Padding follows the tokens, where causal attention does not see it."""
+def score_choices(
+    model: Answers, choices: Sequence[Choice], batch_size: int, finished: Callable[[], object] = lambda: None
+) -> Iterator[Score]:
+    """Yield the score of each choice, and call `finished`.
+
+    Padding follows the tokens, where causal attention does not see it.
+    """
     longest = max(len(choice.tokens) for choice in choices)
     padded = [torch.nn.functional.pad(choice.tokens, (0, longest - len(choice.tokens))) for choice in choices]
     numbered = iter(choices)
     for tokens, logits in zip(batches(padded, batch_size), model.logits(padded, batch_size), strict=True):
         for row in range(len(tokens)):
             yield score_choice(next(numbered), logits[row])
+            finished()
 
 
 def score_choice(choice: Choice, logits: torch.Tensor) -> Score:

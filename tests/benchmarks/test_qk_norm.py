@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import qk_norm
-from benchmarks.qk_norm import WAYS, random_batches, with_norms
+from benchmarks.qk_norm import WAYS, with_norms
+from benchmarks.training import random_batches
 from tests.conftest import VOCABULARY, build_model
 
 
