@@ -99,7 +99,8 @@ def test_an_unknown_model_with_code_is_refused_before_it_runs(source, text_file,
     assert not (tmp_path / "told").exists()
 
 
-@pytest.mark.parametrize("shape", [pytest.param("one cell", marks=pytest.mark.slow), "many rows"])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["one cell", "many rows"])
 def test_a_bomb_as_parquet(shape, source, a3, tmp_path):
     """A file of half a megabyte that unpacks to half a gigabyte is rejected before it is unpacked."""
     cells = ["\0" * (1 << 28)] if shape == "one cell" else ["\0" * (1 << 16)] * (1 << 12)
