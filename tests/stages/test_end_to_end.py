@@ -76,8 +76,8 @@ def zeroed_reference(source: Path, work: Path) -> Any:
     model = load(source)
     for index, layer in enumerate(decoder_layers(model)):
         solution = load_file(work / "solution" / f"layer-{index:03d}.safetensors")
-        attention = attention_of(layer)
         if "pairs" in solution:
+            attention = attention_of(layer)
             size = attention.head_dim
             gone = torch.ones(size, dtype=torch.bool)
             gone[slot_dims(size, turning_pairs(model.config), solution["pairs"].tolist())] = False

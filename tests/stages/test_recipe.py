@@ -168,7 +168,7 @@ def test_calibrate_in_as_many_processes_as_a_recipe_says(a3, recipe, tmp_path):
     assert a3("run", recipe, "--work", tmp_path / "alone", "--out", tmp_path / "o").code == 0
     edit(recipe, "calibrate", num_processes=2)
     command = [sys.executable, "-m", "a3cli", "run", recipe, "--json", "--quiet"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert ended.stderr == ""
     first = json.loads(ended.stdout)
     assert first["calibrate"]["made_with"] == 2 * [{"processes": 2, "batch_size": 2}]

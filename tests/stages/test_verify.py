@@ -44,12 +44,14 @@ CHECKS = ["config", *checker.CHECKS, "reference"]
 CPU = Machine(torch.device("cpu"), torch.float32)
 
 
-def make_export(a3, source: Path, text: Path, folder: Path, *options: object) -> Path:
+def make_export(
+    a3, source: Path, text: Path, folder: Path, *options: object, sizes: tuple[object, ...] = SIZES
+) -> Path:
     """Return `folder/out`, exported from the work folder `folder/work`."""
     work, out = folder / "work", folder / "out"
     for command in (
         ("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 80, "--batch-size", 6),
-        ("solve", *SIZES, *options),
+        ("solve", *sizes, *options),
         ("export", out, "--max-shard-size", "60KB"),
     ):
         outcome = a3(*command, "--work", work)
@@ -464,12 +466,13 @@ def test_reference_agrees_within_rounding_and_notices_more(name, method, dtype, 
 @pytest.mark.parametrize("name", [name for name in MODELS if can_cut(name, "mlp")])
 def test_exports_are_about_as_far_from_the_reference_as_rounding(name, dtype, a3, checkpoint, text_file, tmp_path):
     """The limit of three times the rounding rests on this; docs/ci.md has the range."""
-    shape = "stock" if can_cut(name, "qk") else "per-layer"
-    out = make_export(a3, checkpoint(name, dtype=dtype), text_file, tmp_path, "--method", "paper", "--shape", shape)
+    whole_heads = but(SIZES, "--attention-budget", 0)
+    out = make_export(a3, checkpoint(name, dtype=dtype), text_file, tmp_path, "--method", "paper", sizes=whole_heads)
     sequential = () if family_of_row(name).experts else (("--sequential",),)
     for options in ((), ("--shape", "per-layer"), *sequential, ("--method", "paper")):
         work = ("--work", tmp_path / "work")
-        sizes = SIZES if can_cut(name, "qk") or "per-layer" in options else but(SIZES, "--attention-budget", 0)
+        shape = "per-layer" if "per-layer" in options else "stock"
+        sizes = SIZES if can_cut(name, "qk", shape=shape) else whole_heads
         assert a3("solve", *sizes, *options, "--overwrite", *work).code == 0
         for exported in ("source", "bfloat16"):
             assert a3("export", out, "--dtype", exported, "--overwrite", *work).code == 0
