@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from a3cli.work.folder import Work
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import Machine, choose_machine, load_linear_algebra
 from a3cli.work.manifests import CalibrationManifest
-from a3cli.work.processes import results, spread
+from a3cli.work.processes import in_thread, spread
 from a3cli.work.progress import Progress, reporting
 from a3cli.work.record import Record
 
@@ -74,9 +73,7 @@ class Run:
                 return result
 
             if not costs.side_by_side(self.model.shape):
-                # In threads too: signals are handled between the operations of the main thread, which here take long.
-                alone = ([partial(reported, layer)] for layer in range(self.layers))
-                return [result for layer in alone for result in results(ThreadPoolExecutor(1), layer)]
+                return [in_thread(partial(reported, layer)) for layer in range(self.layers)]
             load_linear_algebra(self.machine.device)
             return list(spread(reported, range(self.layers), self.settings.num_processes or os.cpu_count() or 1))
 

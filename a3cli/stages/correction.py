@@ -67,6 +67,7 @@ def refit_layers(run: Run, draft: Draft, cuts: list[Cut]) -> None:
     needed = costs.stream_bytes(model.shape, samples, seq_len, machine.dtype.itemsize, settings.refit_rounds)
     check_space(streams, needed - bytes_on_disk(streams.iterdir()), "the sequential correction")
     first = count_refits(draft, run.layers)
+    run.stop.step = correcting(first, run.layers)
     if 0 < first < run.layers:
         log.info("resuming at layer %d of %d", first + 1, run.layers)
     swept = refit_sequentially(
@@ -83,7 +84,11 @@ def refit_layers(run: Run, draft: Draft, cuts: list[Cut]) -> None:
         write_tensors(draft.folder / refit_file(layer), refit)
         draft.finish(refit_file(layer), following={file.name: hash_file(file) for file in following})
         if layer + 1 < len(cuts):
-            run.stop.before(f"correcting layer {layer + 2} of {len(cuts)}", AGAIN)
+            run.stop.before(correcting(layer + 1, len(cuts)), AGAIN)
+
+
+def correcting(layer: int, layers: int) -> str:
+    return f"correcting layer {layer + 1} of {layers}"
 
 
 def count_refits(draft: Draft, layers: int) -> int:

@@ -29,6 +29,7 @@ from a3cli.stream.hidden import HiddenStates, TwoFiles
 from a3cli.stream.hooks import inputs_of, outputs_given
 from a3cli.stream.post_norm import post_norm_of
 from a3cli.stream.smaller import SmallerDecoder
+from a3cli.work.processes import in_thread
 from a3cli.work.progress import Progress
 
 DRIFT = 0.5  # share of the drift of the residual stream that each refit corrects; 0.5 was better than 0 and 1
@@ -219,7 +220,7 @@ class _Layer:
         collect(sums)
         linear = self._linear(role)
         try:
-            weight = sums.solve(linear.weight, ridge=RIDGE)
+            weight = in_thread(partial(sums.solve, linear.weight, ridge=RIDGE))
         except ValueError as error:
             raise A3Error(
                 f"layer {self.index}, {role} projection: the sequential refit failed ({error}); "

@@ -1,7 +1,8 @@
 """Stop between steps: after `--max-minutes`, or at SIGINT or SIGTERM.
 
 A stage checks before each step (a layer, a weight file, a point) whether it must stop. So every step is complete, and
-the same command resumes from the files on disk. A second signal stops at once.
+the same command resumes from the files on disk. A second signal stops at once, and so does the first one if the step
+does not end soon: what sends a signal often kills a process that does not obey it. Then the step's work is lost.
 """
 
 import logging
@@ -9,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[int, FrameType | None], None]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ALARM = (signal.SIGALRM,) if hasattr(signal, "SIGALRM") else ()  # Windows has none
+PATIENCE = 7.0  # seconds that a step may still take after the first signal; supervisors often kill after ten
 
 
 class Stop:
@@ -45,29 +48,39 @@ class Stop:
         assert self.signal is not None
         again = "press Ctrl-C again to stop now" if self.signal is signal.SIGINT else "a second signal stops at once"
         step = f"the current step ({self.step})" if self.step else "the current step"
-        return f"{self.signal.name}: finishing {step}; {again}"
+        soon = f" if that takes at most {PATIENCE:g} s" if ALARM else ""
+        return f"{self.signal.name}: finishing {step}{soon}; {again}"
 
 
 @contextmanager
 def stopping(minutes: float | None = None) -> Iterator[Stop]:
-    """Yield a `Stop` for a time limit and the first signal; the second signal raises KeyboardInterrupt."""
+    """Yield a `Stop` for a time limit and the first signal.
+
+    A second signal raises KeyboardInterrupt, and so does the first one if the step has not ended after `PATIENCE`.
+    """
     stop = Stop(minutes)
 
     def first(number: int, _frame: FrameType | None) -> None:
         stop.signal = signal.Signals(number)
-        _handle(at_once)
+        _handle(SIGNALS, at_once)
         # Our launcher ends the peers of a failed process and reports the reason itself.
         if not (ended_by_launcher() and stop.signal is signal.SIGTERM):
             log.warning("%s", stop.describe())
+        if ALARM:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
-    with _handling(first):
-        yield stop
+    with _handling(ALARM, at_once), _handling(SIGNALS, first):
+        try:
+            yield stop
+        finally:
+            if ALARM and stop.signal is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
     """Handle SIGTERM like SIGINT: close open files and remove unfinished ones before the process ends."""
-    with _handling(at_once):
+    with _handling(SIGNALS, at_once):
         yield
 
 
@@ -75,20 +88,20 @@ def at_once(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _handle(handler: Handler) -> None:
-    for number in SIGNALS:
+def _handle(numbers: Sequence[signal.Signals], handler: Handler) -> None:
+    for number in numbers:
         signal.signal(number, handler)
 
 
 @contextmanager
-def _handling(handler: Handler) -> Iterator[None]:
+def _handling(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    before = [signal.getsignal(number) for number in SIGNALS]
-    _handle(handler)
+    before = [signal.getsignal(number) for number in numbers]
+    _handle(numbers, handler)
     try:
         yield
     finally:
-        for number, former in zip(SIGNALS, before, strict=True):
+        for number, former in zip(numbers, before, strict=True):
             signal.signal(number, former)

@@ -239,6 +239,15 @@ def results(threads: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Ite
         threads.shutdown(wait=ends, cancel_futures=True)
 
 
+def in_thread(job: Callable[[], T]) -> T:
+    """Run a long operation in a thread: signals are handled between the operations of the main thread.
+
+    Raises StillRunning if it is interrupted and does not finish soon.
+    """
+    [result] = results(ThreadPoolExecutor(1), [job])
+    return result
+
+
 def one_core_each(count: int) -> ThreadPoolExecutor:
     """Return a pool of threads in which torch uses one core."""
     import torch
