@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT)]
 from a3cli.work.folder import Work  # noqa: E402
 from benchmarks.baselines import BASELINES, Calibration  # noqa: E402
 from benchmarks.quality import BATCH, SEQ_LEN, Bench, Plan, Subject, a3, load, subjects  # noqa: E402
-from benchmarks.results import split_lines, write_between  # noqa: E402
+from benchmarks.results import heading, split_lines, write_between  # noqa: E402
 
 BUDGETS = (0.2, 0.4)
 SAMPLES = 128
@@ -94,7 +94,7 @@ def main() -> None:
         plan = Plan(args.shared, folder, folder, torch.device("cpu"), BUDGETS, (0,), args.blocks, ())
         bench = Bench(subject, plan, other=evaluation)
         table = rows(bench, calibrate(subject, other, folder), folder)
-    printed = "\n".join(["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER), *table])
+    printed = "\n".join([*heading(HEADER), *table])
     print(printed)
     if args.write:
         write_between(args.write, "domains", printed)

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from demo_text import CALIBRATION, EVALUATION, read_modules, training_modules  # noqa: E402
 
 from a3cli.cli.app import app  # noqa: E402
-from benchmarks.results import write_between  # noqa: E402
+from benchmarks.results import heading, write_between  # noqa: E402
 
 BUDGETS = (0.1, 0.25)
 CONTEXT, BATCH, PEAK_LR, WARMUP_STEPS = 256, 8, 3e-3, 40
@@ -157,7 +157,7 @@ def main() -> None:
             text = folder / "calibration.txt"
             text.write_text(read_modules(CALIBRATION), "utf-8")
             table += compare(folder / "source", text, judged, seed, folder)
-    printed = "\n".join(["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER), *table])
+    printed = "\n".join([*heading(HEADER), *table])
     print(printed)
     if args.write:
         write_between(args.write, "experts", printed)

@@ -32,7 +32,7 @@ from a3cli.text.tokenizer import load_tokenizer
 from a3cli.work.folder import Work
 from benchmarks.baselines import Calibration, per_head_svd
 from benchmarks.quality import Remembered, a3, load
-from benchmarks.results import write_between
+from benchmarks.results import heading, line, write_between
 
 CPU = torch.device("cpu")
 MULTIPLE = 2  # of head sizes; larger ones are further from the budget
@@ -102,7 +102,7 @@ class Bench:
 
 def table(cells: list[dict[str, Any]]) -> str:
     """Return the table in Markdown: the source, then every method at each budget."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = [*heading(COLUMNS)]
     lines.append(f"| 0 % | source | yes | {cells[0]['source_perplexity']:.2f} |  |  |  |")
     for cell in cells:
         figures = (
@@ -114,7 +114,7 @@ def table(cells: list[dict[str, Any]]) -> str:
             f"{cell['kl']:.4f}",
             f"{100 * cell['top1_agreement']:.1f} %",
         )
-        lines.append("| " + " | ".join(figures) + " |")
+        lines.append(line(figures))
     return "\n".join(lines)
 
 

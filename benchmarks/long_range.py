@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from recall_task import accuracy_by_distance, answer_queries, make_batch, to_text  # noqa: E402
 
-from benchmarks.results import Subject, a3, subjects, write_between  # noqa: E402
+from benchmarks.results import Subject, a3, heading, line, subjects, write_between  # noqa: E402
 
 VARIANTS = ("paper", "best", "best --shape per-layer")  # the others are compared with the first
 SIZES = (
@@ -136,7 +136,7 @@ def recall_header(distances: torch.Tensor) -> list[str]:
     longest = int(distances.max())
     buckets = [f"{low}–{min(2 * low - 1, longest)}" for low in asked_buckets(distances)]
     columns = ["model", "size", "QK / OV / MLP", "filler loss", *buckets, SCORE_ERROR]
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return [*heading(columns)]
 
 
 def asked_buckets(distances: torch.Tensor) -> dict[int, tuple[int, int]]:
@@ -149,7 +149,7 @@ def recall_row(name: str, size: str, solved: dict | None, recall: Recall, distan
     cells = [name, f"`{size}`" if size else ""]
     cells += [sizes(solved), f"{recall.filler_loss:.3f}"]
     cells += [f"{100 * right / asked:.1f}" for low, (right, asked) in accuracy.items() if low >= SHORTEST_ASKED]
-    return "| " + " | ".join([*cells, score_error(solved)]) + " |"
+    return line([*cells, score_error(solved)])
 
 
 def sizes(solved: dict | None) -> str:
@@ -214,7 +214,7 @@ def position_rows(subject: Subject, folder: Path, args: argparse.Namespace) -> t
     dense = bucket_means(loss_by_position(load(subject.model), blocks))
     columns = [f"{a}–{b - 1}" for a, b in itertools.pairwise(POSITIONS)]
     columns = [subject.name, "size", "QK / OV / MLP", *columns, "last − first", SCORE_ERROR]
-    rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    rows = [*heading(columns)]
     rows.append("| dense | | | " + " | ".join(f"{x:.3f}" for x in dense.mean(0).tolist()) + " | | |")
     flags = []
     for size in args.text_sizes:
@@ -245,7 +245,7 @@ def position_row(name: str, size: str, solved: dict, increase: torch.Tensor) -> 
     cells = [name, f"`{size}`", sizes(solved)]
     cells += [f"+{x:.4f}" if x >= 0 else f"{x:.4f}" for x in increase.mean(0).tolist()]
     mean, error = mean_and_error(growth(increase))
-    return "| " + " | ".join([*cells, f"{mean:+.4f} ± {error:.4f}", score_error(solved)]) + " |"
+    return line([*cells, f"{mean:+.4f} ± {error:.4f}", score_error(solved)])
 
 
 def growth(increase: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from a3cli.stages.evaluate import describe_sums, sum_blocks
 from a3cli.text.blocks import evaluation_blocks
 from a3cli.text.tokenizer import load_tokenizer
 from benchmarks.quality import Remembered, a3, load
-from benchmarks.results import Cell, Cells, write_between
+from benchmarks.results import Cell, Cells, heading, write_between
 from benchmarks.training import fit, random_batches
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def measure(plan: Plan, seeds: int) -> list[Cell]:
 
 def table(found: list[Cell]) -> str:
     """Return the table in Markdown, with the figures of each seed."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = [*heading(COLUMNS)]
     alike: dict[tuple[str, float, str], list[Cell]] = {}
     for cell in found:
         alike.setdefault((cell["of"], cell["budget"], cell["way"]), []).append(cell)

@@ -44,7 +44,7 @@ from a3cli.text.blocks import evaluation_blocks  # noqa: E402
 from a3cli.text.tokenizer import load_tokenizer  # noqa: E402
 from a3cli.work.folder import Work  # noqa: E402
 from benchmarks.baselines import BASELINES, Calibration  # noqa: E402
-from benchmarks.results import Cell, Cells, split_lines, write_between  # noqa: E402
+from benchmarks.results import Cell, Cells, heading, line, split_lines, write_between  # noqa: E402
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4)
 SEEDS = (0, 1, 2)
@@ -261,7 +261,7 @@ def summary(cell: Cell) -> str:
 
 def table(cells: list[Cell]) -> str:
     """Return the table in Markdown: the dense model, then every method at each budget."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = [*heading(COLUMNS)]
     for model in unique(cell["model"] for cell in cells):
         ours = [cell for cell in cells if cell["model"] == model]
         lines.append(dense_row(model, ours[0]))
@@ -299,7 +299,7 @@ def method_row(cells: list[Cell], of_budget: list[Cell]) -> str:
         spread_of([cell["other"]["perplexity_increase"] for cell in cells], "+.2f"),
         spread_of([cell["other"]["kl"] for cell in cells], ".4f"),
     ]
-    return "| " + " | ".join(figures) + " |"
+    return line(figures)
 
 
 def is_stock(method: str) -> bool:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,9 @@ VARIANTS = {
     "best, per-layer, sequential": ("--shape", "per-layer", *SEQUENTIAL),
 }
 BUDGETS = (0.1, 0.25, 0.4)
-HEADER = (
-    "| model | method | removed | QK | OV | MLP | perplexity | increase | of the paper's "
-    "| KL (nats) | top-1 | KV cache |"
+COLUMNS = (
+    *("model", "method", "removed", "QK", "OV", "MLP", "perplexity", "increase", "of the paper's"),
+    *("KL (nats)", "top-1", "KV cache"),
 )
 TEXT = ("--seq-len", 512, "--batch-size", 8)
 
@@ -173,8 +174,13 @@ def span(sizes: list[int]) -> str:
     return f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)}–{max(sizes)}"
 
 
-def line(cells: list[object]) -> str:
+def line(cells: Sequence[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def heading(columns: Sequence[object]) -> tuple[str, str]:
+    """Return the first two lines of a table."""
+    return line(columns), "|" + "---|" * len(columns)
 
 
 def write_between(path: Path, name: str, text: str) -> None:
@@ -201,7 +207,7 @@ def main() -> None:
         folder = Path(name)
         chosen = [each for each in subjects(args.shared, folder) if args.model in (None, each.name)]
         rows = [line for each in chosen for line in measure(each, folder, cells, args)]
-    table = "\n".join([HEADER, "|" + "---|" * HEADER.count(" |"), *rows])
+    table = "\n".join([*heading(COLUMNS), *rows])
     print(table)
     if args.write:
         write_between(args.write, "table", table)
