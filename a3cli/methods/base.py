@@ -45,10 +45,14 @@ class LayerAnalysis:
 
 @dataclass(frozen=True)
 class Start:
-    """The bands that query and key maps are first built from, and the Gram matrices in which they were found."""
+    """The bands that query and key maps are first built from, and the Gram matrices in which they were found.
+
+    The Gram matrices are of one layer, centred for the attention distances of `layers`.
+    """
 
     grams: PairGrams
     bands: list[Band]
+    layers: list[int]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from a3cli.methods.maps import MapSolver
 from a3cli.methods.normed import NormedSolver
 from a3cli.methods.refits import refit_channels, refit_experts, refit_values
 from a3cli.methods.slots import band_tables, best_spacing, cheap_spacing
+from a3cli.methods.trials import Trial, loss_of_nothing
 from a3cli.models.families import LayerSizes
 from a3cli.work.files import Json
 
@@ -98,12 +99,11 @@ class Best(Method[BestLayer]):
         """
         predicted: dict[int, float] = {}
         measured: dict[int, AttentionError] = {}
-        solver = self._solver_for(layer)
         for rank in self.smaller_ranks():
-            closed = solver.closed_form(layer, table[rank])
-            predicted[rank] = solver.predicted_loss(layer, table[rank], closed)
+            trial = self._trial(layer, table[rank])
+            predicted[rank] = trial.predicted_loss()
             if rank in self._measured_ranks():
-                measured[rank] = solver.quick_error(layer, table[rank], closed)
+                measured[rank] = trial.quick_error()
         gains = {
             rank: error.refined / predicted[rank] if predicted[rank] > 0 else 1.0 for rank, error in measured.items()
         }
@@ -124,7 +124,7 @@ class Best(Method[BestLayer]):
         losses = [prediction.losses for prediction in analysis.predictions]
         others = sum(each["ov"][size.ov] + each["mlp"][size.mlp] for each, size in zip(losses, sizes, strict=True))
         errors = [
-            prediction.measured.get(rank) or self._quick_error(layer, own)
+            prediction.measured.get(rank) or self._trial(layer, own).quick_error()
             for prediction, layer, own in zip(analysis.predictions, analysis.layers, slots, strict=True)
         ]
         chosen = list(slots)
@@ -141,14 +141,12 @@ class Best(Method[BestLayer]):
                 chosen[i] = spaced
         return chosen
 
-    def _quick_error(self, layer: BestLayer, slots: Slots) -> AttentionError:
-        solver = self._solver_for(layer)
-        return solver.quick_error(layer, slots, solver.closed_form(layer, slots))
+    def _trial(self, layer: BestLayer, slots: Slots) -> Trial:
+        return Trial(self._solver_for(layer), layer, slots)
 
     @override
     def project_qk(self, layer: BestLayer, slots: Slots) -> Projection:
-        found = self._solver_for(layer).solve(layer, slots)
-        return Projection(found.tensors(), found.error)
+        return self._trial(layer, slots).refined()
 
     @override
     def project_ov(self, inputs: LayerInputs, layer: BestLayer, rank: int) -> Projection:
@@ -164,7 +162,7 @@ class Best(Method[BestLayer]):
         return describe_layer(
             layer,
             channel_rank=layer.channel_rank,
-            qk_energy=self._solver_for(layer).loss_of_nothing(layer) if self.model.shape.heads else 0.0,
+            qk_energy=loss_of_nothing(self._solver_for(layer), layer) if self.model.shape.heads else 0.0,
             mlp_energy=float(layer.channels.curve[0]) * layer.mlp_unit,
         )
 

@@ -17,7 +17,9 @@ from a3cli.solvers.ov import output_gram_of
 from a3cli.solvers.samples import NAMES, WEIGHT
 from a3cli.work.files import Json, open_tensors, read_named
 from a3cli.work.folder import Work
+from a3cli.work.kept import Kept
 from a3cli.work.manifests import CalibrationManifest
+from a3cli.work.sealed import versions
 
 REMEDY = "run a3 calibrate --overwrite"
 # Component of each statistic, for messages.
@@ -212,6 +214,12 @@ class LayerInputs:
     def channels_file(self) -> Path:
         """Return the path of the file with the order of this layer's MLP channels."""
         return self._work.channel_order(self.layer)
+
+    @property
+    def kept(self) -> Kept:
+        """Return what earlier commands found of this layer's query and key heads."""
+        request = {"calibration": self._calibration.sha256, "layer": self.layer, "versions": versions()}
+        return Kept(self._work.kept, f"layer-{self.layer:03d}", request)
 
     def key_ranks(self) -> list[float]:
         ranks: list[float] = effective_rank(torch.linalg.eigvalsh(self.mean("k_gram"))).tolist()

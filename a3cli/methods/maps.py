@@ -55,9 +55,9 @@ class MapSolver:
         """Return the error of attention with the closed form's maps."""
         return self._refine(layer, slots, closed, UNREFINED).error.closed_form
 
-    def solve(self, layer: BestLayer, slots: Slots) -> Refined:
+    def solve(self, layer: BestLayer, slots: Slots, closed: SlotMaps) -> Refined:
         """Return thoroughly refined heads."""
-        return self._refine(layer, slots, self.closed_form(layer, slots), THOROUGH)
+        return self._refine(layer, slots, closed, THOROUGH)
 
     def loss_of_nothing(self, layer: BestLayer) -> float:
         """Return the loss of attention that weighs all keys alike."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from a3cli.methods.analysis import BestLayer
 from a3cli.methods.base import AttentionError, Slots, Start, Table
 from a3cli.methods.maps import MapSolver
+from a3cli.methods.trials import Trial
 from a3cli.models.rope import evenly_spaced
 from a3cli.solvers.rope import band_costs, best_bands
 
@@ -23,7 +24,8 @@ def band_tables(solver: MapSolver, layers: Sequence[BestLayer], ranks: Sequence[
     pairs = len(rope.short)
     bands = {2 * slots: found for slots, (_, found) in enumerate(best_bands(costs, pairs, pairs))}
     chosen = {rank: [band.slot for band in bands[rank] for _ in range(band.rank)] for rank in ranks}
-    return [{rank: Slots(chosen[rank], Start(own, bands[rank])) for rank in ranks} for own in grams]
+    among = [layer.inputs().layer for layer in layers]
+    return [{rank: Slots(chosen[rank], Start(own, bands[rank], among)) for rank in ranks} for own in grams]
 
 
 def best_spacing(
@@ -32,10 +34,8 @@ def best_spacing(
     """Return each layer's slots if they must be evenly spaced: those with the least score error in closed form."""
 
     def loss(pairs: list[float]) -> float:
-        return sum(
-            solver.score_loss(layer, solver.closed_form(layer, own))
-            for layer, own in zip(layers, with_pairs(slots, pairs), strict=True)
-        )
+        tried = zip(layers, with_pairs(slots, pairs), strict=True)
+        return sum(Trial(solver, layer, own).score_loss() for layer, own in tried)
 
     spacings = evenly_spaced(solver.rope, slots[0].pairs, linear_factor=linear_factor)
     return with_pairs(slots, min(spacings or [slots[0].pairs], key=loss))  # there may be no rotated slot
@@ -57,10 +57,10 @@ def cheap_spacing(
     chosen = list(slots)
     for pairs in evenly_spaced(solver.rope, slots[0].pairs):
         spaced = with_pairs(slots, pairs)
-        tried = [(layer, own, solver.closed_form(layer, own)) for layer, own in zip(layers, spaced, strict=True)]
-        before = sum(solver.closed_error(*each) for each in tried)
+        tried = [Trial(solver, layer, own) for layer, own in zip(layers, spaced, strict=True)]
+        before = sum(each.closed_error() for each in tried)
         if before * gain <= PROMISING * allowed:
-            loss = sum(solver.quick_error(*each).refined for each in tried)
+            loss = sum(each.quick_error().refined for each in tried)
             if loss <= allowed:
                 chosen, allowed = spaced, loss
     return chosen

@@ -172,9 +172,14 @@ def remove_leftovers(work: Work) -> None:
 
 
 def clear(work: Work) -> None:
-    """Remove the files of a calibration and its solutions; the manifests first, so that nothing looks finished."""
+    """Remove the files of a calibration, its solutions, and what is kept for further ones.
+
+    The manifests are removed first, so that nothing looks finished.
+    """
     clear_solutions(work)
     clear_folder(work.calibration)
+    for folder in (work.channels, work.kept):
+        clear_folder(folder, "*.json", "*.safetensors")
     work.source.unlink(missing_ok=True)
 
 
@@ -188,10 +193,10 @@ def clear_solutions(work: Work) -> None:
         work.named_solutions.rmdir()
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove the files of a finished or unfinished stage, the manifest first."""
+def clear_folder(folder: Path, *others: str) -> None:
+    """Remove the files of a finished or unfinished stage, the manifest first, and those of other patterns."""
     (folder / "manifest.json").unlink(missing_ok=True)
-    for pattern in ("progress.json", "layer-*.safetensors", "hidden-*.bin", "tokens.safetensors"):
+    for pattern in ("progress.json", "layer-*.safetensors", "hidden-*.bin", "tokens.safetensors", *others):
         for path in folder.glob(pattern):
             path.unlink()
     drop_leftovers(folder)

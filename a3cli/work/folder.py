@@ -16,6 +16,8 @@ manifest is written last, so a folder with a manifest is a finished stage. Only 
     solutions/.NAME.evaluation.json, .NAME.verification.json   what a recipe with that name measured and checked
     solutions/.NAME.publication.json   where it uploaded the export
     channels/layer-000.json …        the order of greedy channel selection, reused by every later solution
+    kept/layer-000.json …            errors of smaller query and key heads, reused by every later solution
+    kept/layer-000-….safetensors …   refined query and key maps, reused likewise
     probes/best-stock.json …         measured sensitivities of a method and shape
     probes/progress.json, streams-{0,1}.bin   during the measurement
     pareto.json                      finished points of `a3 pareto`
@@ -53,6 +55,7 @@ class Work:
         self.tokens = self.calibration / "tokens.safetensors"
         self.probes = folder / "probes"
         self.channels = folder / "channels"
+        self.kept = folder / "kept"
         self.points = folder / "pareto.json"
         self.coming_hidden_states = self.calibration / "hidden-next.bin"
         self.evaluation = self._of_solution("evaluation.json")
@@ -94,7 +97,7 @@ class Work:
         other = Work(folder)
         other.source, other.calibration, other.tokens = self.source, self.calibration, self.tokens
         other.calibration_manifest, other.calibration_progress = self.calibration_manifest, self.calibration_progress
-        other.probes, other.channels = self.probes, self.channels
+        other.probes, other.channels, other.kept = self.probes, self.channels, self.kept
         return other
 
     def statistics(self, layer: int) -> Path:

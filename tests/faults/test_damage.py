@@ -383,7 +383,7 @@ def test_damaged_and_not_looked_at(looking, whole, there, a3):
         outcome = a3(*command, "--quiet", "--json")
         page = there / "page.html"
         made = snapshot(there / "merged"), page.read_bytes() if page.exists() else None
-        for product in ("merged", "work/channels"):
+        for product in ("merged", "work/channels", "work/kept"):
             shutil.rmtree(there / product, ignore_errors=True)
         return outcome, made
 
