@@ -18,6 +18,7 @@ manifest is written last, so a folder with a manifest is a finished stage. Only 
     channels/layer-000.json …        the order of greedy channel selection, reused by every later solution
     kept/layer-000.json …            errors of smaller query and key heads, reused by every later solution
     kept/layer-000-….safetensors …   refined query and key maps, reused likewise
+    kept/source.json, source-….safetensors   what the source's layers make of the tokens on which solutions are measured
     probes/best-stock.json …         measured sensitivities of a method and shape
     probes/progress.json, streams-{0,1}.bin   during the measurement
     pareto.json                      finished points of `a3 pareto`

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from a3cli.methods import maps, normed
+from a3cli.stream.decoder import Decoder
 from tests.conftest import SHORT, SOLVE, but, snapshot
 from tests.helpers.damage import flip
 
@@ -96,7 +97,8 @@ def test_a_second_budget_refines_nothing_again(variant, computed, solve, calibra
 @pytest.mark.parametrize("kept", ["layer-000.json", "layer-001-*.safetensors"])
 def test_damage_of_what_is_kept_is_noticed(kept, computed, solve, work):
     solve(work, 0.4, "first", *SMALLER_HEADS)
-    assert [path.name for path in sorted((work / "kept").glob("*.json"))] == ["layer-000.json", "layer-001.json"]
+    records = sorted(path.name for path in (work / "kept").glob("*.json"))
+    assert records == ["layer-000.json", "layer-001.json", "source.json"]
     damaged = next((work / "kept").glob(kept))
     before = damaged.read_bytes()
     computed.clear()
@@ -137,3 +139,24 @@ def test_what_is_kept_belongs_to_its_statistics(a3, computed, solve, work, sourc
     solve(work, 0.4, "first")
     assert solution(work, "first") == solution(alone, "first")
     assert snapshot(work / "kept") == snapshot(alone / "kept"), "nothing of the other calibration is left"
+
+
+def test_the_source_is_run_once_to_measure_solutions(solve, work, monkeypatch):
+    layers, original = [], Decoder.layer
+
+    def counted(self, index, *rest):
+        layers.append((type(self).__name__, index))
+        return original(self, index, *rest)
+
+    monkeypatch.setattr(Decoder, "layer", counted)
+    shutil.rmtree(work / "kept")
+    both = [("SmallerDecoder", 0), ("Decoder", 0), ("SmallerDecoder", 1), ("Decoder", 1)]
+    for name, expected in (("first", both), ("second", both[::2]), ("third", both)):
+        layers.clear()
+        outcome = solve(work, 0.4, name)
+        assert layers == expected
+        assert solution(work, name) == solution(work, "first")
+        (states,) = (work / "kept").glob("source-*.safetensors")
+        if name == "second":
+            flip(states)
+    assert f"{states} has changed since it was written; it is computed again" in outcome.stderr
