@@ -34,6 +34,7 @@ class MapSolver:
         mass = torch.stack([layer.attention_mass for layer in layers]).sum(0)
         return spread_distances(mass, self.context, far_weight=FAR_WEIGHT)
 
+    @torch.inference_mode(False)  # what is refined later has gradients, and probing calls this in it
     def closed_form(self, layer: BestLayer, slots: Slots) -> SlotMaps:
         """Solve for maps by alternating least squares on scores, starting from the bands of the slots."""
         assert slots.start is not None  # only heads that keep their size have none

@@ -160,3 +160,24 @@ def test_the_source_is_run_once_to_measure_solutions(solve, work, monkeypatch):
         if name == "second":
             flip(states)
     assert f"{states} has changed since it was written; it is computed again" in outcome.stderr
+
+
+@pytest.mark.parametrize("options", [("--components", "mlp"), ("--components", "ov,mlp", *PER_LAYER)], ids=str)
+def test_heads_that_cannot_be_cut_are_not_refined(options, computed, solve, work):
+    """Only the energy in the manifest is computed of them: no closed form, and no step of refinement."""
+    shutil.rmtree(work / "kept")
+    solve(work, 0.2, "whole", *options)
+    assert [(each[0], each[-1]) for each in computed] == [("_refine_maps", maps.UNREFINED)] * 2
+    computed.clear()
+    solve(work, 0.1, "again", *options)
+    assert computed == []
+
+
+def test_heads_that_stay_whole_are_not_refined_thoroughly(computed, solve, work):
+    """Their losses are needed to choose the sizes, and nothing else is."""
+    shutil.rmtree(work / "kept")
+    found = solve(work, 0.1, "whole", "--mlp-budget", 0.3, "--json").json
+    assert found["head_dim"] == {"before": 16, "after": 16}
+    efforts = [each[-1] for each in filter(is_refinement, computed)]
+    assert {*efforts} == {maps.QUICK, maps.UNREFINED}
+    assert not [*(work / "kept").glob("layer-*.safetensors")]
