@@ -26,7 +26,7 @@ class Step:
     """A named step under way, and the bar's task for it once it is shown."""
 
     name: str
-    done: int
+    done: float  # a fraction within a layer
     total: int | None  # None if it is not known
     unit: str
     started: float
@@ -37,10 +37,10 @@ class Step:
     def place(self) -> str:
         """Return how far the step is, such as `3 of 32 layers`."""
         if self.total is None:
-            return f"{self.done:,} {self.unit}"
+            return f"{int(self.done):,} {self.unit}"
         if self.unit == "bytes":
-            return f"{human_bytes(self.done)} of {human_bytes(self.total)}"
-        return f"{self.done:,} of {self.total:,} {self.unit}" if self.unit else ""
+            return f"{human_bytes(int(self.done))} of {human_bytes(self.total)}"
+        return f"{int(self.done):,} of {self.total:,} {self.unit}" if self.unit else ""
 
     def line(self, now: float) -> str:
         spent = now - self.started
@@ -87,7 +87,7 @@ class SweepProgress:
         self,
         *,
         step: str | None = None,
-        done: int = 0,
+        done: float = 0,
         total: int | None = 1,
         unit: str = "",
         layer: int = 0,
@@ -110,7 +110,7 @@ class SweepProgress:
             elif self.swept and self.bar is None and self.clock() - self.last_line >= SILENT_FOR:
                 self._log_sweep(self.swept)
 
-    def _report(self, name: str, done: int, total: int | None, unit: str) -> None:
+    def _report(self, name: str, done: float, total: int | None, unit: str) -> None:
         known = self.steps.get(name)
         if total is not None and done >= total:
             if known is not None:
@@ -133,13 +133,12 @@ class SweepProgress:
             log.info("%s", step.line(now))
 
     def _draw_step(self, bar: Progress, step: Step) -> None:
-        total = step.total if step.unit else None  # without parts the bar only moves
+        total = step.total if step.unit or step.done else None  # without parts the bar only moves
         if step.task is None:
-            task = bar.add_task(printable(step.name), total=total, completed=step.done, speed=step.place)
-            self.steps[step.name] = replace(step, task=task)
+            step = replace(step, task=bar.add_task(printable(step.name), total=total, speed=step.place))
+            self.steps[step.name] = step
             bar.start()
-        else:
-            bar.update(step.task, completed=step.done, speed=step.place)
+        bar.update(step.task, total=total, completed=step.done, speed=step.place)
 
     def _end(self, step: Step) -> None:
         """Forget a step, and remove its bar: a stage may have many of them."""

@@ -16,6 +16,7 @@ from a3cli.solvers.mlp import ChannelOrder, order_channels
 from a3cli.solvers.ov import solve_ov
 from a3cli.solvers.slots import HeadStatistics
 from a3cli.work.files import Json
+from a3cli.work.progress import advance
 from a3cli.work.record import computed_once
 from a3cli.work.sealed import versions
 
@@ -93,7 +94,8 @@ def find_order(inputs: LayerInputs, device: torch.device) -> ChannelOrder:
 
 def order_for_refit(gram: torch.Tensor, down: torch.Tensor) -> ChannelOrder:
     """Return the order of channels that accounts for the refit; overwrites the Gram matrix."""
-    return order_channels(gram, down, block=max(1, len(gram) // BLOCKS), overwrite_gram=True)
+    block = max(1, len(gram) // BLOCKS)
+    return order_channels(gram, down, block=block, overwrite_gram=True, advance=advance)
 
 
 def fitted_gram(inputs: LayerInputs) -> torch.Tensor:

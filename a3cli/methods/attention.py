@@ -11,10 +11,12 @@ from a3cli.methods.heads import Heads, Problem
 from a3cli.methods.inputs import LayerInputs
 from a3cli.models.rope import Rope
 from a3cli.solvers.attention import AttentionProblem, Penalty, SampledHead, alibi_slopes
+from a3cli.solvers.attention import Refined as Found
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.samples import WEIGHT
 from a3cli.solvers.slots import SlotMaps
+from a3cli.work.progress import advance, portion
 
 VALIDATION_EVERY = 4  # every fourth block validates instead of being fitted
 
@@ -71,14 +73,16 @@ def refine_maps(
     for kv_head, penalty in enumerate(far):
         judge = AttentionProblem(sampled_head(inputs, rope, judging, kv_head, device))
         frequencies = frequency_at(judge.head.pairs, torch.tensor(slots, dtype=torch.float64))
-        if effort.iterations == 0:
-            loss = judge.loss(query[kv_head], key[kv_head], frequencies)
-            before, after = before + loss, after + loss
-            continue
-        fitted = AttentionProblem(sampled_head(inputs, rope, fitting, kv_head, device))
-        found = fitted.refine(
-            query[kv_head], key[kv_head], frequencies, judge=judge, iterations=effort.iterations, penalty=penalty
-        )
+        own = query[kv_head], key[kv_head]
+        with portion(1 / len(far)):
+            if effort.iterations == 0:
+                loss = judge.loss(*own, frequencies)
+                found = Found(*own, loss, loss)
+            else:
+                fitted = AttentionProblem(sampled_head(inputs, rope, fitting, kv_head, device))
+                found = fitted.refine(
+                    *own, frequencies, judge=judge, iterations=effort.iterations, penalty=penalty, advance=advance
+                )
         query[kv_head], key[kv_head] = found.query, found.key
         before, after = before + found.before, after + found.after
     error = AttentionError(before * inputs.attention_unit, after * inputs.attention_unit)

@@ -7,9 +7,9 @@ Losses are relative squared errors of the residual stream.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -23,6 +23,9 @@ from a3cli.solvers.moments import Tensors
 from a3cli.solvers.rope import Band, PairGrams
 from a3cli.work.files import Json
 from a3cli.work.machine import Machine
+from a3cli.work.progress import portion
+
+T = TypeVar("T")
 
 Curves = dict[Component, dict[int, float]]  # loss of each component at each of its sizes
 
@@ -64,6 +67,12 @@ class Slots:
 
 
 Table = dict[int, Slots]  # of one layer, by head size
+
+
+class ForEachLayer(Protocol):
+    """A function that computes a step for these layers, side by side if they are small, and shows its progress."""
+
+    def __call__(self, step: str, compute: Callable[[int], T], layers: Sequence[int], /) -> list[T]: ...
 
 
 @dataclass(frozen=True)
@@ -156,24 +165,30 @@ class Method(ABC, Generic[L]):
     def predict(self, layers: Sequence[L], tables: Sequence[Table], layer: int) -> Prediction:
         """Return the loss of each component of one layer at each of its `sizes`, from all analyses and tables."""
 
-    def choose_slots(self, analysis: Analysis[L], sizes: Sequence[LayerSizes]) -> list[Slots]:
+    def choose_slots(
+        self, analysis: Analysis[L], sizes: Sequence[LayerSizes], _for_each_layer: ForEachLayer
+    ) -> list[Slots]:
         """Return each layer's slots at its chosen sizes."""
         return [table[size.qk] for table, size in zip(analysis.tables, sizes, strict=True)]
 
     def project(self, inputs: LayerInputs, layer: L, slots: Slots, sizes: LayerSizes) -> Projection:
         """Return the projection of one layer; it has no tensors of a component that keeps its size."""
-        parts = []
+        ways: list[Callable[[], Projection]] = []
         if sizes.qk < inputs.shape.head_dim:
-            parts.append(self.project_qk(layer, slots))
+            ways.append(lambda: self.project_qk(layer, slots))
         if sizes.ov < inputs.shape.head_dim:
-            parts.append(self.project_ov(inputs, layer, sizes.ov))
+            ways.append(lambda: self.project_ov(inputs, layer, sizes.ov))
         if sizes.mlp < inputs.shape.intermediate_size:
-            parts.append(self.project_mlp(inputs, layer, sizes.mlp))
-        tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+            ways.append(lambda: self.project_mlp(inputs, layer, sizes.mlp))
+        parts = []
+        for way in ways:
+            with portion(1 / len(ways)):
+                parts.append(way())
+        tensors = {name: tensor for each in parts for name, tensor in each.tensors.items()}
         return Projection(
             tensors or {"unchanged": torch.zeros(0)},
-            next((part.attention_error for part in parts if part.attention_error), None),
-            {component: damping for part in parts for component, damping in part.damping.items()},
+            next((each.attention_error for each in parts if each.attention_error), None),
+            {component: damping for each in parts for component, damping in each.damping.items()},
         )
 
     @abstractmethod

@@ -20,6 +20,7 @@ from a3cli.methods.base import (
     Analysis,
     AttentionError,
     Curves,
+    ForEachLayer,
     Method,
     Prediction,
     Projection,
@@ -32,10 +33,11 @@ from a3cli.methods.inputs import LayerInputs
 from a3cli.methods.maps import MapSolver
 from a3cli.methods.normed import NormedSolver
 from a3cli.methods.refits import refit_channels, refit_experts, refit_values
-from a3cli.methods.slots import band_tables, best_spacing, cheap_spacing
+from a3cli.methods.slots import REFINING, band_tables, best_spacing, cheap_spacing
 from a3cli.methods.trials import Trial, loss_of_nothing
 from a3cli.models.families import LayerSizes
 from a3cli.work.files import Json
+from a3cli.work.progress import portion
 
 REFINED_AT = (1 / 4, 1 / 2, 3 / 4)  # of a head: sizes measured on sampled attention; others are interpolated
 
@@ -61,10 +63,10 @@ class Best(Method[BestLayer]):
     def smaller_tables(self, layers: Sequence[BestLayer]) -> list[Table]:
         """Choose bands, or evenly spaced slots if the settings force them."""
         ranks, found = self.smaller_ranks(), [Table() for _ in layers]
-        if self.per_layer:
-            return [band_tables(self._solver_for(layer), [layer], ranks)[0] for layer in layers]
-        for group in self.model.layers_by_table():
-            shared = self._shared_tables(self.solver_of(group[0]), [layers[i] for i in group], ranks)
+        groups = [[i] for i in range(len(layers))] if self.per_layer else self.model.layers_by_table()
+        for group in groups:
+            with portion(len(group) / len(layers)):
+                shared = self._shared_tables(self.solver_of(group[0]), [layers[i] for i in group], ranks)
             for i, table in zip(group, shared, strict=True):
                 found[i] = table
         return found
@@ -103,7 +105,8 @@ class Best(Method[BestLayer]):
             trial = self._trial(layer, table[rank])
             predicted[rank] = trial.predicted_loss()
             if rank in self._measured_ranks():
-                measured[rank] = trial.quick_error()
+                with portion(1 / len(self._measured_ranks())):  # nearly all of the time
+                    measured[rank] = trial.quick_error()
         gains = {
             rank: error.refined / predicted[rank] if predicted[rank] > 0 else 1.0 for rank, error in measured.items()
         }
@@ -116,17 +119,21 @@ class Best(Method[BestLayer]):
         return sorted({min(below, key=lambda rank: abs(rank - each)) for each in wanted}) if below else []
 
     @override
-    def choose_slots(self, analysis: Analysis[BestLayer], sizes: Sequence[LayerSizes]) -> list[Slots]:
+    def choose_slots(
+        self, analysis: Analysis[BestLayer], sizes: Sequence[LayerSizes], for_each_layer: ForEachLayer
+    ) -> list[Slots]:
         """In the stock shape, use evenly spaced slots if they cost next to nothing: most runtimes load them."""
-        slots, rank = super().choose_slots(analysis, sizes), sizes[0].qk
+        slots, rank = super().choose_slots(analysis, sizes, for_each_layer), sizes[0].qk
         if self.per_layer or rank == self.model.shape.head_dim or self.settings.rope_form != "auto":
             return slots
         losses = [prediction.losses for prediction in analysis.predictions]
         others = sum(each["ov"][size.ov] + each["mlp"][size.mlp] for each, size in zip(losses, sizes, strict=True))
-        errors = [
-            prediction.measured.get(rank) or self._trial(layer, own).quick_error()
-            for prediction, layer, own in zip(analysis.predictions, analysis.layers, slots, strict=True)
-        ]
+
+        def error(layer: int) -> AttentionError:
+            measured = analysis.predictions[layer].measured.get(rank)
+            return measured or self._trial(analysis.layers[layer], slots[layer]).quick_error()
+
+        errors = for_each_layer(REFINING, error, range(len(slots)))
         chosen = list(slots)
         for group in self.model.layers_by_table():
             elsewhere = sum(error.refined for i, error in enumerate(errors) if i not in group)
@@ -136,6 +143,7 @@ class Best(Method[BestLayer]):
                 [slots[i] for i in group],
                 [errors[i] for i in group],
                 others + elsewhere,
+                for_each_layer,
             )
             for i, spaced in zip(group, found, strict=True):
                 chosen[i] = spaced

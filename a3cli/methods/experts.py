@@ -16,6 +16,7 @@ import torch
 from a3cli.methods.inputs import LayerInputs
 from a3cli.solvers.mlp import ChannelOrder, keep_channels, plain_losses, score_channels
 from a3cli.work.files import Json
+from a3cli.work.progress import portion
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,12 @@ def order_experts(inputs: LayerInputs, order_one: OrderOne, device: torch.device
     orders, curve = [], torch.zeros(inputs.shape.intermediate_size + 1, dtype=torch.float64)
     for expert, tokens in enumerate(inputs.expert_tokens):
         gram, down = inputs.mlp_gram(expert).to(device), inputs.weight("down", expert).to(device)
-        if refittable(inputs, tokens):
-            found = order_one(gram, down)
-        else:
-            order = expert_scores(inputs, expert).to(device).argsort(descending=True, stable=True)
-            found = ChannelOrder(order, plain_losses(gram, down, order))
+        with portion(1 / inputs.shape.experts):
+            if refittable(inputs, tokens):
+                found = order_one(gram, down)
+            else:
+                order = expert_scores(inputs, expert).to(device).argsort(descending=True, stable=True)
+                found = ChannelOrder(order, plain_losses(gram, down, order))
         orders.append(found.order.cpu())
         curve += found.curve.cpu()
     return ChannelOrder(torch.stack(orders), curve)

@@ -16,6 +16,7 @@ from a3cli.solvers.normed import NormedAttention, NormedHeads, Penalty, with_nor
 from a3cli.solvers.partial import complex_columns
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import SlotMaps
+from a3cli.work.progress import advance
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class NormedSolver(MapSolver):
         if effort.iterations == 0:
             loss = judge.loss(start, frequencies) * inputs.attention_unit
             return RefinedNorms(AttentionError(loss, loss), start, inputs.head_gains)
+        penalty = self._penalty(layer, slots, effort)
         found = self._attention(inputs, fitting).refine(
-            start, frequencies, judge=judge, iterations=effort.iterations, penalty=self._penalty(layer, slots, effort)
+            start, frequencies, judge=judge, iterations=effort.iterations, penalty=penalty, advance=advance
         )
         error = AttentionError(found.before * inputs.attention_unit, found.after * inputs.attention_unit)
         return RefinedNorms(error, found.heads, inputs.head_gains)

@@ -15,6 +15,7 @@ from a3cli.settings import Component
 from a3cli.solvers.mlp import refit_down
 from a3cli.solvers.moments import Tensors
 from a3cli.solvers.ov import refine_values, refit_output
+from a3cli.work.progress import advance
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def refit_experts(
             continue
         fit = partial(_refit_down, down=down.to(device), kept=channels.to(device), ridge=ridge)
         found = fit_damped(inputs.layer, "mlp", inputs.mlp_gram(expert).to(device), fit, ridge=ridge)
+        advance(1 / len(kept))
         weights[expert] = found.tensors["down_weight"]
         damping = max(damping, found.damping["mlp"])
     warn_of_experts(inputs)

@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from a3cli.methods.analysis import BestLayer
-from a3cli.methods.base import AttentionError, Slots, Start, Table
+from a3cli.methods.base import AttentionError, ForEachLayer, Slots, Start, Table
 from a3cli.methods.maps import MapSolver
 from a3cli.methods.trials import Trial
 from a3cli.models.rope import evenly_spaced
 from a3cli.solvers.rope import band_costs, best_bands
+from a3cli.work.progress import advance, portion
 
 LONGEST_BAND = 16  # pairs; longer bands were never chosen, and cost grows with the square
 AFFINE_COST = 0.01  # evenly spaced slots are preferred if they add at most this share of the total predicted loss
+REFINING = "refining query and key maps"  # name of the step
 PROMISING = 1.2  # slots within this factor of the allowed loss, assuming the usual gain of refinement, are refined
 
 
@@ -20,7 +23,8 @@ def band_tables(solver: MapSolver, layers: Sequence[BestLayer], ranks: Sequence[
     rope, form, distances = solver.rope, solver.form, solver.distances(layers)
     grams = [form.grams(layer.q_gram, layer.k_gram, layer.k_mean, distances) for layer in layers]
     units, turning = [layer.score_unit for layer in layers], rope.short[: rope.turning]
-    costs = band_costs(grams, units, turning, distances, longest=LONGEST_BAND, floor=form.floor)
+    longest, floor = LONGEST_BAND, form.floor
+    costs = band_costs(grams, units, turning, distances, longest=longest, floor=floor, advance=advance)
     pairs = len(rope.short)
     bands = {2 * slots: found for slots, (_, found) in enumerate(best_bands(costs, pairs, pairs))}
     chosen = {rank: [band.slot for band in bands[rank] for _ in range(band.rank)] for rank in ranks}
@@ -47,6 +51,7 @@ def cheap_spacing(
     slots: Sequence[Slots],
     errors: Sequence[AttentionError],
     other_losses: float,
+    for_each_layer: ForEachLayer,
 ) -> list[Slots]:
     """Return each layer's slots, evenly spaced if that costs next to nothing: most runtimes load them.
 
@@ -54,15 +59,29 @@ def cheap_spacing(
     """
     loss, before = sum(error.refined for error in errors), sum(error.closed_form for error in errors)
     allowed, gain = loss + AFFINE_COST * (loss + other_losses), loss / before if before else 1.0
+    spacings, places = evenly_spaced(solver.rope, slots[0].pairs), range(len(layers))
+
+    def trial(place: int, pairs: list[float]) -> Trial:
+        return Trial(solver, layers[place], replace(slots[place], pairs=pairs))
+
+    def closed_errors(place: int) -> list[float]:
+        found = []
+        for pairs in spacings:
+            with portion(1 / len(spacings)):
+                found.append(trial(place, pairs).closed_error())
+        return found
+
+    def quick_error(pairs: list[float], place: int) -> AttentionError:
+        return trial(place, pairs).quick_error()
+
     chosen = list(slots)
-    for pairs in evenly_spaced(solver.rope, slots[0].pairs):
-        spaced = with_pairs(slots, pairs)
-        tried = [Trial(solver, layer, own) for layer, own in zip(layers, spaced, strict=True)]
-        before = sum(each.closed_error() for each in tried)
+    closed = for_each_layer("comparing RoPE slots", closed_errors, places) if spacings else []
+    for pairs, before in zip(spacings, map(sum, zip(*closed, strict=True)), strict=True):
         if before * gain <= PROMISING * allowed:
-            loss = sum(each.quick_error().refined for each in tried)
+            refine = partial(quick_error, pairs)
+            loss = sum(error.refined for error in for_each_layer(REFINING, refine, places))
             if loss <= allowed:
-                chosen, allowed = spaced, loss
+                chosen, allowed = with_pairs(slots, pairs), loss
     return chosen
 
 

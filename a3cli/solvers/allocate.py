@@ -1,12 +1,13 @@
 """Choose the sizes to keep: a search over error curves, not over models."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+Advance = Callable[[float], object]  # called with shares of the work as they are done
 FINEST = 1 << 17  # largest number of steps of the removal; with more, removals are rounded down to a coarser unit
 
 
@@ -22,7 +23,7 @@ class Choice:
     cached: int = 0
 
 
-def allocate(items: Sequence[Sequence[Choice]], needed: int) -> list[Choice]:
+def allocate(items: Sequence[Sequence[Choice]], needed: int, advance: Advance = lambda _share: None) -> list[Choice]:
     """Choose one size of each item, so that at least `needed` weights are removed at the least total loss.
 
     An exact knapsack by dynamic programming over the weights removed, in units of their greatest common divisor. (Where
@@ -47,6 +48,7 @@ def allocate(items: Sequence[Sequence[Choice]], needed: int) -> list[Choice]:
     for item, item_steps in zip(items, steps, strict=True):
         loss, which = _add_item(loss, item_steps, [choice.loss for choice in item])
         chosen.append(which)
+        advance(1 / len(items))
     state, found = target + int(loss[target:].argmin()), []
     for item, item_steps, which in reversed(list(zip(items, steps, chosen, strict=True))):
         index = int(which[state])
@@ -74,7 +76,7 @@ class Totals:
     too few.) What a choice removes of the KV cache must be in proportion to its steps.
     """
 
-    def __init__(self, items: Sequence[Sequence[Choice]]) -> None:
+    def __init__(self, items: Sequence[Sequence[Choice]], finished: Callable[[], object] = lambda: None) -> None:
         self.items = items
         least = [min(item, key=lambda choice: choice.removed) for item in items]
         extra = [[choice.removed - low.removed for choice in item] for item, low in zip(items, least, strict=True)]
@@ -89,6 +91,7 @@ class Totals:
         for item, steps in zip(items, self.steps, strict=True):
             self.loss, which = _add_item(self.loss, steps, [choice.loss for choice in item])
             self._chosen.append(which)
+            finished()
 
     def _cached_unit(self, least: Sequence[Choice]) -> int:
         """Return what one step removes of the KV cache."""
@@ -129,7 +132,11 @@ class Totals:
 
 
 def allocate_jointly(
-    heads: Sequence[Sequence[Sequence[Choice]]], mlp: Sequence[Sequence[Choice]], needed: int, cached: int
+    heads: Sequence[Sequence[Sequence[Choice]]],
+    mlp: Sequence[Sequence[Choice]],
+    needed: int,
+    cached: int,
+    advance: Advance = lambda _share: None,
 ) -> list[list[Choice]]:
     """Choose one size of each item, so that at least `needed` weights and at least `cached` of the KV cache are
     removed at the least total loss; return the choices of each part of `heads`, and of `mlp`.
@@ -138,8 +145,9 @@ def allocate_jointly(
     between parts they need not. The MLP has no cache. Exact: the least losses of each part's totals, and the best of
     all combinations of totals. Raises ValueError if all items together cannot remove enough.
     """
-    first, second, rest = Totals(heads[0]), Totals(heads[1] if len(heads) > 1 else []), Totals(mlp)
     every = [item for part in (*heads, mlp) for item in part]
+    parts = heads[0], heads[1] if len(heads) > 1 else [], mlp
+    first, second, rest = (Totals(part, lambda: advance(1 / len(every))) for part in parts)
     most = [max(item, key=lambda choice: choice.removed) for item in every]
     if sum(choice.removed for choice in most) < needed or sum(choice.cached for choice in most) < cached:
         raise ValueError("no choice removes enough")

@@ -27,6 +27,8 @@ ENTRIES_ON_GPU = 1 << 25
 
 ROW_PARTS = 4  # parts of a block's queries: early ones need few keys
 
+EVALUATIONS = 1.25  # that L-BFGS makes in an iteration, at most
+
 Penalty = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -117,11 +119,13 @@ class AttentionProblem:
         judge: "AttentionProblem",
         iterations: int,
         penalty: Penalty | None,
+        advance: Callable[[float], object] = lambda _share: None,
     ) -> Refined:
         """Refine maps by L-BFGS; return those with the least loss on `judge` (other samples), possibly the given ones.
 
         Complex128 on the device of the given maps. `penalty` is an additional cost of the maps, or None. The variables
-        are the maps of whitened queries and keys, which halves the iterations.
+        are the maps of whitened queries and keys, which halves the iterations. `advance` is called with shares of the
+        work.
         """
         before = judge.loss(query, key, slots)
         best, lowest = Refined(query, key, before, before), math.inf
@@ -143,6 +147,7 @@ class AttentionProblem:
                 after = judge.loss(found[0], found[1], slots)
                 if after < best.after:
                     best = Refined(found[0], found[1], before, after)
+            advance(1 / (EVALUATIONS * iterations))
             return total
 
         with torch.enable_grad():

@@ -1,5 +1,6 @@
 """A³-MLP: select intermediate channels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,13 @@ class ChannelOrder:
 
 
 def order_channels(
-    gram: torch.Tensor, down_weight: torch.Tensor, *, block: int, candidates: int = 4, overwrite_gram: bool = False
+    gram: torch.Tensor,
+    down_weight: torch.Tensor,
+    *,
+    block: int,
+    candidates: int = 4,
+    overwrite_gram: bool = False,
+    advance: Callable[[float], object] = lambda _share: None,
 ) -> ChannelOrder:
     """Select channels greedily, accounting for the refit: one pass gives every width and its exact error.
 
@@ -51,7 +58,8 @@ def order_channels(
     the refit, `‖(R W)_j‖² / R_jj` on the deflated `R`. Block-wise: `block` channels are taken among the `candidates ·
     block` of largest gain, exactly greedily among those, before the rest of `R` is deflated by them. About
     `I³/3 + 3/2 I² d` multiply-adds in matrix products; `block=1` is exact greedy. Beside `R` in float64 it holds two
-    matrices `[I, d]`; with `overwrite_gram` a float64 `gram` is overwritten.
+    matrices `[I, d]`; with `overwrite_gram` a float64 `gram` is overwritten. `advance` is called with shares of the
+    work.
     """
     residual = gram.to(torch.float64, copy=not overwrite_gram)
     weight = down_weight.mT.double()
@@ -66,7 +74,7 @@ def order_channels(
     )
     order: list[torch.Tensor] = []
     gains: list[torch.Tensor] = []
-    while left.count:
+    while before := left.count:
         gain = _gains(left.residual.diagonal(), torch.linalg.vector_norm(left.target, dim=1).square(), left.least)
         pool = gain.argsort(descending=True, stable=True)[: candidates * block]
         rows = left.target[pool]
@@ -76,6 +84,7 @@ def order_channels(
         order.append(left.channels[pool[taken]])
         gains.append(taken_gains)
         left.take(pool[taken], pool[taken[taken_gains > 0]])
+        advance((before**3 - left.count**3) / len(gram) ** 3)
     curve = torch.cat([total[None], total - torch.cat(gains).cumsum(0)]).clamp_min(0)
     return ChannelOrder(torch.cat(order), curve)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from a3cli.solvers.attention import AttentionProblem, Piece, SampledHead, lbfgs, whitening
+from a3cli.solvers.attention import EVALUATIONS, AttentionProblem, Piece, SampledHead, lbfgs, whitening
 from a3cli.solvers.rope import as_pairs
 
 EPSILON = 1e-12  # of the mean square of a head, which may be zero
@@ -132,11 +132,13 @@ class NormedAttention:
         judge: "NormedAttention",
         iterations: int,
         penalty: Penalty | None = None,
+        advance: Callable[[float], object] = lambda _share: None,
     ) -> RefinedHeads:
         """Refine by L-BFGS; return the heads with the least loss on `judge` (other samples), possibly the start.
 
         `penalty` is an additional cost of the heads. The variables are the maps of whitened queries and keys, of unit
-        size, which their norms allow, and the norms' weights relative to their mean.
+        size, which their norms allow, and the norms' weights relative to their mean. `advance` is called with shares of
+        the work.
         """
         before = judge.loss(start, slots)
         best, lowest = RefinedHeads(start, before, before), math.inf
@@ -158,6 +160,7 @@ class NormedAttention:
                 after = judge.loss(found, slots)
                 if after < best.after:
                     best = RefinedHeads(found, before, after)
+            advance(1 / (EVALUATIONS * iterations))
             return total
 
         with torch.enable_grad():

@@ -7,6 +7,7 @@ band of everything its theorem without RoPE. P = h/2 pairs, K KV heads.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -158,23 +159,26 @@ def band_costs(
     *,
     longest: int,
     floor: float,
+    advance: Callable[[float], object] = lambda _share: None,
 ) -> dict[tuple[int, int], BandCost]:
     """Return the cost of every band `(start, stop)` of at most `longest` consecutive pairs.
 
     units[l] `[K]` converts layer l's squared scores to the common unit. Rank 0 loses all of the band's energy. All
-    unrotated dims are one band after those of the rotated pairs.
+    unrotated dims are one band after those of the rotated pairs. `advance` is called with shares of the work.
     """
     pairs = len(frequencies)
     energy = torch.stack([unit @ gram.energy for gram, unit in zip(grams, units, strict=True)])
     tried = torch.arange(max(0, TRIED * (pairs - 1) + 1), dtype=torch.float64) / TRIED
     sharing = sharing_cost(frequencies, frequency_at(frequencies, tried), distances)
     costs = {}
-    for length in range(1, min(longest, pairs) + 1):
+    lengths = range(1, min(longest, pairs) + 1)
+    for length in lengths:
         tails = torch.stack([_tails(gram, unit, length, floor) for gram, unit in zip(grams, units, strict=True)], 1)
         for start, losses in enumerate(tails):
             slot, shared = best_slot(sharing, slice(start, start + length), energy)
             losses[:, 1:] += shared[:, None]
             costs[start, start + length] = BandCost(losses, slot)
+        advance(length / sum(lengths))
     if still := [gram.still for gram in grams if gram.still is not None]:
         # Two dims per slot. A real score has half the energy of its complex form, for which the units are.
         doubled = [2 * (unit @ tail_sums(each.values)[:, ::2]) for unit, each in zip(units, still, strict=True)]

@@ -1,7 +1,7 @@
 """What solve, probe and pareto share: the context of a run, and the checks before any work."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from a3cli.work.interrupt import Stop
 from a3cli.work.machine import Machine, choose_machine, load_linear_algebra
 from a3cli.work.manifests import CalibrationManifest
 from a3cli.work.processes import in_thread, spread
-from a3cli.work.progress import Progress, reporting
+from a3cli.work.progress import Progress, portion, reporting
 from a3cli.work.record import Record
 
 T = TypeVar("T")
@@ -63,19 +63,22 @@ class Run:
     def inputs(self, layer: int) -> LayerInputs:
         return LayerInputs(self.model, self.work, self.calibration, layer)
 
-    def for_each_layer(self, step: str, compute: Callable[[int], T]) -> list[T]:
-        """Return the result of `compute` for every layer; small layers are computed in parallel."""
-        with reporting(self.progress, step, self.layers, "layers") as finished:
+    def for_each_layer(self, step: str, compute: Callable[[int], T], layers: Sequence[int] | None = None) -> list[T]:
+        """Return the result of `compute` for every layer, or for some; small layers are computed in parallel.
+
+        What `compute` reports with `portion` and `advance` counts as that share of its layer.
+        """
+        layers = range(self.layers) if layers is None else layers
+        with reporting(self.progress, step, len(layers), "layers") as finished:
 
             def reported(layer: int) -> T:
-                result = compute(layer)
-                finished()
-                return result
+                with portion(of=finished):
+                    return compute(layer)
 
             if not costs.side_by_side(self.model.shape):
-                return [in_thread(partial(reported, layer)) for layer in range(self.layers)]
+                return [in_thread(partial(reported, layer)) for layer in layers]
             load_linear_algebra(self.machine.device)
-            return list(spread(reported, range(self.layers), self.settings.num_processes or os.cpu_count() or 1))
+            return list(spread(reported, layers, self.settings.num_processes or os.cpu_count() or 1))
 
 
 def open_run(

@@ -11,6 +11,7 @@ from a3cli.models.families import Family, LayerSizes, ModelShape
 from a3cli.report.figures import human_bytes
 from a3cli.settings import COMPONENTS, Component, PlanSettings, SolveSettings
 from a3cli.solvers.allocate import Choice, allocate, allocate_jointly
+from a3cli.work.progress import advance
 
 Items = list[list[Choice]]
 HEADS: set[Component] = {"qk", "ov"}
@@ -113,10 +114,10 @@ def choose_sizes(
         heads, mlp = recount(heads, counted[0]), recount(mlp, counted[1])
     check_reach(settings, need, shape, stored, [*heads, *mlp], family)
     if need.cached is None:
-        chosen = allocate([*heads, *mlp], need.whole or 0)
+        chosen = allocate([*heads, *mlp], need.whole or 0, advance)
         return as_sizes(settings, shape, chosen[: len(heads)], chosen[len(heads) :])
     parts = [heads] if settings.shape == "stock" else [heads[0::2], heads[1::2]]
-    *of_heads, widths = allocate_jointly(parts, mlp, need.whole or 0, need.cached)
+    *of_heads, widths = allocate_jointly(parts, mlp, need.whole or 0, need.cached, advance)
     return as_sizes(settings, shape, [head for layer in zip(*of_heads, strict=True) for head in layer], widths)
 
 

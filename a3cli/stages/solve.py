@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from a3cli.methods import Analysis, Curves, Method, Slots
+from a3cli.methods import Analysis, Curves, Method, Prediction, Slots
 from a3cli.models import costs
 from a3cli.models.families import LayerSizes
 from a3cli.settings import COMPONENTS, SolveSettings
@@ -28,7 +28,7 @@ from a3cli.work.folder import Work, layer_file
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import explaining_memory, return_freed_memory
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest, finished_manifest
-from a3cli.work.progress import Progress, reporting
+from a3cli.work.progress import Progress, portion, reporting
 from a3cli.work.sealed import versions
 
 NOT_IN_BYTES = {"num_processes", "name", "memory"}  # settings that do not change the bytes of a solution
@@ -96,9 +96,14 @@ def analyse(run: Run) -> Analysed:
         return method.analyse(inputs)
 
     layers = run.for_each_layer("analysing", analyse_layer)
-    with reporting(run.progress, "preparing RoPE slots"):
+    with reporting(run.progress, "preparing RoPE slots") as finished, portion(of=finished):
         tables = method.tables(layers)
-    predictions = run.for_each_layer("predicting losses", lambda layer: method.predict(layers, tables, layer))
+
+    def predict_layer(layer: int) -> Prediction:
+        run.stop.before(f"predicting the losses of layer {layer + 1} of {run.layers}", AGAIN)
+        return method.predict(layers, tables, layer)
+
+    predictions = run.for_each_layer("predicting losses", predict_layer)
     analysis = Analysis(layers, tables, predictions)
     curves = [prediction.losses for prediction in predictions]
     if run.settings.sensitivity == "probe":
@@ -111,9 +116,9 @@ def write_solution(run: Run, analysed: Analysed, *, measured: bool = True) -> So
 
     Unless `measured`, its loss is not measured.
     """
-    with reporting(run.progress, "choosing sizes"):
+    with reporting(run.progress, "choosing sizes") as finished, portion(of=finished):
         sizes = choose_sizes(run.settings, run.model.shape, analysed.curves, run.stored, run.model.family)
-        slots = analysed.method.choose_slots(analysed.analysis, sizes)
+    slots = analysed.method.choose_slots(analysed.analysis, sizes, run.for_each_layer)
     request = describe_request(run.settings, run.calibration)
     with drafting(run.work.solution, {**request, **describe_choice(run, sizes, slots)}) as draft, explaining_memory():
         draft.check_space(bytes_needed(run, sizes), "the solution")

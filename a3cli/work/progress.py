@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, overload
 
 
@@ -10,14 +11,19 @@ class Progress(Protocol):
     """Called with the progress of a step, from any thread.
 
     A sweep reports after each batch: its tokens through the current layer. Any other step has a name, and is `done` of
-    `total` in `unit`, from 0 when it starts to `total` when it ends, and without a unit only starts and ends. Where it
-    is not known before, as for a text that is read whole, `total` is None until the end.
+    `total` in `unit`, from 0 when it starts to `total` when it ends; within a layer `done` is a fraction. Without a
+    unit the step is one thing. If it is not known before, as for a text that is read whole, `total` is None until then.
     """
 
     @overload
     def __call__(self, *, layer: int, layers: int, tokens: int, total_tokens: int) -> None: ...
     @overload
-    def __call__(self, *, step: str, done: int, total: int | None, unit: str) -> None: ...
+    def __call__(self, *, step: str, done: float, total: int | None, unit: str) -> None: ...
+
+
+# What reports a share of the part that is under way in this thread.
+_advance: ContextVar[Callable[[float], None]] = ContextVar("advance", default=lambda _share: None)
+ROUNDING = 1e-6  # of the sum of a part's shares
 
 
 def silent(**_at: object) -> None:
@@ -30,13 +36,15 @@ def reporting(progress: Progress, step: str, total: int | None = 1, unit: str = 
 
     Threads may call it.
     """
-    lock, done = threading.Lock(), 0
+    lock, done, at = threading.Lock(), 0.0, 0.0
 
-    def finished(parts: int = 1) -> None:
-        nonlocal done
+    def finished(parts: float = 1) -> None:
+        nonlocal done, at
         with lock:
             done += parts
-            at = done if total is None else min(done, total - 1)  # it ends with the block
+            if abs(done - round(done)) < ROUNDING:
+                done = round(done)
+            at = done if total is None or done < total else max(at, total - 1)  # it ends with the block
             progress(step=step, done=at, total=total, unit=unit)
 
     progress(step=step, done=0, total=total, unit=unit)
@@ -44,4 +52,32 @@ def reporting(progress: Progress, step: str, total: int | None = 1, unit: str = 
         yield finished
     finally:
         end = done if total is None else total
-        progress(step=step, done=end, total=end, unit=unit)
+        progress(step=step, done=end, total=int(end), unit=unit)
+
+
+def advance(share: float) -> None:
+    """Report that a share of the part that is under way in this thread is done. Without one it does nothing."""
+    _advance.get()(share)
+
+
+@contextmanager
+def portion(share: float = 1.0, of: Callable[[float], None] | None = None) -> Iterator[None]:
+    """Call `advance` with `share` little by little: as parts of the block advance, and with the rest at its end.
+
+    `of` is what to call instead, such as the function that `reporting` yields.
+    """
+    outer, done = of or _advance.get(), 0.0
+
+    def inner(more: float) -> None:
+        nonlocal done
+        more = min(more, 1 - done)
+        done += more
+        if more > 0:
+            outer(share * more)
+
+    token = _advance.set(inner)
+    try:
+        yield
+    finally:
+        _advance.reset(token)
+    inner(1 - done)

@@ -3,7 +3,9 @@
 import io
 import logging
 import re
+import shutil
 import time
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -14,7 +16,7 @@ from a3cli.cli import progress as shown
 from a3cli.cli.console import set_up_logging
 from a3cli.cli.progress import SweepProgress, sweep_progress
 from a3cli.work.processes import spread
-from a3cli.work.progress import reporting
+from a3cli.work.progress import advance, portion, reporting
 from tests.conftest import SHORT, SOLVE
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -301,3 +303,90 @@ def test_the_clock_ticks_by_itself(monkeypatch, capsys):
             printed += capsys.readouterr().err
     assert printed.count("loading: ") >= 2
     assert not [thread for thread in shown.threading.enumerate() if thread.name == "progress"]
+
+
+def test_shares_of_a_part_add_up_to_it():
+    """Whatever the parts within a layer report, the layer counts once; a part that fails is not counted to its end."""
+    reported = []
+    with reporting(lambda **at: reported.append(at["done"]), "predicting", 3, "layers") as finished:
+        with portion(of=finished):
+            for _ in range(3):
+                with portion(1 / 3):
+                    advance(0.25)
+                    advance(5.0)
+                advance(0.01)
+        with portion(of=finished), suppress(ValueError), portion(0.5):
+            advance(0.5)
+            raise ValueError
+        advance(1.0)  # outside of any part
+    assert reported == sorted(reported)
+    assert reported[0] == 0
+    assert reported[1] == pytest.approx(1 / 12)
+    assert reported[-3:] == [pytest.approx(1.25), 2, 3]
+    assert 1 in reported
+
+
+def test_parts_in_threads_do_not_mix():
+    reported = []
+
+    def layer(_):
+        with portion(of=finished):
+            for _ in range(10):
+                advance(0.1)
+
+    with reporting(lambda **at: reported.append(at["done"]), "projecting", 8, "layers") as finished:
+        list(spread(layer, range(8), 4))
+    assert reported == sorted(reported)
+    assert reported[-1] == 8
+    assert [each for each in reported if each == int(each)][-2:] == [7, 8]
+
+
+def test_the_time_left_is_known_within_the_first_layer(clock, lines):
+    with reporting(without_terminal(clock), "predicting losses", 4, "layers") as finished, portion(of=finished):
+        for _ in range(4):
+            clock.go_on(10)
+            advance(0.25)
+    found = [line for _, line in lines]
+    assert found[:2] == [
+        "predicting losses: 0 of 4 layers, 10 s so far",
+        "predicting losses: 0 of 4 layers, 2 min left",
+    ]
+    assert max(silences(lines)) <= 12
+
+
+def test_a_bar_moves_within_a_step_of_one_part(clock):
+    bar = Progress(BarColumn(), TextColumn("{task.fields[speed]}"), console=Console(file=io.StringIO()))
+    clock.progress = SweepProgress(bar, clock)
+    with bar, reporting(clock.progress, "preparing RoPE slots") as finished, portion(of=finished):
+        clock.go_on(4)
+        (task,) = bar.tasks
+        assert task.total is None
+        advance(0.4)
+        assert (task.completed, task.total) == (pytest.approx(0.4), 1)
+
+
+@pytest.mark.parametrize("shape", ["stock", "per-layer"])
+def test_every_long_step_of_solve_moves_within_a_layer(shape, work):
+    """On a large model a layer takes minutes; the first to last report of a step ascend from 0 to its total."""
+    from a3cli.settings import SolveSettings, make_settings
+    from a3cli.stages.solve import solve
+    from a3cli.work.folder import Work
+
+    found: dict[str, list[float]] = {}
+
+    def report(*, step, done, total, unit):
+        found.setdefault(step, []).append(done / total)
+
+    for kept in ("kept", "channels"):
+        shutil.rmtree(work / kept)
+    settings = make_settings(SolveSettings, kv_budget=0.25, budget=0.3, mlp_multiple=8, head_multiple=2, shape=shape)
+    solve(settings, Work(work), overwrite=True, progress=report)
+    inside = {"analysing": 20, "choosing sizes": 4, "predicting losses": 20, "preparing RoPE slots": 5, "projecting": 6}
+    if shape == "stock":
+        inside |= {"comparing RoPE slots": 4}
+    for step, least in inside.items():
+        shares = found[step]
+        assert shares == sorted(shares), step
+        assert (shares[0], shares[-1]) == (0, 1), step
+        assert len(shares) >= least, step
+    assert {"measuring the solution", "comparing logits"} <= found.keys()
