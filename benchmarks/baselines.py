@@ -1,11 +1,13 @@
-"""Published compression formulas for a stock Llama model in memory, to compare a3 with. Own implementations.
+"""Published compression formulas for a stock Llama or Qwen2 model in memory, to compare a3 with. Own implementations.
 
 Each function takes a `Calibration` (a model in float32 and token blocks) and the fraction of the decoder's linear
 weights (q, k, v, o, gate, up, down) to remove. It returns a modified copy of the model and the number of parameters
 that a checkpoint of it would store instead of those weights. At least the requested fraction is removed; embeddings,
 norms and output head are not counted. Statistics are those of the unmodified model, except in SliceGPT, which is
 sequential. The copies keep the source's sizes: dropped structures are zeros, two factors are multiplied out, and a
-sliced residual stream is a projected one. Logits are those of the smaller model up to float rounding.
+sliced residual stream is a projected one. Logits are those of the smaller model up to float rounding. Biases of
+attention are not counted. A dropped dim loses its bias, a map of value dims applies to their biases, and a bias is
+not approximated by factors.
 
 svd               W ≈ U_r Σ_r V_rᵀ; two factors, `r (in + out)` parameters per weight.
 svd_llm           SVD-LLM (arXiv 2403.07378), truncation-aware whitening without its later updates; counted like svd.
@@ -84,8 +86,8 @@ class Calibration:
         self.tokens = tokens.to(model.device)
         self.batch_size = batch_size
         self.shape: ModelShape = read_shape(model.config)
-        if self.shape.attention_bias or self.shape.mlp_bias:
-            raise ValueError("the baselines know no biases in linear layers")
+        if self.shape.mlp_bias:
+            raise ValueError("the baselines know no biases in the MLP")
         if not self.shape.gated:
             raise ValueError("the baselines know no MLP without a gate")
 
@@ -96,7 +98,10 @@ class Calibration:
     @cached_property
     @torch.no_grad()
     def grams(self) -> list[Grams]:
-        """Return each layer's `E[x xᵀ]` `[in, in]`, float64, of the inputs of q, o, gate and down."""
+        """Return each layer's `E[x xᵀ]` `[in, in]`, float64, of the inputs of q, o, gate and down.
+
+        `affine` is that of q's input with a 1 appended, `[d + 1, d + 1]`, which a bias is multiplied with.
+        """
         sums: list[Grams] = [{} for _ in range(self.shape.layers)]
         hooks = [
             linear(layer, role).register_forward_pre_hook(partial(add_gram, sums[index], role))
@@ -107,11 +112,16 @@ class Calibration:
             self.model.model(batch, use_cache=False)
         for hook in hooks:
             hook.remove()
+        for layer in sums:
+            layer["q"] = layer["affine"][:-1, :-1]
         return [{role: gram / self.tokens.numel() for role, gram in layer.items()} for layer in sums]
 
 
 def add_gram(sums: Grams, role: str, _module: Any, args: tuple[torch.Tensor]) -> None:
-    sums[role] = sums.get(role, 0) + gram_of(args[0])
+    x = args[0]
+    if role == "q":
+        role, x = "affine", torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    sums[role] = sums.get(role, 0) + gram_of(x)
 
 
 def gram_of(x: torch.Tensor) -> torch.Tensor:
@@ -129,8 +139,22 @@ def weight_of(layer: Any, role: str) -> torch.Tensor:
     return linear(layer, role).weight.detach().double()
 
 
+def affine_of(layer: Any, role: str) -> torch.Tensor:
+    """Return `[W | b]` `[out, in + 1]`, float64; b is 0 where there is no bias."""
+    weight, bias = weight_of(layer, role), linear(layer, role).bias
+    column = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
+    return torch.cat([weight, column[:, None]], 1)
+
+
 def set_weight(layer: Any, role: str, value: torch.Tensor) -> None:
     linear(layer, role).weight.data.copy_(value)
+
+
+def set_affine(layer: Any, role: str, value: torch.Tensor) -> None:
+    """Set weight and, if there is one, bias from `[W | b]`."""
+    set_weight(layer, role, value[:, :-1])
+    if (bias := linear(layer, role).bias) is not None:
+        bias.data.copy_(value[:, -1])
 
 
 def decoder_weights(shape: ModelShape) -> int:
@@ -315,15 +339,20 @@ def keep_pairs(layer: Any, mask: torch.Tensor) -> None:
     """Zero the q and k rows of all pairs outside `mask` `[K, h/2]`."""
     dims = mask.repeat(1, 2)
     for role in ("q", "k"):
-        weight = linear(layer, role).weight.data
-        weight *= spread(dims, weight.shape[0])[:, None]
+        keep_rows(layer, role, dims)
 
 
 def keep_values(layer: Any, mask: torch.Tensor) -> None:
     """Zero the v rows and o columns of all value dims outside `mask` `[K, h]`."""
-    v, o = (linear(layer, role).weight.data for role in ("v", "o"))
-    v *= spread(mask, v.shape[0])[:, None]
+    keep_rows(layer, "v", mask)
+    o = linear(layer, "o").weight.data
     o *= spread(mask, o.shape[1])
+
+
+def keep_rows(layer: Any, role: str, mask: torch.Tensor) -> None:
+    """Zero the rows of a weight and the entries of its bias outside `mask` `[K, h]`."""
+    affine = affine_of(layer, role)
+    set_affine(layer, role, affine * spread(mask, len(affine))[:, None])
 
 
 def keep_channels(layer: Any, mask: torch.Tensor) -> None:
@@ -350,7 +379,7 @@ def modegpt(calibration: Calibration, target: float, *, attention: bool = True) 
     for layer, grams in zip(model.model.layers, calibration.grams, strict=True):
         keep_pairs(layer, mask_top(cr_scores(layer, grams, shape), widths.pairs))
         if widths.values < shape.head_dim:
-            decompose_values(layer, grams["q"], shape, widths.values)
+            decompose_values(layer, grams["affine"], shape, widths.values)
         if widths.channels < shape.intermediate_size:
             nystroem(layer, grams["down"], widths.channels)
     return Compressed(model, structured_weights(shape, widths), dense)
@@ -382,7 +411,7 @@ def cr_scores(layer: Any, grams: Grams, shape: ModelShape) -> torch.Tensor:
     moments before RoPE suffice.
     """
     energies = [
-        pair_sums(((weight := weight_of(layer, role)) @ grams["q"] * weight).sum(1), shape) for role in ("q", "k")
+        pair_sums(((weight := affine_of(layer, role)) @ grams["affine"] * weight).sum(1), shape) for role in ("q", "k")
     ]
     return (energies[0] * energies[1]).sqrt()
 
@@ -394,16 +423,17 @@ def decompose_values(layer: Any, gram: torch.Tensor, shape: ModelShape, rank: in
     `V` and `Σ²` are the eigenvectors and eigenvalues of `W_vᵀ C W_v`.
     """
     h, group = shape.head_dim, shape.group
-    v, o = linear(layer, "v").weight.data, linear(layer, "o").weight.data
+    v, o = affine_of(layer, "v"), linear(layer, "o").weight.data
     for head in range(shape.kv_heads):
         rows, columns = slice(head * h, (head + 1) * h), slice(head * group * h, (head + 1) * group * h)
-        W_v, W_o = v[rows].double().T, torch.cat(list(o[:, columns].double().T.split(h)), 1)
+        W_v, W_o = v[rows].T, torch.cat(list(o[:, columns].double().T.split(h)), 1)
         values, V = torch.linalg.eigh(W_v.T @ gram @ W_v)
         sigma = values.clamp_min(1e-12 * values[-1]).sqrt()
         U = torch.linalg.svd(sigma[:, None] * (V.T @ W_o), full_matrices=False)[0][:, :rank]
         new_v, new_o = (V / sigma) @ U, U.T @ (sigma[:, None] * V.T) @ W_o
-        v[rows] = padded((W_v @ new_v).T, h).to(v.dtype)
+        v[rows] = padded((W_v @ new_v).T, h)
         o[:, columns] = torch.cat([padded(part, h) for part in new_o.split(shape.hidden_size, 1)]).T.to(o.dtype)
+    set_affine(layer, "v", v)
 
 
 def padded(matrix: torch.Tensor, rows: int) -> torch.Tensor:

@@ -23,12 +23,14 @@ from benchmarks.baselines import (
     Calibration,
     Compressed,
     Grams,
+    affine_of,
     decoder_weights,
     keep_channels,
     keep_pairs,
-    linear,
     mask_top,
     padded,
+    set_affine,
+    set_weight,
     structured_weights,
     weight_of,
     widths_for,
@@ -54,11 +56,11 @@ def published(calibration: Calibration, target: float) -> Compressed:
 
 def pair_scores(layer: Any, grams: Grams, shape: ModelShape) -> torch.Tensor:
     """Return the loss `[K, h/2]` of dropping each pair of each KV head."""
-    return score_pairs(*(head_grams(weight_of(layer, role), grams["q"], shape) for role in ("q", "k")))
+    return score_pairs(*(head_grams(affine_of(layer, role), grams["affine"], shape) for role in ("q", "k")))
 
 
 def head_grams(weight: torch.Tensor, gram: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """Return `E[y yᵀ]` `[heads, h, h]` of `y = W x`, for W `[heads · h, d]` and `E[x xᵀ]` `[d, d]`."""
+    """Return `E[y yᵀ]` `[heads, h, h]` of `y = W x`, for W `[heads · h, d + 1]` and `E[x xᵀ]` of inputs with a 1."""
     heads = weight.view(-1, shape.head_dim, weight.shape[1])
     return heads @ gram @ heads.mT
 
@@ -66,19 +68,19 @@ def head_grams(weight: torch.Tensor, gram: torch.Tensor, shape: ModelShape) -> t
 def truncate_values(layer: Any, grams: Grams, shape: ModelShape, rank: int) -> None:
     """Replace values and output projection by those of Theorem A³-OV at this rank."""
     h = shape.head_dim
-    value, output = weight_of(layer, "v").view(-1, h, shape.hidden_size), weight_of(layer, "o")
+    value, output = affine_of(layer, "v").view(-1, h, shape.hidden_size + 1), weight_of(layer, "o")
     by_head = output.T.reshape(shape.heads, h, -1)
     found = solve_ov(value_gram(layer, grams, shape), output_gram_of(by_head), floor=FLOOR)
     new_value = torch.cat([padded(part, h) for part in found.shared_map[..., :rank].mT @ value])
     maps = found.other_map[..., :rank].mT.repeat_interleave(shape.group, 0)
     new_output = torch.cat([padded(part, h) for part in maps @ by_head]).T
-    linear(layer, "v").weight.data.copy_(new_value)
-    linear(layer, "o").weight.data.copy_(new_output)
+    set_affine(layer, "v", new_value)
+    set_weight(layer, "o", new_output)
 
 
 def value_gram(layer: Any, grams: Grams, shape: ModelShape) -> torch.Tensor:
     """Return the Gram matrix `[K, h, h]` that the paper weighs values with."""
     if shape.group > 1:
-        return head_grams(weight_of(layer, "v"), grams["q"], shape)
+        return head_grams(affine_of(layer, "v"), grams["affine"], shape)
     outputs = grams["o"].view(shape.heads, shape.head_dim, shape.heads, shape.head_dim)
     return outputs.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

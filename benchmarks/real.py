@@ -177,7 +177,7 @@ def keep_grams(plan: Plan, work: Path) -> None:
 
 
 def grams_file(work: Path) -> Path:
-    return work.with_name(f"{work.name}-grams.safetensors")
+    return work.with_name(f"{work.name}-moments.safetensors")
 
 
 def calibration_of(plan: Plan, work: Path) -> Calibration:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import baselines
-from benchmarks.baselines import BASELINES, INPUT_OF, Calibration, decoder_weights, linear, weight_of
+from benchmarks.baselines import BASELINES, INPUT_OF, Calibration, affine_of, decoder_weights, linear, weight_of
 from tests.conftest import VOCABULARY, build_model
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -161,7 +161,7 @@ def maps_of(layer, shape, head):
 def test_modegpt_at_full_rank_is_the_identity(calibration, tokens):
     model = copy.deepcopy(calibration.model)
     for layer, grams in zip(model.model.layers, calibration.grams, strict=True):
-        baselines.decompose_values(layer, grams["q"], calibration.shape, calibration.shape.head_dim)
+        baselines.decompose_values(layer, grams["affine"], calibration.shape, calibration.shape.head_dim)
         baselines.nystroem(layer, grams["down"], calibration.shape.intermediate_size)
     v = weight_of(calibration.model.model.layers[0], "v")
     assert (weight_of(model.model.layers[0], "v") - v).abs().max() > 0.1
@@ -327,8 +327,56 @@ def test_slicegpt_counts_what_is_left_and_the_shortcuts(calibration):
     assert baselines.sliced_weights(shape, d) == decoder_weights(shape) + 2 * shape.layers * d * d
 
 
-def test_biases_are_refused(tokens):
-    with pytest.raises(ValueError, match="biases"):
+@pytest.fixture(scope="module")
+def biased() -> Calibration:
+    """Return a model whose queries, keys and values have biases."""
+    tokens = torch.randint(VOCABULARY, (10, 32), generator=torch.Generator().manual_seed(1))
+    return Calibration(build_model("qwen2-gqa"), tokens, batch_size=4)
+
+
+@torch.no_grad()
+def test_modegpt_with_biases(biased):
+    """The joint decomposition of values is that of inputs with a 1, and a dropped pair loses its bias."""
+    shape, widths = biased.shape, baselines.widths_for(biased.shape, 0.25, attention=True)
+    result = BASELINES["modegpt"](biased, 0.25)
+    h, g, d = shape.head_dim, shape.group, shape.hidden_size
+    for index, (source, layer) in enumerate(zip(biased.model.model.layers, result.model.model.layers, strict=True)):
+        assert linear(source, "v").bias.abs().min() > 0
+        x = inputs_of(biased.model, "q", index, biased.tokens)
+        values, new_values = (linear(one, "v").double()(x) for one in copy.deepcopy((source, layer)))
+        for head in range(shape.kv_heads):
+            rows = slice(head * h, (head + 1) * h)
+            outputs, new_outputs = (
+                [weight_of(one, "o")[:, i * h : (i + 1) * h].T for i in range(head * g, (head + 1) * g)]
+                for one in (source, layer)
+            )
+            before = torch.cat([values[:, rows] @ each for each in outputs], 1)
+            after = torch.cat([new_values[:, rows] @ each for each in new_outputs], 1)
+            tail = torch.linalg.svdvals(before)[widths.values :].square().sum()
+            torch.testing.assert_close((before - after).square().sum(), tail, rtol=1e-3, atol=0)
+            energies = [linear(copy.deepcopy(source), role).double()(x).square().sum(0) for role in ("q", "k")]
+            score = torch.stack([each.view(shape.kv_heads, -1, 2, h // 2).sum((1, 2))[head] for each in energies])
+            kept = score.prod(0).topk(widths.pairs).indices.sort().values
+            bias = linear(layer, "k").bias[rows].view(2, h // 2)
+            assert torch.equal(bias.abs().sum(0).nonzero().flatten(), kept)
+            assert torch.equal(bias[:, kept], linear(source, "k").bias[rows].view(2, h // 2)[:, kept])
+        assert affine_of(layer, "q").shape == (shape.heads * h, d + 1)
+
+
+def test_factors_leave_biases_alone(biased):
+    result = BASELINES["svd_llm"](biased, 0.25)
+    for source, layer in zip(biased.model.model.layers, result.model.model.layers, strict=True):
+        for role in ("q", "k", "v"):
+            assert torch.equal(linear(source, role).bias, linear(layer, role).bias)
+
+
+def test_an_unsliced_model_with_biases_answers_alike(biased, tokens):
+    whole = baselines.slice_to(biased, biased.shape.hidden_size)
+    torch.testing.assert_close(logits(whole, tokens), logits(biased.model, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_biases_of_the_mlp_are_refused(tokens):
+    with pytest.raises(ValueError, match="biases in the MLP"):
         Calibration(build_model("llama-gqa-bias"), tokens)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from benchmarks.baselines import Calibration, decoder_weights, linear, weight_of, widths_for
+from benchmarks.baselines import Calibration, affine_of, decoder_weights, linear, weight_of, widths_for
 from benchmarks.published import published
 from tests.conftest import VOCABULARY, build_model
 from tests.helpers.literal import square_root, truncate
@@ -14,7 +14,7 @@ from tests.helpers.literal import square_root, truncate
 TARGET = 0.4
 
 
-@pytest.fixture(scope="module", params=["llama-gqa-tied", "llama-mha"])
+@pytest.fixture(scope="module", params=["llama-gqa-tied", "llama-mha", "qwen2-gqa"])
 def calibration(request) -> Calibration:
     tokens = torch.randint(VOCABULARY, (10, 32), generator=torch.Generator().manual_seed(1))
     return Calibration(build_model(request.param), tokens, batch_size=4)
@@ -41,13 +41,19 @@ def kept_pairs(calibration, index, kv_head):
     model, shape = calibration.model, calibration.shape
     x = seen(model, calibration.tokens, (index, "q"))[index, "q"]
     h, layer = shape.head_dim, model.model.layers[index]
-    queries = (x @ weight_of(layer, "q").T).view(len(x), -1, h)[:, kv_head * shape.group : (kv_head + 1) * shape.group]
-    keys = (x @ weight_of(layer, "k").T).view(len(x), -1, h)[:, kv_head]
+    x = with_one(x)
+    queries = (x @ affine_of(layer, "q").T).view(len(x), -1, h)[:, kv_head * shape.group : (kv_head + 1) * shape.group]
+    keys = (x @ affine_of(layer, "k").T).view(len(x), -1, h)[:, kv_head]
     scores = [
         sum(queries[..., dim].square().mean(0).sum() * keys[:, dim].square().mean() for dim in (pair, pair + h // 2))
         for pair in range(h // 2)
     ]
     return sorted(sorted(range(h // 2), key=lambda pair: -scores[pair])[: widths(calibration).pairs])
+
+
+def with_one(x):
+    """Append the constant that a bias is multiplied with."""
+    return torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
 
 
 def widths(calibration):
@@ -64,8 +70,8 @@ def test_attention_scores_are_the_sums_over_each_heads_kept_pairs(calibration):
     source, h = calibration.model, shape.head_dim
     x = source.model.layers[0].input_layernorm(source.model.embed_tokens(tokens))
     cos, sin = source.model.rotary_emb(x, torch.arange(24)[None])
-    q, k = ((x @ weight_of(source.model.layers[0], role).float().T).view(2, 24, -1, h).mT for role in ("q", "k"))
-    q, k = apply_rotary_pos_emb(q.permute(0, 3, 1, 2), k.permute(0, 3, 1, 2), cos, sin)
+    q, k = (linear(source.model.layers[0], role)(x).view(2, 24, -1, h).transpose(1, 2) for role in ("q", "k"))
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
     chosen = set()
     for head in range(shape.heads):
         pairs = kept_pairs(calibration, 0, head // shape.group)
@@ -89,11 +95,11 @@ def test_values_and_outputs_are_the_printed_theorem(calibration):
 
             def maps(one, rows=rows, columns=columns):
                 side_by_side = torch.cat(list(weight_of(one, "o")[:, columns].T.split(h)), 1)
-                return weight_of(one, "v")[rows].T, side_by_side
+                return affine_of(one, "v")[rows].T, side_by_side
 
             (w_v, w_o), (new_v, new_o) = maps(layer), maps(result.model.model.layers[index])
             if g > 1:
-                x = inputs[index, "q"]
+                x = with_one(inputs[index, "q"])
                 root = square_root(x.T @ x / len(x))
                 before, after = root @ w_v @ w_o, root @ new_v @ new_o
             else:  # o_i = (p x) W_v: the weighted inputs are seen through W_v alone
