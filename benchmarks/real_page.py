@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.quality import spread_of, unique
@@ -155,21 +155,19 @@ def cost_row(budget: str, users: str, stage: str, found: list[Cell]) -> str:
 
 
 def missing(measured: Sequence[Cell], wanted: Sequence[Cell]) -> str:
-    """Return a sentence that names the wanted cells that are not measured."""
-    lacking = [key for key in wanted if not any(key.items() <= cell.items() for cell in measured)]
-    if not lacking:
-        return "Every cell that the command asks for is measured."
-    lines = []
-    for calibration in unique(key["calibration"] for key in lacking):
-        for budget in unique(key["budget"] for key in lacking):
-            of_both = [key for key in lacking if (key["calibration"], key["budget"]) == (calibration, budget)]
-            lines += named(of_both, lambda each: METHODS[each["method"]].label, f"{calibration}, {percent(budget)}")
+    """Return a list of the wanted cells that are not measured."""
+    lines = [] if any("long" in cell for cell in measured) else ["- loss by position"]
+    for calibration, budget, seed in unique(map(place, wanted)):
+        asked = [key for key in wanted if place(key) == (calibration, budget, seed)]
+        lacking = [key for key in asked if not any(key.items() <= cell.items() for cell in measured)]
+        if lacking:
+            names = [METHODS[key["method"]].label for key in lacking]
+            which = "every method" if len(lacking) == len(asked) else "; ".join(names)
+            lines.append(f"- {calibration}, {percent(budget)}, seed {seed}: {which}")
+    if not lines:
+        return "Everything that the command asks for is measured."
     return "Not measured yet:\n\n" + "\n".join(lines)
 
 
-def named(keys: list[Cell], name: Callable[[Cell], str], where: str) -> list[str]:
-    seeds = sorted({key["seed"] for key in keys})
-    return [
-        f"- {where}, seed {seed}: " + ", ".join(unique(name(key) for key in keys if key["seed"] == seed))
-        for seed in seeds
-    ]
+def place(key: Cell) -> tuple[str, float, int]:
+    return key["calibration"], key["budget"], key["seed"]

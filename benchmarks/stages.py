@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,9 +25,32 @@ class Cost(NamedTuple):
 
 
 def in_child(function: Callable[..., T], *arguments: Any) -> tuple[T, Cost]:
-    """Call a function in a new process, which ends with it; return its result and cost."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
-        return child.submit(measured, function, *arguments).result()
+    """Call a function in a new process, which ends with it; return its result and cost, or raise what it raised."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=send_measured, args=(sender, function, arguments))
+    child.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"{function.__name__}: its process ended with exit code {child.exitcode}") from None
+    finally:
+        receiver.close()
+    child.join()
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def send_measured(sender: Connection, function: Callable[..., T], arguments: tuple[Any, ...]) -> None:
+    """Send the result and cost of a call, or its exception; a child whose parent is gone ends here."""
+    try:
+        result: Any = measured(function, *arguments)
+    except Exception as error:
+        result = error
+    sender.send(result)
 
 
 def measured(function: Callable[..., T], *arguments: Any) -> tuple[T, Cost]:

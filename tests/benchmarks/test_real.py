@@ -1,6 +1,7 @@
 """The comparison on a real model, at small scale: equal blocks, equal removal, resumable, and its page."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.baselines import Calibration
 from benchmarks.quality import load
 from benchmarks.results import Cells
 from benchmarks.stages import measured
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 POSITIONS = (1, 32, 128)
@@ -106,7 +108,7 @@ def test_figures_are_those_of_the_compressed_model(run, checkpoint, tmp_path, te
     again, same = run(*options)
     assert again == cells
     assert same == page
-    assert "Every cell that the command asks for is measured." in page
+    assert "Everything that the command asks for is measured." in page
     assert f"--cells {tmp_path / 'cells.jsonl'}" in page
 
 
@@ -122,10 +124,10 @@ def test_it_stops_between_cells_and_says_what_is_missing(run):
     options = ("--calibrations", "code", "--methods", "modegpt_mlp,svd_llm")
     cells, page = run(*options, "--max-minutes", "0")
     assert [cell for cell in cells if "method" in cell] == []
-    assert "Not measured yet:\n\n- code, 25 %, seed 0: MoDeGPT, MLP only, SVD-LLM" in page
+    assert "Not measured yet:\n\n- loss by position\n- code, 25 %, seed 0: every method\n" in page
     run("--calibrations", "code", "--methods", "modegpt_mlp")
     _, page = run(*options, "--only-write")
-    assert "- code, 25 %, seed 0: SVD-LLM" in page
+    assert "Not measured yet:\n\n- code, 25 %, seed 0: SVD-LLM\n" in page
     assert "--only-write" not in page
 
 
@@ -136,6 +138,13 @@ def test_a_stage_runs_in_a_process_of_its_own():
     assert cost.seconds >= 0
     assert 0 < cost.peak < stages.peak_memory() - ballast.nbytes / 2
     assert seconds.peak <= cost.peak
+
+
+def test_a_stage_that_fails_says_so():
+    with pytest.raises(ValueError, match="invalid literal"):
+        stages.in_child(int, "five")
+    with pytest.raises(RuntimeError, match="_exit: its process ended with exit code 7"):
+        stages.in_child(os._exit, 7)
 
 
 def made_up(method, increase, seed=0, **more):
@@ -177,7 +186,7 @@ def test_page():
     assert "|  | every `a3` | calibrate | 5 | 4 | 0.6 |" in lines
     assert lines[-2:] == [
         "- wikitext, 10 %, seed 0: SliceGPT",
-        "- wikitext, 10 %, seed 1: SVD-LLM, SliceGPT",
+        "- wikitext, 10 %, seed 1: SVD-LLM; SliceGPT",
     ]
     assert "MoDeGPT" not in "\n".join(lines)
 
@@ -199,3 +208,8 @@ def test_texts(tmp_path):
         real.read_texts([str(whole)], tmp_path)
     with pytest.raises(SystemExit, match=r"there is no .*absent"):
         real.read_texts([f"rows={tmp_path / 'absent'}"], tmp_path)
+
+
+def test_the_page_has_markers_for_each_model():
+    page = (ROOT / "docs" / "real_models.md").read_text("utf-8")
+    assert page.count("<!-- smollm2-135m -->") == page.count("<!-- end of smollm2-135m -->") == 1
