@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from a3cli.errors import A3Error
-from a3cli.settings import DEFAULT_DATASET, ExportSettings, Settings, TextSettings, make_settings
+from a3cli.settings import DEFAULT_CALIBRATION, DEFAULT_DATASET, ExportSettings, Settings, TextSettings, make_settings
 from a3cli.settings.options import HOW, MACHINE, OUTPUT, PANELS, Option, TextOptions, option_of
 from a3cli.settings.texts import nest_texts, read_datasets
 
@@ -224,7 +224,7 @@ def read_settings(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, 
 
 def read_mixture(name: str, parts: str, text: Mapping[str, Any]) -> dict[str, Any]:
     """Return a text, or what the texts of a mixture share and these texts."""
-    found = read_datasets(text["dataset"] or [DEFAULT_DATASET])
+    found = read_datasets(text["dataset"] or DEFAULT_CALIBRATION)
     names = [each["dataset"] for each in found]
     fields, splits = (for_each(option_of((part,)), text[part], names) for part in EACH)
     texts = [

@@ -1,4 +1,4 @@
-"""Warn of what may hurt a solution: too few tokens, singular statistics, repeated text, scores beyond the context."""
+"""Warn of what may hurt a solution: few tokens, singular statistics, text of one kind, scores beyond the context."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,15 @@ from a3cli.report.layers import ComponentState, LayerState, name_layers
 from a3cli.report.long_range import solution_warnings
 from a3cli.settings import COMPONENTS, Component
 from a3cli.text.tokens import TokenStatistics
-from a3cli.work.manifests import Solution
+from a3cli.work.manifests import CalibrationRequest, Solution
 
 ENOUGH_TOKENS = 10  # times the dimension of a Gram matrix
+ONE_KIND = ("wikitext", "Salesforce/wikitext")  # beginnings of data sets whose text is all of one kind
 NEAR_SINGULAR = 1e8  # condition; above it, the smallest eigenvalues are rounding of float32 sums
 
 
 def find_concerns(
+    request: CalibrationRequest,
     layers: list[LayerState],
     text: TokenStatistics | None,
     solution: Solution | None,
@@ -24,7 +26,18 @@ def find_concerns(
     found = [*solution_warnings(solution), *expert_warnings(solution)] if solution else []
     for component in cut:
         found += component_warnings(component, [each.part(component) for each in layers])
-    return found + (text_warnings(text) if text else [])
+    return found + one_kind_warnings(request) + (text_warnings(text) if text else [])
+
+
+def one_kind_warnings(request: CalibrationRequest) -> list[str]:
+    """Return the warning of a calibration on one data set whose text is known to be of one kind."""
+    dataset = request.text.dataset
+    if request.mixture or request.merged or not dataset.startswith(ONE_KIND):
+        return []
+    return [
+        f"calibrated on {dataset} alone, which is text of one kind: on other text the loss can be two to three times "
+        f"as large; calibrate on a mixture (--dataset {dataset} --dataset c4, or text of your own)"
+    ]
 
 
 def component_warnings(component: Component, layers: list[ComponentState]) -> list[str]:

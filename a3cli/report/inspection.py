@@ -144,7 +144,9 @@ def describe_export(folder: Path) -> Inspection:
         export=manifest.summary(),
         measured=manifest.measured,
         versions=manifest.versions,
-        warnings=find_concerns(layers, None, manifest.solution, cut_of(config, manifest.solution)),
+        warnings=find_concerns(
+            manifest.calibration.request, layers, None, manifest.solution, cut_of(config, manifest.solution)
+        ),
     )
 
 
@@ -195,7 +197,8 @@ def describe_work(work: Work) -> Inspection:
     text = describe_calibration_text(blocks, source)
     dimensions, health = describe_statistics(work, calibration.layers, source)
     layers = describe_layers(dimensions, blocks.numel(), solution, health) if dimensions else []
-    warnings = find_concerns(layers, text, solution, cut_of(source.config, solution) if source else COMPONENTS)
+    cut = cut_of(source.config, solution) if source else COMPONENTS
+    warnings = find_concerns(calibration.request, layers, text, solution, cut)
     if stored and not solution:
         warnings.append(f"{work.solution_manifest} was solved from another calibration: {work.solve_again}")
     if source is None:

@@ -28,6 +28,7 @@ Sensitivity = Literal["residual", "probe"]
 # How config.json of a stock export describes RoPE of smaller heads; a3cli/runtimes says which runtime loads what.
 RopeForm = Literal["auto", "theta", "linear", "longrope"]
 DEFAULT_DATASET = "wikitext2"
+DEFAULT_CALIBRATION = ("wikitext2", "c4")  # half each: docs/text.md says why
 DEFAULT_WORK = Path("a3-work")
 # The meaning of predicted losses, by how they were converted to a common unit.
 LOSSES: dict[Sensitivity, str] = {
@@ -87,7 +88,7 @@ class CalibrateSettings(Settings):
         TextSettings,
         TextOptions(
             {
-                "dataset": Field(description="Name, Hub id, file or folder[:weight] (default: wikitext2)."),
+                "dataset": Field(description="Name, Hub id, file, folder[:weight] (default: wikitext2+c4)."),
                 **OF_EACH,
             },
             parts="texts",

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from a3cli.errors import A3Error
-from a3cli.settings import DEFAULT_DATASET, Settings, TextSettings, make_settings
+from a3cli.settings import DEFAULT_CALIBRATION, DEFAULT_DATASET, Settings, TextSettings, make_settings
 from a3cli.settings.options import TextOptions
 from a3cli.settings.texts import nest_texts, read_datasets
 
@@ -70,7 +70,7 @@ def nest_text(name: str, options: TextOptions, text: Mapping[str, Any], *, tasks
 
 def nest_mixture(name: str, parts: str, text: Mapping[str, Any]) -> dict[str, Any]:
     """Return a text, or of a mixture of several data sets NAME[:WEIGHT] what its texts share, and these texts."""
-    datasets = text.get("dataset", DEFAULT_DATASET)
+    datasets = text.get("dataset", DEFAULT_CALIBRATION)
     if isinstance(datasets, str) or not isinstance(datasets, Iterable):
         return {name: {**text, "dataset": datasets}}
     return nest_texts(name, parts, text, read_datasets([str(each) for each in datasets]))

@@ -14,6 +14,7 @@ from a3cli.models.config import read_shape
 from a3cli.models.families import Family, LayerSizes, ModelShape
 from a3cli.models.model import read_stock
 from a3cli.models.source import recorded_source
+from a3cli.report.concerns import one_kind_warnings
 from a3cli.report.figures import asked, human, human_bytes, percent
 from a3cli.report.long_range import solution_warnings
 from a3cli.report.serving import serving_warnings
@@ -22,7 +23,7 @@ from a3cli.settings.budgets import given_budgets
 from a3cli.solvers.allocate import sizes
 from a3cli.stages.sizes import Stored, default_components, planned_size, removed_weights
 from a3cli.work.folder import Work
-from a3cli.work.manifests import Change, Solution
+from a3cli.work.manifests import CalibrationManifest, Change, Solution
 
 EXCESS = 0.1  # of a budget, which rounding may add without a warning
 HEAD_MULTIPLES, MLP_MULTIPLES = (8, 4, 2), (32, 16, 8)  # smaller ones to suggest
@@ -32,7 +33,9 @@ Near = Callable[[int, int], bool]  # whether head multiple and MLP multiple keep
 def warnings_of(solution: Solution, work: Work, memory: int | None = None) -> list[str]:
     """Return what `a3 solve` warns of; the source's configuration is read only if a budget was overshot."""
     overshot = rounding_warnings(solution, lambda: source_shape(work))
-    return [*solution_warnings(solution), *overshot, *serving_warnings(solution, memory)]
+    calibration = CalibrationManifest.read(work.calibration_manifest, "run a3 calibrate --overwrite")
+    text = one_kind_warnings(calibration.request)
+    return [*solution_warnings(solution), *text, *overshot, *serving_warnings(solution, memory)]
 
 
 @dataclass(frozen=True)

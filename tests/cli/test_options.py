@@ -22,7 +22,7 @@ from tests.helpers.commands import COMMANDS, commands_of
 LONGEST_HELP = 60  # characters
 # Each command with its required arguments only, and the expected settings.
 DEFAULTS = {
-    "calibrate": (("model",), CalibrateSettings(model="model", text={"dataset": "wikitext2"})),
+    "calibrate": (("model",), CalibrateSettings(model="model", texts=[{"dataset": "wikitext2"}, {"dataset": "c4"}])),
     "solve": ((), SolveSettings()),
     "pareto": ((), ParetoSettings()),
     "export": (("out",), ExportSettings()),

@@ -1,13 +1,14 @@
-"""Warnings of large score errors at distances that calibration did not cover, wherever a solution is shown."""
+"""Warnings of distances, and of kinds of text, that calibration did not cover, wherever a solution is shown."""
 
 import json
+import shutil
 
 import pytest
 
 from a3cli.report.long_range import LARGE_SCORE_ERROR, solution_warnings
 from a3cli.settings import SolveSettings
 from a3cli.work.manifests import ByDistance, Flops, Layer, Solution, SolutionRequest
-from tests.conftest import CONTEXT
+from tests.conftest import CONTEXT, SHORT, SOLVE
 
 pytestmark = pytest.mark.usefixtures("hasty")
 DISTANCES = [0, 1, 2, 4, 8, 16, 32, 63]
@@ -69,3 +70,17 @@ def test_solve_inspect_report_and_card_warn_alike(options, a3, work, tmp_path):
         assert ("the predicted error of attention scores is" in (tmp_path / "page.html").read_text()) == bool(said)
     if said:
         assert f"at distance {CONTEXT - 1}" in said[0] or "at distance 128" in said[0]
+
+
+@pytest.mark.parametrize("other", [(), ("--dataset", "other.txt")], ids=["alone", "in a mixture"])
+def test_wikitext_alone_is_text_of_one_kind(other, a3, source, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("wikitext.txt", "other.txt"):
+        shutil.copy(text_file, name)
+    assert a3("calibrate", source, "--dataset", "wikitext.txt", *other, *SHORT).code == 0
+    assert a3(*SOLVE, "--method", "paper").code == 0
+    assert a3("export", "out").code == 0
+    for command in (("solve", *SOLVE[1:], "--method", "paper"), ("inspect", "a3-work"), ("inspect", "out")):
+        said = [each for each in a3(*command, "--json").json["warnings"] if "kind" in each]
+        assert len(said) == (0 if other else 1)
+        assert all("wikitext.txt alone" in each and "--dataset c4" in each for each in said)

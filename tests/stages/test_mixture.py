@@ -354,7 +354,7 @@ def test_keywords_of_a_mixture():
     assert made(dataset=["wikitext2:2"]).texts == ()
     assert [each.dataset for each in made(dataset=["owner/name:2024:1", "c4:3"]).parts] == ["owner/name:2024", "c4"]
     assert [each.samples for each in made(texts=[{"dataset": "a"}, {"dataset": "b"}]).parts] == [64, 64]
-    assert made().text.dataset == "wikitext2"
+    assert [(each.dataset, each.samples) for each in made().parts] == [("wikitext2", 64), ("c4", 64)]
     for values, said in (
         ({"texts": [{"dataset": "a"}], "dataset": "b"}, "either texts or dataset"),
         ({"texts": [{"dataset": "a"}], "text": {"dataset": "b"}}, "either the dataset of text, or texts"),
