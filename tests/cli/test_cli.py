@@ -141,18 +141,18 @@ def a_minute_a_step(monkeypatch):
 
 
 @pytest.mark.usefixtures("a_minute_a_step")
-@pytest.mark.parametrize("command", ["pareto", "export"])
-def test_a_time_limit_stops_between_steps_and_the_same_command_goes_on(command, a3, work, tmp_path):
+@pytest.mark.parametrize(("command", "minutes"), [("pareto", 6.5), ("export", 4.5)])
+def test_a_time_limit_stops_between_steps_and_the_same_command_goes_on(command, minutes, a3, work, tmp_path):
     commands = {
         "pareto": ("--budgets", "0.2,0.3", "--head-multiple", 2, "--mlp-multiple", 8, "--json"),
         "export": (tmp_path / "out", "--max-shard-size", "40KB", "--json"),
     }
     arguments = (command, *commands[command], "--work", work)
-    slices = [a3(*arguments, "--max-minutes", 4.5)]
+    slices = [a3(*arguments, "--max-minutes", minutes)]
     while slices[-1].code == 3 and len(slices) < 10:
         assert slices[-1].stdout == ""
-        assert "stopped by --max-minutes 4.5 before" in slices[-1].stderr.splitlines()[-1]
-        slices.append(a3(*arguments, "--max-minutes", 4.5))
+        assert f"stopped by --max-minutes {minutes} before" in slices[-1].stderr.splitlines()[-1]
+        slices.append(a3(*arguments, "--max-minutes", minutes))
     assert 1 < len(slices) < 10
     assert slices[-1].code == 0, slices[-1]
     at_once = (command, tmp_path / "whole", *arguments[2:]) if command == "export" else arguments
