@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -324,6 +325,7 @@ def main() -> None:
     bench = Bench(Plan(args.model, texts, work, *sizes), Cells(args.cells))
     wanted = wanted_cells(args, args.calibrations or (texts[0].name, MIXTURE))
     if not args.only_write:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage that runs ends with this process
         with contextlib.suppress(KeyboardInterrupt):
             bench.measure_missing(wanted, time.monotonic() + 60 * args.max_minutes)
     keys = {True: bench.plan.calibration_key, False: bench.plan.key}

@@ -34,11 +34,14 @@ def in_child(function: Callable[..., T], *arguments: Any) -> tuple[T, Cost]:
     try:
         result = receiver.recv()
     except EOFError:
-        child.join()
+        child.join()  # then its exit code is known
         raise RuntimeError(f"{function.__name__}: its process ended with exit code {child.exitcode}") from None
+    except BaseException:  # an interrupt: nothing goes on behind the caller's back
+        child.terminate()
+        raise
     finally:
         receiver.close()
-    child.join()
+        child.join()
     if isinstance(result, BaseException):
         raise result
     return result

@@ -1,8 +1,11 @@
 """The comparison on a real model, at small scale: equal blocks, equal removal, resumable, and its page."""
 
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ def run(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     Stages run in this process; a test of its own starts one.
     """
     monkeypatch.setattr(real, "in_child", measured)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
     for module in (real, real_page):
         monkeypatch.setattr(module, "POSITIONS", POSITIONS)
     other = tmp_path / "other.jsonl"
@@ -145,6 +149,20 @@ def test_a_stage_that_fails_says_so():
         stages.in_child(int, "five")
     with pytest.raises(RuntimeError, match="_exit: its process ended with exit code 7"):
         stages.in_child(os._exit, 7)
+
+
+def test_an_interrupt_ends_the_stage():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stages.in_child(time.sleep, 600)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert multiprocessing.active_children() == []
 
 
 def made_up(method, increase, seed=0, **more):
