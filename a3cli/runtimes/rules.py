@@ -21,7 +21,7 @@ IGNORES_HEAD_DIM = {
     "starcoder2": ("llama.cpp",),
 }
 # Model types with which smaller heads were tried: under vLLM, and under the other runtimes.
-TRIED_UNDER_VLLM = ("llama", "mistral", "granite", "starcoder2", "nemotron")
+TRIED_UNDER_VLLM = ("llama", "mistral", "granite", "starcoder2", "nemotron", "qwen3", "gemma3_text")
 TRIED = ("llama", "mistral")
 _THROUGH_BACKEND: tuple[Loads, str] = (YES, "with --model-impl transformers --trust-remote-code")
 # Whether vLLM's Transformers backend loads per-layer exports, by model type.
@@ -31,9 +31,13 @@ _TRIED_THROUGH_BACKEND = (
 )
 VLLM_PER_LAYER: dict[str, tuple[Loads, str]] = {
     **dict.fromkeys(_TRIED_THROUGH_BACKEND, _THROUGH_BACKEND),
-    "starcoder2": (NO, "its Transformers backend stops with an error for starcoder2"),
-    "opt": (NO, "its Transformers backend stops with an error for opt"),
+    **{
+        model_type: (NO, f"its Transformers backend stops with an error for {model_type}")
+        for model_type in ("gpt2", "mixtral", "mpt", "opt", "qwen3_5_text", "starcoder2")
+    },
 }
+# Model types whose own class vLLM does not load on a CPU, the only place where a3's exports were tried with it.
+NOT_ON_A_CPU = ("qwen3_5_text",)
 # RoPE's theta in transformers 4.57 where config.json has none; 10,000 for other model types.
 THETA_OF_4 = {"smollm3": 2_000_000, "gemma3_text": 1_000_000, "mixtral": 1_000_000}
 LOCAL_THETA_OF_4 = 10_000  # of sliding attention, in models that have another RoPE for it
@@ -170,6 +174,8 @@ def _untried(runtime: str, export: Export) -> str:
         return ""
     if export.model_type in WITH_EXPERTS:
         return f"not tried with {export.model_type}"
+    if runtime == "vLLM" and export.model_type in NOT_ON_A_CPU:
+        return f"not tried with {export.model_type}, whose class it does not load on a CPU"
     if not export.smaller_heads and not export.retyped:
         return ""
     whole = export.held_by or export.model_type

@@ -66,7 +66,13 @@ def verdicts(config: dict, *, smaller_heads: bool = True, **more) -> dict[str, V
         ("vLLM", QWEN2 | PER_LAYER, YES, "--model-impl transformers"),
         ("vLLM", STARCODER2 | PER_LAYER, NO, "stops with an error"),
         ("vLLM", NEMOTRON | PER_LAYER, YES, "--model-impl transformers"),
-        ("vLLM", BASE | {"model_type": "opt"} | PER_LAYER, NO, "stops with an error"),
+        *(
+            ("vLLM", BASE | {"model_type": each} | PER_LAYER, NO, f"stops with an error for {each}")
+            for each in ("opt", "gpt2", "mixtral", "mpt", "qwen3_5_text")
+        ),
+        ("vLLM", BASE | {"model_type": "qwen3_5_text"}, UNTRIED, "whose class it does not load on a CPU"),
+        ("vLLM", QWEN3 | THETA, YES, ""),
+        ("vLLM", BASE | {"model_type": "gemma3_text"} | LONGROPE, YES, ""),
         ("vLLM", QWEN2 | THETA, NO, "ignores head_dim"),
         ("vLLM", STARCODER2 | LONGROPE, YES, ""),
         ("vLLM", NEMOTRON | THETA, YES, ""),
