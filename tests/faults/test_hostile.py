@@ -115,6 +115,7 @@ def test_a_bomb_as_parquet(shape, source, a3, tmp_path):
     assert outcome.memory < 1 << 30
 
 
+@pytest.mark.slow
 def test_a_dictionary_bomb_as_parquet(source, a3, tmp_path):
     """A million rows refer to one cell of a megabyte."""
     cells = pa.DictionaryArray.from_arrays(pa.array([0] * 1_000_000, pa.int32()), pa.array(["x" * (1 << 20)]))

@@ -266,7 +266,10 @@ def test_a_sweep_over_budgets_begins_anew_with_other_text(a3, work, folder, monk
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("calibrate", "x", "--text-field", "a", "--text-field", "b"), ("2 times for 1 data sets", "once for each")),
+        (
+            ("calibrate", "x", "--dataset", "y", "--text-field", "a", "--text-field", "b"),
+            ("2 times for 1 data sets", "once for each"),
+        ),
         (("calibrate", "x", "--seed", 1, "--seed=2"), ("--seed was given 2 times",)),
         (("pareto", "--dataset", "a", "--dataset=b"), ("measures on one data set",)),
         (("solve", "--budget", 0.1, "--budget=0.2"), ("--budget was given 2 times",)),
