@@ -65,6 +65,7 @@ def test_types_ship():
 SILENCE = ("TRANSFORMERS_", "DATASETS_", "TQDM_", "HF_HUB_DISABLE_")
 
 
+@pytest.mark.slow
 def test_the_examples_run(folder):
     """All blocks of docs/python.md in order, as one program; only their own `print` writes anything."""
     page = (ROOT / "docs" / "python.md").read_text("utf-8")

@@ -17,7 +17,7 @@ from tests.helpers import forks
 
 SECONDS, MEMORY = 10, 1 << 30
 SOME = settings(
-    max_examples=14,
+    max_examples=8,
     derandomize=True,
     database=None,
     deadline=None,

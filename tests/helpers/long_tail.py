@@ -69,7 +69,7 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
     ),
     "test_export_equals_the_full_size_reference": repeated,
     "test_export_equals_the_literal_reference": repeated,
-    "test_full_sizes_are_bit_for_bit_the_source": variants,
+    "test_full_sizes_are_bit_for_bit_the_source": lambda of: of["name"] not in ("llama-gqa", "gemma3-gqa", "opt-mha"),
     "test_a_streamed_model_has_the_same_figures": lambda of: (
         of["name"] not in ("llama-gqa", "llama-longrope", "gemma3-gqa", "mixtral-gqa", "qwen3_5-hybrid", "mpt-mha")
     ),
@@ -96,18 +96,20 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
     "test_predicted_error_is_the_measured_one": lambda of: of["name"] not in ("llama-gqa", "mpt-mha"),
     "test_other_samples_tell_when_to_stop": lambda of: of["seed"] > 0,
     "test_reference_agrees_within_rounding_and_notices_more": lambda of: (
-        of["name"] in ("llama-longrope", "starcoder2-window", "nemotron-mha-bias")
+        of["name"] not in ("llama-gqa", "nemotron-gqa")
     ),
     "test_the_cache_has_the_bytes_that_were_predicted": lambda of: (
         of["name"] in ("mistral-gqa", "nemotron-mha-bias") and of["shape"] == "stock"
     ),
     "test_a_checkpoint_of_the_base_model": others("llama-gqa-tied"),
-    "test_singular_statistics_are_solved": lambda of: of["options"] != ("--method", "best"),
+    "test_singular_statistics_are_solved": lambda of: (
+        of["options"] != ("--method", "best") or of["singular"].__name__ in ("kill_channels", "kill_all")
+    ),
     "test_the_whole_is_written_again": lambda of: of["spelling"] != "" and of["kind"] != "mistral3",
     "test_memory_that_one_of_them_lacks_makes_all_batches_smaller": lambda of: of["victim"] == 0,
-    "test_killed_at_random_moments": lambda of: of["stage"] in ("calibrate", "solve"),
+    "test_killed_at_random_moments": lambda of: of["stage"] != "export",
     "test_export_generates_with_cache_as_without": lambda of: of["name"] in ("qwen3-window", "smollm3-window"),
-    "test_damaged": lambda of: of["damage"].__name__ in ("empty", "truncate"),
+    "test_damaged": lambda of: of["damage"].__name__ != "flip_a_bit",
     "test_damaged_halfway": lambda of: of["damage"].__name__ != "flip_a_bit",
     "test_absurd_sizes": lambda of: of["command"] == "eval",
     "test_configurations": lambda of: of["command"] != "plan",
@@ -115,7 +117,10 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
     "test_solve_goes_on_at_every_step": lambda of: of["rounds"] == 0,
     "test_windows_that_cut_the_context_are_refused": others("qwen2-window"),
     "test_its_products_are_those_that_a_plan_counts": lambda of: (of["name"], of["rounds"]) == ("llama-gqa", 0),
-    "test_a_damaged_export_is_made_again": lambda of: of["name"] == "config.json",
+    "test_a_damaged_export_is_made_again": lambda of: of["name"] == "config.json" or of["damage"] is None,
+    "test_heads_keep_their_size_where_some_layers_have_no_rope": others("smollm3-bias"),
+    "test_each_type_of_attention_has_its_own_slots": lambda of: of["form"] == "longrope",
+    "test_smaller_heads_get_norms_of_their_own": lambda of: (of["source"], of["shape"]) == ("qwen3", "stock"),
     "test_a_second_budget_refines_nothing_again": lambda of: "stock" not in str(of["variant"]),
     "test_what_is_kept_belongs_to_its_settings": lambda of: of["option"][0] != "--context",
     "test_heads_that_cannot_be_cut_are_not_refined": lambda of: "mlp" not in of["options"],
@@ -123,6 +128,7 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
     "test_statistics_while_a_solution_is_written": lambda of: of["damage"].__name__ != "truncate",
     "test_plot_is_a_picture": lambda of: of["suffix"] != ".svg",
     "test_exports_are_valid_and_mutations_are_not": lambda of: of["out"] in ("stock", "paper"),
+    "test_a_signal_is_obeyed_in_time": lambda of: of["alone"] != of["again"],
     "test_a_failed_upload_loses_nothing": lambda of: of["status"] == 403,
     "test_refined_value_maps_only_improve_and_end_at_a_minimum": lambda of: of["heads"] == of["kv_heads"],
     "test_the_commands_of_a_card_give_the_same_bytes": lambda of: of["name"] == "sequential",
