@@ -11,13 +11,17 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM = true
 
-.PHONY: demo test test-slow loaders lint lock clean
+.PHONY: demo test pytest test-slow loaders lint lock clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
+# Side by side: most of lint keeps one core busy, and tests wait for each other at their beginning and end.
+test: $(READY)
+	$(MAKE) -j2 lint pytest
+
 # Four at a time for two cores, one thread each: tests are mostly small models, and some wait for their own processes.
-test: lint
+pytest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4
 
 test-slow: $(READY)

@@ -99,7 +99,7 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
         of["name"] not in ("llama-gqa", "nemotron-gqa")
     ),
     "test_the_cache_has_the_bytes_that_were_predicted": lambda of: (
-        of["name"] in ("mistral-gqa", "nemotron-mha-bias") and of["shape"] == "stock"
+        of["name"] in ("mistral-gqa", "nemotron-mha-bias") or of["shape"] == "stock"
     ),
     "test_a_checkpoint_of_the_base_model": others("llama-gqa-tied"),
     "test_singular_statistics_are_solved": lambda of: (
@@ -108,7 +108,10 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
     "test_the_whole_is_written_again": lambda of: of["spelling"] != "" and of["kind"] != "mistral3",
     "test_memory_that_one_of_them_lacks_makes_all_batches_smaller": lambda of: of["victim"] == 0,
     "test_killed_at_random_moments": lambda of: of["stage"] != "export",
-    "test_export_generates_with_cache_as_without": lambda of: of["name"] in ("qwen3-window", "smollm3-window"),
+    "test_export_generates_with_cache_as_without": lambda of: (
+        of["name"] not in ("llama-longrope", "nemotron-gqa", "mixtral-gqa")
+    ),
+    "test_budget_zero_keeps_every_byte": lambda of: of["name"] not in ("llama-yarn", "qwen3-bias", "mixtral-gqa"),
     "test_damaged": lambda of: of["damage"].__name__ != "flip_a_bit",
     "test_damaged_halfway": lambda of: of["damage"].__name__ != "flip_a_bit",
     "test_absurd_sizes": lambda of: of["command"] == "eval",
