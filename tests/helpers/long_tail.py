@@ -113,6 +113,7 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
     ),
     "test_budget_zero_keeps_every_byte": lambda of: of["name"] not in ("llama-yarn", "qwen3-bias", "mixtral-gqa"),
     "test_damaged": lambda of: of["damage"].__name__ != "flip_a_bit",
+    "test_damaged_under_way": lambda of: of["damage"].__name__ not in ("flip_a_bit", "replace"),
     "test_damaged_halfway": lambda of: of["damage"].__name__ != "flip_a_bit",
     "test_absurd_sizes": lambda of: of["command"] == "eval",
     "test_configurations": lambda of: of["command"] != "plan",
