@@ -20,9 +20,9 @@ demo: $(READY)
 test: $(READY)
 	$(MAKE) -j2 lint pytest
 
-# Four at a time for two cores, one thread each: tests are mostly small models, and some wait for their own processes.
+# Three at a time for two cores, one thread each: tests are mostly small models, and some wait for their own processes.
 pytest: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
