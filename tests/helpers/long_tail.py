@@ -87,9 +87,7 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
     ),
     "test_statistics_equal_those_of_a_plain_forward": variants,
     "test_our_own_exports_say_it_twice_alike": variants,
-    "test_rope_has_the_form_that_was_asked_for": lambda of: (
-        (of["name"], of["form"]) not in (("llama-gqa", "linear"), ("nemotron-gqa", "linear"))
-    ),
+    "test_rope_has_the_form_that_was_asked_for": lambda of: (of["name"], of["form"]) != ("llama-gqa", "linear"),
     "test_a_lower_context_changes_nothing_within_it": lambda of: of["shape"] == "per-layer",
     "test_a_configuration_without_head_dim": others("starcoder2-gqa"),
     "test_generation_with_cache_equals_generation_without": lambda of: (
@@ -101,7 +99,7 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
     "test_weights_are_the_literal_regressions": lambda of: (
         of["name"] not in ("llama-gqa", "starcoder2-gqa") or (of["shape"] == "per-layer" and of["name"] != "llama-gqa")
     ),
-    "test_gate_and_up_are_fitted_too": lambda of: of["name"] not in ("llama-gqa", "starcoder2-gqa"),
+    "test_gate_and_up_are_fitted_too": others("llama-gqa"),
     "test_probes_equal_the_zeroed_stock_model": lambda of: of["name"] not in ("llama-gqa", "starcoder2-gqa"),
     "test_goes_on_at_the_layer_where_it_stopped": lambda of: of["damage"] is not None,
     "test_one_analysis_serves_every_budget": lambda of: "rope_form" in of["variant"],
@@ -118,6 +116,10 @@ LONG_TAIL: dict[str, Callable[[Parameters], bool]] = {
         of["options"] != ("--method", "best") or of["singular"].__name__ in ("kill_channels", "kill_all")
     ),
     "test_the_whole_is_written_again": lambda of: of["spelling"] != "" and of["kind"] != "mistral3",
+    "test_the_same_statistics_from_any_number_of_processes": lambda of: of["samples"] == 2,
+    "test_solve_and_export_give_the_same_bytes_from_any_number": lambda of: of["method"] == "paper",
+    "test_batches_are_halved_until_they_fit": lambda of: of["where"] == "disk",
+    "test_figures_are_those_of_the_card": lambda of: of["name"] == "Qwen3-30B-A3B",
     "test_memory_that_one_of_them_lacks_makes_all_batches_smaller": lambda of: of["victim"] == 0,
     "test_killed_at_random_moments": lambda of: of["stage"] != "export",
     "test_export_generates_with_cache_as_without": lambda of: (
