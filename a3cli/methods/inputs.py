@@ -25,8 +25,8 @@ REMEDY = "run a3 calibrate --overwrite"
 # Component of each statistic, for messages.
 COMPONENT_OF = {
     **dict.fromkeys(("q_gram", "q_sum", "k_gram", "k_sum", "distance", "sample_q", "sample_k", WEIGHT), "QK"),
-    **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "o_weight", "attention_residual"), "OV"),
-    **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "expert_tokens", "mlp_residual"), "MLP"),
+    **dict.fromkeys(("v_gram", "v_sum", "sample_v", "o_gram", "o_sum", "o_weight", "attention_inverse"), "OV"),
+    **dict.fromkeys(("mlp_gram", "mlp_energy", "x_sum", "expert_tokens", "mlp_inverse"), "MLP"),
 }
 # Dimensions of the sums that methods read of heads, which statistics of carried attention do not have.
 DIMENSIONS = {"q_gram": 3, "k_gram": 3, "v_gram": 3, "k_sum": 2, "distance": 1}
@@ -75,10 +75,8 @@ class LayerInputs:
             return torch.zeros(0, *[self.shape.head_dim] * (DIMENSIONS[name] - 1), dtype=torch.float64)
         with open_tensors(self._path, REMEDY) as file:
             if name not in file.keys():  # noqa: SIM118, a safetensors file is no dictionary
-                raise A3Error(
-                    f"layer {self.layer}: the statistics have no {name}; run a3 calibrate --overwrite "
-                    "--mlp-stats full, or use --method paper"
-                )
+                full = " --mlp-stats full, or use --method paper" if name == "mlp_gram" else ""
+                raise A3Error(f"layer {self.layer}: the statistics have no {name}; {REMEDY}{full}")
             value: torch.Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
             value = value / file.get_tensor("tokens").to(value.dtype)
         check_statistics(value, name, self.layer)
@@ -180,12 +178,16 @@ class LayerInputs:
 
     @cached_property
     def attention_unit(self) -> float:
-        """Return the factor from squared errors of the attention output to relative ones of the stream."""
-        return self.shape.residual_multiplier**2 / self.mean("attention_residual").item()
+        """Return the factor from squared errors of the attention output to relative ones of the stream.
+
+        It is the mean over tokens of 1/‖·‖²: a few tokens have streams a thousand times as long as all others.
+        """
+        return self.shape.residual_multiplier**2 * self.mean("attention_inverse").item()
 
     @cached_property
     def mlp_unit(self) -> float:
-        return self.shape.residual_multiplier**2 / self.mean("mlp_residual").item()
+        """Return the same factor for the MLP's output."""
+        return self.shape.residual_multiplier**2 * self.mean("mlp_inverse").item()
 
     def score_unit(self, attained: float) -> torch.Tensor:
         """Return the factors `[K]` from squared scores (before scaling) to relative errors of the stream.

@@ -154,8 +154,8 @@ class SolveSettings(Settings):
     ] = 1e-10
     ridge: Annotated[float, HOW, Field(ge=0, description="Damping of refits, relative to the Gram's diagonal.")] = 1e-6
     sensitivity: Weighting = "residual"
-    probe_blocks: Annotated[int, HOW, Field(ge=1, description="Calibration blocks that are probed.")] = 8
-    probe_points: Annotated[int, HOW, Field(ge=1, description="Sizes probed per component and layer.")] = 4
+    probe_blocks: Annotated[int, HOW, Field(ge=1, description="Calibration blocks that are probed.")] = 2
+    probe_points: Annotated[int, HOW, Field(ge=1, description="Sizes probed per component and layer.")] = 1
     sequential: Annotated[
         bool, HOW, Field(description="Refit each layer to the cuts before it, in a second sweep.")
     ] = False

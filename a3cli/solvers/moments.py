@@ -9,7 +9,7 @@ Sums, not means, so that statistics over different text add up exactly. Per laye
     o_gram [Hh, Hh]    Σ o oᵀ       input of the output projection              o_sum [Hh]
     mlp_gram [I, I]    Σ x xᵀ       input of the down projection                x_sum [I]
     mlp_energy [I]     Σ x²         its diagonal (all there is with diagonal statistics)
-    attention_residual, mlp_residual []  Σ‖·‖² of the residual stream after attention and after the MLP
+    attention_inverse, mlp_inverse []  Σ 1/‖·‖² of the residual stream after attention and after the MLP
     distance [T]       attention mass by query-key distance, of sampled queries over all heads
     tokens []
 
@@ -185,10 +185,13 @@ class LayerMoments:
             self.samples.add(self.first_block, seen["q"], seen["k"], seen["v"], mask, weights)
 
     def add_residual(self, name: str, x: torch.Tensor) -> None:
-        """Add `attention_residual` or `mlp_residual` from the stream `[..., d]`; the second also counts tokens."""
-        of_tokens = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # a norm over all tokens would lose digits
-        self._add(name, of_tokens.double().square().sum())
-        if name == "mlp_residual":
+        """Add `attention_inverse` or `mlp_inverse` from the stream `[..., d]`; the second also counts tokens.
+
+        A token whose stream is zero adds nothing.
+        """
+        energy = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().square()
+        self._add(name, torch.where(energy > 0, 1 / energy, 0.0).sum())
+        if name == "mlp_inverse":
             self._add("tokens", torch.tensor(x[..., 0].numel(), dtype=torch.float64, device=self.device))
 
     def _add(self, name: str, value: torch.Tensor) -> None:

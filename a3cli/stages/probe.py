@@ -36,6 +36,7 @@ from a3cli.work.sealed import versions
 log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
+SINGLE = 0.75  # of the allowed sizes: where a single one is probed
 
 
 class Probe(NamedTuple):
@@ -201,13 +202,17 @@ def describe_request(run: Run) -> Json:
 
 
 def plan_probes(curves: list[Curves], points: int) -> list[Probe]:
-    """Return at most `points` sizes per curve: the smallest, the largest below the full one, and evenly spaced ones."""
+    """Return at most `points` sizes per curve: the smallest, the largest below the full one, and evenly spaced ones.
+
+    A single one is at three quarters of the allowed sizes: measured over predicted hardly depends on the size
+    (docs/experiments.md).
+    """
     probes = []
     for layer, curve in enumerate(curves):
         for component in COMPONENTS:
             below = sorted(curve[component])[:-1]
-            places = torch.linspace(0, len(below) - 1, min(points, len(below))).round().long().tolist()
-            probes += [Probe(layer, component, below[place]) for place in places]
+            places = torch.linspace(0 if points > 1 else SINGLE, 1, min(points, len(below))).mul(len(below) - 1)
+            probes += [Probe(layer, component, below[place]) for place in places.round().long().tolist()]
     return probes
 
 

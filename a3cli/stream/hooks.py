@@ -103,7 +103,7 @@ class _Listener:
         self._heads.clear()  # before the MLP, which needs the memory
 
     def add_stream_after_attention(self, _norm: nn.Module, args: tuple[torch.Tensor]) -> None:
-        self._moments.add_residual("attention_residual", args[0])
+        self._moments.add_residual("attention_inverse", args[0])
 
     def add_mlp(self, _down: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
         self._moments.add_mlp(args[0], self._weights("down", output))
@@ -123,7 +123,7 @@ class _Listener:
         self._moments.add_expert(index, args[0], self._routing)
 
     def add_stream_after_mlp(self, _layer: nn.Module, _args: Any, output: Any) -> None:
-        self._moments.add_residual("mlp_residual", hidden_states_of(output))
+        self._moments.add_residual("mlp_inverse", hidden_states_of(output))
 
 
 def grown(queries: torch.Tensor, positions: torch.Tensor, growth: float, context: int) -> torch.Tensor:

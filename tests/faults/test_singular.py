@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import build_tokenizer, put_in_statistics, refused
+from tests.conftest import build_tokenizer, put_in_statistics, refused, reseal
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -105,8 +105,8 @@ def test_damping_is_raised_where_statistics_are_singular(singular, raised, a3):
     ("name", "component"),
     [
         *((name, "QK") for name in ("q_gram", "q_sum", "k_gram", "k_sum", "distance")),
-        *((name, "OV") for name in ("v_gram", "v_sum", "o_gram", "o_sum", "attention_residual")),
-        *((name, "MLP") for name in ("mlp_gram", "mlp_energy", "x_sum", "mlp_residual")),
+        *((name, "OV") for name in ("v_gram", "v_sum", "o_gram", "o_sum", "attention_inverse")),
+        *((name, "MLP") for name in ("mlp_gram", "mlp_energy", "x_sum", "mlp_inverse")),
         ("tokens", "layer 1:"),
     ],
 )
@@ -116,3 +116,15 @@ def test_statistics_that_are_not_finite_are_refused(name, component, value, work
     solution = json.loads((work / "solution" / "manifest.json").read_text())
     assert solution
     refused(a3("solve", "--budget", 0.25, *ROUNDING, "--overwrite", "--work", work), "layer 1", component, name, "NaN")
+
+
+def test_statistics_of_an_earlier_version_are_refused(work, a3):
+    path = work / "calibration" / "layer-001.safetensors"
+    sums = load_file(path)
+    del sums["mlp_inverse"]
+    save_file(sums, path)
+    reseal(path)
+    told = "layer 1", "mlp_inverse", "run a3 calibrate --overwrite"
+    outcome = a3("solve", "--budget", 0.25, *ROUNDING, "--overwrite", "--work", work)
+    refused(outcome, *told)
+    assert "--mlp-stats" not in outcome.stderr

@@ -362,7 +362,7 @@ def test_predicted_error_is_the_measured_one(name, a3, checkpoint, text_file, tm
     if behind:
         gain, output = behind[0]  # of the source
         wrong = wrong * gain / (output[:, rows].square().mean(-1)[..., None, None] + 1e-6).sqrt()
-    residual = stored["attention_residual"] / stored["tokens"]
+    residual = stored["tokens"] / stored["attention_inverse"]
     measured = (wrong.double().square().sum((-1, -2)).mean() / residual).item()
     predicted = solved["per_layer"][0]["attention_error"]
     assert solved["sizes"][0]["qk"] < 16
@@ -399,7 +399,7 @@ def test_energy_of_attention_is_that_of_the_models_own(name, a3, checkpoint, tex
             norm, output = behind[2 * index]
             wrong = wrong * gain_of(norm) / (output[:, rows, None].square().mean(-1, keepdim=True) + 1e-6).sqrt()
         stored = load_file(tmp_path / "work" / "calibration" / f"layer-{index:03d}.safetensors")
-        residual = stored["attention_residual"] / stored["tokens"]
+        residual = stored["tokens"] / stored["attention_inverse"]
         measured = (wrong.double().square().sum((-1, -2)).mean() / residual).item()
         assert solved["per_layer"][index]["energy"]["qk"] == pytest.approx(measured, rel=0.03)
 

@@ -99,7 +99,7 @@ def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_fi
         stored = load_file(tmp_path / "calibration" / f"layer-{index:03d}.safetensors")
         assert stored["tokens"].item() == blocks.numel()
         if carried:
-            assert stored.keys() == {"mlp_gram", "mlp_energy", "x_sum", "attention_residual", "mlp_residual", "tokens"}
+            assert stored.keys() == {"mlp_gram", "mlp_energy", "x_sum", "attention_inverse", "mlp_inverse", "tokens"}
         else:
             check_heads(stored, seen)
         if "routed" in seen:
@@ -109,8 +109,8 @@ def test_statistics_equal_those_of_a_plain_forward(name, a3, checkpoint, text_fi
             close(unpack_upper(stored["mlp_gram"], x.shape[1]), seen["x"].T @ x)
             close(stored["mlp_energy"], (seen["x"] * x).sum(0))
             close(stored["x_sum"], seen["x"].sum(0))
-        close(stored["attention_residual"], seen["after_attention"].square().sum())
-        close(stored["mlp_residual"], seen["after_mlp"].square().sum())
+        close(stored["attention_inverse"], (1 / seen["after_attention"].square().sum(-1)).sum())
+        close(stored["mlp_inverse"], (1 / seen["after_mlp"].square().sum(-1)).sum())
 
 
 def check_experts(stored, experts):

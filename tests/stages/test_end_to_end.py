@@ -300,11 +300,45 @@ def test_predicted_mlp_loss_is_the_measured_one(name, a3, checkpoint, text_file,
         model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, output: put_out.append(output.double()))
         model(blocks)
     stored = load_file(work / "calibration" / "layer-000.safetensors")
-    measured = (put_out[1] - put_out[0]).square().sum() / stored["mlp_residual"]
+    measured = (put_out[1] - put_out[0]).square().sum() * stored["mlp_inverse"] / stored["tokens"] ** 2
     curve = solved["per_layer"][0]["curves"]["mlp"]
     predicted = curve["loss"][curve["size"].index(solved["sizes"][0]["mlp"])]
     assert predicted == pytest.approx(measured.item(), rel=1e-4)
     assert predicted > 1e-4
+
+
+def test_a_few_long_streams_hide_no_loss(a3, checkpoint, text_file, tmp_path):
+    """A token whose stream is a thousand times as long changes what is predicted by little more than its own share."""
+    source, long = checkpoint("llama-gqa"), tmp_path / "long"
+    shutil.copytree(source, long)
+    work, predicted = tmp_path / "work", []
+    text = ("--dataset", text_file, "--samples", 8, "--seq-len", 60)
+    assert a3("calibrate", source, *text, "--work", work).code == 0
+    tokens = load_file(work / "calibration" / "tokens.safetensors")["tokens"].flatten().bincount()
+    rare = int(tokens.masked_fill(tokens < 8, len(text_file.read_bytes())).argmin())
+    weights = load_file(source / "model.safetensors")
+    weights["model.embed_tokens.weight"][rare] *= 1000
+    save_file(weights, long / "model.safetensors", metadata={"format": "pt"})
+    for folder in (source, long):
+        assert a3("calibrate", folder, *text, "--work", work, "--overwrite").code == 0
+        solved = a3(
+            "solve",
+            "--budget",
+            0.25,
+            "--mlp-multiple",
+            8,
+            "--head-multiple",
+            2,
+            "--work",
+            work,
+            "--overwrite",
+            "--json",
+        ).json
+        predicted.append(
+            torch.tensor([layer["curves"][c]["loss"][0] for layer in solved["per_layer"] for c in ("qk", "ov", "mlp")])
+        )
+    assert (predicted[0] > 1e-4).all()
+    torch.testing.assert_close(predicted[1], predicted[0], rtol=0.2, atol=0)
 
 
 def test_attention_only_leaves_the_mlp_bit_identical(a3, checkpoint, text_file, tmp_path):

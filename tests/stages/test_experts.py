@@ -115,7 +115,8 @@ def test_predicted_loss_is_the_sum_of_the_experts_errors(name, method, a3, check
             error += (each.weighted.square().sum(0) * down.square().sum(0))[dropped].sum()
     else:
         error = sum((one - other).square().sum() for one, other in zip(before, after, strict=True))
-    measured = error / read(tmp_path / "work" / "calibration")["mlp_residual"]
+    stored = read(tmp_path / "work" / "calibration")
+    measured = error * stored["mlp_inverse"] / stored["tokens"] ** 2
     curve = solved.json["per_layer"][0]["curves"]["mlp"]
     predicted = curve["loss"][curve["size"].index(solved.json["sizes"][0]["mlp"])]
     assert predicted == pytest.approx(measured.item(), rel=1e-4)
@@ -139,7 +140,8 @@ def test_predicted_loss_is_the_whole_error_where_a_token_has_one_expert(name, a3
         model = load(folder)
         model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, output: put_out.append(output.double()))
         model(blocks)
-    measured = (put_out[1] - put_out[0]).square().sum() / read(tmp_path / "work" / "calibration")["mlp_residual"]
+    stored = read(tmp_path / "work" / "calibration")
+    measured = (put_out[1] - put_out[0]).square().sum() * stored["mlp_inverse"] / stored["tokens"] ** 2
     curve = solved.json["per_layer"][0]["curves"]["mlp"]
     predicted = curve["loss"][curve["size"].index(solved.json["sizes"][0]["mlp"])]
     assert predicted == pytest.approx(measured.item(), rel=1e-4)

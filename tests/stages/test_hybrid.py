@@ -29,7 +29,7 @@ NAME = "qwen3_5-hybrid"
 LAYERS = {"num_hidden_layers": 4, "full_attention_interval": ...}  # the fourth without linear attention, as published
 SOLVE = ("solve", "--budget", 0.15, "--mlp-multiple", 8)
 WHY = "most layers have linear attention, and the others a gate on its output, so attention stays as it is"
-STATISTICS = {"mlp_gram", "mlp_energy", "x_sum", "attention_residual", "mlp_residual", "tokens"}
+STATISTICS = {"mlp_gram", "mlp_energy", "x_sum", "attention_inverse", "mlp_inverse", "tokens"}
 
 
 @pytest.fixture

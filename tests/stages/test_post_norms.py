@@ -69,7 +69,8 @@ def test_predicted_loss_is_the_change_of_the_stream(name, component, a3, checkpo
     along = output * (output * wrong).mean(1, keepdim=True) / mean
     weighted, exact = wrong * gain / mean.sqrt(), (wrong - along) * gain / mean.sqrt()
     assert (moved - exact).norm() < 0.02 * exact.norm()  # some norms compute in float32
-    energy = stored["mlp_residual" if component == "mlp" else "attention_residual"].item()
+    inverse = stored["mlp_inverse" if component == "mlp" else "attention_inverse"].item()
+    energy = stored["tokens"].item() ** 2 / inverse
     counted = weighted.square().sum().item() / energy
     if component == "mlp":
         assert predicted == pytest.approx(counted, rel=1e-3)

@@ -182,6 +182,7 @@ def test_probed_points_span_every_allowed_size():
     assert [(p.component, p.size) for p in probes if p.component == "qk"] == [("qk", 4), ("qk", 8), ("qk", 12)]
     assert not [p for p in probes if p.component == "ov"]  # nothing to choose
     assert [p.size for p in probes if p.component == "mlp"] == [8, 48, 88]
+    assert [(p.component, p.size) for p in plan_probes(curves, 1)] == [("qk", 12), ("mlp", 72)]
 
 
 def test_weighed_curve_meets_the_measurements():

@@ -388,7 +388,7 @@ def test_sums_of_half_precision_are_exact_to_float32(dtype, tokens, monkeypatch)
         moments.add_mlp(batch)
         moments.add_attention_output(batch)
         moments.add_heads("q", batch)
-        moments.add_residual("mlp_residual", batch)
+        moments.add_residual("mlp_inverse", batch)
     assert torch.get_float32_matmul_precision() == precision
     found = moments.finished()
     flat = torch.cat(batches).flatten(0, 1).double()
@@ -399,7 +399,7 @@ def test_sums_of_half_precision_are_exact_to_float32(dtype, tokens, monkeypatch)
         "o_sum": flat.sum(0),
         "q_gram": heads.mT @ heads,
         "q_sum": heads.sum(1),
-        "mlp_residual": flat.square().sum(),
+        "mlp_inverse": (1 / flat.square().sum(1)).sum(),
     }
     for name, value in expected.items():
         assert (found[name] - value).norm() < 1e-6 * value.norm(), name
