@@ -70,10 +70,9 @@ def table(rows: list[tuple[float, float, float]]) -> str:
     lines = [*heading(COLUMNS)]
     for layer, (share, kept, other) in enumerate(rows):
         lines.append(line((layer, f"{100 * share:.0f} %", f"{kept:.1f}", f"{other:.1f}")))
-    spreads = [max(column) / min(column) for column in list(zip(*rows, strict=True))[1:]]
-    medians = [statistics.median(column) for column in list(zip(*rows, strict=True))[1:]]
-    lines.append(line(("median", "", *(f"{each:.1f}" for each in medians))))
-    lines.append(line(("largest / smallest", "", *(f"{each:.0f}" for each in spreads))))
+    _, *ratios = zip(*rows, strict=True)
+    lines.append(line(("median", "", *(f"{statistics.median(each):.1f}" for each in ratios))))
+    lines.append(line(("largest / smallest", "", *(f"{max(each) / min(each):.0f}" for each in ratios))))
     return "\n".join(lines)
 
 
