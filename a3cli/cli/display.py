@@ -174,17 +174,20 @@ def _describe_parts(
     return f"{said}: {whole_heads}" if whole_heads else said
 
 
-def _print_stages(seconds: dict[str, float], memory: dict[str, int], *, solution: int, **disk: int) -> None:
-    """Print what each stage needs; `solution` and `disk` are bytes in the work folder and of the export."""
+def _print_stages(
+    seconds: dict[str, float], memory: dict[str, int], *, solution: int, gradients: int, **disk: int
+) -> None:
+    """Print what each stage needs; the others are bytes in the work folder and of the export."""
     written = {
         "calibrate": disk["statistics"] + disk["hidden_states"],
-        "solve --method paper": disk["solution_paper"],
-        "solve --method best --sequential": disk["solution_sequential"],
+        "solve --method paper": max(gradients, disk["solution_paper"]),
+        "solve --method best": max(gradients, solution),
+        "solve --method best --sequential": max(gradients, disk["solution_sequential"]),
         "export": disk["export"],
     }
     table = new_table("", figures=("disk", "memory", "time"))
     for stage, spent in seconds.items():
-        table.add_row(stage, size(written.get(stage, solution)), size(memory[stage]), duration(spent))
+        table.add_row(stage, size(written[stage]), size(memory[stage]), duration(spent))
     print_table(table)
 
 

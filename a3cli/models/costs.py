@@ -289,6 +289,26 @@ def measuring_memory(shape: ModelShape, vocabulary: int, itemsize: int) -> int:
     return states + max(layer_bytes(shape, itemsize), head)
 
 
+GRADIENT_TOKENS = 8192  # of the calibration, through which gradients are swept back
+
+
+def gradient_blocks(samples: int, seq_len: int) -> int:
+    """Return how many blocks of the calibration that is."""
+    return min(samples, -(-GRADIENT_TOKENS // seq_len))
+
+
+def gradient_flops(shape: ModelShape, vocabulary: int, samples: int, seq_len: int) -> int:
+    """Return the FLOPs of the sweep for gradients: two forwards and a backward, and logits once."""
+    sweep = 3 * prefill_flops_per_token(shape, shape.sizes, seq_len) + 4 * vocabulary * shape.hidden_size
+    return gradient_blocks(samples, seq_len) * seq_len * sweep
+
+
+def gradient_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int) -> int:
+    """Return the bytes of the sweep's files: hidden states and gradients before every layer and after the last."""
+    blocks = gradient_blocks(samples, seq_len)
+    return 2 * (shape.layers + 1) * hidden_state_bytes(shape, blocks, seq_len, itemsize)
+
+
 SMALL_LAYER = 4096  # MLP channels; the statistics of several layers of this width fit in any memory
 
 

@@ -86,7 +86,7 @@ def solve_command(settings: SolveSettings) -> str:
     if settings.sensitivity != "probe":
         without |= {"probe_blocks", "probe_points"}
         if not settings.sequential:
-            without |= {"dtype", "batch_size"}
+            without |= {"batch_size"} if settings.sensitivity == "gradient" else {"dtype", "batch_size"}
     defaults = {name: field.default for name, field in SolveSettings.model_fields.items()}
     recorded = recorded_settings(settings)
     return command("solve", None, {k: v for k, v in recorded.items() if k not in without or v != defaults[k]})

@@ -88,8 +88,8 @@ def add_solution(
     found, settings = solution.per_layer[layer], solution.request.settings
     size: int = getattr(solution.sizes[layer], component)
     loss = loss_at(getattr(found.curves, component), size)
-    # Probed losses have other units.
-    energy = getattr(found.energy, component) if settings.sensitivity == "residual" else None
+    # Probed losses have another unit.
+    energy = None if settings.sensitivity == "probe" else getattr(found.energy, component)
     ranks = getattr(found.effective_rank, component)
     floored = getattr(found.floored_eigenvalues, component, None)
     damping = getattr(found.damping, component, None)

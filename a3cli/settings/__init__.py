@@ -24,7 +24,7 @@ from a3cli.settings.texts import MixedText, SeqLen, name_mixture, part_settings,
 from a3cli.settings.texts import TextSettings as TextSettings
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Sensitivity = Literal["residual", "probe"]
+Sensitivity = Literal["gradient", "residual", "probe"]
 # How config.json of a stock export describes RoPE of smaller heads; a3cli/runtimes says which runtime loads what.
 RopeForm = Literal["auto", "theta", "linear", "longrope"]
 DEFAULT_DATASET = "wikitext2"
@@ -32,6 +32,7 @@ DEFAULT_CALIBRATION = ("wikitext2", "c4")  # half each: docs/text.md says why
 DEFAULT_WORK = Path("a3-work")
 # The meaning of predicted losses, by how they were converted to a common unit.
 LOSSES: dict[Sensitivity, str] = {
+    "gradient": "KL(source ‖ compressed) to second order, nats a token",
     "residual": "squared error relative to the residual stream",
     "probe": "KL(source ‖ compressed) as probed, nats a token",
 }
@@ -50,7 +51,7 @@ Shape = Annotated[
 ]
 HeadMultiple = Annotated[int, CUT, Field(ge=1, description="Make head sizes a multiple of this.")]
 MlpMultiple = Annotated[int, CUT, Field(ge=1, description="Make MLP widths a multiple of this.")]
-Weighting = Annotated[Sensitivity, HOW, Field(description="Weight losses as predicted, or by KL probed in one sweep.")]
+Weighting = Annotated[Sensitivity, HOW, Field(description="Weigh losses by gradients, stream length or probed KL.")]
 Device = Annotated[str, MACHINE, Field(description="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[DtypeName, MACHINE, Field(description="auto: float32 on a CPU, the checkpoint's on a GPU.")]
 BatchSize = Annotated[int, MACHINE, Field(ge=1, description="Batch size, in blocks.")]
@@ -153,7 +154,7 @@ class SolveSettings(Settings):
         float, HOW, Field(ge=0, lt=1, description="Smallest eigenvalue, relative to the largest.")
     ] = 1e-10
     ridge: Annotated[float, HOW, Field(ge=0, description="Damping of refits, relative to the Gram's diagonal.")] = 1e-6
-    sensitivity: Weighting = "residual"
+    sensitivity: Weighting = "gradient"
     probe_blocks: Annotated[int, HOW, Field(ge=1, description="Calibration blocks that are probed.")] = 2
     probe_points: Annotated[int, HOW, Field(ge=1, description="Sizes probed per component and layer.")] = 1
     sequential: Annotated[
@@ -232,7 +233,7 @@ class ParetoSettings(Settings):
     ] = Field(default="0.1:0.5:0.05", validate_default=True)
     head_multiple: HeadMultiple = 16
     mlp_multiple: MlpMultiple = 64
-    sensitivity: Weighting = "residual"
+    sensitivity: Weighting = "gradient"
     sequential: Annotated[bool, HOW, Field(description="Measure `best` with --sequential; `paper` without.")] = False
     text: Annotated[
         TextSettings | None,

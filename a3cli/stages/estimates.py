@@ -82,11 +82,13 @@ class DiskBytes:
     """Bytes in the work folder, and of the export.
 
     `solution` is that of `best` if the statistics allow it; `solution_sequential` is the peak with `--sequential`.
+    `gradients` are files that `a3 solve` has before it writes a solution.
     """
 
     statistics_per_layer: int
     statistics: int
     hidden_states: int
+    gradients: int
     solution: int
     solution_paper: int
     solution_sequential: int
@@ -112,6 +114,7 @@ def estimate_disk(run: Run) -> DiskBytes:
         statistics_per_layer=layer,
         statistics=layer * shape.layers,
         hidden_states=2 * costs.hidden_state_bytes(shape, settings.samples, run.seq_len, run.item),
+        gradients=costs.gradient_bytes(shape, settings.samples, run.seq_len, run.item),
         solution=solution["best" if run.solves("best") else "paper"],
         solution_paper=solution["paper"],
         solution_sequential=costs.corrected_bytes(shape, run.size, "best", REFIT_ROUNDS) * shape.layers
@@ -174,10 +177,12 @@ def estimate_seconds(run: Run, rates: Rates) -> dict[str, float]:
     checked = statistics / rates.disk + statistics / (HASH_GBPS * 1e9)
     moved = run.parameters * run.source_item + disk.export
     measured = costs.measuring_flops(shape, run.sizes, run.vocabulary, run.seq_len) / rates.compute
+    swept = costs.gradient_flops(shape, run.vocabulary, settings.samples, run.seq_len) / rates.compute
+    both = max(swept, 2 * read) + max(measured, 2 * read)
     spent = {
         "calibrate": max(compute, read) + kept,
         **{
-            f"solve --method {method}": checked + shape.layers * of_layer + max(measured, 2 * read)
+            f"solve --method {method}": checked + shape.layers * of_layer + both
             for method, of_layer in layer_seconds(run, rates).items()
             if run.solves(method)
         },

@@ -16,6 +16,7 @@ from a3cli.solvers.moments import Tensors
 from a3cli.solvers.rope import frequency_at
 from a3cli.solvers.slots import score_error
 from a3cli.stages.context import Run
+from a3cli.stages.gradients import Factors
 from a3cli.work.files import Json
 from a3cli.work.manifests import CalibrationManifest
 
@@ -90,16 +91,21 @@ def describe_slots(run: Run, sizes: list[LayerSizes], slots: list[Slots]) -> lis
     return slots[0].pairs if shared else [own.pairs for own in slots]
 
 
-def describe_layers(run: Run, written: list[Json], curves: list[Curves]) -> list[Json]:
-    """Return what is known of each layer, with its curves; `written` is what the draft records of the layers."""
+def describe_layers(run: Run, written: list[Json], curves: list[Curves], factors: list[Factors] | None) -> list[Json]:
+    """Return what is known of each layer, with its curves; `written` is what the draft records of the layers.
+
+    `factors` convert the energies to the curves' unit.
+    """
+    units = factors or [dict.fromkeys(COMPONENTS, 1.0)] * len(curves)
     return [
         {
             **each["described"],
+            "energy": {c: each["described"]["energy"][c] * unit[c] for c in COMPONENTS},
             "curves": describe_curves(own),
             "score_error": each["score_error"],
             "tokens_per_dimension": tokens_per_dimension(run.model.shape, run.calibration),
         }
-        for each, own in zip(written, curves, strict=True)
+        for each, own, unit in zip(written, curves, units, strict=True)
     ]
 
 

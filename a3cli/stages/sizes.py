@@ -151,6 +151,9 @@ def check_budgets(
     need = find_need(settings, shape, stored)
     curves: list[Curves] = [{c: dict.fromkeys(sizes, 0.0) for c, sizes in allowed.items()}] * shape.layers
     heads, mlp = find_items(settings, shape, curves, need.count)
+    if isinstance(settings, SolveSettings):
+        keep_to_budget(heads, settings.attention_budget, costs.attention_weights, shape, settings, family)
+        keep_to_budget(mlp, settings.mlp_budget, costs.mlp_weights, shape, settings, family)
     check_reach(settings, need, shape, stored, [*heads, *mlp], family)
 
 

@@ -11,6 +11,7 @@ from a3cli.settings.budgets import SINCE
 from a3cli.stages.allowed import resolve_for_work
 from a3cli.stages.context import AGAIN, Run, check_settings_of_model, open_run, read_calibration
 from a3cli.stages.correction import correct, cuts_of, drop_steps, one_shot_file
+from a3cli.stages.gradients import Factors, convert, loss_factors
 from a3cli.stages.measured_loss import measure_loss
 from a3cli.stages.probe import probe, weigh
 from a3cli.stages.result import (
@@ -36,11 +37,15 @@ NOT_IN_BYTES = {"num_processes", "name", "memory"}  # settings that do not chang
 
 @dataclass(frozen=True)
 class Analysed:
-    """A method, what it found, and the curves to choose sizes from: its own, or as probes have weighed them."""
+    """A method, what it found, and the curves to choose sizes from, converted as the settings' sensitivity says.
+
+    `factors` are those of the conversion, if they are the same for all sizes.
+    """
 
     method: Method[Any]
     analysis: Analysis[Any]
     curves: list[Curves]
+    factors: list[Factors] | None = None
 
 
 def solve(
@@ -107,7 +112,11 @@ def analyse(run: Run) -> Analysed:
     analysis = Analysis(layers, tables, predictions)
     curves = [prediction.losses for prediction in predictions]
     if run.settings.sensitivity == "probe":
-        curves = weigh(curves, probe(run, method, analysis))
+        return Analysed(method, analysis, weigh(curves, probe(run, method, analysis)))
+    if run.settings.sensitivity == "gradient":
+        factors = loss_factors(run)
+        converted = [convert(own, factor) for own, factor in zip(curves, factors, strict=True)]
+        return Analysed(method, analysis, converted, factors)
     return Analysed(method, analysis, curves)
 
 
@@ -134,7 +143,7 @@ def write_solution(run: Run, analysed: Analysed, *, measured: bool = True) -> So
             "predicted_loss": predicted_loss(analysed.curves, sizes),
             "measured_loss": measure_loss(run, cuts_of(draft, sizes, slots, layer_file)) if measured else None,
             "predicted_score_error": mean_by_distance([each["score_error"] for each in written]),
-            "per_layer": describe_layers(run, written, analysed.curves),
+            "per_layer": describe_layers(run, written, analysed.curves, analysed.factors),
             "layers": hashes,
             "versions": versions(),
         }

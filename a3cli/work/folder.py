@@ -21,6 +21,8 @@ manifest is written last, so a folder with a manifest is a finished stage. Only 
     kept/source.json, source-….safetensors   what the source's layers make of the tokens on which solutions are measured
     probes/best-stock.json …         measured sensitivities of a method and shape
     probes/progress.json, streams-{0,1}.bin   during the measurement
+    gradients/energies.json          what errors of each layer's stream cost, reused by every later solution
+    gradients/progress.json, states-000.bin …, gradients-000.bin …   while it is computed
     pareto.json                      finished points of `a3 pareto`
     evaluation.json                  the figures that a recipe measured, and the export's hash
     publication.json                 where a recipe uploaded the export, and the export's hash
@@ -55,6 +57,7 @@ class Work:
         self.solution_manifest = self.solution / "manifest.json"
         self.tokens = self.calibration / "tokens.safetensors"
         self.probes = folder / "probes"
+        self.gradients = folder / "gradients"
         self.channels = folder / "channels"
         self.kept = folder / "kept"
         self.points = folder / "pareto.json"
@@ -98,7 +101,8 @@ class Work:
         other = Work(folder)
         other.source, other.calibration, other.tokens = self.source, self.calibration, self.tokens
         other.calibration_manifest, other.calibration_progress = self.calibration_manifest, self.calibration_progress
-        other.probes, other.channels, other.kept = self.probes, self.channels, self.kept
+        other.probes, other.gradients = self.probes, self.gradients
+        other.channels, other.kept = self.channels, self.kept
         return other
 
     def statistics(self, layer: int) -> Path:

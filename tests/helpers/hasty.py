@@ -10,6 +10,7 @@ FEW = [
     (maps, "QUICK", Effort(iterations=2, few=True)),
     (maps, "THOROUGH", Effort(iterations=4)),
     (costs, "MEASURED_TOKENS", 64),
+    (costs, "GRADIENT_TOKENS", 64),
 ]
 
 

@@ -120,7 +120,7 @@ SOLVE = {
     "rope_form": st.sampled_from(["auto", "theta", "linear", "longrope"]),
     "eigenvalue_floor": FRACTIONS,
     "ridge": st.floats(0, allow_infinity=False),
-    "sensitivity": st.sampled_from(["residual", "probe"]),
+    "sensitivity": st.sampled_from(["gradient", "residual", "probe"]),
     "probe_blocks": COUNTS,
     "probe_points": COUNTS,
     "sequential": st.booleans(),

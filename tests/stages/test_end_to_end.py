@@ -292,7 +292,7 @@ def test_predicted_mlp_loss_is_the_measured_one(name, a3, checkpoint, text_file,
     """Compare the first layer's MLP output in source and export; nothing else was cut."""
     source, work, out = checkpoint(name), tmp_path / "work", tmp_path / "out"
     a3("calibrate", source, "--dataset", text_file, "--samples", 8, "--seq-len", 60, "--work", work)
-    cut = ("--mlp-budget", 0.8, "--components", "mlp", "--mlp-multiple", 8)
+    cut = ("--mlp-budget", 0.8, "--components", "mlp", "--mlp-multiple", 8, "--sensitivity", "residual")
     solved = a3("solve", *cut, "--work", work, "--json").json
     assert a3("export", out, "--work", work).code == 0
     blocks, put_out = load_file(work / "calibration" / "tokens.safetensors")["tokens"], []
@@ -474,7 +474,7 @@ def test_weights_that_an_export_could_not_stand_for_are_refused(a3, checkpoint, 
         edit(name, value)
         text = ("--dataset", text_file, "--samples", 4, "--seq-len", 64)
         assert a3("calibrate", source, *text, "--work", work, "--overwrite").code == 0
-        budgets = ("--attention-budget", 0.25, "--mlp-budget", 0, "--head-multiple", 8)
+        budgets = ("--attention-budget", 0.25, "--mlp-budget", 0, "--head-multiple", 8, "--sensitivity", "residual")
         assert a3("solve", *budgets, "--work", work).code == 0
         outcome = a3("export", out, "--dtype", dtype, "--work", work)
         assert outcome.code == 2

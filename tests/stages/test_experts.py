@@ -100,7 +100,7 @@ def test_each_expert_is_refit_on_its_own_tokens(name, a3, checkpoint, text_file,
 def test_predicted_loss_is_the_sum_of_the_experts_errors(name, method, a3, checkpoint, text_file, tmp_path):
     """With the routing of the source. The paper's loss leaves out what dropped channels have in common."""
     source = checkpoint(name)
-    out, solved = run(a3, source, text_file, tmp_path, "--method", method)
+    out, solved = run(a3, source, text_file, tmp_path, "--method", method, "--sensitivity", "residual")
     blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"]
     model, smaller = load(source), load(out)
     _, arguments = seen_by(model, blocks)
@@ -134,7 +134,7 @@ def routed_outputs(experts: Any, arguments: tuple[torch.Tensor, ...]) -> list[to
 def test_predicted_loss_is_the_whole_error_where_a_token_has_one_expert(name, a3, checkpoint, text_file, tmp_path):
     """Nothing in front of the first MLP is cut, so the routing is the source's."""
     source = checkpoint(name, num_experts_per_tok=1)
-    out, solved = run(a3, source, text_file, tmp_path)
+    out, solved = run(a3, source, text_file, tmp_path, "--sensitivity", "residual")
     blocks, put_out = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"], []
     for folder in (source, out):
         model = load(folder)

@@ -248,8 +248,8 @@ def sizes_of(tensors):
 def test_smaller_heads_get_norms_of_their_own(source, shape, a3, request, tmp_path):
     """If asked for: the export answers like the full-size source with the same maps, and has the predicted size."""
     work, out = ("--work", request.getfixturevalue(f"work_of_{source}")), tmp_path / "out"
-    command = ("solve", "--components", "qk,ov", "--budget", 0.2, "--head-multiple", 2, "--shape", shape, *work)
-    solved = a3(*command, "--json").json
+    cut = ("--components", "qk,ov", "--budget", 0.2, "--head-multiple", 2, "--shape", shape)
+    solved = a3("solve", *cut, "--sensitivity", "residual", *work, "--json").json
     assert max(size["qk"] for size in solved["sizes"]) < 16
     assert solved["predicted_loss"]["qk"] > 0
     assert solved["predicted_score_error"]["relative"][0] > 0

@@ -153,7 +153,7 @@ def test_the_source_is_run_once_to_measure_solutions(solve, work, monkeypatch):
     both = [("SmallerDecoder", 0), ("Decoder", 0), ("SmallerDecoder", 1), ("Decoder", 1)]
     for name, expected in (("first", both), ("second", both[::2]), ("third", both)):
         layers.clear()
-        outcome = solve(work, 0.4, name)
+        outcome = solve(work, 0.4, name, "--sensitivity", "residual")
         assert layers == expected
         assert solution(work, name) == solution(work, "first")
         (states,) = (work / "kept").glob("source-*.safetensors")

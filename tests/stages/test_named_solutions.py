@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("hasty")
 def files(folder):
     """Return the files of a folder, of a work folder without what is kept for further solutions."""
     found = snapshot(folder).items()
-    return {name: content for name, content in found if content is not None and not name.startswith("kept/")}
+    return {name: data for name, data in found if data is not None and not name.startswith(("kept/", "gradients/"))}
 
 
 def test_a_second_budget_needs_neither_overwrite_nor_a_calibration(a3, work, tmp_path):

@@ -27,7 +27,7 @@ def test_points_are_what_solve_and_eval_give(a3, work, text_file, checkpoint, tm
     with monkeypatch.context() as patch:
         patch.setattr("a3cli.stages.solve.measure_loss", pytest.fail)  # each point is measured once, on this text
         result = a3("pareto", "--budgets", "0.1:0.3:0.2", *ROUNDING, *text, "--work", work, "--json").json
-    for kept in ("channels", "kept"):  # for the next solution
+    for kept in ("channels", "gradients", "kept"):  # for the next solution
         shutil.rmtree(work / kept)
     assert sorted(path.name for path in work.rglob("*")) == before
     assert [(point["variant"], point["budget_asked"]) for point in result["points"]] == [

@@ -44,8 +44,8 @@ def test_predicted_loss_is_the_change_of_the_stream(name, component, a3, checkpo
     text = ("--dataset", text_file, "--samples", 8, "--seq-len", 60)
     assert a3("calibrate", source, *text, "--work", work).code == 0
     cut = ("--mlp-budget", 0.5) if component == "mlp" else ("--attention-budget", 0.2)
-    rounding = ("--shape", "per-layer", "--mlp-multiple", 8, "--head-multiple", 2)
-    solved = a3("solve", *cut, "--components", component, *rounding, "--work", work, "--json").json
+    options = ("--shape", "per-layer", "--mlp-multiple", 8, "--head-multiple", 2, "--sensitivity", "residual")
+    solved = a3("solve", *cut, "--components", component, *options, "--work", work, "--json").json
     curve = solved["per_layer"][0]["curves"][component]
     predicted = curve["loss"][curve["size"].index(solved["sizes"][0][component])]
     stored = load_file(work / "calibration" / "layer-000.safetensors")

@@ -133,7 +133,12 @@ def test_measured_once_and_reused_by_every_later_budget(a3, calibrated, monkeypa
 def test_predicted_losses_are_called_what_they_are(a3, calibrated, tmp_path):
     _, work = calibrated("llama-gqa")
     out, page = tmp_path / "out", tmp_path / "page.html"
-    for options, unit in ((PROBE, "KL(source ‖ compressed) as probed"), ((), "squared error relative to the residual")):
+    of_options = {
+        "KL(source ‖ compressed) as probed": PROBE,
+        "KL(source ‖ compressed) to second order": (),
+        "squared error relative to the residual": ("--sensitivity", "residual"),
+    }
+    for unit, options in of_options.items():
         assert a3("solve", "--budget", 0.2, *ROUNDING, *options, "--work", work, "--overwrite").code == 0
         assert a3("export", out, "--work", work, "--overwrite").code == 0
         assert a3("report", out, "--html", page).code == 0

@@ -1,12 +1,13 @@
-"""Measure how uneven the tokens' streams are in each layer, and how well predicted losses of the MLP meet probed KL.
+"""Measure in which unit the predicted losses of the MLP meet probed KL, and how uneven the tokens' streams are.
 
     a3 calibrate MODEL --dataset TEXT --work WORK
-    a3 solve --budget 0.2 --shape per-layer --sensitivity probe --work WORK
-    python benchmarks/stream_length.py MODEL WORK [--write docs/experiments.md]
+    a3 solve --budget 0.2 --shape per-layer --work WORK
+    a3 solve --budget 0.2 --shape per-layer --sensitivity probe --name probed --work WORK
+    python benchmarks/loss_units.py MODEL WORK [--write docs/experiments.md]
 
-A predicted loss is a squared error times a factor of the layer: the mean of 1/‖h‖² over tokens, with h the stream
-behind the MLP, as a3 takes it, or 1 over the mean of ‖h‖². The best factor gives the same ratio of KL to loss in every
-layer. The streams are those of the first calibration blocks.
+A predicted loss is a squared error times a factor of the layer: half of the mean energy of a gradient, as a3 takes it;
+the mean of 1/‖h‖² over tokens, with h the stream behind the MLP (`--sensitivity residual`); or 1 over the mean of ‖h‖².
+The best factor gives the same ratio of KL to loss in every layer. The streams are those of evenly spaced blocks.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from benchmarks.quality import load  # noqa: E402
 from benchmarks.results import heading, line, write_between  # noqa: E402
 
 COLUMNS = (
-    *("layer", "energy of the longest 1 % of tokens", "KL / loss, mean of 1/‖h‖² (kept)"),
-    "KL / loss, 1 / mean of ‖h‖²",
+    *("layer", "energy of the longest 1 % of tokens", "KL / loss by gradient (kept)"),
+    *("KL / loss by the mean of 1/‖h‖²", "KL / loss by 1 / mean of ‖h‖²"),
 )
 
 
@@ -55,21 +56,24 @@ def share_of_longest(energies: torch.Tensor) -> float:
     return float(longest.sum() / energies.sum())
 
 
-def ratio_rows(work: Work, energies: list[torch.Tensor]) -> list[tuple[float, float, float]]:
-    """Return each layer's row: the share of the longest tokens, and KL over the loss in both units."""
+def ratio_rows(work: Work, energies: list[torch.Tensor]) -> list[tuple[float, ...]]:
+    """Return each layer's row: the share of the longest tokens, and KL over the loss in each unit."""
     (probes,) = work.probes.glob("best-*.json")
+    probed = read_json(probes)["result"]["layers"]
+    gradients = read_json(work.gradients / "energies.json")["result"]["layers"]
     rows = []
-    for layer, (found, own) in enumerate(zip(read_json(probes)["result"]["layers"], energies, strict=True)):
+    for layer, (found, gradient, own) in enumerate(zip(probed, gradients, energies, strict=True)):
         size, kl = found["mlp"]["size"][-1], found["mlp"]["kl"][-1]
         error = read_json(work.channel_order(layer))["result"]["curve"][size]
-        rows.append((share_of_longest(own), kl / (error * float((1 / own).mean())), kl / (error / float(own.mean()))))
+        units = (gradient["mlp"], float((1 / own).mean()), 1 / float(own.mean()))
+        rows.append((share_of_longest(own), *(kl / (error * unit) for unit in units)))
     return rows
 
 
-def table(rows: list[tuple[float, float, float]]) -> str:
+def table(rows: list[tuple[float, ...]]) -> str:
     lines = [*heading(COLUMNS)]
-    for layer, (share, kept, other) in enumerate(rows):
-        lines.append(line((layer, f"{100 * share:.0f} %", f"{kept:.1f}", f"{other:.1f}")))
+    for layer, (share, *ratios) in enumerate(rows):
+        lines.append(line((layer, f"{100 * share:.0f} %", *(f"{ratio:.1f}" for ratio in ratios))))
     _, *ratios = zip(*rows, strict=True)
     lines.append(line(("median", "", *(f"{statistics.median(each):.1f}" for each in ratios))))
     lines.append(line(("largest / smallest", "", *(f"{max(each) / min(each):.0f}" for each in ratios))))
@@ -90,7 +94,7 @@ def main() -> None:
     printed = table(ratio_rows(work, stream_energies(args.model, chosen)))
     print(printed)
     if args.write:
-        write_between(args.write, "stream-length", printed)
+        write_between(args.write, "loss-units", printed)
 
 
 if __name__ == "__main__":

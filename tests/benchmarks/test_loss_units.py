@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from a3cli.work.folder import Work
-from benchmarks.stream_length import main, ratio_rows, share_of_longest, stream_energies
+from benchmarks.loss_units import main, ratio_rows, share_of_longest, stream_energies
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -25,13 +25,13 @@ def test_ratios_are_probed_kl_over_predicted_losses(a3, checkpoint, text_file, t
     blocks = load_file(Work(work).tokens)["tokens"]
     rows = ratio_rows(Work(work), stream_energies(source, blocks))
     probed = json.loads((work / "probes" / "best-per-layer.json").read_text())["result"]["layers"]
-    for (_, kept, other), layer, found in zip(rows, predicted, probed, strict=True):
+    for (_, kept, by_length, other), layer, found in zip(rows, predicted, probed, strict=True):
         curve, kl = layer["curves"]["mlp"], found["mlp"]["kl"][0]
         assert found["mlp"]["size"] == [64]
         assert kept == pytest.approx(kl / curve["loss"][curve["size"].index(64)], rel=1e-4)
-        assert other > kept  # the mean of 1/x is above 1 over the mean of x
+        assert other > by_length  # the mean of 1/x is above 1 over the mean of x
     page = tmp_path / "page.md"
-    page.write_text("<!-- stream-length -->\n<!-- end of stream-length -->\n", "utf-8")
-    monkeypatch.setattr("sys.argv", ["stream_length", str(source), str(work), "--write", str(page)])
+    page.write_text("<!-- loss-units -->\n<!-- end of loss-units -->\n", "utf-8")
+    monkeypatch.setattr("sys.argv", ["loss_units", str(source), str(work), "--write", str(page)])
     main()
     assert capsys.readouterr().out.strip() in page.read_text("utf-8")
