@@ -22,13 +22,11 @@ class Method(NamedTuple):
 
 
 SEQUENTIAL = "--sequential --batch-size 8"
-PROBED = "--shape per-layer --sensitivity probe"
 METHODS = {
     PUBLISHED: Method("paper as published", "nothing"),
     "a3-paper": Method("`a3 --method paper`", "stock", "--method paper"),
     "a3-best": Method("`a3`", "stock", "--method best"),
     "a3-per-layer": Method("`a3 --shape per-layer`", "remote code", "--shape per-layer"),
-    "a3-probed": Method("`a3 --shape per-layer --sensitivity probe`", "remote code", PROBED),
     "modegpt": Method("MoDeGPT", "own code"),
     "modegpt_mlp": Method("MoDeGPT, MLP only", "stock"),
     "slicegpt": Method("SliceGPT", "own code"),

@@ -15,8 +15,8 @@ from a3cli.solvers.rope import Distances, distances_beyond, spread_distances
 from a3cli.solvers.slots import HeadStatistics, SlotMaps
 
 FAR_WEIGHT = 0.05  # weight of all distances up to the context, beside those that calibration measured
-THOROUGH = Effort(iterations=20)  # of refinement of query and key maps
-QUICK = Effort(iterations=10, few=True)  # if only the loss is needed
+THOROUGH = Effort(iterations=10)  # of refinement of query and key maps
+QUICK = Effort(iterations=5, few=True)  # if only the loss is needed
 UNREFINED = Effort(iterations=0, few=True)
 
 

@@ -221,7 +221,7 @@ def best_flops(shape: ModelShape, size: LayerSizes, head_multiple: int) -> int:
     )
 
 
-REFINEMENTS = 32  # evaluations of the loss and its gradient on all samples, for the projections and for the curves
+REFINEMENTS = 16  # evaluations of the loss and its gradient on all samples, for the projections and for the curves
 CAUSAL = 0.63  # fraction of the scores that is computed: a quarter of a block's queries at a time
 
 
