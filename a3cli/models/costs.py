@@ -237,40 +237,6 @@ def refine_memory(shape: ModelShape, samples: int, seq_len: int) -> int:
     return stored + 6 * stored // max(1, shape.kv_heads)
 
 
-GAUSS_NEWTON_STEPS = 8  # steps of conjugate gradients in one round of the sequential correction
-
-
-def sequential_flops_per_token(shape: ModelShape, size: LayerSizes, rounds: int, seq_len: int) -> int:
-    """Return the FLOPs per token of the sequential correction of one layer.
-
-    They are those of both models' forwards, two regressions and the rounds of Gauss-Newton.
-    """
-    d, query, width, inputs = shape.hidden_size, shape.heads * size.ov, size.mlp, len(shape.mlp_inputs)
-    passed = [*shape.sizes[:1], size, size, LayerSizes(size.qk, size.ov, 0)]  # the last one ends with attention
-    forwards = prefill_flops_per_token(shape, passed, seq_len)
-    regression = 2 * width * (width + d)
-    step = (6 * inputs + 4) * width * d  # before, moved and as weights, each of gate and up; through V twice
-    fitted = (GAUSS_NEWTON_STEPS + 1) * step + 2 * inputs * width * d + 2 * d**2 + regression
-    return forwards + 2 * query * (query + d) + regression + rounds * fitted
-
-
-def sequential_memory(shape: ModelShape, size: LayerSizes, itemsize: int) -> int:
-    """Return the bytes of a layer of both models and of the larger of regression and Gauss-Newton step."""
-    d, width = shape.hidden_size, size.mlp
-    layers = linear_weights(shape, [*shape.sizes[:1], size]) * itemsize
-    regression = width**2 * (4 + 8 + 8) + width * d * (4 + 3 * 8)
-    return layers + max(regression, 9 * len(shape.mlp_inputs) * width * d * 4)
-
-
-def stream_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int, rounds: int) -> int:
-    """Return the bytes of the hidden states of the sequential correction.
-
-    Each model has two files, another holds the states after attention, and with rounds two hold the data that gate and
-    up are fitted to.
-    """
-    return (7 if rounds else 5) * hidden_state_bytes(shape, samples, seq_len, itemsize)
-
-
 MEASURED_TOKENS = 4096  # on which a solution is measured
 HELD_OUT_TOKENS = MEASURED_TOKENS  # that a calibration keeps for it
 HEAD_TOKENS = 256  # whose logits are in memory at once

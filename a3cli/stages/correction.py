@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from a3cli.methods import Slots
-from a3cli.models import costs
+from a3cli.models import correction_costs
 from a3cli.models.families import LayerSizes
 from a3cli.stages.context import AGAIN, Run
 from a3cli.stream.decoder import Decoder
@@ -64,7 +64,7 @@ def refit_layers(run: Run, draft: Draft, cuts: list[Cut]) -> None:
     with writing(streams):
         streams.mkdir(exist_ok=True)
     samples, seq_len = blocks.shape
-    needed = costs.stream_bytes(model.shape, samples, seq_len, machine.dtype.itemsize, settings.refit_rounds)
+    needed = correction_costs.stream_bytes(model.shape, samples, seq_len, machine.dtype.itemsize)
     check_space(streams, needed - bytes_on_disk(streams.iterdir()), "the sequential correction")
     first = count_refits(draft, run.layers)
     run.stop.step = correcting(first, run.layers)
@@ -73,10 +73,11 @@ def refit_layers(run: Run, draft: Draft, cuts: list[Cut]) -> None:
     swept = refit_sequentially(
         Decoder(model, machine),
         SmallerDecoder(model, machine, cuts),
-        blocks,
+        blocks[:: correction_costs.corrected_every(model.shape, samples, seq_len)],
         folder=streams,
         batch_size=settings.batch_size,
         rounds=settings.refit_rounds,
+        fitted_every=correction_costs.fitted_every(model.shape, samples, seq_len),
         first=first,
         progress=run.progress,
     )

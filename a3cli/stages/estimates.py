@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from a3cli.models import costs
+from a3cli.models import correction_costs, costs
 from a3cli.models.families import LayerSizes, ModelShape
 from a3cli.settings import COMPONENTS, Component, PlanSettings
 from a3cli.settings.seq_len import known_seq_len
@@ -118,7 +118,7 @@ def estimate_disk(run: Run) -> DiskBytes:
         solution=solution["best" if run.solves("best") else "paper"],
         solution_paper=solution["paper"],
         solution_sequential=costs.corrected_bytes(shape, run.size, "best", REFIT_ROUNDS) * shape.layers
-        + costs.stream_bytes(shape, settings.samples, run.seq_len, run.item, REFIT_ROUNDS),
+        + correction_costs.stream_bytes(shape, settings.samples, run.seq_len, run.item),
         export=run.kept_parameters * run.source_item,
     )
 
@@ -145,7 +145,9 @@ def estimate_ram(run: Run) -> dict[str, int]:
         for method in METHODS
     }
     solve["best"] += at_once * costs.refine_memory(shape, run.settings.samples, run.seq_len)
-    corrected = costs.sequential_memory(shape, run.size, run.item) + device.batch
+    corrected = (
+        correction_costs.sequential_memory(shape, run.size, run.item, run.settings.samples, run.seq_len) + device.batch
+    )
     solve["best --sequential"] = max(solve["best"], costs.held_bytes(shape) + corrected)
     measuring = 0 if run.on_gpu else costs.measuring_memory(shape, run.vocabulary, run.item)
     measured = costs.held_bytes(shape) + measuring
@@ -203,7 +205,9 @@ def layer_seconds(run: Run, rates: Rates) -> dict[str, float]:
     paper, best = costs.paper_flops(shape), costs.best_flops(shape, run.size, head_multiple)
     refine = REFINING * costs.refine_flops(shape, run.size, settings.samples, run.seq_len) * cut
     # In float32: twice as fast as float64 on a CPU, about as fast on a GPU without tensor cores.
-    correct = CORRECTING * run.tokens * costs.sequential_flops_per_token(shape, run.size, REFIT_ROUNDS, run.seq_len)
+    correct = CORRECTING * correction_costs.sequential_flops(
+        shape, run.size, REFIT_ROUNDS, settings.samples, run.seq_len
+    )
     if not run.on_gpu:
         refined = (best + refine) / rates.solve
         return {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from a3cli.stream.decoder import Arguments, Decoder, run_layer
-from a3cli.stream.hidden import Blocks, StatesInMemory
+from a3cli.stream.hidden import Blocks, Readable, StatesInMemory
 
 Calls = dict[int, list[Arguments]]  # each layer's arguments, by batch size
 Step = Callable[..., Sequence[torch.Tensor]]  # start and a batch of each input → a batch of each output
@@ -25,7 +25,7 @@ class Batching:
     in_background: bool = False
 
 
-def stream(step: Step, inputs: Sequence[Blocks], outputs: Sequence[Blocks], batching: Batching) -> None:
+def stream(step: Step, inputs: Sequence[Readable], outputs: Sequence[Blocks], batching: Batching) -> None:
     """Run `step` on one batch after another and write what it returns.
 
     `step(start, *batches)` gets the index of the first block and a batch `[B, T, d]` of each input. An output may be
@@ -68,7 +68,7 @@ def layer_step(layer: nn.Module, calls: Calls, index: int) -> Step:
     return lambda _start, batch: [run_layer(layer, batch, calls[len(batch)][index])]
 
 
-def read_batches(inputs: Sequence[Blocks], batching: Batching) -> Iterator[tuple[int, list[torch.Tensor]]]:
+def read_batches(inputs: Sequence[Readable], batching: Batching) -> Iterator[tuple[int, list[torch.Tensor]]]:
     """Yield the index of each batch's first block, and the batch `[B, T, d]` of each input.
 
     In the background a thread prefetches the next batches and pins them, unless they are on a device already.

@@ -22,10 +22,14 @@ from a3cli.models.shards import tensor_bytes
 from a3cli.work.files import hash_json, reading, writing
 
 
-class Blocks(Protocol):
-    """Blocks of hidden states `[N, T, d]`, read and written a batch at a time."""
+class Readable(Protocol):
+    """Blocks of hidden states `[N, T, d]`, read a batch at a time."""
 
     def read(self, start: int, count: int) -> torch.Tensor: ...
+
+
+class Blocks(Readable, Protocol):
+    """Blocks of hidden states that are also written a batch at a time."""
 
     def write(self, start: int, blocks: torch.Tensor) -> None: ...
 
@@ -74,6 +78,19 @@ class HiddenStates:
         """Return the checksum of the file, comparable with `StatesOnDisk.digests`."""
         whole = replace(self, first=0)
         return digest_of(check for block in range(self.shape[0]) for check in checksums(whole.read(block, 1)))
+
+
+@dataclass(frozen=True)
+class EveryNth:
+    """Every n-th of some blocks, from block `first` on."""
+
+    blocks: Readable
+    every: int
+    first: int
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        places = range(self.first + start * self.every, self.first + (start + count) * self.every, self.every)
+        return torch.cat([self.blocks.read(place, 1) for place in places])
 
 
 CHECKED_AT_ONCE = 1 << 17  # numbers; fits a core's cache

@@ -30,7 +30,7 @@ def problem():
 
 
 def batches_of(x: torch.Tensor, target: torch.Tensor):
-    return lambda: [(x[:120], target[:120], None), (x[120:], target[120:], None)]
+    return [(x[:120], target[:120], None), (x[120:], target[120:], None)]
 
 
 @pytest.mark.parametrize(("hidden", "inputs"), [(gated, 2), (plain, 1)])
@@ -50,9 +50,7 @@ def test_a_token_of_weight_two_counts_as_two(problem):
     counted = [(x, target, 1.0 + often[:, None].double())]
     repeated = [(torch.cat([x, x[often]]), torch.cat([target, target[often]]), None)]
     options = {"damping": 0.0, "iterations": 200}
-    steps = [
-        gauss_newton_step(gated, down, weights, biases, lambda own=own: own, **options) for own in (counted, repeated)
-    ]
+    steps = [gauss_newton_step(gated, down, weights, biases, own, **options) for own in (counted, repeated)]
     torch.testing.assert_close(*steps, rtol=1e-6, atol=1e-8)
     plain_step = gauss_newton_step(gated, down, weights, biases, batches_of(x, target), **options)
     assert (steps[0] - plain_step).norm() > 1e-3 * plain_step.norm()

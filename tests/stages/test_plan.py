@@ -13,13 +13,13 @@ import torch
 from transformers import NemotronConfig
 
 from a3cli.methods import refits
-from a3cli.models import costs, uniform
+from a3cli.models import correction_costs, costs, uniform
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.config import read_shape
 from a3cli.models.families import LayerSizes
 from a3cli.models.model import describe
 from a3cli.settings import SolveSettings
-from a3cli.solvers import ov, slots
+from a3cli.solvers import least_squares, ov, slots
 from a3cli.stages import rates
 from a3cli.stages.estimates import GREEDY_STEP, REFIT_ROUNDS, torch_build
 from a3cli.stream import sequential
@@ -425,7 +425,8 @@ def test_rounds_counted_are_those_run():
     """costs.py imports no solver, so it has its own copy of their loop limits."""
     assert costs.ROUNDS == slots.ROUNDS
     assert (costs.VALUE_ROUNDS, costs.VALUE_STEPS) == (refits.VALUE_ROUNDS, ov.REFINEMENT_STEPS)
-    assert costs.GAUSS_NEWTON_STEPS == sequential.ITERATIONS
+    assert correction_costs.GAUSS_NEWTON_STEPS == sequential.ITERATIONS
+    assert correction_costs.GRAM_ROWS == least_squares.ROWS
     assert SolveSettings.model_fields["refit_rounds"].default == REFIT_ROUNDS
 
 

@@ -1,6 +1,7 @@
 """The sequential correction equals literal ridge regressions on the finished model's own activations, and helps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from a3cli.models import costs
+from a3cli.models import correction_costs
 from a3cli.models.checkpoint import Checkpoint
 from a3cli.models.families import LayerSizes
 from a3cli.models.model import describe
+from a3cli.stream import sequential
 from a3cli.stream.post_norm import LEAST
-from a3cli.stream.sequential import DRIFT, RIDGE
+from a3cli.stream.sequential import RIDGE
+from a3cli.stream.side_by_side import DRIFT
 from tests.conftest import carries_attention, gain_of, mlp_linears, post_norms, stream_reader
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -22,10 +25,12 @@ pytestmark = pytest.mark.usefixtures("hasty")
 OPTIONS = ("--budget", 0.3, "--head-multiple", 2, "--mlp-multiple", 8)
 
 
-def chain(a3, source: Path, text: Path, folder: Path, *options: object, rounds: int = 0) -> dict[str, Path]:
+def chain(
+    a3, source: Path, text: Path, folder: Path, *options: object, rounds: int = 0, samples: int = 6
+) -> dict[str, Path]:
     """Return the exports of one calibration, one-shot and corrected."""
     work = folder / "work"
-    calibrated = a3("calibrate", source, "--dataset", text, "--samples", 6, "--seq-len", 60, "--work", work)
+    calibrated = a3("calibrate", source, "--dataset", text, "--samples", samples, "--seq-len", 60, "--work", work)
     assert calibrated.code == 0, calibrated
     one_shot = solved(a3, folder / "one-shot", *options, "--work", work)
     return {"one-shot": one_shot, "corrected": corrected(a3, folder / "corrected", rounds, *options, "--work", work)}
@@ -108,6 +113,19 @@ def test_weights_are_the_literal_regressions(a3, checkpoint, text_file, tmp_path
     source = checkpoint(name)
     outs = chain(a3, source, text_file, tmp_path, *OPTIONS, "--shape", shape)
     blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"]
+    check_regressions(source, outs, blocks)
+
+
+def test_a_long_calibration_is_corrected_on_every_second_block(a3, checkpoint, text_file, tmp_path):
+    """With more tokens than 32 for each channel of the MLP, half of them are enough."""
+    source = checkpoint("llama-gqa")
+    outs = chain(a3, source, text_file, tmp_path, *OPTIONS, samples=55)
+    blocks = load_file(tmp_path / "work" / "calibration" / "tokens.safetensors")["tokens"]
+    check_regressions(source, outs, blocks[::2])
+
+
+def check_regressions(source: Path, outs: dict[str, Path], blocks: torch.Tensor) -> None:
+    """Check that o and down are the ridge regressions on these blocks, which lower the drift."""
     one_shot, corrected = load(outs["one-shot"]), load(outs["corrected"])
     full, small = activations(load(source), blocks), activations(corrected, blocks)
     for f, s, before, after in zip(full, small, one_shot.model.layers, corrected.model.layers, strict=True):
@@ -166,6 +184,33 @@ def test_gate_and_up_are_fitted_too(a3, checkpoint, text_file, tmp_path, name):
     assert missed[2] < 0.9 * missed[0]
 
 
+@pytest.mark.parametrize(("samples", "parts"), [(6, [(1, 0), (1, 0)]), (110, [(3, 0), (3, 1)])])
+def test_each_round_is_on_other_blocks(a3, checkpoint, text_file, tmp_path, monkeypatch, samples, parts):
+    """Here the calibration is long enough for every sixth, that is every third of those of the sweep."""
+    fitted, seen = sequential._Layer._fitted, []
+
+    def record(layer, every, first):
+        batches = fitted(layer, every, first)
+        seen.append((every, first))
+        blocks = len(range(first, layer.batching.blocks, every))
+        assert sum(len(batch.x) for batch in batches) == 60 * blocks
+        x = layer._mlp_data(*(file.read(first, 1) for file in layer._mlp_files))[1]
+        torch.testing.assert_close(batches[0].x[:60], x.flatten(0, 1))
+        return batches
+
+    monkeypatch.setattr(sequential._Layer, "_fitted", record)
+    chain(a3, checkpoint("llama-gqa"), text_file, tmp_path, *OPTIONS, rounds=2, samples=samples)
+    assert seen == 2 * parts  # two layers
+
+
+def test_tokens_are_left_out_only_where_many_remain():
+    shape = SimpleNamespace(intermediate_size=100)
+    expected = {100: (1, 1), 1000: (1, 1), 3199: (1, 3), 3200: (2, 1), 8000: (2, 4), 100_000: (2, 4)}
+    for tokens, (corrected, fitted) in expected.items():
+        assert correction_costs.corrected_every(shape, tokens, 1) == corrected
+        assert correction_costs.fitted_every(shape, tokens, 1) == fitted
+
+
 class Products(TorchDispatchMode):
     """Count the FLOPs of matrix products; torch's own counter supports neither `addmm_` nor attention on a CPU."""
 
@@ -184,8 +229,9 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "rounds"), [("llama-gqa", 0), ("llama-gqa", 2), ("starcoder2-gqa", 2)])
 def test_its_products_are_those_that_a_plan_counts(a3, checkpoint, text_file, tmp_path, name, rounds):
-    source, work, tokens = checkpoint(name, hidden_size=96, intermediate_size=192), tmp_path / "work", 32 * 60
-    assert a3("calibrate", source, "--dataset", text_file, "--samples", 32, "--seq-len", 60, "--work", work).code == 0
+    source, work, samples = checkpoint(name, hidden_size=96, intermediate_size=192), tmp_path / "work", 128
+    text = ("--dataset", text_file, "--samples", samples, "--seq-len", 60)
+    assert a3("calibrate", source, *text, "--work", work).code == 0
     solve = ("solve", *OPTIONS, "--method", "paper", "--overwrite", "--num-processes", 1, "--json", "--work", work)
     counted = []
     for options in ((), ("--sequential", "--refit-rounds", rounds, "--batch-size", 8)):
@@ -193,8 +239,10 @@ def test_its_products_are_those_that_a_plan_counts(a3, checkpoint, text_file, tm
             solved = a3(*solve, *options).json
         counted.append(products.flops)
     shape = describe(Checkpoint(source)).shape
-    flops = [costs.sequential_flops_per_token(shape, LayerSizes(**size), rounds, 60) for size in solved["sizes"]]
-    assert counted[1] - counted[0] == pytest.approx(tokens * sum(flops), rel=0.1)
+    flops = [
+        correction_costs.sequential_flops(shape, LayerSizes(**size), rounds, samples, 60) for size in solved["sizes"]
+    ]
+    assert counted[1] - counted[0] == pytest.approx(sum(flops), rel=0.1)
 
 
 def test_nothing_removed_stays_as_it_is(a3, checkpoint, text_file, tmp_path):

@@ -424,9 +424,9 @@ def test_a_layer_of_the_sequential_correction_is_given_up(a3, calibrated, monkey
     with monkeypatch.context() as patch:
         layers = iter((add, slow(add, of=2, seconds=60)))
 
-        def slow_in_the_second(layer, rounds):
+        def slow_in_the_second(*args):
             patch.setattr(LeastSquares, "add", next(layers))
-            return refit(layer, rounds)
+            return refit(*args)
 
         patch.setattr(sequential._Layer, "refit", slow_in_the_second)
         began = time.monotonic()
