@@ -15,11 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from a3cli.errors import A3Error
 from a3cli.models.families import Role
-from a3cli.models.families.base import LinearShapes
 from a3cli.solvers.gauss_newton import gauss_newton_step
 from a3cli.solvers.least_squares import LeastSquares
 from a3cli.solvers.moments import Tensors
@@ -71,7 +69,7 @@ def refit_sequentially(
         progress(layer=index, layers=layers, tokens=0, total_tokens=tokens)
         with source.layer(index) as full, smaller.layer(index) as small:
             shapes = source.shape.linear_shapes(smaller.cuts[index].sizes)
-            refit = _Layer(source, full, small, shapes, files, calls, index, batching).refit(rounds, fitted_every)
+            refit = _Layer(source, full, small, shapes, calls, index, files, batching).refit(rounds, fitted_every)
         progress(layer=index, layers=layers, tokens=tokens, total_tokens=tokens)
         yield index, refit, [files.of_source.input_of(index + 1).path, files.of_smaller.input_of(index + 1).path]
 
@@ -115,25 +113,18 @@ class _Fitted:
     weights: torch.Tensor | None
 
 
+@dataclass
 class _Layer(SideBySide):
     """One layer of both models, whose smaller projections are fitted."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        full: nn.Module,
-        small: nn.Module,
-        shapes: LinearShapes,
-        files: Files,
-        calls: tuple[Calls, Calls],
-        index: int,
-        batching: Batching,
-    ) -> None:
-        super().__init__(decoder, full, small, shapes, calls, index)
-        self.files, self.batching = files, batching
+    files: Files
+    batching: Batching
+
+    def __post_init__(self) -> None:
+        files, index = self.files, self.index
         self.full_in, self.small_in = files.of_source.input_of(index), files.of_smaller.input_of(index)
         self.full_out, self.small_out = files.of_source.input_of(index + 1), files.of_smaller.input_of(index + 1)
-        self.attended = files.attended(decoder.shape.hidden_size if self.carried else shapes["o"][1])
+        self.attended = files.attended(self.decoder.shape.hidden_size if self.carried else self.shapes["o"][1])
 
     @torch.no_grad()  # not inference mode: Gauss-Newton takes derivatives
     def refit(self, rounds: int, fitted_every: int) -> Tensors:

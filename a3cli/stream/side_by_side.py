@@ -1,6 +1,7 @@
 """One layer of the source and of the smaller model, side by side: what each part reads, outputs and should output."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,21 +17,20 @@ from a3cli.stream.post_norm import post_norm_of
 DRIFT = 0.5  # share of the drift of the residual stream that each refit corrects; 0.5 was better than 0 and 1
 
 
+@dataclass
 class SideBySide:
     """A layer of both models, with weights; hidden states are batches `[B, T, d]`."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        full: nn.Module,
-        small: nn.Module,
-        shapes: LinearShapes,
-        calls: tuple[Calls, Calls],
-        index: int,
-    ) -> None:
-        self.decoder, self.full, self.small, self.index = decoder, full, small, index
-        self.shapes, self.calls = shapes, calls
-        self.carried = decoder.family.carried_attention is not None
+    decoder: Decoder
+    full: nn.Module
+    small: nn.Module
+    shapes: LinearShapes
+    calls: tuple[Calls, Calls]
+    index: int
+
+    @property
+    def carried(self) -> bool:
+        return self.decoder.family.carried_attention is not None
 
     def _mlp_data(
         self, attended: torch.Tensor, small_in: torch.Tensor, middle: torch.Tensor, out: torch.Tensor
