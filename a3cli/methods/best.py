@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy
 from typing_extensions import override
 
+from a3cli.methods import maps
 from a3cli.methods.analysis import BestLayer, analyse_layer
 from a3cli.methods.base import (
     Analysis,
@@ -39,7 +40,7 @@ from a3cli.models.families import LayerSizes
 from a3cli.work.files import Json
 from a3cli.work.progress import portion
 
-REFINED_AT = (1 / 4, 1 / 2, 3 / 4)  # of a head: sizes measured on sampled attention; others are interpolated
+REFINED_AT = (1 / 4, 1 / 2, 3 / 4, 7 / 8)  # of a head: sizes measured on sampled attention; others are interpolated
 
 
 class Best(Method[BestLayer]):
@@ -154,7 +155,7 @@ class Best(Method[BestLayer]):
 
     @override
     def project_qk(self, layer: BestLayer, slots: Slots) -> Projection:
-        return self._trial(layer, slots).refined()
+        return self._trial(layer, slots).refined(maps.THOROUGH if self.per_layer else maps.QUICK)
 
     @override
     def project_ov(self, inputs: LayerInputs, layer: BestLayer, rank: int) -> Projection:

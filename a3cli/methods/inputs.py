@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from a3cli.errors import A3Error
+from a3cli.methods.gradients import LayerGradients
 from a3cli.models.families import Role
 from a3cli.models.families.base import HEAD_NORM_ROLES
 from a3cli.models.model import Model
@@ -48,15 +49,22 @@ def read_samples(path: Path) -> Tensors | None:
 class LayerInputs:
     """Statistics (means over tokens) and weights of one layer, read on demand.
 
-    An error e of a projection's output counts `‖e‖²` in the residual stream, and `w ‖γ ∘ e‖²` if a norm with weight γ
-    follows the projection. The statistics contain the tokens' weights w (`moments.py`), and the output weights named
-    `…_in_stream` contain γ.
+    An error e of a projection's output counts `‖S e‖²` in the residual stream, and `w ‖S (γ ∘ e)‖²` if a norm with
+    weight γ follows the projection. S is the root of the gradients' metric, or the identity without gradients. The
+    statistics contain the tokens' weights w (`moments.py`), and the output weights named `…_in_stream` contain S and γ.
 
     Raises A3Error for statistics that are missing or not finite.
     """
 
-    def __init__(self, model: Model, work: Work, calibration: CalibrationManifest, layer: int) -> None:
-        self.shape, self.layer = model.shape, layer
+    def __init__(
+        self,
+        model: Model,
+        work: Work,
+        calibration: CalibrationManifest,
+        layer: int,
+        gradients: LayerGradients | None = None,
+    ) -> None:
+        self.shape, self.layer, self._gradients = model.shape, layer, gradients
         self._model, self._path, self._work, self._calibration = model, work.statistics(layer), work, calibration
 
     def check(self) -> None:
@@ -90,7 +98,7 @@ class LayerInputs:
 
     def opened_again(self) -> "Callable[[], LayerInputs]":
         """Return a function that opens the same inputs without the tensors read so far."""
-        return partial(LayerInputs, self._model, self._work, self._calibration, self.layer)
+        return partial(LayerInputs, self._model, self._work, self._calibration, self.layer, self._gradients)
 
     @cached_property
     def o_gram(self) -> torch.Tensor:
@@ -137,9 +145,14 @@ class LayerInputs:
 
     @cached_property
     def output_weight_in_stream(self) -> torch.Tensor:
-        """Return `W_o,i` `[H, h, d]`, times the weight of the norm that follows, if there is one."""
-        gain = self._post_norm("o")
-        return self.output_weight if gain is None else self.output_weight * gain
+        """Return `W_o,i` `[H, h, d]`, times the weight of the norm that follows, if there is one, and S."""
+        gain, weight = self._post_norm("o"), self.output_weight
+        weight = weight if gain is None else weight * gain
+        return (
+            weight
+            if self._gradients is None
+            else (weight.double() @ self._gradients.root("attention", self.shape.hidden_size).mT).float()
+        )
 
     @cached_property
     def output_gram(self) -> torch.Tensor:
@@ -159,9 +172,20 @@ class LayerInputs:
 
     @property
     def down_in_stream(self) -> torch.Tensor:
-        """Return the down projection `[d, I]`, times the weight of the norm that follows, if there is one."""
+        """Return the down projection `[d, I]`, times the weight of the norm that follows, if there is one, and S."""
         gain = self._post_norm("down")
-        return self.down if gain is None else self.down * gain[:, None]
+        return self._in_metric(self.down if gain is None else self.down * gain[:, None])
+
+    def expert_in_stream(self, expert: int) -> torch.Tensor:
+        """Return an expert's down projection `[d, I]`, times S."""
+        return self._in_metric(self.weight("down", expert))
+
+    def _in_metric(self, down: torch.Tensor) -> torch.Tensor:
+        return down if self._mlp_root is None else (self._mlp_root @ down.double()).float()
+
+    @cached_property
+    def _mlp_root(self) -> torch.Tensor | None:
+        return None if self._gradients is None else self._gradients.root("mlp", self.shape.hidden_size)
 
     def _post_norm(self, role: Role) -> torch.Tensor | None:
         """Return the weight γ `[d]` of the norm between a projection and the residual sum, or None without a norm."""
@@ -208,9 +232,14 @@ class LayerInputs:
 
     @property
     def origin(self) -> Json:
-        """Return the hashes of this layer's statistics and weights."""
+        """Return the hashes of this layer's statistics, weights and gradients."""
         request, hashes = self._calibration.request, self._calibration.layers
-        return {"statistics": hashes[self.layer], "source": request.source.plain()}
+        return {"statistics": hashes[self.layer], "source": request.source.plain(), **self.metric}
+
+    @property
+    def metric(self) -> Json:
+        """Return the hash of the gradients, if errors are weighed by their metric."""
+        return {} if self._gradients is None else {"gradients": self._gradients.hash}
 
     @property
     def channels_file(self) -> Path:

@@ -7,7 +7,7 @@ import torch
 
 from a3cli.methods.analysis import BestLayer
 from a3cli.methods.attention import Effort, Refined, refine_maps, score_penalty
-from a3cli.methods.base import AttentionError, Slots
+from a3cli.methods.base import Slots
 from a3cli.methods.heads import Heads
 from a3cli.models.rope import Rope
 from a3cli.solvers.attention import Penalty
@@ -15,8 +15,8 @@ from a3cli.solvers.rope import Distances, distances_beyond, spread_distances
 from a3cli.solvers.slots import HeadStatistics, SlotMaps
 
 FAR_WEIGHT = 0.05  # weight of all distances up to the context, beside those that calibration measured
-THOROUGH = Effort(iterations=10)  # of refinement of query and key maps
-QUICK = Effort(iterations=5, few=True)  # if only the loss is needed
+THOROUGH = Effort(iterations=10)  # of refinement of query and key maps in the per-layer shape, which cuts these further
+QUICK = Effort(iterations=5, few=True)  # for curves, and in the stock shape also for the solution
 UNREFINED = Effort(iterations=0, few=True)
 
 
@@ -48,17 +48,9 @@ class MapSolver:
     def score_loss(self, layer: BestLayer, maps: SlotMaps) -> float:
         return float(layer.score_unit @ maps.loss)
 
-    def quick_error(self, layer: BestLayer, slots: Slots, closed: SlotMaps) -> AttentionError:
-        """Return the error of attention after a quick refinement of the closed form's maps."""
-        return self._refine(layer, slots, closed, QUICK).error
-
     def closed_error(self, layer: BestLayer, slots: Slots, closed: SlotMaps) -> float:
         """Return the error of attention with the closed form's maps."""
-        return self._refine(layer, slots, closed, UNREFINED).error.closed_form
-
-    def solve(self, layer: BestLayer, slots: Slots, closed: SlotMaps) -> Refined:
-        """Return thoroughly refined heads."""
-        return self._refine(layer, slots, closed, THOROUGH)
+        return self.refine(layer, slots, closed, UNREFINED).error.closed_form
 
     def loss_of_nothing(self, layer: BestLayer) -> float:
         """Return the loss of attention that weighs all keys alike."""
@@ -67,7 +59,7 @@ class MapSolver:
         return self._refine_maps(layer, Slots([0.0]), unneeded, UNREFINED).error.closed_form
 
     @torch.inference_mode(False)  # inference mode has no gradients, and probing calls this in it
-    def _refine(self, layer: BestLayer, slots: Slots, closed: SlotMaps, effort: Effort) -> Refined:
+    def refine(self, layer: BestLayer, slots: Slots, closed: SlotMaps, effort: Effort) -> Refined:
         """Refine the closed form's maps on sampled attention, and on scores beyond the samples' length."""
         return self._refine_maps(layer, slots, closed, effort)
 

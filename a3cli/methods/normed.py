@@ -59,7 +59,7 @@ class NormedSolver(MapSolver):
 
     @override
     @torch.inference_mode(False)
-    def _refine(self, layer: BestLayer, slots: Slots, closed: SlotMaps, effort: Effort) -> Refined:
+    def refine(self, layer: BestLayer, slots: Slots, closed: SlotMaps, effort: Effort) -> Refined:
         inputs = layer.inputs()
         query, key = (self.form.real_map(maps, slots.pairs) for maps in (closed.query, closed.key))
         start = with_norms(query, key, layer.q_gram, layer.k_gram)

@@ -44,20 +44,18 @@ class Trial:
 
     def quick_error(self) -> AttentionError:
         """Return the error of attention after a quick refinement of the closed form's maps."""
+        error = self.refined(maps.QUICK).attention_error
+        assert error is not None
+        return error
 
-        def find() -> Json:
-            return asdict(self.solver.quick_error(self.layer, self.slots, self.closed))
-
-        return AttentionError(**self.layer.inputs().kept.figures(self._made_from("quick error", maps.QUICK), find))
-
-    def refined(self) -> Projection:
-        """Return thoroughly refined maps."""
+    def refined(self, effort: Effort) -> Projection:
+        """Return refined maps with their error."""
 
         def find() -> tuple[Tensors, Json]:
-            found = self.solver.solve(self.layer, self.slots, self.closed)
+            found = self.solver.refine(self.layer, self.slots, self.closed, effort)
             return found.tensors(), asdict(found.error)
 
-        tensors, error = self.layer.inputs().kept.tensors(self._made_from("refined maps", maps.THOROUGH), find)
+        tensors, error = self.layer.inputs().kept.tensors(self._made_from("refined maps", effort), find)
         return Projection(tensors, AttentionError(**error))
 
     def _loss(self, what: str, find: Callable[[], float]) -> float:
@@ -75,12 +73,13 @@ class Trial:
             "bands": [asdict(band) for band in start.bands],
             "centred_for": start.layers,
             **describe_solver(self.solver),
+            **self.layer.inputs().metric,
         }
 
 
 def loss_of_nothing(solver: MapSolver, layer: BestLayer) -> float:
     """Return the loss of attention that weighs all keys alike."""
-    made_from = {"result": "loss of nothing", **describe_solver(solver)}
+    made_from = {"result": "loss of nothing", **describe_solver(solver), **layer.inputs().metric}
     return float(layer.inputs().kept.figures(made_from, lambda: {"loss": solver.loss_of_nothing(layer)})["loss"])
 
 

@@ -264,15 +264,19 @@ def gradient_blocks(samples: int, seq_len: int) -> int:
 
 
 def gradient_flops(shape: ModelShape, vocabulary: int, samples: int, seq_len: int) -> int:
-    """Return the FLOPs of the sweep for gradients: two forwards and a backward, and logits once."""
-    sweep = 3 * prefill_flops_per_token(shape, shape.sizes, seq_len) + 4 * vocabulary * shape.hidden_size
+    """Return the FLOPs of the sweep for gradients: two forwards and a backward, logits once, and second moments."""
+    d = shape.hidden_size
+    sweep = 3 * prefill_flops_per_token(shape, shape.sizes, seq_len) + 4 * vocabulary * d + 4 * shape.layers * d**2
     return gradient_blocks(samples, seq_len) * seq_len * sweep
 
 
 def gradient_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int) -> int:
-    """Return the bytes of the sweep's files: hidden states and gradients before every layer and after the last."""
-    blocks = gradient_blocks(samples, seq_len)
-    return 2 * (shape.layers + 1) * hidden_state_bytes(shape, blocks, seq_len, itemsize)
+    """Return the bytes of the sweep's files: hidden states and gradients before every layer and after the last.
+
+    Beside them the second moments of the gradients, which are kept.
+    """
+    states = hidden_state_bytes(shape, gradient_blocks(samples, seq_len), seq_len, itemsize)
+    return 2 * (shape.layers + 1) * states + 2 * shape.layers * triangle(shape.hidden_size) * 4
 
 
 SMALL_LAYER = 4096  # MLP channels; the statistics of several layers of this width fit in any memory

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from a3cli.errors import A3Error
-from a3cli.methods import METHODS, LayerInputs, Method
+from a3cli.methods import METHODS, LayerGradients, LayerInputs, Method
 from a3cli.models import costs
 from a3cli.models.families import Family, usual_entries
 from a3cli.models.model import Model, open_calibrated_source
@@ -42,6 +42,7 @@ class Run:
     machine: Machine
     progress: Progress
     stop: Stop
+    gradients: Sequence[LayerGradients] | None = None
 
     @property
     def layers(self) -> int:
@@ -61,7 +62,9 @@ class Run:
         return METHODS[self.settings.method](self.model, self.settings, self.machine)
 
     def inputs(self, layer: int) -> LayerInputs:
-        return LayerInputs(self.model, self.work, self.calibration, layer)
+        """Return what a method reads of a layer; only `best` weighs directions of errors by gradients."""
+        directed = self.gradients if self.settings.method == "best" else None
+        return LayerInputs(self.model, self.work, self.calibration, layer, directed[layer] if directed else None)
 
     def for_each_layer(self, step: str, compute: Callable[[int], T], layers: Sequence[int] | None = None) -> list[T]:
         """Return the result of `compute` for every layer, or for some; small layers are computed in parallel.

@@ -3,32 +3,34 @@
 At each place the loss is the log-likelihood of a token drawn from the model's own prediction. The mean of `g gᵀ` over
 such losses, with g their gradient in the stream, is the stream's Fisher information: to second order an error e of one
 token's stream adds `½ (gᵀ e)²` to KL(source ‖ compressed), and `½ E‖g‖² / d · ‖e‖²` if its direction has nothing to do
-with the gradient's. So one number for each layer's attention, and one for its MLP, convert squared errors to KL.
+with the gradient's. So one number for each layer's attention, and one for its MLP, convert squared errors to KL, and
+`E[g gᵀ]` says which directions count.
 
 The source runs forward, and every layer's input stays in a file; then the gradient goes back through one layer after
 another. Memory holds one layer and one block. Resumable at the unfinished layer, in both directions. No weight changes.
 """
 
 import logging
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from a3cli.errors import A3Error
-from a3cli.methods import Curves, LayerInputs
+from a3cli.methods import Curves, LayerGradients, LayerInputs
 from a3cli.models import costs
 from a3cli.settings import Component
+from a3cli.solvers.moments import pack_upper
 from a3cli.stages.context import AGAIN, Run
 from a3cli.stages.probe import probed_blocks
 from a3cli.stream.backward import SCALE, back_through, gradient_of_likelihood
 from a3cli.stream.batches import Batching, Calls, embed_all, layer_step, stream
 from a3cli.stream.decoder import Decoder
 from a3cli.stream.hidden import HiddenStates
-from a3cli.work.files import Json, check_space, hash_file, read_tensors
+from a3cli.work.files import Json, check_space, hash_file, read_tensors, write_tensors
+from a3cli.work.folder import layer_file
 from a3cli.work.progress import reporting
 from a3cli.work.record import Record, computed_once
 from a3cli.work.sealed import versions
@@ -39,40 +41,43 @@ PROGRESS = "progress.json"
 HEAD_TOKENS = 64  # whose logits are in memory at once
 
 
-class Energies(NamedTuple):
-    """`½ E‖g‖² / d` of the stream after attention and after the MLP: KL, nats a token, for a squared error of one."""
-
-    attention: float
-    mlp: float
-
-
 Factors = dict[Component, float]
 
 
-def loss_factors(run: Run) -> list[Factors]:
-    """Return what converts each layer's losses, which are relative to the stream's length, to KL in nats a token."""
-    return [factors_of(run.inputs(layer), energies) for layer, energies in enumerate(gradient_energies(run))]
-
-
-def factors_of(inputs: LayerInputs, energies: Energies) -> Factors:
-    attention = energies.attention / inputs.mean("attention_inverse").item()
-    return {"qk": attention, "ov": attention, "mlp": energies.mlp / inputs.mean("mlp_inverse").item()}
+def loss_factors(inputs: LayerInputs, gradients: LayerGradients) -> Factors:
+    """Return what converts a layer's losses, which are relative to the stream's length, to KL in nats a token."""
+    attention = gradients.attention / inputs.mean("attention_inverse").item()
+    return {"qk": attention, "ov": attention, "mlp": gradients.mlp / inputs.mean("mlp_inverse").item()}
 
 
 def convert(curves: Curves, factors: Factors) -> Curves:
     return {c: {size: loss * factors[c] for size, loss in losses.items()} for c, losses in curves.items()}
 
 
-def gradient_energies(run: Run) -> list[Energies]:
-    """Return each layer's energies, from the work folder if they were computed before."""
-    folder = run.work.gradients
+def with_gradients(run: Run) -> Run:
+    """Return the run with each layer's gradients, from the work folder if they were computed before."""
+    folder, request = run.work.gradients, describe_request(run)
+    energies = folder / "energies.json"
     try:
-        found = computed_once(folder / "energies.json", describe_request(run), lambda: _Sweep(run).measure())
+        found = computed_once(energies, request, lambda: _Sweep(run).measure())
+        if changed := first_changed(folder, found["layers"]):
+            log.warning("%s has changed since it was written; the gradients are computed again", changed)
+            energies.unlink()
+            found = computed_once(energies, request, lambda: _Sweep(run).measure())
     finally:
         if not (folder / PROGRESS).is_file():  # nothing to resume from
             clear(folder)
     clear(folder)  # the sweep's files, also if an earlier process was killed right before that
-    return [Energies(**each) for each in found["layers"]]
+    return replace(run, gradients=[LayerGradients(folder, **each) for each in found["layers"]])
+
+
+def first_changed(folder: Path, files: Iterable[Json]) -> Path | None:
+    """Return the first of these files that is not there as its `hash` says."""
+    for each in files:
+        path = folder / str(each["file"])
+        if not path.is_file() or hash_file(path) != each["hash"]:
+            return path
+    return None
 
 
 def describe_request(run: Run) -> Json:
@@ -123,10 +128,10 @@ class _Sweep:
                 if name not in self.record.steps:
                     self.run.stop.before(f"the gradients' pass {name}", AGAIN)
                     target.create()
-                    energies = compute()
-                    self.record.finish(name, file=target.path.name, hash=hash_file(target.path), energies=energies)
+                    found = compute()
+                    self.record.finish(name, file=target.path.name, hash=hash_file(target.path), layer=found)
                 finished()
-        return {"layers": [self.record.steps[f"backward {layer}"]["energies"] for layer in range(layers)]}
+        return {"layers": [self.record.steps[f"backward {layer}"]["layer"] for layer in range(layers)]}
 
     def _begin(self) -> None:
         """Take over the passes of an unfinished sweep whose files are as they were; otherwise start again."""
@@ -144,12 +149,12 @@ class _Sweep:
     def _resume(self) -> bool:
         """Return whether there are finished passes to go on from."""
         if self.record.resume():
-            files = {self.folder / step["file"]: step["hash"] for step in self.record.steps.values()}
-            changed = [path for path, expected in files.items() if not path.is_file() or hash_file(path) != expected]
-            if not changed:
-                log.info("resuming after %d passes of the gradients", len(files))
+            steps = self.record.steps.values()
+            changed = first_changed(self.folder, [*steps, *(step["layer"] for step in steps if step["layer"])])
+            if changed is None:
+                log.info("resuming after %d passes of the gradients", len(steps))
                 return True
-            log.warning("%s has changed since it was written; the gradients start again", changed[0])
+            log.warning("%s has changed since it was written; the gradients start again", changed)
             self.record.forget()
         return False
 
@@ -199,22 +204,34 @@ class _Sweep:
             self._each_block(gradients, [self._states(layers)], self._gradients(layers))
 
     def _backward(self, decoder: Decoder, calls: Calls, layer: int) -> Json:
-        """Write the gradients by a layer's input; return the energies of those by its streams."""
-        sums = torch.zeros(2, dtype=torch.float64)
+        """Write the gradients by a layer's input, and `E[g gᵀ]` of its streams; return what `LayerGradients` has."""
+        width, tokens = self.run.model.shape.hidden_size, self.blocks.numel()
+        moments = torch.zeros(2, width, width, dtype=torch.float64, device=self.run.machine.device)
         with decoder.layer(layer) as module:
             reader = module.get_submodule(self.family.stream_reader)
 
             def gradients(_start: int, states: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
                 before, between = back_through(module, reader, states, after, calls[1][layer])
-                sums.add_(torch.stack([each.double().square().sum() for each in (between, after)]).cpu())
+                for own, gradient in zip(moments, (between, after), strict=True):
+                    rows = gradient.flatten(0, -2).float() / SCALE
+                    own.add_(rows.mT @ rows)
                 return before
 
             inputs = [self._states(layer), self._gradients(layer + 1)]
             self._each_block(gradients, inputs, self._gradients(layer))
-        found = (sums / (2 * SCALE**2 * self.blocks.numel() * self.run.model.shape.hidden_size)).tolist()
-        if not all(map(math.isfinite, found)):
+        attention, mlp = moments.cpu() / tokens
+        if not moments.isfinite().all():
             raise A3Error(
                 f"layer {layer}: the gradient is not finite; compute in a wider type (--dtype float32), "
                 "or use --sensitivity residual"
             )
-        return Energies(*found)._asdict()
+        path = self.folder / layer_file(layer)
+        packed = {"attention": pack_upper(attention).float(), "mlp": pack_upper(mlp).float()}
+        write_tensors(path, {**packed, "tokens": torch.tensor(tokens)})
+        energies = {"attention": half_mean(attention), "mlp": half_mean(mlp)}
+        return {**energies, "file": path.name, "hash": hash_file(path)}
+
+
+def half_mean(moments: torch.Tensor) -> float:
+    """Return `½ E‖g‖² / d` from `E[g gᵀ]`."""
+    return moments.diagonal().mean().item() / 2

@@ -1,9 +1,10 @@
 """Stage 2, solve: compute error curves from statistics and weights, choose sizes, and write projections."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from a3cli.methods import Analysis, Curves, Method, Prediction, Slots
+from a3cli.methods import Analysis, Curves, LayerGradients, Method, Prediction, Slots
 from a3cli.models import costs
 from a3cli.models.families import LayerSizes
 from a3cli.settings import COMPONENTS, SolveSettings
@@ -11,7 +12,7 @@ from a3cli.settings.budgets import SINCE
 from a3cli.stages.allowed import resolve_for_work
 from a3cli.stages.context import AGAIN, Run, check_settings_of_model, open_run, read_calibration
 from a3cli.stages.correction import correct, cuts_of, drop_steps, one_shot_file
-from a3cli.stages.gradients import Factors, convert, loss_factors
+from a3cli.stages.gradients import Factors, convert, loss_factors, with_gradients
 from a3cli.stages.measured_loss import measure_loss
 from a3cli.stages.probe import probe, weigh
 from a3cli.stages.result import (
@@ -39,12 +40,13 @@ NOT_IN_BYTES = {"num_processes", "name", "memory"}  # settings that do not chang
 class Analysed:
     """A method, what it found, and the curves to choose sizes from, converted as the settings' sensitivity says.
 
-    `factors` are those of the conversion, if they are the same for all sizes.
+    `factors` are those of the conversion by `gradients`, if these were used.
     """
 
     method: Method[Any]
     analysis: Analysis[Any]
     curves: list[Curves]
+    gradients: Sequence[LayerGradients] | None = None
     factors: list[Factors] | None = None
 
 
@@ -92,6 +94,8 @@ def finished_solution(work: Work, request: Json) -> SolutionManifest:
 def analyse(run: Run) -> Analysed:
     """Analyse all layers with the method; the result does not depend on the budget."""
     check_settings_of_model(run.settings, run.model)
+    if run.settings.sensitivity == "gradient":
+        run = with_gradients(run)
     method = run.method()
 
     def analyse_layer(layer: int) -> Any:
@@ -113,10 +117,10 @@ def analyse(run: Run) -> Analysed:
     curves = [prediction.losses for prediction in predictions]
     if run.settings.sensitivity == "probe":
         return Analysed(method, analysis, weigh(curves, probe(run, method, analysis)))
-    if run.settings.sensitivity == "gradient":
-        factors = loss_factors(run)
+    if run.gradients:
+        factors = [loss_factors(run.inputs(layer), own) for layer, own in enumerate(run.gradients)]
         converted = [convert(own, factor) for own, factor in zip(curves, factors, strict=True)]
-        return Analysed(method, analysis, converted, factors)
+        return Analysed(method, analysis, converted, run.gradients, factors)
     return Analysed(method, analysis, curves)
 
 
@@ -125,6 +129,7 @@ def write_solution(run: Run, analysed: Analysed, *, measured: bool = True) -> So
 
     Unless `measured`, its loss is not measured.
     """
+    run = replace(run, gradients=analysed.gradients)
     with reporting(run.progress, "choosing sizes") as finished, portion(of=finished):
         sizes = choose_sizes(run.settings, run.model.shape, analysed.curves, run.stored, run.model.family)
     slots = analysed.method.choose_slots(analysed.analysis, sizes, run.for_each_layer)

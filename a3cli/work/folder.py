@@ -22,6 +22,7 @@ manifest is written last, so a folder with a manifest is a finished stage. Only 
     probes/best-stock.json …         measured sensitivities of a method and shape
     probes/progress.json, streams-{0,1}.bin   during the measurement
     gradients/energies.json          what errors of each layer's stream cost, reused by every later solution
+    gradients/layer-000.safetensors …   and in which directions
     gradients/progress.json, states-000.bin …, gradients-000.bin …   while it is computed
     pareto.json                      finished points of `a3 pareto`
     evaluation.json                  the figures that a recipe measured, and the export's hash

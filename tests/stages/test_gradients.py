@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from a3cli.models import costs
+from a3cli.solvers.moments import unpack_upper
 from a3cli.stages import gradients as module
 from a3cli.stream.backward import draw
 from tests.conftest import decoder_layers, stream_reader
@@ -34,6 +35,10 @@ def calibrated(a3, checkpoint, text_file, tmp_path):
     return calibrate
 
 
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
 def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -46,8 +51,15 @@ def found_energies(work: Path) -> list[dict[str, float]]:
     return json.loads((work / ENERGIES).read_text())["result"]["layers"]
 
 
-def literal_energies(model: Any, blocks: torch.Tensor) -> list[dict[str, float]]:
-    """Return ½ E‖g‖² / d in every layer, by autograd through the whole stock model."""
+def found_moments(work: Path, layer: int) -> dict[str, torch.Tensor]:
+    """Return `E[g gᵀ]` of both streams of a layer, from the work folder."""
+    file = load_file(work / "gradients" / f"layer-{layer:03d}.safetensors")
+    width = int((2 * len(file["mlp"])) ** 0.5)
+    return {stream: unpack_upper(file[stream].double(), width) for stream in ("attention", "mlp")}
+
+
+def literal_moments(model: Any, blocks: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Return `E[g gᵀ]` in every layer, by autograd through the whole stock model."""
     layers = decoder_layers(model)
     streams: dict[tuple[str, int], torch.Tensor] = {}
     for index, layer in enumerate(layers):
@@ -57,7 +69,7 @@ def literal_energies(model: Any, blocks: torch.Tensor) -> list[dict[str, float]]
             lambda _m, _args, out, i=index: streams.update({("mlp", i): out if torch.is_tensor(out) else out[0]})
         )
     chances = torch.rand(blocks.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    sums = [{"attention": 0.0, "mlp": 0.0} for _ in layers]
+    sums: list[dict[str, Any]] = [{"attention": 0.0, "mlp": 0.0} for _ in layers]
     for block, chance in zip(blocks, chances, strict=True):
         likelihoods = model(block[None]).logits[0].log_softmax(-1)
         cumulated = likelihoods.detach().double().exp().cumsum(-1)
@@ -65,30 +77,35 @@ def literal_energies(model: Any, blocks: torch.Tensor) -> list[dict[str, float]]
         places = list(streams)
         gradients = torch.autograd.grad(likelihoods.gather(-1, drawn[:, None]).sum(), [streams[p] for p in places])
         for (component, index), gradient in zip(places, gradients, strict=True):
-            sums[index][component] += gradient.square().sum().item()
-    width = streams["mlp", 0].shape[-1]
-    return [{c: total / (2 * blocks.numel() * width) for c, total in each.items()} for each in sums]
+            rows = gradient.flatten(0, -2).double()
+            sums[index][component] += rows.mT @ rows
+    return [{c: total / blocks.numel() for c, total in each.items()} for each in sums]
 
 
 @pytest.mark.parametrize(
     "name",
     ["llama-gqa", "gemma3-gqa", "olmo2-gqa", "granite-gqa", "mixtral-gqa", "opt-mha", "mpt-mha", "qwen3_5-hybrid"],
 )
-def test_energies_equal_autograd_through_the_stock_model(a3, calibrated, name):
+def test_moments_and_energies_equal_autograd_through_the_stock_model(a3, calibrated, name):
     source, work = calibrated(name)
     solved = a3(
         "solve", "--budget", 0.1, "--mlp-multiple", 8, "--components", "mlp", "--shape", "per-layer", "--work", work
     )
     assert solved.code == 0, solved.stderr
-    assert [path.name for path in (work / "gradients").iterdir()] == ["energies.json"]
     blocks = -(-costs.GRADIENT_TOKENS // 60)
-    expected = literal_energies(load(source), calibration_blocks(work)[:blocks])
-    for found, wanted in zip(found_energies(work), expected, strict=True):
-        assert found == pytest.approx(wanted, rel=1e-3)
+    expected = literal_moments(load(source), calibration_blocks(work)[:blocks])
+    for layer, (found, wanted) in enumerate(zip(found_energies(work), expected, strict=True)):
+        for stream, moments in found_moments(work, layer).items():
+            tolerance = 1e-3 * wanted[stream].diagonal().mean().item()
+            torch.testing.assert_close(moments, wanted[stream], rtol=1e-3, atol=tolerance)
+            assert found[stream] == pytest.approx(wanted[stream].diagonal().mean().item() / 2, rel=1e-3)
+    files = {path.name for path in (work / "gradients").iterdir()}
+    assert files == {"energies.json", *(f"layer-{layer:03d}.safetensors" for layer in range(len(expected)))}
 
 
-def test_energy_predicts_the_kl_of_a_small_error(a3, calibrated, monkeypatch):
-    """An error of every token's stream, in a direction that has nothing to do with the model's gradients."""
+@pytest.mark.parametrize("direction", ["any", "costly", "cheap"])
+def test_moments_predict_the_kl_of_a_small_error(direction, a3, calibrated, monkeypatch):
+    """An error of every token's stream: random, or in the direction on which the output depends most or least."""
     monkeypatch.setattr(costs, "GRADIENT_TOKENS", 2400)
     source, work = calibrated("llama-gqa", 40)
     assert a3(*SOLVE, "--work", work).code == 0
@@ -97,13 +114,18 @@ def test_energy_predicts_the_kl_of_a_small_error(a3, calibrated, monkeypatch):
     with torch.no_grad():
         before = model(blocks).logits.double().log_softmax(-1)
         for index, layer in enumerate(layers):
+            moments = found_moments(work, index)["mlp"]
+            vectors = torch.linalg.eigh(moments).eigenvectors.float()
             error = torch.randn(*blocks.shape, model.config.hidden_size, generator=generator) * 1e-2
+            if direction != "any":  # of one length, and of either sign
+                error = error[..., :1].sign() * vectors[:, -1 if direction == "costly" else 0] * 0.05
             hook = layer.register_forward_hook(lambda _m, _args, out, e=error: out + e)  # a Llama layer's is a tensor
             after = model(blocks).logits.double().log_softmax(-1)
             hook.remove()
             measured = (before.exp() * (before - after)).sum().item() / blocks.numel()
-            predicted = found_energies(work)[index]["mlp"] * error.double().square().sum().item() / blocks.numel()
-            assert measured == pytest.approx(predicted, rel=0.1)
+            rows = error.double().flatten(0, -2)
+            predicted = ((rows @ moments) * rows).sum().item() / (2 * blocks.numel())
+            assert measured == pytest.approx(predicted, rel=0.15)
 
 
 def test_curves_and_energies_of_a_solution_are_in_nats(a3, calibrated):
@@ -121,15 +143,41 @@ def test_curves_and_energies_of_a_solution_are_in_nats(a3, calibrated):
             assert new["energy"][component] == pytest.approx(factor * old["energy"][component], rel=1e-4)
 
 
+def test_best_weighs_directions_by_the_moments(a3, calibrated):
+    """Its loss of keeping nothing of the MLP is `½ tr(M W R Wᵀ)`, with M the moments pulled towards the identity."""
+    source, work = calibrated("llama-gqa")
+    solved = a3("solve", "--budget", 0.2, "--components", "mlp", "--mlp-multiple", 16, "--work", work, "--json").json
+    model = load(source)
+    for index, layer in enumerate(decoder_layers(model)):
+        moments = found_moments(work, index)["mlp"]
+        width, tokens = len(moments), min(6, -(-costs.GRADIENT_TOKENS // 60)) * 60
+        prior = width / (width + tokens)
+        metric = (1 - prior) * moments + prior * moments.diagonal().mean() * torch.eye(width)
+        statistics = load_file(work / "calibration" / f"layer-{index:03d}.safetensors")
+        weight = layer.mlp.down_proj.weight.detach().double()
+        gram = unpack_upper(statistics["mlp_gram"].double(), weight.shape[1]) / statistics["tokens"]
+        literal = (metric * (weight @ gram @ weight.mT)).sum().item() / 2
+        assert solved["per_layer"][index]["energy"]["mlp"] == pytest.approx(literal, rel=1e-4)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_changed_moments_are_computed_again(damage, a3, calibrated):
+    _, work = calibrated("llama-gqa")
+    assert a3(*SOLVE, "--work", work).code == 0
+    file = work / "gradients" / "layer-001.safetensors"
+    before = file.read_bytes()
+    damage(file)
+    outcome = a3(*SOLVE, "--work", work, "--overwrite")
+    assert outcome.code == 0, outcome.stderr
+    assert "layer-001.safetensors has changed since it was written; the gradients are computed again" in outcome.stderr
+    assert file.read_bytes() == before
+
+
 def test_drawn_tokens_follow_the_distribution():
     distribution = torch.tensor([0.5, 0.0, 0.25, 0.25])
     chances = torch.linspace(0, 1, 4001, dtype=torch.float64)[None, :-1]
     drawn = draw(distribution.expand(1, 4000, 4), chances)
     assert drawn.flatten().bincount(minlength=4).tolist() == [2000, 0, 1000, 1000]
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
 
 
 @pytest.mark.parametrize("stopped", ["_forward", "_from_logits", "_backward"])

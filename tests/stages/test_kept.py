@@ -38,7 +38,7 @@ def computed(monkeypatch):
     for kind, name in (
         (maps.MapSolver, "_refine_maps"),
         (maps.MapSolver, "closed_form"),
-        (normed.NormedSolver, "_refine"),
+        (normed.NormedSolver, "refine"),
     ):
         record(kind, name)
     return found
@@ -181,4 +181,3 @@ def test_heads_that_stay_whole_are_not_refined_thoroughly(computed, solve, work)
     assert found["head_dim"] == {"before": 16, "after": 16}
     efforts = [each[-1] for each in filter(is_refinement, computed)]
     assert {*efforts} == {maps.QUICK, maps.UNREFINED}
-    assert not [*(work / "kept").glob("layer-*.safetensors")]
