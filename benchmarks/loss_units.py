@@ -5,9 +5,10 @@
     a3 solve --budget 0.2 --shape per-layer --sensitivity probe --name probed --work WORK
     python benchmarks/loss_units.py MODEL WORK [--write docs/experiments.md]
 
-A predicted loss is a squared error times a factor of the layer: half of the mean energy of a gradient, as a3 takes it;
-the mean of 1/‖h‖² over tokens, with h the stream behind the MLP (`--sensitivity residual`); or 1 over the mean of ‖h‖².
-The best factor gives the same ratio of KL to loss in every layer. The streams are those of evenly spaced blocks.
+A predicted loss is a squared error times a factor of the layer: half of the mean energy of a gradient; the mean of
+1/‖h‖² over tokens, with h the stream behind the MLP (`--sensitivity residual`); or 1 over the mean of ‖h‖². The best
+factor gives the same ratio of KL to loss in every layer. Errors are those of the probed cuts, in which all directions
+count alike. The streams are those of evenly spaced blocks.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def ratio_rows(work: Work, energies: list[torch.Tensor]) -> list[tuple[float, ..
     rows = []
     for layer, (found, gradient, own) in enumerate(zip(probed, gradients, energies, strict=True)):
         size, kl = found["mlp"]["size"][-1], found["mlp"]["kl"][-1]
-        error = read_json(work.channel_order(layer))["result"]["curve"][size]
+        error = read_json(work.channel_order(layer, directed=False))["result"]["curve"][size]
         units = (gradient["mlp"], float((1 / own).mean()), 1 / float(own.mean()))
         rows.append((share_of_longest(own), *(kl / (error * unit) for unit in units)))
     return rows

@@ -244,7 +244,7 @@ class LayerInputs:
     @property
     def channels_file(self) -> Path:
         """Return the path of the file with the order of this layer's MLP channels."""
-        return self._work.channel_order(self.layer)
+        return self._work.channel_order(self.layer, directed=self._gradients is not None)
 
     @property
     def kept(self) -> Kept:

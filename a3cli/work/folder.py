@@ -15,7 +15,8 @@ manifest is written last, so a folder with a manifest is a finished stage. Only 
     solutions/NAME/                  a solution with a name: the same files; unfinished ones lie beside it
     solutions/.NAME.evaluation.json, .NAME.verification.json   what a recipe with that name measured and checked
     solutions/.NAME.publication.json   where it uploaded the export
-    channels/layer-000.json …        the order of greedy channel selection, reused by every later solution
+    channels/layer-000-directed.json …   the order of greedy channel selection, reused by every later solution
+    channels/layer-000.json …        the same without gradients
     kept/layer-000.json …            errors of smaller query and key heads, reused by every later solution
     kept/layer-000-….safetensors …   refined query and key maps, reused likewise
     kept/source.json, source-….safetensors   what the source's layers make of the tokens on which solutions are measured
@@ -109,8 +110,9 @@ class Work:
     def statistics(self, layer: int) -> Path:
         return self.calibration / layer_file(layer)
 
-    def channel_order(self, layer: int) -> Path:
-        return self.channels / f"layer-{layer:03d}.json"
+    def channel_order(self, layer: int, *, directed: bool) -> Path:
+        """Return the path of a layer's order of channels; `directed` if gradients weigh the directions of errors."""
+        return self.channels / f"layer-{layer:03d}{'-directed' if directed else ''}.json"
 
     def layer_solution(self, layer: int) -> Path:
         return self.solution / layer_file(layer)

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("hasty")
 
 def files(folder):
     """Return the files of a folder, of a work folder without what is kept for further solutions."""
-    found = snapshot(folder).items()
-    return {name: data for name, data in found if data is not None and not name.startswith(("kept/", "gradients/"))}
+    found, further = snapshot(folder).items(), ("kept/", "gradients/", "channels/")
+    return {name: data for name, data in found if data is not None and not name.startswith(further)}
 
 
 def test_a_second_budget_needs_neither_overwrite_nor_a_calibration(a3, work, tmp_path):

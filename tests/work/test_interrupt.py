@@ -154,7 +154,7 @@ def test_overwriting_begins_anew_where_what_is_there_is_damaged(a3, long_source,
 
 def test_nothing_is_left_of_what_did_nothing(a3, calibrated):
     before = contents(calibrated)
-    interrupted(a3("solve", "--budget", 0.2, *SIZES, "--work", calibrated, "--max-minutes", 0), "layer 1 of 2")
+    interrupted(a3("solve", "--budget", 0.2, *SIZES, "--work", calibrated, "--max-minutes", 0), "pass forward 0")
     assert contents(calibrated) == before
 
 
@@ -167,7 +167,7 @@ def test_solve_goes_on_at_every_step(rounds, a3, calibrated, monkeypatch):
     whole = contents(calibrated)
     shutil.rmtree(calibrated / "channels")
     steps = {
-        "analysing layer 2": "channels/layer-000.json",
+        "analysing layer 2": "channels/layer-000-directed.json",
         "projecting layer 2": "one-shot-000",
         "correcting": "refit-000",
     }
@@ -188,7 +188,7 @@ def test_the_order_of_channels_is_found_once(a3, calibrated, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(analysis, "find_order", lambda *_: pytest.fail("found again"))
         assert a3(*solve, 0.3, "--shape", "per-layer").code == 0
-    file = calibrated / "channels" / "layer-001.json"
+    file = calibrated / "channels" / "layer-001-directed.json"
     file.write_text(file.read_text().replace("1", "2", 1))
     outcome = a3(*solve, 0.2)
     assert outcome.code == 0
