@@ -58,6 +58,7 @@ def shape(hidden: int, width: int, layers: int, heads: int, kv_heads: int, **mor
 SHAPES = {
     "tiny": shape(256, 512, 4, 4, 2, vocab_size=512, max_position_embeddings=4096, rope_scaling=None),
     "small": shape(1024, 2048, 8, 16, 4, vocab_size=4096),
+    "135m": shape(576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True),
     "0.3b": shape(1024, 2816, 24, 16, 4, vocab_size=32000, max_position_embeddings=8192, tie_word_embeddings=True),
     "1b": shape(2048, 8192, 16, 32, 8, tie_word_embeddings=True, rope_scaling={**LLAMA3, "factor": 32.0}),
     "8b": shape(4096, 14336, 32, 32, 8),

@@ -1,7 +1,7 @@
 """Compare `a3 calibrate`'s sweep with a bare forward of the same blocks by plain transformers.
 
-This makes a random Llama in bfloat16, of about 0.3 billion parameters unless `--shape` says otherwise, and blocks of
-random tokens, in a temporary folder.
+This makes a random Llama, of about 0.3 billion parameters unless `--shape` says otherwise, and blocks of random tokens,
+in a temporary folder. Both compute in `--dtype`.
 
 The bare forward has the whole model resident and runs the decoder (no output head) over the blocks, batch by batch.
 The sweep also reads each layer's weights, keeps hidden states, and accumulates and writes the statistics. Each runs in
@@ -9,6 +9,7 @@ its own process, as it would alone, and the fastest of several rounds counts. Th
 limit.
 
     python benchmarks/sweep_overhead.py [--layers 24] [--blocks 8] [--seq-len 2048] [--rounds 3] [--profile]
+    python benchmarks/sweep_overhead.py --shape 135m --dtype float32 --seq-len 512 --blocks 32 --batch-size 8
     python benchmarks/sweep_overhead.py --device cuda --shape 8b --layers 4 --blocks 64 --batch-size 8
 """
 
@@ -45,11 +46,10 @@ def forward(model: Any, blocks: torch.Tensor, batch_size: int, device: torch.dev
 
 
 def calibrate(
-    folder: Path, blocks: torch.Tensor, batch_size: int, device: torch.device, where: str, *, full_mlp: bool
+    folder: Path, blocks: torch.Tensor, batch_size: int, machine: Machine, where: str, *, full_mlp: bool
 ) -> None:
     """Run the part of `a3 calibrate` between the text and the manifest."""
-    model = describe(Checkpoint(folder))
-    machine = Machine(device, torch.bfloat16)
+    model, device = describe(Checkpoint(folder)), machine.device
     shape = (*blocks.shape, model.shape.hidden_size)
     states: States = (
         StatesOnDisk(lambda layer: folder / f"hidden-{layer}.bin", folder / "hidden-next.bin", shape, machine.dtype)
@@ -82,35 +82,35 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def prepare(
-    kind: str, folder: Path, blocks: torch.Tensor, batch_size: int, device: torch.device, where: str
+    kind: str, folder: Path, blocks: torch.Tensor, batch_size: int, machine: Machine, where: str
 ) -> Callable[[], None]:
     """Return the function to time."""
     if kind == "bare":
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-        return lambda: forward(model, blocks, batch_size, device)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=machine.dtype).to(machine.device).eval()
+        return lambda: forward(model, blocks, batch_size, machine.device)
     return_freed_memory(batches=True)  # as the command itself does
-    return lambda: calibrate(folder, blocks, batch_size, device, where, full_mlp=kind == "full")
+    return lambda: calibrate(folder, blocks, batch_size, machine, where, full_mlp=kind == "full")
 
 
 def run(kind: str, folder: Path, arguments: argparse.Namespace) -> None:
     """Print the fastest round's seconds, or a profile, from a child process."""
     torch.manual_seed(1)
     blocks = torch.randint(SHAPES[arguments.shape]["vocab_size"], (arguments.blocks, arguments.seq_len))
-    device = torch.device(arguments.device)
-    work = prepare(kind, folder, blocks, arguments.batch_size, device, arguments.hidden_states)
+    machine = Machine(torch.device(arguments.device), getattr(torch, arguments.dtype))
+    work = prepare(kind, folder, blocks, arguments.batch_size, machine, arguments.hidden_states)
     if arguments.profile:
         from torch.profiler import ProfilerActivity, profile
 
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if machine.device.type == "cuda" else [])]
         with profile(activities=activities) as profiled:
             work()
-        by = "self_cpu_time_total" if device.type == "cpu" else "self_cuda_time_total"
+        by = "self_cpu_time_total" if machine.device.type == "cpu" else "self_cuda_time_total"
         print(profiled.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=50))
         return
     prepare(
-        kind, folder, blocks[:1], 1, device, arguments.hidden_states
+        kind, folder, blocks[:1], 1, machine, arguments.hidden_states
     )()  # kernels are chosen and pages are read at the first call
     print(min(seconds(work) for _ in range(arguments.rounds)))
 
@@ -119,7 +119,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> bool:
     """Print the table; return False if a ratio is above its limit."""
     make_in_a_child(folder, arguments.shape, arguments.layers)
     size = sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
-    print(f"{arguments.shape}, {size / 2e9:.2f} B parameters, bfloat16, on {arguments.device}", end=", ")
+    print(f"{arguments.shape}, {size / 2e9:.2f} B parameters, {arguments.dtype}, on {arguments.device}", end=", ")
     print(
         f"{arguments.blocks} blocks of {arguments.seq_len} tokens, {arguments.batch_size} a batch, "
         f"{torch.get_num_threads()} threads, hidden states: {arguments.hidden_states}, fastest of {arguments.rounds}"
@@ -145,6 +145,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="0.3b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--hidden-states", choices=("disk", "memory", "device"), default="disk")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)

@@ -81,8 +81,9 @@ def first_changed(folder: Path, files: Iterable[Json]) -> Path | None:
 
 
 def describe_request(run: Run) -> Json:
-    """Return everything that the energies depend on."""
+    """Return everything that the gradients depend on, and what is found of them."""
     return {
+        "found": ["energies", "second moments"],
         "calibration": run.calibration.sha256,
         "blocks": costs.gradient_blocks(*run.calibration.blocks),
         **run.machine.describe(),
