@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -87,15 +87,17 @@ def read_or_find_order(inputs: LayerInputs, device: torch.device) -> ChannelOrde
 
 
 def find_order(inputs: LayerInputs, device: torch.device) -> ChannelOrder:
+    root = inputs.mlp_metric()
+    order = partial(order_for_refit, None if root is None else root.to(device))
     if inputs.shape.experts:
-        return order_experts(inputs, order_for_refit, device)
-    return order_for_refit(fitted_gram(inputs).to(device), inputs.down_in_stream.to(device))
+        return order_experts(inputs, order, device)
+    return order(fitted_gram(inputs).to(device), inputs.down_in_stream.to(device))
 
 
-def order_for_refit(gram: torch.Tensor, down: torch.Tensor) -> ChannelOrder:
+def order_for_refit(root: torch.Tensor | None, gram: torch.Tensor, down: torch.Tensor) -> ChannelOrder:
     """Return the order of channels that accounts for the refit; overwrites the Gram matrix."""
     block = max(1, len(gram) // BLOCKS)
-    return order_channels(gram, down, block=block, overwrite_gram=True, advance=advance)
+    return order_channels(gram, down, metric_root=root, block=block, overwrite_gram=True, advance=advance)
 
 
 def fitted_gram(inputs: LayerInputs) -> torch.Tensor:

@@ -30,7 +30,7 @@ def order_experts(inputs: LayerInputs, order_one: OrderOne, device: torch.device
     """
     orders, curve = [], torch.zeros(inputs.shape.intermediate_size + 1, dtype=torch.float64)
     for expert, tokens in enumerate(inputs.expert_tokens):
-        gram, down = inputs.mlp_gram(expert).to(device), inputs.expert_in_stream(expert).to(device)
+        gram, down = inputs.mlp_gram(expert).to(device), inputs.weight("down", expert).to(device)
         with portion(1 / inputs.shape.experts):
             if refittable(inputs, tokens):
                 found = order_one(gram, down)

@@ -16,7 +16,7 @@ REMEDY = "remove it and rerun the same command, which computes the gradients aga
 class LayerGradients:
     """`½ E‖g‖² / d` of the stream after attention and after the MLP: KL, nats a token, for a squared error of one.
 
-    The file has `E[g gᵀ]` of both, as packed triangles, and the number of tokens.
+    A file in the folder has `E[g gᵀ]` after the MLP, as a packed triangle, and the number of tokens; `hash` is of it.
     """
 
     folder: Path
@@ -25,7 +25,7 @@ class LayerGradients:
     file: str
     hash: str
 
-    def root(self, stream: str, width: int) -> torch.Tensor:
-        """Return the `metric_root` `[width, width]` of the stream after `attention` or `mlp`."""
+    def root(self, width: int) -> torch.Tensor:
+        """Return the `metric_root` `[width, width]` of the stream after the MLP."""
         found = read_tensors(self.folder / self.file, REMEDY)
-        return metric_root(unpack_upper(found[stream].double(), width), int(found["tokens"]))
+        return metric_root(unpack_upper(found["moments"].double(), width), int(found["tokens"]))

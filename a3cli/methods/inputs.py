@@ -49,9 +49,9 @@ def read_samples(path: Path) -> Tensors | None:
 class LayerInputs:
     """Statistics (means over tokens) and weights of one layer, read on demand.
 
-    An error e of a projection's output counts `‖S e‖²` in the residual stream, and `w ‖S (γ ∘ e)‖²` if a norm with
-    weight γ follows the projection. S is the root of the gradients' metric, or the identity without gradients. The
-    statistics contain the tokens' weights w (`moments.py`), and the output weights named `…_in_stream` contain S and γ.
+    An error e of a projection's output counts `‖e‖²` in the residual stream, and `w ‖γ ∘ e‖²` if a norm with weight γ
+    follows the projection. The statistics contain the tokens' weights w (`moments.py`), and the output weights named
+    `…_in_stream` contain γ.
 
     Raises A3Error for statistics that are missing or not finite.
     """
@@ -145,14 +145,9 @@ class LayerInputs:
 
     @cached_property
     def output_weight_in_stream(self) -> torch.Tensor:
-        """Return `W_o,i` `[H, h, d]`, times the weight of the norm that follows, if there is one, and S."""
-        gain, weight = self._post_norm("o"), self.output_weight
-        weight = weight if gain is None else weight * gain
-        return (
-            weight
-            if self._gradients is None
-            else (weight.double() @ self._gradients.root("attention", self.shape.hidden_size).mT).float()
-        )
+        """Return `W_o,i` `[H, h, d]`, times the weight of the norm that follows, if there is one."""
+        gain = self._post_norm("o")
+        return self.output_weight if gain is None else self.output_weight * gain
 
     @cached_property
     def output_gram(self) -> torch.Tensor:
@@ -172,20 +167,13 @@ class LayerInputs:
 
     @property
     def down_in_stream(self) -> torch.Tensor:
-        """Return the down projection `[d, I]`, times the weight of the norm that follows, if there is one, and S."""
+        """Return the down projection `[d, I]`, times the weight of the norm that follows, if there is one."""
         gain = self._post_norm("down")
-        return self._in_metric(self.down if gain is None else self.down * gain[:, None])
+        return self.down if gain is None else self.down * gain[:, None]
 
-    def expert_in_stream(self, expert: int) -> torch.Tensor:
-        """Return an expert's down projection `[d, I]`, times S."""
-        return self._in_metric(self.weight("down", expert))
-
-    def _in_metric(self, down: torch.Tensor) -> torch.Tensor:
-        return down if self._mlp_root is None else (self._mlp_root @ down.double()).float()
-
-    @cached_property
-    def _mlp_root(self) -> torch.Tensor | None:
-        return None if self._gradients is None else self._gradients.root("mlp", self.shape.hidden_size)
+    def mlp_metric(self) -> torch.Tensor | None:
+        """Return the root S `[d, d]` of the metric of errors of the MLP's output, or None without gradients."""
+        return None if self._gradients is None else self._gradients.root(self.shape.hidden_size)
 
     def _post_norm(self, role: Role) -> torch.Tensor | None:
         """Return the weight γ `[d]` of the norm between a projection and the residual sum, or None without a norm."""
@@ -234,12 +222,8 @@ class LayerInputs:
     def origin(self) -> Json:
         """Return the hashes of this layer's statistics, weights and gradients."""
         request, hashes = self._calibration.request, self._calibration.layers
-        return {"statistics": hashes[self.layer], "source": request.source.plain(), **self.metric}
-
-    @property
-    def metric(self) -> Json:
-        """Return the hash of the gradients, if errors are weighed by their metric."""
-        return {} if self._gradients is None else {"gradients": self._gradients.hash}
+        gradients = {} if self._gradients is None else {"gradients": self._gradients.hash}
+        return {"statistics": hashes[self.layer], "source": request.source.plain(), **gradients}
 
     @property
     def channels_file(self) -> Path:

@@ -73,13 +73,12 @@ class Trial:
             "bands": [asdict(band) for band in start.bands],
             "centred_for": start.layers,
             **describe_solver(self.solver),
-            **self.layer.inputs().metric,
         }
 
 
 def loss_of_nothing(solver: MapSolver, layer: BestLayer) -> float:
     """Return the loss of attention that weighs all keys alike."""
-    made_from = {"result": "loss of nothing", **describe_solver(solver), **layer.inputs().metric}
+    made_from = {"result": "loss of nothing", **describe_solver(solver)}
     return float(layer.inputs().kept.figures(made_from, lambda: {"loss": solver.loss_of_nothing(layer)})["loss"])
 
 

@@ -266,7 +266,7 @@ def gradient_blocks(samples: int, seq_len: int) -> int:
 def gradient_flops(shape: ModelShape, vocabulary: int, samples: int, seq_len: int) -> int:
     """Return the FLOPs of the sweep for gradients: two forwards and a backward, logits once, and second moments."""
     d = shape.hidden_size
-    sweep = 3 * prefill_flops_per_token(shape, shape.sizes, seq_len) + 4 * vocabulary * d + 4 * shape.layers * d**2
+    sweep = 3 * prefill_flops_per_token(shape, shape.sizes, seq_len) + 4 * vocabulary * d + 2 * shape.layers * d**2
     return gradient_blocks(samples, seq_len) * seq_len * sweep
 
 
@@ -276,7 +276,7 @@ def gradient_bytes(shape: ModelShape, samples: int, seq_len: int, itemsize: int)
     Beside them the second moments of the gradients, which are kept.
     """
     states = hidden_state_bytes(shape, gradient_blocks(samples, seq_len), seq_len, itemsize)
-    return 2 * (shape.layers + 1) * states + 2 * shape.layers * triangle(shape.hidden_size) * 4
+    return 2 * (shape.layers + 1) * states + shape.layers * triangle(shape.hidden_size) * 4
 
 
 SMALL_LAYER = 4096  # MLP channels; the statistics of several layers of this width fit in any memory
@@ -304,7 +304,7 @@ def solve_memory(shape: ModelShape, size: LayerSizes, method: str) -> int:
     kept = shape.heads * size.ov
     refit_output = query**2 * 8 + 3 * query * kept * 8 + (query + 2 * kept) * d * 8 + query * d * 2
     unpack = (width**2 + triangle(width)) * 8
-    select = (width**2 + 2 * width * d) * 8
+    select = (width**2 + 3 * width * d) * 8
     refit = (width**2 + size.mlp**2 + 2 * size.mlp * d) * 8
     others = (shape.mlps - 1) * size.mlp * d * 4  # refit projections of a layer's other experts
     return max(outputs, refit_output, max(unpack, select, refit) + width * d * 2 + others)

@@ -48,6 +48,7 @@ def order_channels(
     down_weight: torch.Tensor,
     *,
     block: int,
+    metric_root: torch.Tensor | None = None,
     candidates: int = 4,
     overwrite_gram: bool = False,
     advance: Callable[[float], object] = lambda _share: None,
@@ -55,11 +56,12 @@ def order_channels(
     """Select channels greedily, accounting for the refit: one pass gives every width and its exact error.
 
     gram `[I, I]` = `E[x xᵀ]`, down_weight `[d, I]`. The channel taken next is the one that most reduces the residual of
-    the refit, `‖(R W)_j‖² / R_jj` on the deflated `R`. Block-wise: `block` channels are taken among the `candidates ·
-    block` of largest gain, exactly greedily among those, before the rest of `R` is deflated by them. About
-    `I³/3 + 3/2 I² d` multiply-adds in matrix products; `block=1` is exact greedy. Beside `R` in float64 it holds two
-    matrices `[I, d]`; with `overwrite_gram` a float64 `gram` is overwritten. `advance` is called with shares of the
-    work.
+    the refit, `‖(R W)_j‖² / R_jj` on the deflated `R`. With `metric_root` S `[d, d]` it is the one that most reduces
+    `‖S e‖²` of the refit's error e, `‖(R W Sᵀ)_j‖² / R_jj`; the curve counts `‖e‖²` all the same. Block-wise: `block`
+    channels are taken among the `candidates · block` of largest gain, exactly greedily among those, before the rest of
+    `R` is deflated by them. About `I³/3 + 3/2 I² d` multiply-adds in matrix products, with a metric `I² d` more;
+    `block=1` is exact greedy. Beside `R` in float64 it holds two matrices `[I, d]`, with a metric three; with
+    `overwrite_gram` a float64 `gram` is overwritten. `advance` is called with shares of the work.
     """
     residual = gram.to(torch.float64, copy=not overwrite_gram)
     weight = down_weight.mT.double()
@@ -69,21 +71,22 @@ def order_channels(
     left = _Left(
         residual,
         target,
+        target if metric_root is None else target @ metric_root.mT.double(),
         least=(EXPLAINED * residual.diagonal()).clamp_min(torch.finfo(torch.float64).tiny),
         channels=torch.arange(len(gram), device=gram.device),
     )
     order: list[torch.Tensor] = []
     gains: list[torch.Tensor] = []
     while before := left.count:
-        gain = _gains(left.residual.diagonal(), torch.linalg.vector_norm(left.target, dim=1).square(), left.least)
+        gain = _gains(left.residual.diagonal(), torch.linalg.vector_norm(left.wanted, dim=1).square(), left.least)
         pool = gain.argsort(descending=True, stable=True)[: candidates * block]
-        rows = left.target[pool]
+        rows = left.wanted[pool]
         taken, taken_gains = _take_greedily(
             left.residual[pool[:, None], pool], rows @ rows.mT, left.least[pool], min(block, len(pool))
         )
         order.append(left.channels[pool[taken]])
-        gains.append(taken_gains)
-        left.take(pool[taken], pool[taken[taken_gains > 0]])
+        useful = taken_gains > 0
+        gains.append(torch.zeros_like(taken_gains).masked_scatter_(useful, left.take(pool[taken], pool[taken[useful]])))
         advance((before**3 - left.count**3) / len(gram) ** 3)
     curve = torch.cat([total[None], total - torch.cat(gains).cumsum(0)]).clamp_min(0)
     return ChannelOrder(torch.cat(order), curve)
@@ -104,35 +107,53 @@ def plain_losses(gram: torch.Tensor, down_weight: torch.Tensor, order: torch.Ten
 class _Left:
     """The remaining channels in the leading rows (and columns) of `R` and of `T = R W`, updated in place.
 
-    The last rows move into the gaps of the selected ones, so that products are as small as possible and no matrix is
-    copied.
+    `wanted` is `T Sᵀ`, or T itself without a metric. The last rows move into the gaps of the selected ones, so that
+    products are as small as possible and no matrix is copied.
     """
 
     def __init__(
-        self, residual: torch.Tensor, target: torch.Tensor, *, least: torch.Tensor, channels: torch.Tensor
+        self,
+        residual: torch.Tensor,
+        target: torch.Tensor,
+        wanted: torch.Tensor,
+        *,
+        least: torch.Tensor,
+        channels: torch.Tensor,
     ) -> None:
-        self.residual, self.target, self.least, self.channels = residual, target, least, channels
+        self.residual, self.least, self.channels = residual, least, channels
+        self.target, self.wanted = target, wanted
 
     @property
     def count(self) -> int:
         return len(self.channels)
 
-    def take(self, taken: torch.Tensor, useful: torch.Tensor) -> None:
-        """Drop the rows `taken`, and deflate the others by the `useful` ones among them."""
+    def take(self, taken: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
+        """Drop the rows `taken`, and deflate the others by the `useful` ones among them.
+
+        Return how much of `‖e‖²` each useful one explains beside those before it.
+        """
         columns = self.residual[:, useful]
         factor = torch.linalg.cholesky(columns[useful])
         half = torch.linalg.solve_triangular(factor, columns.mT, upper=False)
-        reduced = torch.linalg.solve_triangular(factor, self.target[useful], upper=False)
+        targets = [self.target] if self.wanted is self.target else [self.target, self.wanted]
+        reduced = [torch.linalg.solve_triangular(factor, each[useful], upper=False) for each in targets]
         gaps, movers = self._moves(taken)
         self.residual[gaps] = self.residual[movers]
         self.residual[:, gaps] = self.residual[:, movers]
-        for rows in (self.target, self.least, self.channels, half.mT):
+        for rows in (*targets, self.least, self.channels, half.mT):
             rows[gaps] = rows[movers]
         n = self.count - len(taken)
-        self.residual, self.target = self.residual[:n, :n], self.target[:n]
-        self.least, self.channels, half = self.least[:n], self.channels[:n], half[:, :n]
-        self.target.addmm_(half.mT, reduced, alpha=-1)
+        self.residual, self.least, self.channels, half = (
+            self.residual[:n, :n],
+            self.least[:n],
+            self.channels[:n],
+            half[:, :n],
+        )
+        targets = [each[:n].addmm_(half.mT, part, alpha=-1) for each, part in zip(targets, reduced, strict=True)]
+        self.target, self.wanted = targets[0], targets[-1]
         self.residual.addmm_(half.mT, half, alpha=-1)
+        explained: torch.Tensor = reduced[0].square().sum(1)
+        return explained
 
     def _moves(self, taken: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gaps of `taken` in the leading rows, and the rows at the end that fill them."""

@@ -4,13 +4,14 @@ At each place the loss is the log-likelihood of a token drawn from the model's o
 such losses, with g their gradient in the stream, is the stream's Fisher information: to second order an error e of one
 token's stream adds `½ (gᵀ e)²` to KL(source ‖ compressed), and `½ E‖g‖² / d · ‖e‖²` if its direction has nothing to do
 with the gradient's. So one number for each layer's attention, and one for its MLP, convert squared errors to KL, and
-`E[g gᵀ]` says which directions count.
+`E[g gᵀ]` after the MLP says in which directions its errors count.
 
 The source runs forward, and every layer's input stays in a file; then the gradient goes back through one layer after
 another. Memory holds one layer and one block. Resumable at the unfinished layer, in both directions. No weight changes.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -205,34 +206,32 @@ class _Sweep:
             self._each_block(gradients, [self._states(layers)], self._gradients(layers))
 
     def _backward(self, decoder: Decoder, calls: Calls, layer: int) -> Json:
-        """Write the gradients by a layer's input, and `E[g gᵀ]` of its streams; return what `LayerGradients` has."""
+        """Write the gradients by a layer's input, and `E[g gᵀ]` after its MLP; return what `LayerGradients` has."""
         width, tokens = self.run.model.shape.hidden_size, self.blocks.numel()
-        moments = torch.zeros(2, width, width, dtype=torch.float64, device=self.run.machine.device)
+        moments = torch.zeros(width, width, dtype=torch.float64, device=self.run.machine.device)
+        of_attention = torch.zeros((), dtype=torch.float64)
         with decoder.layer(layer) as module:
             reader = module.get_submodule(self.family.stream_reader)
 
             def gradients(_start: int, states: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
                 before, between = back_through(module, reader, states, after, calls[1][layer])
-                for own, gradient in zip(moments, (between, after), strict=True):
-                    rows = gradient.flatten(0, -2).float() / SCALE
-                    own.add_(rows.mT @ rows)
+                rows = after.flatten(0, -2).float() / SCALE
+                moments.add_(rows.mT @ rows)
+                of_attention.add_((between.double() / SCALE).square().sum().cpu())
                 return before
 
             inputs = [self._states(layer), self._gradients(layer + 1)]
             self._each_block(gradients, inputs, self._gradients(layer))
-        attention, mlp = moments.cpu() / tokens
-        if not moments.isfinite().all():
+        moments = moments.cpu() / tokens
+        energies = {
+            "attention": of_attention.item() / (2 * tokens * width),
+            "mlp": moments.diagonal().mean().item() / 2,
+        }
+        if not (moments.isfinite().all() and math.isfinite(energies["attention"])):
             raise A3Error(
                 f"layer {layer}: the gradient is not finite; compute in a wider type (--dtype float32), "
                 "or use --sensitivity residual"
             )
         path = self.folder / layer_file(layer)
-        packed = {"attention": pack_upper(attention).float(), "mlp": pack_upper(mlp).float()}
-        write_tensors(path, {**packed, "tokens": torch.tensor(tokens)})
-        energies = {"attention": half_mean(attention), "mlp": half_mean(mlp)}
+        write_tensors(path, {"moments": pack_upper(moments).float(), "tokens": torch.tensor(tokens)})
         return {**energies, "file": path.name, "hash": hash_file(path)}
-
-
-def half_mean(moments: torch.Tensor) -> float:
-    """Return `½ E‖g‖² / d` from `E[g gᵀ]`."""
-    return moments.diagonal().mean().item() / 2

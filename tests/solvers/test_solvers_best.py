@@ -218,6 +218,19 @@ def test_greedy_curve_is_the_measured_error_at_every_width(block):
         assert error == pytest.approx(found.curve[kept].item(), rel=1e-5, abs=1e-7 * found.curve[0].item())
 
 
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_metric_chooses_the_order_and_the_curve_stays_the_plain_error(block):
+    """The order is that of the down projection S W; the error at every width is that of W."""
+    x, down = correlated(12)
+    gram, root = x.T @ x / len(x), torch.diag(torch.linspace(0.01, 10, len(down), dtype=torch.float64)).roll(1, 0)
+    found = order_channels(gram, down, metric_root=root, block=block)
+    assert found.order.tolist() == order_channels(gram, root @ down, block=block).order.tolist()
+    assert found.order.tolist() != order_channels(gram, down, block=block).order.tolist()
+    for kept in range(1, 13):
+        error = refit_error(x, down, found.order[:kept])
+        assert error == pytest.approx(found.curve[kept].item(), rel=1e-5, abs=1e-7 * found.curve[0].item())
+
+
 def test_each_greedy_step_is_the_best_single_step():
     x, down = correlated(9)
     order = order_channels(x.T @ x / len(x), down, block=1).order.tolist()

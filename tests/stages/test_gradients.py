@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from a3cli.models import costs
+from a3cli.solvers.metric import metric_root
+from a3cli.solvers.mlp import order_channels
 from a3cli.solvers.moments import unpack_upper
 from a3cli.stages import gradients as module
 from a3cli.stream.backward import draw
@@ -51,11 +53,10 @@ def found_energies(work: Path) -> list[dict[str, float]]:
     return json.loads((work / ENERGIES).read_text())["result"]["layers"]
 
 
-def found_moments(work: Path, layer: int) -> dict[str, torch.Tensor]:
-    """Return `E[g gᵀ]` of both streams of a layer, from the work folder."""
-    file = load_file(work / "gradients" / f"layer-{layer:03d}.safetensors")
-    width = int((2 * len(file["mlp"])) ** 0.5)
-    return {stream: unpack_upper(file[stream].double(), width) for stream in ("attention", "mlp")}
+def found_moments(work: Path, layer: int) -> torch.Tensor:
+    """Return `E[g gᵀ]` of the stream after a layer's MLP, from the work folder."""
+    packed = load_file(work / "gradients" / f"layer-{layer:03d}.safetensors")["moments"]
+    return unpack_upper(packed.double(), int((2 * len(packed)) ** 0.5))
 
 
 def literal_moments(model: Any, blocks: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -95,10 +96,10 @@ def test_moments_and_energies_equal_autograd_through_the_stock_model(a3, calibra
     blocks = -(-costs.GRADIENT_TOKENS // 60)
     expected = literal_moments(load(source), calibration_blocks(work)[:blocks])
     for layer, (found, wanted) in enumerate(zip(found_energies(work), expected, strict=True)):
-        for stream, moments in found_moments(work, layer).items():
-            tolerance = 1e-3 * wanted[stream].diagonal().mean().item()
-            torch.testing.assert_close(moments, wanted[stream], rtol=1e-3, atol=tolerance)
-            assert found[stream] == pytest.approx(wanted[stream].diagonal().mean().item() / 2, rel=1e-3)
+        for stream, moments in wanted.items():
+            assert found[stream] == pytest.approx(moments.diagonal().mean().item() / 2, rel=1e-3)
+        tolerance = 1e-3 * wanted["mlp"].diagonal().mean().item()
+        torch.testing.assert_close(found_moments(work, layer), wanted["mlp"], rtol=1e-3, atol=tolerance)
     files = {path.name for path in (work / "gradients").iterdir()}
     assert files == {"energies.json", *(f"layer-{layer:03d}.safetensors" for layer in range(len(expected)))}
 
@@ -114,7 +115,7 @@ def test_moments_predict_the_kl_of_a_small_error(direction, a3, calibrated, monk
     with torch.no_grad():
         before = model(blocks).logits.double().log_softmax(-1)
         for index, layer in enumerate(layers):
-            moments = found_moments(work, index)["mlp"]
+            moments = found_moments(work, index)
             vectors = torch.linalg.eigh(moments).eigenvectors.float()
             error = torch.randn(*blocks.shape, model.config.hidden_size, generator=generator) * 1e-2
             if direction != "any":  # of one length, and of either sign
@@ -143,21 +144,25 @@ def test_curves_and_energies_of_a_solution_are_in_nats(a3, calibrated):
             assert new["energy"][component] == pytest.approx(factor * old["energy"][component], rel=1e-4)
 
 
-def test_best_weighs_directions_by_the_moments(a3, calibrated):
-    """Its loss of keeping nothing of the MLP is `½ tr(M W R Wᵀ)`, with M the moments pulled towards the identity."""
+def test_channels_are_selected_in_the_metric_of_the_moments(a3, calibrated):
+    """As if the down projection were S W, with `SᵀS` the moments pulled towards the identity; without gradients W."""
     source, work = calibrated("llama-gqa")
-    solved = a3("solve", "--budget", 0.2, "--components", "mlp", "--mlp-multiple", 16, "--work", work, "--json").json
-    model = load(source)
-    for index, layer in enumerate(decoder_layers(model)):
-        moments = found_moments(work, index)["mlp"]
-        width, tokens = len(moments), min(6, -(-costs.GRADIENT_TOKENS // 60)) * 60
-        prior = width / (width + tokens)
-        metric = (1 - prior) * moments + prior * moments.diagonal().mean() * torch.eye(width)
+    cut = ("solve", "--budget", 0.2, "--components", "mlp", "--mlp-multiple", 16, "--work", work)
+    assert a3(*cut).code == 0
+    assert a3(*cut, "--sensitivity", "residual", "--name", "plain").code == 0
+    for index, layer in enumerate(decoder_layers(load(source))):
         statistics = load_file(work / "calibration" / f"layer-{index:03d}.safetensors")
         weight = layer.mlp.down_proj.weight.detach().double()
         gram = unpack_upper(statistics["mlp_gram"].double(), weight.shape[1]) / statistics["tokens"]
-        literal = (metric * (weight @ gram @ weight.mT)).sum().item() / 2
-        assert solved["per_layer"][index]["energy"]["mlp"] == pytest.approx(literal, rel=1e-4)
+        root = metric_root(found_moments(work, index), min(6, -(-costs.GRADIENT_TOKENS // 60)) * 60)
+        directed = order_channels(gram, root @ weight, block=1).order
+        plain = order_channels(gram, weight, block=1).order
+        orders = [
+            json.loads((work / "channels" / f"layer-{index:03d}{kind}.json").read_text())["result"]["order"]
+            for kind in ("-directed", "")
+        ]
+        assert orders == [directed.tolist(), plain.tolist()]
+        assert orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
