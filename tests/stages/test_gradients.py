@@ -104,9 +104,12 @@ def test_moments_and_energies_equal_autograd_through_the_stock_model(a3, calibra
     assert files == {"energies.json", *(f"layer-{layer:03d}.safetensors" for layer in range(len(expected)))}
 
 
-@pytest.mark.parametrize("direction", ["any", "costly", "cheap"])
-def test_moments_predict_the_kl_of_a_small_error(direction, a3, calibrated, monkeypatch):
-    """An error of every token's stream: random, or in the direction on which the output depends most or least."""
+@pytest.mark.parametrize(("direction", "tolerance"), [("any", 0.1), ("costly", 0.15), ("cheap", 0.15)])
+def test_moments_predict_the_kl_of_a_small_error(direction, tolerance, a3, calibrated, monkeypatch):
+    """An error of every token's stream: random, or in the direction on which the output depends most or least.
+
+    Of these two, the moments of few tokens exaggerate how much and how little.
+    """
     monkeypatch.setattr(costs, "GRADIENT_TOKENS", 2400)
     source, work = calibrated("llama-gqa", 40)
     assert a3(*SOLVE, "--work", work).code == 0
@@ -126,7 +129,7 @@ def test_moments_predict_the_kl_of_a_small_error(direction, a3, calibrated, monk
             measured = (before.exp() * (before - after)).sum().item() / blocks.numel()
             rows = error.double().flatten(0, -2)
             predicted = ((rows @ moments) * rows).sum().item() / (2 * blocks.numel())
-            assert measured == pytest.approx(predicted, rel=0.15)
+            assert measured == pytest.approx(predicted, rel=tolerance)
 
 
 def test_curves_and_energies_of_a_solution_are_in_nats(a3, calibrated):
