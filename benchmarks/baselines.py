@@ -28,7 +28,7 @@ RoPE. Every step computes the keys of all cached tokens from them. Palu's choice
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -486,9 +486,10 @@ def slice_to(calibration: Calibration, kept: int) -> Any:
     embedding.copy_(embedding.double() @ projection)
     streams = [project(x, projection) for x in embedded]
     for index, layer in enumerate(model.model.layers):
-        middle = list(run_to_second_norm(layer, streams, calls))
-        project_after_attention(layer, principal_projection(gram_of_normed(middle, eps), kept))
-        streams = [layer(x, **call) for x, call in zip(streams, calls, strict=True)]
+        middle = [after_attention(layer, x, call) for x, call in zip(streams, calls, strict=True)]
+        projection = principal_projection(gram_of_normed(middle, eps), kept)
+        project_after_attention(layer, projection)
+        streams = [after_mlp(layer, project(x, projection)) for x in middle]
         if index + 1 < len(model.model.layers):
             projection = principal_projection(gram_of_normed(streams, eps), kept)
             streams = [project(x, projection) for x in streams]
@@ -541,14 +542,12 @@ def capture_calls(model: Any, batches: tuple[torch.Tensor, ...]) -> list[dict[st
     return [of_size[len(batch)] for batch in batches]
 
 
-def run_to_second_norm(layer: Any, streams: list[torch.Tensor], calls: list[dict[str, Any]]) -> Iterator[torch.Tensor]:
-    """Yield the stream after attention, for each batch."""
-    seen: list[torch.Tensor] = []
-    hook = layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    for x, call in zip(streams, calls, strict=True):
-        layer(x, **call)
-        yield seen.pop()
-    hook.remove()
+def after_attention(layer: Any, x: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
+    return x + layer.self_attn(hidden_states=layer.input_layernorm(x), **call)[0]
+
+
+def after_mlp(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def project_after_attention(layer: Any, projection: torch.Tensor) -> None:
