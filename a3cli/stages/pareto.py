@@ -54,7 +54,7 @@ def pareto(settings: ParetoSettings, work: Work, *, progress: Progress, stop: St
     Raises A3Error if the statistics are missing, altered or of another source, or if no point can be reached, and
     Interrupted at the end of the layer or point in which `stop` was set off.
     """
-    return_freed_memory()
+    return_freed_memory(batches=True)
     check_texts([settings.text] if settings.text else [])
     calibration = read_calibration(work)
     with work.locked():

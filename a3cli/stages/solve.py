@@ -30,6 +30,7 @@ from a3cli.work.folder import Work, layer_file
 from a3cli.work.interrupt import Stop
 from a3cli.work.machine import explaining_memory, return_freed_memory
 from a3cli.work.manifests import CalibrationManifest, SolutionManifest, finished_manifest
+from a3cli.work.processes import spread
 from a3cli.work.progress import Progress, portion, reporting
 from a3cli.work.sealed import versions
 
@@ -58,7 +59,7 @@ def solve(
     Raises A3Error if the statistics are missing, altered or of another source, or if the budget cannot be
     reached under the rounding, and Interrupted at the end of the layer in which `stop` was set off.
     """
-    return_freed_memory()
+    return_freed_memory(batches=True)
     work = work.named(settings.name)
     settings = resolve_for_work(settings, work)
     calibration = read_calibration(work)
@@ -105,8 +106,12 @@ def analyse(run: Run) -> Analysed:
         return method.analyse(inputs)
 
     layers = run.for_each_layer("analysing", analyse_layer)
-    with reporting(run.progress, "preparing RoPE slots") as finished, portion(of=finished):
-        tables = method.tables(layers)
+
+    def prepare_slots(layers: list[Any]) -> Any:
+        with reporting(run.progress, "preparing RoPE slots") as finished, portion(of=finished):
+            return method.tables(layers)
+
+    [tables] = spread(prepare_slots, [layers], 1)  # many small matrices
 
     def predict_layer(layer: int) -> Prediction:
         run.stop.before(f"predicting the losses of layer {layer + 1} of {run.layers}", AGAIN)
