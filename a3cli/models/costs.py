@@ -184,7 +184,7 @@ def cpu_batch(seq_len: int) -> int:
 
 EIGH = 9  # FLOPs of a symmetric eigenvalue problem with vectors, in units of n³
 ROUNDS = 40  # the most rounds of the alternation that refines RoPE slots
-VALUE_ROUNDS, VALUE_STEPS = 3, 30  # rounds that refine value maps, and steps of conjugate gradients in each
+VALUE_ROUNDS, VALUE_STEPS = 3, 10  # rounds that refine value maps, and steps of conjugate gradients in each
 SMALL = 4  # matrices of head size run at a fraction of the speed of large ones
 
 
