@@ -15,7 +15,6 @@ from a3cli.stream.smaller import Cut, SmallerDecoder
 from a3cli.work.draft import Draft
 from a3cli.work.files import Json, bytes_on_disk, check_space, hash_file, read_tensors, write_tensors, writing
 from a3cli.work.folder import layer_file
-from a3cli.work.machine import return_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,6 @@ def write_corrected(draft: Draft, layer: int) -> Json:
 
 def refit_layers(run: Run, draft: Draft, cuts: list[Cut]) -> None:
     """Run the second sweep, from the first unfinished layer on."""
-    return_freed_memory(batches=True)
     model, machine, settings = run.model, run.machine, run.settings
     blocks = read_tensors(run.work.tokens, "run a3 calibrate --overwrite")["tokens"]
     streams = draft.folder / STREAMS

@@ -20,7 +20,6 @@ from a3cli.stream.decoder import Decoder
 from a3cli.stream.smaller import Cut, SmallerDecoder
 from a3cli.work.files import Json, read_tensors
 from a3cli.work.kept import Kept
-from a3cli.work.machine import return_freed_memory
 from a3cli.work.progress import reporting
 from a3cli.work.sealed import versions
 
@@ -32,7 +31,6 @@ SUMMED_TOKENS = 16  # whose logits are compared at once
 @torch.inference_mode()
 def measure_loss(run: Run, cuts: Sequence[Cut]) -> Json | None:
     """Return perplexity before and after, KL and top-1 agreement; None, with a warning, if logits are not finite."""
-    return_freed_memory(batches=True)
     tokens = read_tensors(run.work.tokens, "run a3 calibrate --overwrite")
     blocks = choose_blocks(tokens.get("held_out", tokens["tokens"]))
     source, smaller = Decoder(run.model, run.machine), SmallerDecoder(run.model, run.machine, cuts)
