@@ -489,8 +489,8 @@ def slice_to(calibration: Calibration, kept: int) -> Any:
         middle = [after_attention(layer, x, call) for x, call in zip(streams, calls, strict=True)]
         projection = principal_projection(gram_of_normed(middle, eps), kept)
         project_after_attention(layer, projection)
-        streams = [after_mlp(layer, project(x, projection)) for x in middle]
         if index + 1 < len(model.model.layers):
+            streams = [after_mlp(layer, project(x, projection)) for x in middle]
             projection = principal_projection(gram_of_normed(streams, eps), kept)
             streams = [project(x, projection) for x in streams]
             project_output(layer, projection)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from a3cli.methods.base import Analysis, Curves, Method, Prediction, Projection, Slots
+from a3cli.methods.base import Analysis, Curves, Method, Prediction, Projection, Slots, Table
 from a3cli.methods.best import Best
 from a3cli.methods.gradients import LayerGradients
 from a3cli.methods.inputs import LayerInputs
@@ -20,4 +20,5 @@ __all__ = [
     "Prediction",
     "Projection",
     "Slots",
+    "Table",
 ]

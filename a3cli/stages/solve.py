@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from a3cli.methods import Analysis, Curves, LayerGradients, Method, Prediction, Slots
+from a3cli.methods import Analysis, Curves, LayerGradients, Method, Prediction, Slots, Table
 from a3cli.models import costs
 from a3cli.models.families import LayerSizes
 from a3cli.settings import COMPONENTS, SolveSettings
@@ -107,9 +107,9 @@ def analyse(run: Run) -> Analysed:
 
     layers = run.for_each_layer("analysing", analyse_layer)
 
-    def prepare_slots(layers: list[Any]) -> Any:
+    def prepare_slots(analysed: list[Any]) -> list[Table]:
         with reporting(run.progress, "preparing RoPE slots") as finished, portion(of=finished):
-            return method.tables(layers)
+            return method.tables(analysed)
 
     [tables] = spread(prepare_slots, [layers], 1)  # many small matrices
 

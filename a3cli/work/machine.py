@@ -129,7 +129,7 @@ def return_freed_memory(*, batches: bool = False) -> None:
 
     By default glibc comes to keep pieces of up to 32 MiB, and the holes that activations leave in its heap exceed a
     layer's size. The cost is that memory is mapped again each time; torch uses large pages for that if they are enabled
-    before its first allocation. With many equal `batches` or layers keeping pieces of up to 16 MiB pays off.
+    before its first allocation. With many equal `batches` or layers, keeping pieces of up to 16 MiB pays off.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with suppress(AttributeError, OSError, TypeError):  # another C library
