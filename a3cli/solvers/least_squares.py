@@ -19,11 +19,13 @@ class LeastSquares:
     gram: torch.Tensor | None = None  # its upper triangle, with more beside the diagonal
     cross: torch.Tensor | None = None
     energy: float = 0.0
+    tokens: int = 0
     gain: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add tokens, `[..., m]` and `[..., d]`; `weights` `[...]` are theirs, None for 1 each."""
         x, target = (part.reshape(-1, part.shape[-1]).float() for part in (x, target))
+        self.tokens += len(x)
         if weights is not None:
             x, target = (part * weights.reshape(-1, 1).sqrt() for part in (x, target))
         counted = target if self.gain is None else target * self.gain
@@ -34,10 +36,15 @@ class LeastSquares:
             self.gram[row : row + ROWS, row:].addmm_(x[:, row : row + ROWS].mT, x[:, row:])
         self.cross.addmm_(x.mT, target)
 
-    def solve(self, weight: torch.Tensor, *, ridge: float) -> torch.Tensor:
-        """Return `argmin ‖x Wᵀ − t‖² + ε‖W − weight‖²`, `[d, m]`. Raises ValueError if the Gram is not finite."""
+    def solve(self, weight: torch.Tensor, *, pull: float) -> torch.Tensor:
+        """Return `argmin ‖x Wᵀ − t‖² + ε‖W − weight‖²`, `[d, m]`, with ε = `pull` times the mean of `‖x‖²` over tokens.
+
+        So `weight` counts as much as `pull · m` tokens of mean length, evenly in all directions, that it fits exactly.
+        Raises ValueError if the Gram is not finite.
+        """
         assert self.cross is not None
         gram, start = self._whole_gram(), weight.double().mT
+        ridge = pull * len(gram) / self.tokens  # of the mean of the diagonal
         return (start + solve_ridge(gram, self.cross.double() - gram @ start, ridge=ridge)).mT
 
     def error(self, weight: torch.Tensor) -> float:

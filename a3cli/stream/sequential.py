@@ -31,7 +31,7 @@ from a3cli.stream.smaller import SmallerDecoder
 from a3cli.work.processes import in_thread
 from a3cli.work.progress import Progress
 
-RIDGE = 1e-2  # pulls towards the one-shot weights; relative to the mean diagonal of the activations' Gram matrix
+PULL = 100.0  # towards the one-shot weights, as strong as that many tokens for each input of the projection
 DAMPING = 1e-3  # of a Gauss-Newton step, relative to the problem's own curvature
 ITERATIONS = 3  # conjugate-gradient iterations per step; a second step gains more than further iterations of the first
 HALVINGS = 3  # how often a step is halved that does not lower the error, before it is discarded
@@ -210,7 +210,7 @@ class _Layer(SideBySide):
         collect(sums)
         linear = self._linear(role)
         try:
-            weight = in_thread(partial(sums.solve, linear.weight, ridge=RIDGE))
+            weight = in_thread(partial(sums.solve, linear.weight, pull=PULL))
         except ValueError as error:
             raise A3Error(
                 f"layer {self.index}, {role} projection: the sequential refit failed ({error}); "

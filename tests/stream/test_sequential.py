@@ -16,7 +16,7 @@ from a3cli.models.families import LayerSizes
 from a3cli.models.model import describe
 from a3cli.stream import sequential
 from a3cli.stream.post_norm import LEAST
-from a3cli.stream.sequential import RIDGE
+from a3cli.stream.sequential import PULL
 from a3cli.stream.side_by_side import DRIFT
 from tests.conftest import carries_attention, gain_of, mlp_linears, post_norms, stream_reader
 
@@ -79,7 +79,7 @@ def activations(model: Any, blocks: torch.Tensor) -> list[dict[str, torch.Tensor
 
 def ridge_regression(x: torch.Tensor, target: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     gram = x.T @ x
-    damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    damped = gram + PULL * gram.trace() / len(x) * torch.eye(len(gram), dtype=torch.float64)
     return start.double() + torch.linalg.solve(damped, x.T @ (target - x @ start.double().T)).T
 
 
